@@ -1,0 +1,1 @@
+"""The steps of the pipeline as KFP components, one file each, thin over ``core.steps``."""

@@ -1,0 +1,30 @@
+"""Component evaluate."""
+
+from kfp import dsl
+
+from components.decorator import component
+
+
+@component
+def evaluate(
+    run: dict,
+    phase: int,
+    checkpoint_uri: str,
+    data_uri: str,
+    metrics: dsl.Output[dsl.Metrics],
+    summary: dsl.Output[dsl.Markdown],
+):
+    """Measure perplexity and the benchmarks."""
+    from components.runtime import task
+
+    with task("evaluate", phase):
+        from core.steps import run_evaluate
+
+        run_evaluate(
+            run=run,
+            phase=phase,
+            checkpoint_uri=checkpoint_uri,
+            data_uri=data_uri,
+            metrics=metrics,
+            summary=summary,
+        )

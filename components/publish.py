@@ -1,0 +1,18 @@
+"""Component publish."""
+
+from kfp import dsl
+
+from components.decorator import component
+
+
+@component
+def publish(
+    run: dict, checkpoint_uri: str, report: dsl.Output[dsl.HTML], model: dsl.Output[dsl.Model]
+) -> str:
+    """Publish the final checkpoint and the report, and register the model; returns its URI."""
+    from components.runtime import task
+
+    with task("publish"):
+        from core.steps import run_publish
+
+        return run_publish(run=run, checkpoint_uri=checkpoint_uri, report=report, model=model)

@@ -1,0 +1,26 @@
+"""Component resolve-base."""
+
+from typing import NamedTuple
+
+from components.decorator import component
+
+
+@component
+def resolve_base(
+    base_model: str, revision: str, target: str, method: str, recipe: dict, phases: int, job: str
+) -> NamedTuple("Outputs", run=dict, base_uri=str):
+    """Pin the base model's revision, plan the sizes of all phases and open the run."""
+    from components.runtime import task
+
+    with task("resolve-base"):
+        from core.steps import run_resolve_base
+
+        return run_resolve_base(
+            base_model=base_model,
+            revision=revision,
+            target=target,
+            method=method,
+            recipe=recipe,
+            phases=phases,
+            job=job,
+        )

@@ -1,0 +1,92 @@
+"""What every task does around its step: live log lines, the time it took, and errors of one line.
+
+A component's body imports this inside the task, so it must not import kfp.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from core.errors import AdaptPrunerError
+from core.record import seconds_text
+
+log = logging.getLogger(__name__)
+
+LOCAL = "ADAPT_PRUNER_LOCAL"
+"""Environment variable that a local run sets for its tasks."""
+
+# Progress bars rewrite their line; in a log every rewrite would be a line of its own.
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+
+@contextlib.contextmanager
+def task(step: str, phase: int | None = None) -> Iterator[None]:
+    """Run a step as a task: our log goes to stderr, each line with the phase and the step.
+
+    A process that an error ends prints ``error: <text>`` last. A traceback comes before it unless the error
+    is one that is meant for the user.
+
+    Args:
+        step: The component's name, such as ``recover-train``.
+        phase: The phase, 0 for the dense model; None for a step that runs once.
+    """
+    where = step if phase is None else f"phase {phase} {step}"
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get(LOCAL):
+        threading.Thread(target=_end_with_the_run, daemon=True).start()
+    started = time.monotonic()
+    with _log_to_stderr(where):
+        log.info("started")
+        try:
+            yield
+        except Exception:
+            sys.excepthook = _print_error
+            raise
+        log.info("done in %s", seconds_text(time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def _log_to_stderr(where: str) -> Iterator[None]:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}: %(message)s", "%H:%M:%S"))
+    loggers = [logging.getLogger(name) for name in ("core", "components")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # kfp's executor logs at the root, too: each line would come twice
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, AdaptPrunerError):
+        lines = str(error).splitlines()
+    else:
+        sys.__excepthook__(kind, error, traceback)
+        lines = [f"{kind.__name__}: {' '.join(str(error).split())}"]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+
+
+def _end_with_the_run() -> None:
+    """Watch the pipe to the process that reads our output, and end when that process is gone.
+
+    A local run that is killed would else leave its task behind, and the next run would write beside it.
+    """
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)  # errors only: there is no reader any more
+    pipe.poll()
+    os._exit(1)

@@ -1,0 +1,140 @@
+"""Where a base model comes from: a folder, a GGUF file, a store, an installed package or the Hugging Face hub.
+
+Whatever it is, it becomes a publication in the run's store, so that all later steps read it verified and the network
+is needed no more.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from core.config import ModelSettings
+from core.data import locate
+from core.errors import CheckpointError
+from core.storage.entries import FileEntry, Manifest
+from core.storage.manifest import publish, read_manifest
+from core.storage.store import file_sha256, join_uri
+
+log = logging.getLogger(__name__)
+
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+
+
+def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
+    """Make sure that the base model is published, and name its revision.
+
+    Args:
+        settings: Which model.
+        store: Store that takes it up, under ``bases/<revision>``.
+
+    Returns:
+        URI of the publication, and the revision: a hub commit, or a digest of the content.
+
+    Raises:
+        CheckpointError: If there is no such model.
+        StorageError: If the store cannot be written.
+    """
+    if "://" in settings.base:
+        manifest = read_manifest(settings.base)
+        if manifest is None:
+            raise CheckpointError(
+                f"model.base={settings.base} is no published checkpoint (it has no manifest)."
+            )
+        return settings.base, manifest.digest[:16]
+    location = locate(settings.base)
+    if location is None:
+        return _import_from_hub(settings, store)
+    if location.suffix == ".gguf":
+        revision = file_sha256(location)[:16]
+        return _publish_once(store, revision, settings.base, lambda: _dequantized(location)), revision
+    if not (location / "config.json").is_file():
+        raise CheckpointError(
+            f"model.base={settings.base} is neither a .gguf file nor a folder with a config.json. Correct the path."
+        )
+    paths = sorted(p for pattern in _PATTERNS for p in location.glob(pattern) if p.name != "MANIFEST.json")
+    files = tuple(FileEntry.of(location, path.name) for path in paths)
+    revision = Manifest(files=files).digest[:16]
+    return _publish_once(store, revision, settings.base, lambda: _linked(paths)), revision
+
+
+def _publish_once(
+    store: str, revision: str, base: str, directory: Callable[[], contextlib.AbstractContextManager[Path]]
+) -> str:
+    uri = join_uri(store, "bases", revision)
+    if read_manifest(uri) is None:
+        log.info("taking %s up into the store", base)
+        with directory() as path:
+            publish(path, uri, metadata={"base": base, "revision": revision})
+    return uri
+
+
+@contextlib.contextmanager
+def _linked(paths: Sequence[Path]) -> Iterator[Path]:
+    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them."""
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        for path in paths:
+            (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield Path(scratch)
+
+
+@contextlib.contextmanager
+def _dequantized(location: Path) -> Iterator[Path]:
+    """Write the float32 checkpoint that a GGUF file holds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    from core.model.build import build_model
+    from core.model.checkpoint import save_model
+
+    log.info("dequantizing %s (once; about half a minute)", location.name)
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(
+            location.parent, gguf_file=location.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location.parent, gguf_file=location.name)
+    except (ValueError, OSError, KeyError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{location} cannot be read as GGUF: {message}") from error
+    # The loaded model calls itself quantized and refuses to be saved: move its weights into a clean one.
+    data = quantized.config.to_dict()
+    data.pop("quantization_config", None)
+    config = type(quantized.config).from_dict(data | {"dtype": "float32"})
+    with no_init_weights():
+        model = build_model(config)
+    model.load_state_dict(quantized.state_dict(), assign=True)
+    model.tie_weights()
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        tokenizer.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        save_model(model, Path(scratch), companions=None, provenance={"base": location.name})
+        yield Path(scratch)
+
+
+def _import_from_hub(settings: ModelSettings, store: str) -> tuple[str, str]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = settings.base
+    try:
+        revision = HfApi().model_info(name, revision=settings.revision or None).sha
+        assert revision is not None, "the hub names a commit for every revision"
+        uri = join_uri(store, "bases", revision)
+        if read_manifest(uri) is None:
+            log.info("downloading %s at %s", name, revision)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+            publish(folder, uri, metadata={"base": name, "revision": revision})
+        return uri, revision
+    except HFValidationError:
+        raise CheckpointError(
+            f"model.base={name} is neither a folder nor a file nor a Hugging Face id. Correct it."
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"model.base={name} is no local folder or file, and the Hugging Face hub does not give it: {message} "
+            "Check the name, model.revision and, for a gated model, HF_TOKEN."
+        ) from error

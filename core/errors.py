@@ -1,0 +1,52 @@
+"""Every error that a user can cause, and what it should tell: what, where, the limit, and what to do."""
+
+from collections.abc import Iterable
+
+
+class AdaptPrunerError(Exception):
+    """Base of all errors whose text is meant for the user; the command line prints it as one ``error:`` line."""
+
+
+class SettingsError(AdaptPrunerError):
+    """One or more settings are wrong; all problems are listed at once.
+
+    Attributes:
+        problems: One sentence a problem, each with the full setting name, its value, the limit and what to change.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        """Join ``problems`` into the message."""
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class TargetError(AdaptPrunerError):
+    """The size that was asked for cannot be reached by removing groups."""
+
+
+class UnsupportedModelError(AdaptPrunerError):
+    """The model belongs to a family whose groups this package does not know."""
+
+
+class CheckpointError(AdaptPrunerError):
+    """A checkpoint directory is missing, incomplete or not what its config says."""
+
+
+class PlanError(AdaptPrunerError):
+    """A plan does not fit the checkpoint it is applied to."""
+
+
+class DataError(AdaptPrunerError):
+    """A text or task data set cannot be read, or holds too little."""
+
+
+class StorageError(AdaptPrunerError):
+    """The store cannot be reached, read or written."""
+
+
+class IntegrityError(StorageError):
+    """A stored file is not, byte for byte, what its manifest says."""
+
+
+class TrackingError(AdaptPrunerError):
+    """The MLflow server cannot be reached or refuses what is logged."""

@@ -1,0 +1,198 @@
+"""Zero-shot benchmarks through lm-eval, on data from the hub or from files on this machine."""
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from core.config import EvaluationSettings
+from core.evaluation.progress import Progress
+from core.evaluation.task_data import load_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_SEED = 1234  # what lm-eval's own command takes
+_BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no formula; accuracies have one
+_ROLLING_TOKENS = 2048
+
+
+def evaluate_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: EvaluationSettings,
+    *,
+    device: torch.device | str | None = None,
+    precision: torch.dtype | None = None,
+) -> dict[str, dict[str, float]]:
+    """Evaluate a model in memory on lm-eval tasks.
+
+    Log-likelihoods are computed as lm-eval computes them, the softmax in float32.
+
+    Args:
+        model: A causal language model; left in the mode (training or not) that it came in.
+        tokenizer: The model's tokenizer.
+        settings: Tasks, where their data lies, how many items and sequences a forward pass.
+        device: Where the model is moved first; None leaves it where it is.
+        precision: Arithmetic of the forward pass (autocast); None takes the weights' own.
+
+    Returns:
+        Task name to metric name to value, such as ``{"arc_easy": {"acc": 0.49, "acc_stderr": 0.02, ...}}``. A
+        group (``mmlu``) gives its average; a tag, or a group without an average, gives its members.
+
+    Raises:
+        DataError: If a task is unknown, or its data cannot be read or does not fit it.
+    """
+    if not settings.tasks:
+        return {}
+    started = time.monotonic()
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its types
+    was_training, pad_token = model.training, tokenizer.pad_token
+    try:
+        with _quiet(), TemporaryDirectory() as folder:
+            loaded = load_tasks(settings, Path(folder))
+            ready = time.monotonic()
+            results = _run(model, tokenizer, list(loaded.values()), settings, precision)
+    finally:
+        model.train(was_training)
+        tokenizer.pad_token = pad_token  # lm-eval gives it one
+    log.info("benchmarks: %.1f s to load, %.1f s to answer", ready - started, time.monotonic() - ready)
+    return _select(results, loaded)
+
+
+def _run(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    loaded: list[dict[str, Any]],
+    settings: EvaluationSettings,
+    precision: torch.dtype | None,
+) -> dict[str, dict[str, Any]]:
+    """Let lm-eval ask the model: what its ``simple_evaluate`` does, less 1 s of describing the machine."""
+    from lm_eval.evaluator import evaluate
+
+    tasks = {name: task for part in loaded for name, task in part["tasks"].items()}
+    groups = {name: group for part in loaded for name, group in part["groups"].items()}
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    language_model = _language_model()(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=settings.batch_size,
+        softmax_dtype="float32",  # summed in bfloat16, log-likelihoods of answers tie
+        mixed_precision_dtype=precision,
+    )
+    counter = _AnswerCounter(tasks.values())
+    language_model.set_cache_hook(counter)
+    try:
+        results = evaluate(
+            lm=language_model,
+            task_dict={"tasks": tasks, "groups": groups},
+            limit=settings.limit or None,
+            bootstrap_iters=_BOOTSTRAP_DRAWS,
+            log_samples=False,
+        )
+    finally:
+        counter.close()
+    assert results is not None  # only ranks above 0 get None, and this is one process
+    return results["results"]
+
+
+@cache
+def _language_model() -> type:
+    """Make the class, because lm-eval costs half a second to import."""
+    from lm_eval.models.huggingface import HFLM
+
+    class LanguageModel(HFLM):  # type: ignore[misc]
+        """lm-eval's Hugging Face model without bars, and with bounded windows for whole documents."""
+
+        batch_size_per_gpu: int
+        _max_length: int | None
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+            # A batch of windows as long as the model can read needs tens of GB for its logits.
+            before = self.batch_size_per_gpu, self._max_length
+            self.batch_size_per_gpu, self._max_length = 1, min(self.max_length, _ROLLING_TOKENS)
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.batch_size_per_gpu, self._max_length = before
+
+        def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Any]:
+            return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})
+
+    return LanguageModel
+
+
+class _AnswerCounter:
+    """Stands where lm-eval would cache answers, and sees each as it comes."""
+
+    def __init__(self, tasks: Iterable[Any]) -> None:
+        self._tasks = tasks
+        self._progress: Progress | None = None
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        if self._progress is None:  # only now has lm-eval built all requests
+            self._progress = Progress("benchmarks", sum(len(t.instances) for t in self._tasks), "answers")
+        self._progress.add()
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's log and its bars off the terminal."""
+    import datasets
+    import lm_eval.api.task
+
+    logger, module = logging.getLogger("lm_eval"), lm_eval.api.task
+    level, bar = logger.level, getattr(module, "tqdm", None)
+    logger.setLevel(logging.ERROR)
+    module.tqdm = lambda items, **options: items  # a bar for each task's requests, which no option turns off
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        module.tqdm = bar
+
+
+def _select(
+    results: Mapping[str, Mapping[str, Any]], loaded: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Keep the numbers of what was asked for, and drop the filter ``none`` from the metrics' names."""
+    selected = {}
+    for name, part in loaded.items():
+        averaged = name in part["groups"] and part["groups"][name].has_aggregation
+        for member in [name] if averaged else part["tasks"]:
+            selected[member] = {
+                metric if kind == "none" else f"{metric}_{kind}": float(value)
+                for key, value in results[member].items()
+                for metric, comma, kind in [key.partition(",")]
+                if comma and isinstance(value, int | float)
+            }
+    return selected

@@ -1,0 +1,297 @@
+"""lm-eval's tasks with their data, which may lie in files on this machine instead of the hub."""
+
+import difflib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from core.config import EvaluationSettings
+from core.data import locate
+from core.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+_CHECKED_ANSWERS = 20
+_STAND_INS = ("validation", "valid", "val", "dev", "test")
+
+# A task's, group's or tag's name in YAML: alone, as a list over several lines, or as a list in brackets.
+_NAMES = re.compile(
+    rb"""^["']?(task|group|tag)["']?:[ \t]*"""
+    rb"""(?:["']?([^\s"'#\[]+)|((?:\r?\n[ \t]*-[ \t]*[^\r\n]+)+)|\[([^\]]*)\])""",
+    re.MULTILINE,
+)
+
+# Published forms of a data set whose columns differ from the one that lm-eval's task reads.
+_COLUMNS = {"boolq": {"doc_to_target": "{{ (label if label is defined else answer) | int }}"}}
+
+
+def task_problems(settings: EvaluationSettings) -> list[str]:
+    """Find what is wrong with the tasks and where their data lies, short of reading it; imports no lm-eval.
+
+    Returns:
+        One sentence a problem.
+    """
+    problems = []
+    files, collections = _catalog()
+    for name in settings.tasks:
+        if name not in files and name not in collections:
+            problems.append(_unknown(name, [*files, *collections]))
+    for name, path in settings.task_data.items():
+        try:
+            location = locate(path)
+        except DataError as error:
+            problems.append(f"evaluation.task_data.{name}: {error}")
+            continue
+        if location is None or not location.is_dir():
+            problems.append(
+                f"evaluation.task_data.{name}={path} is not a folder. Name one that holds a folder a split."
+            )
+    return problems
+
+
+def load_tasks(settings: EvaluationSettings, folder: Path) -> dict[str, dict[str, Any]]:
+    """Build lm-eval's task objects with their data.
+
+    Args:
+        settings: Tasks and where their data lies.
+        folder: An empty folder for task files.
+
+    Returns:
+        Name from ``settings.tasks`` to ``{"tasks": {name: task}, "groups": {name: group}}``.
+
+    Raises:
+        DataError: If a task is unknown, or its data cannot be read or does not fit it.
+    """
+    if problems := task_problems(settings):
+        raise DataError("\n".join(problems))
+    from lm_eval.tasks import TaskManager
+
+    files, _ = _catalog()
+    # lm-eval's own index of all tasks takes 8 s; only groups and tags need it.
+    manager = TaskManager(include_defaults=any(name not in files for name in settings.tasks))
+    loaded = {}
+    for name in settings.tasks:
+        path = settings.task_data.get(name)
+        spec = str(files.get(name, name))
+        if path is not None:
+            spec = _with_local_data(name, path, manager, settings.limit, folder)
+        with _load_errors(name, path):
+            loaded[name] = manager.load([spec])
+        if path is not None:
+            for task in loaded[name]["tasks"].values():
+                _check_answers(task, path)
+    return loaded
+
+
+@cache
+def _catalog() -> tuple[dict[str, Path], frozenset[str]]:
+    """Find the file of each of lm-eval's tasks and the names of its groups and tags, by a text search."""
+    package = importlib.util.find_spec("lm_eval")
+    assert package is not None
+    roots = [Path(root) / "tasks" for root in package.submodule_search_locations or ()]
+    files: dict[str, Path] = {}
+    collections: set[str] = set()
+    for folder, _, names in itertools.chain.from_iterable(os.walk(root) for root in roots):
+        for name in names:
+            if not name.endswith(".yaml") and "." in name:  # files to include bear no suffix
+                continue
+            file = Path(folder, name)
+            for kind, one, lines, inline in _NAMES.findall(file.read_bytes()):
+                if kind != b"task":
+                    collections.update(
+                        re.findall(r"[\w./:+-]*\w[\w./:+-]*", (one or lines or inline).decode())
+                    )
+                elif one and file.suffix:
+                    files.setdefault(one.decode(), file)
+    return files, frozenset(collections)
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, set(known), n=3)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists what there is."
+    return f"evaluation.tasks: {name} is not one of lm-eval's tasks. {hint}"
+
+
+@contextmanager
+def _load_errors(name: str, path: str | None) -> Iterator[None]:
+    """Turn whatever lm-eval, datasets and the hub raise into one line: they share no base class."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(". :")
+        if path is None:
+            advice = f"Check the network (HF_TOKEN for gated sets), or set evaluation.task_data.{name}"
+        else:
+            advice = f"Check that {path} has the columns of the data set that lm-eval's {name} reads"
+        raise DataError(
+            f"evaluation.tasks: the data of {name} cannot be loaded ({reason}). {advice}."
+        ) from error
+
+
+def _with_local_data(name: str, path: str, manager: "TaskManager", limit: int, folder: Path) -> str:
+    """Make lm-eval's task, or all tasks of a group, read local files; returns what ``manager.load`` takes."""
+    from lm_eval.tasks import TaskManager
+
+    location = locate(path)
+    assert location is not None  # task_problems has seen it
+    files, _ = _catalog()
+    if name in files:
+        config = TaskManager(include_defaults=False, include_path=files[name].parent).task_index[name].cfg
+        return str(_local_task(name, config or {}, files[name], location, limit, folder))
+    for member in _members(name, manager):
+        entry = manager.task_index[member]
+        entry.yaml_path = _local_task(member, entry.cfg or {}, files[member], location, limit, folder)
+    return name
+
+
+def _members(child: Any, manager: "TaskManager") -> list[str]:
+    """List the tasks below an entry of a group: a name, a list of entries, or a mapping that holds either."""
+    if isinstance(child, Mapping):
+        child = child.get("task") or child["group"]
+    if isinstance(child, list):
+        return [member for part in child for member in _members(part, manager)]
+    entry = manager.task_index.get(child)
+    if child in _catalog()[0] or entry is None:
+        return [child] if entry is not None else []  # a group may define a task that has no file
+    return _members((entry.cfg or {}).get("task") or sorted(entry.tags), manager)
+
+
+def _local_task(
+    name: str, config: Mapping[str, Any], official: Path, location: Path, limit: int, folder: Path
+) -> Path:
+    """Write a task file that takes everything from lm-eval's own but the data.
+
+    Args:
+        name: The task.
+        config: What lm-eval's file says.
+        official: lm-eval's file.
+        location: A folder with one sub-folder a split, or with such a folder named as the task's subset.
+        limit: Rows to read of the split that is evaluated; 0 for all.
+        folder: Where the file is written.
+    """
+    subset = location / str(config.get("dataset_name"))
+    if subset.is_dir():
+        location = subset
+    splits = {sub.name: str(sub) for sub in sorted(location.iterdir()) if sub.is_dir() and _data_files(sub)}
+    if not splits:
+        raise DataError(
+            f"evaluation.task_data.{name}: {location} holds no folder a split with {', '.join(_READERS)} "
+            "files. Name the folder above validation/ or test/."
+        )
+    chosen = _choose_splits(name, config, splits, location)
+    # A task that drops rows then evaluates fewer; the others need not prepare 10,000 rows for 60.
+    limits = {chosen["test_split"] or chosen["validation_split"]: limit} if limit else {}
+    if config.get("num_fewshot"):
+        limits = {}
+    needed = {split: path for split, path in splits.items() if split in chosen.values()}
+    task = {
+        **{"include": str(official), "task": name, "tag": None, **chosen, **_COLUMNS.get(name, {})},
+        "dataset_kwargs": {"split_folders": needed, "limits": limits},
+    }
+    function = f"custom_dataset: !function {__name__}.{read_splits.__name__}\n"
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(task) + function)
+    return file
+
+
+def _choose_splits(
+    name: str, config: Mapping[str, Any], splits: Mapping[str, str], location: Path
+) -> dict[str, str | None]:
+    """Keep the task's splits that are there; if none to evaluate on is, take another and say so."""
+    wanted = ("test_split", "validation_split", "training_split", "fewshot_split")
+    chosen = {key: config[key] if config.get(key) in splits else None for key in wanted}
+    if not config.get("num_fewshot"):
+        chosen["training_split"] = chosen["fewshot_split"] = None  # or they would be read for nothing
+    if not chosen["test_split"] and not chosen["validation_split"]:
+        stand_in = next((split for split in _STAND_INS if split in splits), None)
+        if stand_in is None and len(splits) > 1:
+            raise DataError(
+                f"evaluation.task_data.{name}: {location} holds {', '.join(splits)}, none of which is for "
+                "testing. Rename the folder to evaluate on to validation."
+            )
+        chosen["validation_split"] = stand_in or next(iter(splits))
+    evaluated = chosen["test_split"] or chosen["validation_split"]
+    official = config.get("test_split") or config.get("validation_split")
+    if evaluated != official:
+        log.info("%s: split %s is evaluated, because %s has no %s", name, evaluated, location, official)
+    return chosen
+
+
+def read_splits(
+    split_folders: Mapping[str, str], limits: Mapping[str, int], **_: object
+) -> dict[str, "datasets.Dataset"]:
+    """Read the splits of a data set into memory; lm-eval calls this for tasks with local data.
+
+    Args:
+        split_folders: Split to its folder.
+        limits: Split to the rows to keep of it, if not all.
+        _: What else lm-eval's task file says of the data.
+    """
+    import datasets
+
+    read = {}
+    for split, folder in split_folders.items():
+        rows = datasets.concatenate_datasets([_READERS[f.suffix](f) for f in _data_files(Path(folder))])
+        read[split] = rows.select(range(min(len(rows), limits.get(split, len(rows)))))
+    return read
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix in _READERS]
+
+
+def _read_arrow(file: Path) -> "datasets.Dataset":
+    import datasets
+
+    # In memory, because what is mapped from a file leaves a cache file beside it.
+    return datasets.Dataset.from_file(str(file), in_memory=True)
+
+
+def _read_parquet(file: Path) -> "datasets.Dataset":
+    import datasets
+    import pyarrow.parquet
+
+    return datasets.Dataset(pyarrow.parquet.read_table(file))
+
+
+def _read_jsonl(file: Path) -> "datasets.Dataset":
+    import datasets
+
+    with file.open(encoding="utf-8") as lines:
+        return datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+
+
+_READERS: dict[str, Callable[[Path], "datasets.Dataset"]] = {
+    ".arrow": _read_arrow,
+    ".parquet": _read_parquet,
+    ".jsonl": _read_jsonl,
+}
+
+
+def _check_answers(task: Any, path: str) -> None:
+    """Refuse data whose answers are withheld (label -1): every item would count as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or task.config.process_results:
+        return
+    for number, item in enumerate(itertools.islice(task.eval_docs, _CHECKED_ANSWERS)):
+        answer, choices = task.doc_to_target(item), task.doc_to_choice(item)
+        if isinstance(answer, int) and not 0 <= answer < len(choices):
+            raise DataError(
+                f"evaluation.task_data.{task.task_name}={path}: item {number} has the answer {answer}, but "
+                f"choices 0 to {len(choices) - 1}. Name a split whose answers are public."
+            )

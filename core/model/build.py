@@ -1,0 +1,230 @@
+"""Models whose layers differ in size, built out of transformers' own classes.
+
+transformers describes such models with ``per_layer_config``, but does not build them yet: a model is first built with
+the config's global sizes, then each layer is built anew from its own view of the config.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import logging as transformers_logging
+
+from core.errors import CheckpointError
+from core.model.checkpoint import CheckpointReader
+from core.model.families import Kind, family_of
+from core.model.shape import LayerShape, ModelShape
+
+log = logging.getLogger(__name__)
+
+_SIZES = {
+    "query_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size",
+}
+
+
+def layer_shapes(config: PreTrainedConfig) -> tuple[LayerShape, ...]:
+    """Return the sizes of each decoder layer."""
+    return tuple(
+        LayerShape(**{size: getattr(view, name) for size, name in _SIZES.items()})
+        for view in config.per_layer_config
+    )
+
+
+def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> PreTrainedConfig:
+    """Return a copy of ``config`` with the given layer sizes.
+
+    Layers that are all alike make a plain config that any loader reads. Otherwise the global sizes stay and each layer
+    that differs stands in ``per_layer_config``; ``head_dim`` is explicit, since it no longer follows from the hidden
+    size, and the global sizes stay readable, since Llama's own config check reads them.
+    """
+    data = config.to_dict()
+    data.pop("per_layer_config", None)
+    data.pop("allow_global_per_layer_attribute_access", None)
+    data["head_dim"] = head_dim(config)
+    sizes = [{name: getattr(layer, size) for size, name in _SIZES.items()} for layer in layers]
+    # Llama's config refuses a head count that does not divide the hidden size, but only as the global one.
+    if all(size == sizes[0] for size in sizes) and config.hidden_size % layers[0].query_heads == 0:
+        return type(config).from_dict(data | sizes[0])
+    data["per_layer_config"] = dict(enumerate(sizes))
+    data["allow_global_per_layer_attribute_access"] = True
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns about global sizes that we wrote on purpose
+    try:
+        return type(config).from_dict(data)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Return A, the size of one attention head; it is the same in all layers."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
+
+
+def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build a causal language model with fresh weights, each layer in its own size.
+
+    Args:
+        config: Config of a supported family, with or without ``per_layer_config``.
+        dtype: Number format of the weights.
+
+    Raises:
+        UnsupportedModelError: If the family is not supported.
+    """
+    family = family_of(config)
+    config = copy.deepcopy(config)
+    if config.is_heterogeneous:
+        config.allow_global_per_layer_attribute_access = True
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if model.config.is_heterogeneous:
+            _rebuild_layers(model, model.get_submodule(family.layers), dtype)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return model.eval()
+
+
+def _rebuild_layers(model: PreTrainedModel, layers: Any, dtype: torch.dtype) -> None:
+    shared = model.config
+    for index, view in enumerate(shared.per_layer_config):
+        with local_torch_dtype(dtype, type(model).__name__):
+            layer = type(layers[index])(view, index)
+        # A view has no attention implementation: attention would run without its causal mask. Modules read nothing
+        # but such global switches after they are built, so the shared config serves, and follows later changes.
+        for module in layer.modules():
+            if getattr(module, "config", None) is view:
+                module.config = shared
+        layers[index] = layer
+
+
+def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model without memory for its weights (on torch's meta device), to look at its parameters."""
+    with torch.device("meta"), no_init_weights():
+        model = build_model(config)
+    model.tie_weights()
+    return model
+
+
+def model_shape(config: PreTrainedConfig) -> ModelShape:
+    """Return the sizes of the model that ``config`` describes, without memory for its weights.
+
+    Raises:
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    family = family_of(config)
+    model = build_empty(config)
+    layers = layer_shapes(config)
+    units: dict[Kind, int] = dict(query=layers[0].query_heads, kv=layers[0].kv_heads, mlp=layers[0].mlp_width)
+    costs: dict[Kind, int] = dict(query=0, kv=0, mlp=0)
+    layer_params = 0
+    for name, parameter in model.get_submodule(f"{family.layers}.0").named_parameters():
+        slicing = family.slicings.get(name)
+        if slicing is None:
+            layer_params += parameter.numel()
+            continue
+        per_unit = parameter.numel() // sum(units[kind] for kind in slicing.kinds)
+        for kind in slicing.kinds:
+            costs[kind] += per_unit
+    in_layers = sum(p.numel() for p in model.get_submodule(family.layers).parameters())
+    return ModelShape(
+        layers=layers,
+        outside_params=sum(p.numel() for p in model.parameters()) - in_layers,
+        layer_params=layer_params,
+        query_head_params=costs["query"],
+        kv_head_params=costs["kv"],
+        mlp_channel_params=costs["mlp"],
+    )
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Read a checkpoint's config.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds no config.json. Give the folder of a Hugging Face checkpoint."
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from error
+    family_of(config)
+    return config
+
+
+def load_model(
+    directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint, of equal or unequal layers.
+
+    Args:
+        directory: Hugging Face directory with safetensors weights.
+        dtype: Number format to load into; None keeps the stored one.
+        device: Where the weights go.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    config = load_config(directory)
+    state = {}
+    with CheckpointReader(directory) as reader:
+        for name in reader.names():
+            tensor = reader.tensor(name)
+            state[name] = tensor.to(dtype) if dtype is not None else tensor
+    stored = next(iter(state.values())).dtype
+    with no_init_weights():
+        model = build_model(config, dtype=dtype or stored)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{directory}: weights do not fit config.json: {' '.join(str(error).split())[:300]}"
+        ) from error
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    lost = sorted((set(missing) | set(unexpected)) - tied)
+    if lost:
+        raise CheckpointError(f"{directory}: weights and config.json disagree on {', '.join(lost[:5])}.")
+    return torch.nn.Module.to(model, device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: If the directory holds none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {message}") from error
+
+
+def pick_device() -> torch.device:
+    """Return the accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """Return the torch dtype of a setting; None for ``auto``."""
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,0 +1,1 @@
+"""Which groups a model can lose: calibration, importance, sparsity, plans and surgery."""

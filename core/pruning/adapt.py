@@ -1,0 +1,144 @@
+"""Adapt-Pruner's decisions: statistics in, kept groups and the new cumulative sparsity out (Algorithm 1)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from core.config import PruneSettings
+from core.model.shape import ModelShape
+from core.pruning.importance import Statistics
+from core.pruning.plan import LayerPlan, Plan, select_groups
+from core.pruning.sparsity import (
+    MAX_SPARSITY,
+    Sizing,
+    next_sparsity,
+    normalise_importance,
+    sizes_at,
+    sizes_for_target,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one pruning step decides.
+
+    Attributes:
+        layers: What each layer keeps.
+        shape: Sizes of the model that stays.
+        importance: Normalised importance of each layer.
+        sparsity: Cumulative sparsity of each layer after the step.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    shape: ModelShape
+    importance: tuple[float, ...]
+    sparsity: tuple[float, ...]
+
+
+def plan_step(
+    statistics: Statistics,
+    *,
+    dense: ModelShape,
+    current: ModelShape,
+    sparsity: Sequence[float],
+    target_params: int,
+    steps_left: int,
+    settings: PruneSettings,
+) -> Step:
+    """Decide one pruning step on the way to a phase's target.
+
+    Args:
+        statistics: Measured on the model as pruned so far.
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        sparsity: Cumulative sparsity of each layer so far.
+        target_params: Where the phase ends.
+        steps_left: Steps of the phase that are left, this one included; the last one lands on the target, as does
+            an earlier one that would cross it.
+        settings: Amplitude, attention unit and width multiple.
+
+    Raises:
+        TargetError: If the target cannot be reached.
+    """
+    sizing = Sizing(
+        dense=dense,
+        current=current,
+        attention_unit=settings.attention_unit,
+        width_multiple=settings.width_multiple,
+    )
+    # eq. 4-5: a layer that leaves its input as it was matters least.
+    importance = normalise_importance([-s for s in statistics.similarities.tolist()])
+    to_remove = max(current.num_params() - target_params, 0) / steps_left
+    after = next_sparsity(
+        sparsity, importance, step=to_remove / sizing.prunable_params(), amplitude=settings.amplitude
+    )
+    layers = sizes_at(sizing, after)
+    if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
+        layers, shift = sizes_for_target(sizing, after, importance, target_params)
+        after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
+    plans = tuple(
+        select_groups(scores, now, wanted, settings.attention_unit)
+        for scores, now, wanted in zip(statistics.scores, current.layers, layers, strict=True)
+    )
+    return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=after)
+
+
+def plan_phase(
+    statistics: Statistics,
+    *,
+    dense: ModelShape,
+    current: ModelShape,
+    sparsity: Sequence[float],
+    target_params: int,
+    settings: PruneSettings,
+    checkpoint: str,
+    statistics_digest: str,
+    remeasure: Callable[[tuple[LayerPlan, ...], int], Statistics],
+) -> Plan:
+    """Decide all pruning steps of a phase and compose them into one plan.
+
+    Args:
+        statistics: Measured on the checkpoint.
+        dense: Sizes at the start of the run.
+        current: Sizes of the checkpoint.
+        sparsity: Cumulative sparsity of each layer before the phase.
+        target_params: Where the phase ends.
+        settings: Steps, amplitude, attention unit and width multiple.
+        checkpoint: Digest of the checkpoint.
+        statistics_digest: Digest of the statistics.
+        remeasure: Takes what a step keeps and the number of the next step (from 1), and returns statistics of the
+            model that is left.
+
+    Raises:
+        TargetError: If the target cannot be reached.
+    """
+    plan: Plan | None = None
+    kept: tuple[LayerPlan, ...] = ()
+    for number in range(settings.steps_per_phase):
+        if number and current.num_params() <= target_params:
+            break
+        if number:
+            statistics = remeasure(kept, number)
+        step = plan_step(
+            statistics,
+            dense=dense,
+            current=current,
+            sparsity=sparsity,
+            target_params=target_params,
+            steps_left=settings.steps_per_phase - number,
+            settings=settings,
+        )
+        decided = Plan(
+            layers=step.layers,
+            before=current.layers,
+            checkpoint=checkpoint,
+            statistics=statistics_digest,
+            importance=step.importance,
+            sparsity=step.sparsity,
+            params_before=current.num_params(),
+            params_after=step.shape.num_params(),
+            target_params=target_params,
+        )
+        plan = decided if plan is None else plan.then(decided)
+        current, sparsity, kept = step.shape, step.sparsity, step.layers
+    assert plan is not None, "a phase has at least one step"
+    return plan

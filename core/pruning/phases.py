@@ -1,0 +1,47 @@
+"""How a run is shared out over its phases: sizes, training tokens and optimizer steps (section 3.2, eq. 11)."""
+
+from typing import Literal
+
+
+def phase_sizes(
+    base_params: int, target_params: int, phases: int, kind: Literal["geometric", "linear"]
+) -> tuple[int, ...]:
+    """Return the parameter count that each phase ends at.
+
+    Args:
+        base_params: |M|, parameters of the dense model.
+        target_params: Parameters after the last phase.
+        phases: N_P.
+        kind: ``geometric``: phase i ends at |M| * P^i with P = (target / |M|)^(1 / N_P), as in the paper;
+            ``linear``: all phases remove equally many parameters.
+
+    Returns:
+        One count a phase, ending exactly at the target.
+    """
+    sizes = []
+    for phase in range(1, phases + 1):
+        share = phase / phases
+        if kind == "geometric":
+            sizes.append(round(base_params * (target_params / base_params) ** share))
+        else:
+            sizes.append(round(base_params + (target_params - base_params) * share))
+    sizes[-1] = target_params
+    return tuple(sizes)
+
+
+def phase_shares(phases: int) -> tuple[float, ...]:
+    """Return each phase's share of the training tokens: 2(i+1) / (T(T+1)) for i of T = N_P, from 0 (eq. 11)."""
+    return tuple(2 * (i + 1) / (phases * (phases + 1)) for i in range(phases))
+
+
+def phase_steps(total_steps: int, phases: int) -> tuple[int, ...]:
+    """Split optimizer steps over the phases by ``phase_shares``; the last phase takes what rounding leaves.
+
+    Every phase gets at least one step where there are enough.
+    """
+    if total_steps < phases:
+        return (0,) * (phases - 1) + (total_steps,)
+    steps = [max(1, int(total_steps * share)) for share in phase_shares(phases)[:-1]]
+    while sum(steps) >= total_steps:  # only where the minimum of one step asks for more than there is
+        steps[steps.index(max(steps))] -= 1
+    return (*steps, total_steps - sum(steps))

@@ -1,0 +1,184 @@
+"""A plan: which groups of each layer stay. Made from statistics, applied by surgery, kept as JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import PlanError
+from core.model.shape import LayerShape
+from core.pruning.importance import LayerScores
+from core.pruning.sparsity import AttentionUnit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What one layer keeps, as ascending indices into its present groups.
+
+    Attributes:
+        query_heads: Kept query heads; grouped by the KV heads that stay, equally many each.
+        kv_heads: Kept KV heads.
+        mlp_channels: Kept MLP channels.
+    """
+
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    mlp_channels: tuple[int, ...]
+
+    def shape(self) -> LayerShape:
+        """Return the sizes of the layer that stays."""
+        return LayerShape(
+            query_heads=len(self.query_heads), kv_heads=len(self.kv_heads), mlp_width=len(self.mlp_channels)
+        )
+
+    def then(self, later: "LayerPlan") -> "LayerPlan":
+        """Compose with a plan made for what this one leaves."""
+        return LayerPlan(
+            query_heads=tuple(self.query_heads[i] for i in later.query_heads),
+            kv_heads=tuple(self.kv_heads[i] for i in later.kv_heads),
+            mlp_channels=tuple(self.mlp_channels[i] for i in later.mlp_channels),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A pruning step for a whole model.
+
+    Attributes:
+        layers: What each layer keeps.
+        before: Sizes of each layer of the checkpoint that the plan was made for.
+        checkpoint: Digest of that checkpoint; the plan fits no other.
+        statistics: Digest of the statistics that it was made from.
+        importance: Normalised importance of each layer at the last step.
+        sparsity: Cumulative sparsity of each layer, a share of its width at the start of the run.
+        params_before: Parameters before.
+        params_after: Parameters after.
+        target_params: Parameters that were asked for.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    before: tuple[LayerShape, ...]
+    checkpoint: str
+    statistics: str
+    importance: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    params_before: int
+    params_after: int
+    target_params: int
+
+    @property
+    def after(self) -> tuple[LayerShape, ...]:
+        """Sizes of each layer that the plan leaves."""
+        return tuple(layer.shape() for layer in self.layers)
+
+    def then(self, later: "Plan") -> "Plan":
+        """Compose with a plan made for what this one leaves; the result fits this one's checkpoint."""
+        return replace(
+            later,
+            layers=tuple(a.then(b) for a, b in zip(self.layers, later.layers, strict=True)),
+            before=self.before,
+            checkpoint=self.checkpoint,
+            statistics=self.statistics,
+            params_before=self.params_before,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read what ``save`` wrote.
+
+        Raises:
+            PlanError: If the file is not a plan.
+        """
+        try:
+            data = json.loads(path.read_text())
+            return cls(**data | _tuples(data))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a plan ({error}). Run score-layers again.") from error
+
+    def check(self, checkpoint: str, layers: Sequence[LayerShape]) -> None:
+        """Refuse a checkpoint that the plan was not made for.
+
+        Raises:
+            PlanError: If the digests or the layer sizes differ, or the plan keeps groups that are not there.
+        """
+        if checkpoint != self.checkpoint:
+            raise PlanError(
+                f"the plan was made for checkpoint {self.checkpoint[:12]}, not for {checkpoint[:12]}. "
+                "Apply it to the checkpoint that it was made for, or calibrate this one."
+            )
+        if tuple(layers) != self.before:
+            raise PlanError("the plan's layer sizes are not the checkpoint's. Calibrate and score it again.")
+        for index, (plan, shape) in enumerate(zip(self.layers, self.before, strict=True)):
+            if not _fits(plan, shape):
+                raise PlanError(f"the plan keeps groups that layer {index} does not have. Score it again.")
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layers": tuple(LayerPlan(**{k: tuple(v) for k, v in layer.items()}) for layer in data["layers"]),
+        "before": tuple(LayerShape(**layer) for layer in data["before"]),
+        "importance": tuple(data["importance"]),
+        "sparsity": tuple(data["sparsity"]),
+    }
+
+
+def _fits(plan: LayerPlan, shape: LayerShape) -> bool:
+    kept = [
+        (plan.query_heads, shape.query_heads),
+        (plan.kv_heads, shape.kv_heads),
+        (plan.mlp_channels, shape.mlp_width),
+    ]
+    whole = all(indices and list(indices) == sorted(set(indices)) for indices, _ in kept)
+    if not whole or any(indices[0] < 0 or indices[-1] >= size for indices, size in kept):
+        return False
+    # The heads that stay must go on reading their own KV head.
+    per_group, position = (
+        len(plan.query_heads) / len(plan.kv_heads),
+        {h: i for i, h in enumerate(plan.kv_heads)},
+    )
+    groups = [position.get(head // shape.heads_per_group) for head in plan.query_heads]
+    return groups == [i // per_group for i in range(len(groups))]
+
+
+def select_groups(
+    scores: LayerScores, now: LayerShape, after: LayerShape, attention_unit: AttentionUnit
+) -> LayerPlan:
+    """Choose what a layer keeps: within each kind the lowest-scoring groups go first (section 3.1).
+
+    Args:
+        scores: Scores of the layer's groups.
+        now: Sizes of the layer.
+        after: Sizes to reach.
+        attention_unit: What attention loses.
+    """
+    per_group = now.heads_per_group
+    if attention_unit == "query_head":
+        by_group = scores.query_heads.view(now.kv_heads, per_group)
+        heads = [
+            group * per_group + head
+            for group, row in enumerate(by_group)
+            for head in _highest(row, after.heads_per_group)
+        ]
+        kv_heads = tuple(range(now.kv_heads))
+    else:
+        kv_heads = _highest(scores.kv_groups(), after.kv_heads)
+        heads = [group * per_group + head for group in kv_heads for head in range(per_group)]
+    return LayerPlan(
+        query_heads=tuple(heads),
+        kv_heads=kv_heads,
+        mlp_channels=_highest(scores.mlp_channels, after.mlp_width),
+    )
+
+
+def _highest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Return the indices of the ``count`` highest scores, ascending; of equals the first stay."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return tuple(sorted(order[:count].tolist()))

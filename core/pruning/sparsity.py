@@ -1,0 +1,255 @@
+"""How much each layer loses: importance, adaptive sparsity that accumulates, and the exact size (eq. 3-6)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from core.errors import TargetError
+from core.model.shape import LayerShape, ModelShape
+
+AttentionUnit = Literal["kv_group", "query_head", "none"]
+
+MAX_SPARSITY = 0.99
+REFERENCE_STEP = 0.02
+"""Sparsity of the pruning step that the paper's amplitude is quoted at."""
+
+
+def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
+    """Centre layer importances and scale the largest deviation to 1 (section 3.1, after eq. 5).
+
+    Args:
+        importance: One value a layer, larger for layers that change their input more.
+
+    Returns:
+        Values in [-1, 1] with mean 0; all 0 if the layers are alike.
+    """
+    mean = math.fsum(importance) / len(importance)
+    centred = [value - mean for value in importance]
+    largest = max(map(abs, centred))
+    # Layers that differ by rounding alone are alike: scaling would turn the noise into sparsity.
+    if largest <= 1e-12 * max(1.0, abs(mean)):
+        return (0.0,) * len(importance)
+    return tuple(value / largest for value in centred)
+
+
+def next_sparsity(
+    sparsity: Sequence[float], importance: Sequence[float], *, step: float, amplitude: float
+) -> tuple[float, ...]:
+    """Accumulate one pruning step: s(t) = clamp(s(t-1) + dS - A(dS) * I, 0, 0.99) (eq. 6, Algorithm 1).
+
+    Args:
+        sparsity: s(t-1), each layer's removed share of its prunable width at the start.
+        importance: I(t), normalised to [-1, 1].
+        step: dS, the mean sparsity that the step adds.
+        amplitude: A at a step of 2 %; it grows in proportion to the step.
+    """
+    spread = amplitude * step / REFERENCE_STEP
+    return tuple(
+        min(max(s + step - spread * i, 0.0), MAX_SPARSITY) for s, i in zip(sparsity, importance, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """The rules by which sparsities become sizes.
+
+    Attributes:
+        dense: Sizes at the start of the run: sparsity is a share of these.
+        current: Sizes now; nothing grows back beyond them.
+        attention_unit: What attention loses.
+        width_multiple: MLP widths are multiples of this (a width that is not cut may be none).
+    """
+
+    dense: ModelShape
+    current: ModelShape
+    attention_unit: AttentionUnit
+    width_multiple: int = 1
+
+    def attention_units(self, layer: LayerShape) -> int:
+        """Return how many units of attention ``layer`` holds."""
+        return layer.heads_per_group if self.attention_unit == "query_head" else layer.kv_heads
+
+    def with_attention_units(self, layer: LayerShape, units: int) -> LayerShape:
+        """Return ``layer`` with ``units`` units of attention."""
+        if self.attention_unit == "query_head":
+            return replace(layer, query_heads=layer.kv_heads * units)
+        return replace(layer, kv_heads=units, query_heads=units * layer.heads_per_group)
+
+    def min_width(self, index: int) -> int:
+        """Return the smallest MLP width of layer ``index``."""
+        return min(max(1, self.width_multiple), self.current.layers[index].mlp_width)
+
+    def units_at(self, index: int, sparsity: float) -> int:
+        """Return the units of attention that layer ``index`` keeps: whole units removed only, at least one left."""
+        now = self.attention_units(self.current.layers[index])
+        if self.attention_unit == "none":
+            return now
+        dense = self.attention_units(self.dense.layers[index])
+        removed = math.floor(min(max(sparsity, 0.0), 1.0) * dense + 1e-9)
+        return min(now, max(1, dense - removed))
+
+    def width_at(self, index: int, sparsity: float) -> float:
+        """Return the MLP width of layer ``index`` before rounding."""
+        kept = self.dense.layers[index].mlp_width * (1 - min(max(sparsity, 0.0), 1.0))
+        return min(float(self.current.layers[index].mlp_width), max(float(self.min_width(index)), kept))
+
+    def layers(self, units: Sequence[int], widths: Sequence[int]) -> tuple[LayerShape, ...]:
+        """Return layer shapes of the given sizes."""
+        return tuple(
+            replace(self.with_attention_units(layer, units[i]), mlp_width=widths[i])
+            for i, layer in enumerate(self.current.layers)
+        )
+
+    def params(self, units: Sequence[int], widths: Sequence[float]) -> float:
+        """Return the model's parameters at the given units of attention and (fractional) MLP widths."""
+        bare = self.layers(units, [0] * len(widths))
+        return self.current.with_layers(bare).num_params() + self.current.mlp_channel_params * math.fsum(
+            widths
+        )
+
+    def prunable_params(self) -> int:
+        """Return the parameters of the dense model that sparsity counts in."""
+        per_layer = [
+            self.dense.layer_num_params(layer) - self.dense.layer_params for layer in self.dense.layers
+        ]
+        attention = [
+            layer.query_heads * self.dense.query_head_params + layer.kv_heads * self.dense.kv_head_params
+            for layer in self.dense.layers
+        ]
+        return sum(per_layer) - (sum(attention) if self.attention_unit == "none" else 0)
+
+
+def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...]:
+    """Return the layer sizes that sparsities call for, without a target."""
+    units = [sizing.units_at(i, s) for i, s in enumerate(sparsity)]
+    widths = []
+    for i, s in enumerate(sparsity):
+        now, multiple = sizing.current.layers[i].mlp_width, sizing.width_multiple
+        width = multiple * round(sizing.width_at(i, s) / multiple)
+        widths.append(now if width >= now else max(width, sizing.min_width(i)))
+    return sizing.layers(units, widths)
+
+
+def smallest_params(sizing: Sizing, target_params: int) -> int:
+    """Return the parameters of the smallest model that the rules allow.
+
+    Raises:
+        TargetError: If that is above the target by more than rounding.
+    """
+    count = len(sizing.current.layers)
+    least = sizing.layers(
+        [sizing.units_at(i, math.inf) for i in range(count)], [sizing.min_width(i) for i in range(count)]
+    )
+    params = sizing.current.with_layers(least).num_params()
+    if params > target_params + sizing.width_multiple * sizing.current.mlp_channel_params / 2:
+        attention = "attention whole" if sizing.attention_unit == "none" else "one attention unit left"
+        raise TargetError(
+            f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width of "
+            f"{sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
+            f"{sizing.current.outside_params:,} of them outside the layers. Raise prune.target."
+        )
+    return params
+
+
+def sizes_for_target(
+    sizing: Sizing, sparsity: Sequence[float], importance: Sequence[float], target_params: int
+) -> tuple[tuple[LayerShape, ...], float]:
+    """Find the layer sizes whose total comes as close to the target as one MLP channel allows.
+
+    One scalar d is added to every layer's sparsity, found by bisection. Attention units that fall due at the same d
+    go in order of layer importance, no further than the target allows; MLP widths take up the rest, and are rounded by
+    largest remainder.
+
+    Args:
+        sizing: Sizes now and the rules.
+        sparsity: Cumulative sparsity of each layer after this step, before d.
+        importance: Normalised importance of each layer.
+        target_params: Parameters of the whole model.
+
+    Returns:
+        Layer sizes with |total - target| <= width_multiple / 2 channels, and d.
+
+    Raises:
+        TargetError: If even the smallest model is larger; the text names its size.
+    """
+    smallest_params(sizing, target_params)
+
+    def units(d: float) -> list[int]:
+        return [sizing.units_at(i, s + d) for i, s in enumerate(sparsity)]
+
+    def widths(d: float) -> list[float]:
+        return [sizing.width_at(i, s + d) for i, s in enumerate(sparsity)]
+
+    low, high = _bisect(lambda d: sizing.params(units(d), widths(d)) - target_params)
+    kept = _drop_due_units(sizing, units(low), units(high), widths(low), importance, target_params)
+    shift, _ = _bisect(lambda d: sizing.params(kept, widths(d)) - target_params)
+    return sizing.layers(kept, _round_widths(sizing, kept, widths(shift), target_params)), shift
+
+
+def _bisect(excess: Callable[[float], float]) -> tuple[float, float]:
+    """Enclose the zero of a falling function of the sparsity shift d in [-1, 1]."""
+    low, high = -1.0, 1.0
+    if excess(low) <= 0:
+        return low, low
+    for _ in range(100):
+        middle = (low + high) / 2
+        if excess(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+def _drop_due_units(
+    sizing: Sizing,
+    before: Sequence[int],
+    after: Sequence[int],
+    widths: Sequence[float],
+    importance: Sequence[float],
+    target_params: int,
+) -> list[int]:
+    """Remove attention units that fall due at one d, least important layer first, while the target allows."""
+    units = list(before)
+    floors = [float(sizing.min_width(i)) for i in range(len(units))]
+    for index in sorted(range(len(units)), key=lambda i: (importance[i], i)):
+        while units[index] > after[index]:
+            units[index] -= 1
+            too_far = sizing.params(units, widths) < target_params
+            needed = (
+                sizing.params([*units[:index], units[index] + 1, *units[index + 1 :]], floors) > target_params
+            )
+            if too_far and not needed:
+                units[index] += 1
+                return units
+    return units
+
+
+def _round_widths(
+    sizing: Sizing, units: Sequence[int], widths: Sequence[float], target_params: int
+) -> list[int]:
+    """Round MLP widths so that the total is nearest the target: largest remainders are rounded up."""
+    multiple, cost = sizing.width_multiple, sizing.current.mlp_channel_params
+    now = [layer.mlp_width for layer in sizing.current.layers]
+    rounded = []
+    for i, width in enumerate(widths):
+        down = multiple * math.floor(width / multiple + 1e-9)
+        rounded.append(now[i] if width >= now[i] else max(down, sizing.min_width(i)))
+    remainders = [width - whole for width, whole in zip(widths, rounded, strict=True)]
+    missing = target_params - sizing.params(units, rounded)
+    while True:
+        up = missing > 0
+        # An uncut width need not be a multiple: the last step up to it may be a short one.
+        changes = [
+            min(multiple, now[i] - width)
+            if up
+            else max(-(width % multiple or multiple), sizing.min_width(i) - width)
+            for i, width in enumerate(rounded)
+        ]
+        useful = [i for i, change in enumerate(changes) if abs(missing - change * cost) < abs(missing)]
+        if not useful:
+            return rounded
+        index = max(useful, key=lambda i: (remainders[i] if up else -remainders[i], -i))
+        rounded[index] += changes[index]
+        remainders[index] -= changes[index]
+        missing -= changes[index] * cost

@@ -1,0 +1,115 @@
+"""Physical removal of groups: from the tensors of a layer, from a model in memory, from a checkpoint on disk."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from core.model.build import build_model, config_with_layers, layer_shapes, load_config
+from core.model.checkpoint import CheckpointReader, write_checkpoint
+from core.model.families import Family, Kind, family_of
+from core.model.shape import LayerShape
+from core.pruning.plan import LayerPlan, Plan
+
+log = logging.getLogger(__name__)
+
+
+def prune_layer(
+    family: Family, layer: LayerShape, tensors: Mapping[str, Tensor], plan: LayerPlan
+) -> dict[str, Tensor]:
+    """Cut a decoder layer's tensors down to the groups that stay.
+
+    Args:
+        family: Says how groups lie in the tensors.
+        layer: Present sizes of the layer.
+        tensors: Name within the layer to weight, bias or anything else that an optimizer keeps in its shape.
+        plan: What stays.
+
+    Returns:
+        The same names; tensors of no group are passed on as they are.
+    """
+    kept: dict[Kind, Tensor] = {
+        "query": torch.tensor(plan.query_heads),
+        "kv": torch.tensor(plan.kv_heads),
+        "mlp": torch.tensor(plan.mlp_channels),
+    }
+    pruned = {}
+    for name, tensor in tensors.items():
+        slicing = family.slicings.get(name)
+        if slicing is not None:
+            blocks = slicing.unit_rows(layer, tensor.shape[slicing.axis])
+            rows = torch.cat([unit_rows[kept[kind]].flatten() for kind, unit_rows in blocks])
+            tensor = tensor.index_select(slicing.axis, rows.to(tensor.device))
+        pruned[name] = tensor
+    return pruned
+
+
+def prune_model(model: PreTrainedModel, layers: tuple[LayerPlan, ...]) -> PreTrainedModel:
+    """Return a smaller model that shares all uncut tensors with ``model``."""
+    family = family_of(model.config)
+    shapes = layer_shapes(model.config)
+    state = dict(model.state_dict())
+    for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
+        prefix = f"{family.layers}.{index}."
+        tensors = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        state |= {prefix + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
+    config = config_with_layers(model.config, [plan.shape() for plan in layers])
+    with no_init_weights():
+        smaller = build_model(config, dtype=model.dtype)
+    smaller.load_state_dict(state, assign=True)
+    smaller.tie_weights()
+    return torch.nn.Module.to(smaller, model.device).eval()
+
+
+def prune_checkpoint(
+    source: Path,
+    target: Path,
+    plan: Plan,
+    *,
+    digest: str,
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
+
+    Args:
+        source: Checkpoint directory.
+        target: Directory of the smaller checkpoint.
+        plan: What stays.
+        digest: Digest of the source's manifest.
+        dtype: Number format to write; None keeps the source's.
+        provenance: Written along with the checkpoint.
+
+    Raises:
+        PlanError: If the plan was made for another checkpoint.
+        CheckpointError: If the source is incomplete or corrupt.
+    """
+    config = load_config(source)
+    family = family_of(config)
+    shapes = layer_shapes(config)
+    plan.check(digest, shapes)
+    smaller = config_with_layers(config, plan.after)
+    smaller.dtype = dtype or smaller.dtype
+
+    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
+        for index, shape in enumerate(shapes):
+            prefix = f"{family.layers}.{index}"
+            tensors = prune_layer(family, shape, reader.layer(prefix), plan.layers[index])
+            log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
+            yield {f"{prefix}.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        yield {
+            name: (tensor := reader.tensor(name)).to(dtype or tensor.dtype)
+            for name in reader.names()
+            if not name.startswith(f"{family.layers}.") and name not in tied
+        }
+
+    with CheckpointReader(source) as reader:
+        write_checkpoint(
+            target, smaller, parts(reader), len(shapes) + 1, companions=source, provenance=provenance
+        )

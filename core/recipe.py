@@ -1,0 +1,148 @@
+"""Recipes: YAML files, command-line overrides and pipeline parameters become settings.
+
+Everything that is wrong with a recipe is reported at once, each problem with the setting's full name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from core.config import Settings
+from core.errors import SettingsError
+
+
+def settings_from_dict(data: Mapping[str, Any]) -> Settings:
+    """Build the settings from a recipe's content.
+
+    Numbers may come back from KFP as floats and are made whole again.
+
+    Raises:
+        SettingsError: With every unknown key, wrong type, value out of range and impossible combination.
+    """
+    problems: list[str] = []
+    settings = _build(Settings, data, "", problems)
+    if problems:
+        raise SettingsError(problems)
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
+    """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        SettingsError: If the file is missing, is not YAML, or holds wrong settings.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(
+            [f"recipe {path} cannot be read ({error.strerror}). Give the path of a YAML file."]
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError([f"recipe {path} is not valid YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(data, dict):
+        raise SettingsError([f"recipe {path} must be a mapping of sections such as model: and prune:."])
+    for override in overrides:
+        _override(data, override)
+    return settings_from_dict(data)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise SettingsError([f"--set {override} must read section.key=value, such as prune.target=80%."])
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise SettingsError([f"--set {override}: {section} is not a section."])
+        data = inner
+    try:
+        data[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        data[key] = text
+
+
+_INVALID = object()
+
+
+def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
+    """Build dataclass ``cls`` from a mapping; problems are collected with full names, defaults stand in."""
+    where = prefix.rstrip(".") or "the recipe"
+    if not isinstance(data, Mapping):
+        problems.append(f"{where}={data!r} must be a mapping of settings.")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    before = len(problems)
+    for key, value in data.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"Did you mean {prefix}{close[0]}?" if close else f"Known: {', '.join(fields)}."
+            problems.append(f"{prefix}{key} is not a setting. {hint}")
+            continue
+        values[key] = _convert(hints[key], value, f"{prefix}{key}", problems)
+    try:
+        return cls(**{k: v for k, v in values.items() if v is not _INVALID})
+    except SettingsError as error:
+        # A section that lacks a value because it was invalid would only repeat the complaint.
+        if prefix or len(problems) == before:
+            problems.extend(f"{prefix}{problem}" for problem in error.problems)
+        return None if not prefix else _INVALID
+
+
+def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """Convert a YAML or JSON ``value`` to the type ``hint`` of the setting ``name``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, name, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{name}.", problems)
+    if origin is Literal:
+        if value in args:
+            return value
+        problems.append(f"{name}={value} must be one of {', '.join(map(str, args))}. Choose one.")
+        return _INVALID
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            items = [_convert(args[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value)]
+            return _INVALID if _INVALID in items else tuple(items)
+        problems.append(f"{name}={value!r} must be a list.")
+        return _INVALID
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): str(v) for k, v in value.items()}
+        problems.append(f"{name}={value!r} must be a mapping.")
+        return _INVALID
+    return _convert_scalar(hint, value, name, problems)
+
+
+def _convert_scalar(hint: type, value: Any, name: str, problems: list[str]) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is str and number:
+        return str(int(value)) if float(value).is_integer() else str(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and number and float(value).is_integer():
+        return int(value)
+    if hint is float and number:
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML reads 2e-5 (without a dot) as a string
+            return float(value)
+        except ValueError:
+            pass
+    problems.append(f"{name}={value!r} must be of type {hint.__name__}.")
+    return _INVALID

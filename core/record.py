@@ -1,0 +1,210 @@
+"""What a run has measured, as plain data: written by the steps, read by the report and the tables."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """Widths of one decoder layer."""
+
+    query_heads: int
+    """H."""
+    kv_heads: int
+    """K."""
+    mlp_width: int
+    """F."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerSizes":
+        """Read what ``to_dict`` returned; whole floats become ints."""
+        return cls(**{name: _whole(data[name]) for name in ("query_heads", "kv_heads", "mlp_width")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseRecord:
+    """One phase, or the dense model as phase 0."""
+
+    phase: int
+    """0 is the dense model."""
+    params: int
+    """Parameters at the end of the phase; tied weights count once."""
+    target_params: int
+    """Parameters that the schedule asked for."""
+    layers: tuple[LayerSizes, ...]
+    """L entries."""
+    importance: tuple[float, ...] = ()
+    """L normalised layer importances in [-1, 1], as last measured in the phase; empty for phase 0."""
+    sparsity: tuple[float, ...] = ()
+    """L cumulative sparsities in [0, 1], shares of the dense layer's width; empty for phase 0."""
+    perplexity_pruned: float | None = None
+    """Perplexity after pruning, before recovery."""
+    perplexity: float | None = None
+    """Perplexity at the end of the phase."""
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Task to metric to value."""
+    tokens: int = 0
+    """Training tokens of this phase."""
+    losses: tuple[tuple[int, float, float], ...] = ()
+    """(global step, training loss, learning rate), in order."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Step name to wall-clock seconds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["layers"] = [layer.to_dict() for layer in self.layers]
+        data["losses"] = [list(point) for point in self.losses]
+        data["tasks"] = {task: dict(metrics) for task, metrics in self.tasks.items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, dict) else v
+            for k, v in data.items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "PhaseRecord":
+        """Read what ``to_dict`` returned, also after a trip through JSON or KFP (ints as floats)."""
+        return cls(
+            phase=_whole(data["phase"]),
+            params=_whole(data["params"]),
+            target_params=_whole(data["target_params"]),
+            layers=tuple(LayerSizes.from_dict(layer) for layer in data["layers"]),
+            importance=tuple(float(x) for x in data.get("importance", ())),
+            sparsity=tuple(float(x) for x in data.get("sparsity", ())),
+            perplexity_pruned=_optional(data.get("perplexity_pruned")),
+            perplexity=_optional(data.get("perplexity")),
+            tasks={
+                str(task): {str(m): float(v) for m, v in metrics.items()}
+                for task, metrics in data.get("tasks", {}).items()
+            },
+            tokens=_whole(data.get("tokens", 0)),
+            losses=tuple((_whole(s), float(loss), float(rate)) for s, loss, rate in data.get("losses", ())),
+            seconds={str(step): float(s) for step, s in data.get("seconds", {}).items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run: what was asked for, what came out of every phase, and where it lies."""
+
+    key: str
+    """Run key."""
+    name: str
+    """The run's name in tables and in MLflow."""
+    base: str
+    """Base model."""
+    revision: str = ""
+    """Resolved revision of the base model."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings, as a recipe holds them."""
+    phases: tuple[PhaseRecord, ...] = ()
+    """Phase 0 (dense) first, then those that are done, in order."""
+    checkpoint_uri: str = ""
+    """The last phase's checkpoint."""
+    tracking_uri: str = ""
+    """MLflow tracking URI; empty without tracking."""
+    tracking_run: str = ""
+    """Id of the MLflow parent run; empty without tracking."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether any phase has trained."""
+        return any(phase.tokens for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return data | {
+            "settings": dict(self.settings),
+            "phases": [phase.to_dict() for phase in self.phases],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RunRecord":
+        """Read what ``to_dict`` returned, also after a trip through JSON or KFP (ints as floats)."""
+        return cls(
+            **{f.name: data[f.name] for f in dataclasses.fields(cls) if f.type is str and f.name in data},
+            settings=_whole_numbers(data.get("settings", {})),
+            phases=tuple(PhaseRecord.from_dict(phase) for phase in data.get("phases", ())),
+        )
+
+
+def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """Return the one metric that stands for a task in a table, and its value.
+
+    Length-normalised accuracy where the task has it, else accuracy, exact match, perplexity (as in Table 6).
+    """
+    values = {name.split(",")[0]: value for name, value in metrics.items()}  # lm-eval: "acc_norm,none"
+    for name in ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity"):
+        if name in values:
+            return name, values[name]
+    return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
+
+
+def accuracies(phase: PhaseRecord) -> dict[str, float]:
+    """Return the headline accuracy in [0, 1] of every task that has one."""
+    best = {task: headline_metric(metrics) for task, metrics in phase.tasks.items()}
+    return {task: m[1] for task, m in best.items() if m is not None and "perplexity" not in m[0]}
+
+
+def count_text(count: int) -> str:
+    """Write a count for people: 134.5M, 8.03B, 49.2k, 512; four digits at most."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        # 999,950 would round to 1000.0k
+        if count >= 0.99995 * factor:
+            decimals = 2 if unit == "B" and count < 9.995 * factor else 1
+            return f"{count / factor:.{decimals}f}{unit}"
+    return str(count)
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a duration for people: 0.4 s, 41 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def perplexity_text(value: float | None) -> str:
+    """Write a perplexity with three or four digits: 24.1, 153, 4.2e+05; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "infinite"
+    return f"{value:.2f}" if value < 99.995 else f"{value:.0f}" if value < 99_999.5 else f"{value:.1e}"
+
+
+def without_password(text: str) -> str:
+    """Hide the password of a URI, for messages, parameters and reports."""
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
+
+
+def _whole(value: float) -> int:
+    if int(value) != value:
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)
+
+
+def _optional(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _whole_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {k: _whole_numbers(v) for k, v in value.items()}
+    return [_whole_numbers(v) for v in value] if isinstance(value, list | tuple) else value

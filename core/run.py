@@ -1,0 +1,91 @@
+"""A run: its settings, its base model and where its files stand. Every step starts by loading it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from core.config import Settings
+from core.errors import StorageError
+from core.model.shape import LayerShape, ModelShape
+from core.recipe import settings_from_dict
+from core.storage.store import join_uri, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What ``run.json`` says.
+
+    Attributes:
+        store: URI of the store.
+        key: Names the run; equal for equal base revision, settings and N_P.
+        settings: The settings.
+        revision: Which revision of the base model.
+        base_uri: Publication of the base model.
+        dense: Sizes of the base model.
+        phase_params: Parameters that each phase ends at.
+    """
+
+    store: str
+    key: str
+    settings: Settings
+    revision: str
+    base_uri: str
+    dense: ModelShape
+    phase_params: tuple[int, ...]
+
+    @staticmethod
+    def key_of(revision: str, settings: Settings) -> str:
+        """Return the key of a run of these settings on this revision of the base model."""
+        return hashlib.sha256(f"{revision} {settings.digest()}".encode()).hexdigest()[:12]
+
+    @classmethod
+    def load(cls, handle: Mapping[str, Any]) -> "Run":
+        """Load the run that a task was handed.
+
+        Args:
+            handle: ``store`` and ``key``.
+
+        Raises:
+            StorageError: If the store does not hold the run, or cannot be reached.
+        """
+        store, key = str(handle["store"]), str(handle["key"])
+        try:
+            data = json.loads(open_store(store).read_bytes(f"runs/{key}/run.json"))
+        except FileNotFoundError:
+            raise StorageError(f"{store} holds no run {key}. Start it again with its recipe.") from None
+        return cls(
+            store=store,
+            key=key,
+            settings=settings_from_dict(data["settings"]),
+            revision=data["revision"],
+            base_uri=data["base_uri"],
+            dense=ModelShape(
+                **data["dense"] | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
+            ),
+            phase_params=tuple(data["phase_params"]),
+        )
+
+    @staticmethod
+    def is_done(handle: Mapping[str, Any]) -> bool:
+        """Return whether the run that tasks were handed has been published."""
+        return open_store(str(handle["store"])).exists(f"runs/{handle['key']}/DONE.json")
+
+    def save(self) -> None:
+        """Write ``run.json`` unless the run is there already."""
+        data = asdict(self) | {"settings": self.settings.to_dict()}
+        text = json.dumps(data, indent=1)
+        open_store(self.store).write_bytes(f"runs/{self.key}/run.json", text.encode(), if_absent=True)
+
+    def handle(self) -> dict[str, str]:
+        """Return what tasks are handed."""
+        return {"store": self.store, "key": self.key}
+
+    def uri(self, *parts: str) -> str:
+        """Return the URI of ``parts`` within the run."""
+        return join_uri(self.store, "runs", self.key, *parts)
+
+    def phase_uri(self, phase: int, step: str) -> str:
+        """Return the URI of what a step of a phase publishes."""
+        return self.uri("phases", f"{phase:02d}", step)

@@ -1,0 +1,136 @@
+"""The frame of every step: compute once, publish, track; a rerun finds the publication and computes nothing."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.errors import StorageError
+from core.run import Run
+from core.storage.entries import Manifest
+from core.storage.manifest import fetch, publish, read_manifest
+from core.tracking.mlflow import ChildRun, Tracker, open_tracker
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+
+
+class Artifact(Protocol):
+    """What a KFP artifact offers; the steps know no more of KFP."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Where a step works.
+
+    Attributes:
+        out: Empty folder; what is in it when the step returns is published.
+        scratch: Folder for downloads, removed afterwards.
+        child: The step's MLflow run.
+    """
+
+    out: Path
+    scratch: Path
+    child: ChildRun
+
+
+def compute_once(
+    run: Run, uri: str, *, phase: int, step: str, compute: Callable[[Workspace], dict[str, Any]]
+) -> Manifest:
+    """Compute and publish a step's result, unless it is published already.
+
+    Args:
+        run: The run.
+        uri: Where the result goes.
+        phase: Phase of the step, 0 for the dense model and for what comes before all phases.
+        step: Name of the step.
+        compute: Fills ``out`` and returns figures to keep beside it in ``report.json``.
+    """
+    manifest = read_manifest(uri)
+    if manifest is not None:
+        log.info("already done")
+        return manifest
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
+        out, scratch = Path(folder, "out"), Path(folder, "scratch")
+        out.mkdir()
+        scratch.mkdir()
+        with tracker_of(run).child(phase, step) as child:
+            report = compute(Workspace(out=out, scratch=scratch, child=child))
+            report["seconds"] = time.monotonic() - started
+            (out / REPORT).write_text(json.dumps(report))
+            child.log_metrics({"seconds": report["seconds"]})
+            return publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
+
+
+def tracker_of(run: Run) -> Tracker:
+    """Return the tracker of a run."""
+    return open_tracker(run.settings.tracking, key=run.key, name=run.settings.name)
+
+
+def read_published(uri: str, name: str) -> dict[str, Any]:
+    """Return a published JSON file; {} if the step has not published it (it had nothing to do)."""
+    manifest = read_manifest(uri)
+    if manifest is None or name not in {entry.path for entry in manifest.files}:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
+    return dict(json.loads(content))
+
+
+def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:
+    """Return what a checkpoint's ``adapt_pruner.json`` says of how it was made.
+
+    Args:
+        run: The run.
+        phase: The phase.
+        source: Digest of the checkpoint that it was made from.
+        step: The step that makes it.
+    """
+    return {
+        "run": run.key,
+        "phase": phase,
+        "step": step,
+        "base": run.settings.model.base,
+        "revision": run.revision,
+        "source": source,
+        "settings": run.settings.digest(),
+    }
+
+
+def digest_of(uri: str) -> str:
+    """Return the digest of a publication.
+
+    Raises:
+        StorageError: If nothing is published there.
+    """
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise StorageError(f"{uri} is not published. Correct the URI, or rerun its step.")
+    return manifest.digest
+
+
+def hand_over(uri: str, name: str, artifact: Artifact) -> None:
+    """Copy a published file into a KFP artifact, for lineage and for the next task."""
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        content = (fetch(uri, Path(scratch), only=[name]) / name).read_bytes()
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(artifact.path).write_bytes(content)
+    artifact.metadata["uri"] = uri
+
+
+def describe_checkpoint(uri: str, artifact: Artifact) -> None:
+    """Put a checkpoint's manifest into a KFP artifact; the weights stay in the store."""
+    manifest = read_manifest(uri)
+    assert manifest is not None, "a step describes what it has published"
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(artifact.path).write_text(manifest.to_json())
+    artifact.metadata |= {"checkpoint_uri": uri, "digest": manifest.digest, "bytes": manifest.total_bytes}

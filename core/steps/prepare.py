@@ -1,0 +1,160 @@
+"""Steps before the first phase: resolve-base, needs-run and prepare-data."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.errors import TargetError
+from core.recipe import settings_from_dict
+from core.run import Run
+from core.steps.once import Workspace, compute_once, tracker_of
+from core.storage.manifest import fetch, read_manifest
+from core.storage.store import open_store
+
+log = logging.getLogger(__name__)
+
+
+def run_resolve_base(
+    *,
+    base_model: str,
+    revision: str,
+    target: str,
+    method: str,
+    recipe: Mapping[str, Any],
+    phases: int,
+    job: str,
+) -> tuple[dict[str, str], str]:
+    """Pin the base model's revision, plan the sizes of all phases and open the run.
+
+    Args:
+        base_model: ``model.base``.
+        revision: ``model.revision``.
+        target: ``prune.target``.
+        method: ``prune.method``.
+        recipe: All other settings.
+        phases: N_P, which the pipeline was compiled for.
+        job: Identifies this execution; finalize finds the run by it.
+
+    Returns:
+        The handle that later steps load the run by, and the URI of the base model's publication.
+
+    Raises:
+        SettingsError: If a setting is wrong.
+        CheckpointError: If there is no such base model.
+        UnsupportedModelError: If its family is not supported.
+        TargetError: If the target cannot be reached.
+    """
+    from core.base import import_base
+    from core.model.build import load_config, model_shape
+    from core.pruning.phases import phase_sizes
+    from core.pruning.sparsity import Sizing, smallest_params
+
+    own: dict[str, dict[str, Any]] = {
+        "model": {"base": base_model, "revision": revision},
+        "prune": {"target": target, "method": method, "phases": phases},
+    }
+    sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
+    settings = settings_from_dict({**recipe, **sections})
+    base_uri, commit = import_base(settings.model, settings.storage.store)
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        dense = model_shape(load_config(fetch(base_uri, Path(scratch), only=["config.json"])))
+    base_params, prune = dense.num_params(), settings.prune
+    target_params = prune.target_params(base_params)
+    if target_params >= base_params:
+        raise TargetError(
+            f"prune.target={prune.target} is not below the {base_params:,} parameters of {base_model}. Lower it."
+        )
+    smallest_params(
+        Sizing(
+            dense=dense,
+            current=dense,
+            attention_unit=prune.attention_unit,
+            width_multiple=prune.width_multiple,
+        ),
+        target_params,
+    )
+    run = Run(
+        store=settings.storage.store,
+        key=Run.key_of(commit, settings),
+        settings=settings,
+        revision=commit,
+        base_uri=base_uri,
+        dense=dense,
+        phase_params=phase_sizes(base_params, target_params, phases, prune.phase_sizes),
+    )
+    run.save()
+    open_store(run.store).write_bytes(f"jobs/{job}.json", json.dumps(run.handle()).encode())
+    log.info("run %s: %s, %s to %s parameters", run.key, base_model, f"{base_params:,}", f"{target_params:,}")
+    if not Run.is_done(run.handle()):
+        tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
+        tracker_of(run).start(settings.to_dict(), tags)
+    return run.handle(), base_uri
+
+
+def run_needs_run(*, run: Mapping[str, Any]) -> bool:
+    """Return whether the run is still to be done."""
+    done = Run.is_done(run)
+    log.info("run %s is done already" if done else "run %s is not done yet", run["key"])
+    return not done
+
+
+def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
+    """Tokenize and pack the training mixture in slices, the calibration pool and the text for perplexity.
+
+    Returns:
+        URI of the data.
+    """
+    from core.model.build import load_tokenizer
+    from core.model.checkpoint import is_companion
+    from core.pruning.phases import phase_steps
+    from core.training.mixture import write_calibration_pool, write_perplexity_windows, write_slices
+
+    this = Run.load(run)
+    settings = this.settings
+    calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        manifest = read_manifest(base_uri)
+        names = [entry.path for entry in manifest.files] if manifest else []
+        wanted = ["config.json", *(name for name in names if is_companion(name))]
+        tokenizer = load_tokenizer(fetch(base_uri, work.scratch, only=wanted))
+        assert calibration.source is not None, "settings are checked"
+        report: dict[str, Any] = {
+            "calibration_documents": write_calibration_pool(
+                calibration.source,
+                tokenizer,
+                sequence_length=calibration.sequence_length,
+                documents=calibration.pool_documents,
+                at_least=calibration.sequences,
+                seed=settings.seed,
+                path=work.out / "calibration.safetensors",
+            )
+        }
+        if evaluation.perplexity is not None:
+            report["perplexity_windows"] = write_perplexity_windows(
+                evaluation.perplexity,
+                tokenizer,
+                windows=evaluation.perplexity_windows,
+                length=evaluation.perplexity_length,
+                path=work.out / "perplexity.safetensors",
+            )
+        if training.total_steps:
+            steps = phase_steps(training.total_steps, settings.prune.phases)
+            mixture = write_slices(
+                training.sources,
+                tokenizer,
+                sequence_length=training.sequence_length,
+                sequences=[count * training.global_batch for count in steps],
+                seed=settings.seed,
+                directory=work.out,
+            )
+            report["training_tokens"] = mixture.tokens
+        work.child.log_metrics(report)
+        return report
+
+    uri = this.uri("data")
+    compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
+    return uri

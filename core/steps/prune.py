@@ -1,0 +1,168 @@
+"""Steps of a phase that make the model smaller: calibrate, score-layers and prune-step."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.run import Run
+from core.steps.once import (
+    Artifact,
+    Workspace,
+    compute_once,
+    describe_checkpoint,
+    digest_of,
+    hand_over,
+    provenance_of,
+    read_published,
+)
+from core.storage.manifest import fetch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from core.pruning.importance import Statistics
+    from core.pruning.plan import LayerPlan
+
+log = logging.getLogger(__name__)
+
+
+def run_calibrate(
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, statistics: Artifact
+) -> None:
+    """Measure layer similarities and group scores of a checkpoint."""
+    this = Run.load(run)
+    settings = this.settings.calibration
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        from core.model.build import dtype_of, load_model, pick_device
+
+        tokens = _draw(this, phase, 0, data_uri, work.scratch)
+        model = load_model(
+            fetch(checkpoint_uri, work.scratch), dtype=dtype_of(settings.precision), device=pick_device()
+        )
+        measured = _measure(this, model, tokens)
+        measured.save(work.out / "statistics.safetensors")
+        work.child.log_metrics({"calibration_loss": measured.loss})
+        work.child.log_series("similarity", list(enumerate(measured.similarities.tolist())))
+        return {"calibration_loss": measured.loss, "calibration_tokens": measured.tokens}
+
+    uri = this.phase_uri(phase, "calibrated")
+    compute_once(this, uri, phase=phase, step="calibrate", compute=compute)
+    hand_over(uri, "statistics.safetensors", statistics)
+
+
+def run_score_layers(
+    *,
+    run: Mapping[str, Any],
+    phase: int,
+    checkpoint_uri: str,
+    data_uri: str,
+    statistics_path: str,
+    plan: Artifact,
+) -> None:
+    """Decide which groups stay in each layer, so that the phase ends at its size.
+
+    With several steps a phase, each step is applied to the model in memory and the model is measured again.
+    """
+    this = Run.load(run)
+    prune = this.settings.prune
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        from core.model.build import dtype_of, layer_shapes, load_config, load_model, pick_device
+        from core.pruning.adapt import plan_phase
+        from core.pruning.importance import Statistics
+        from core.pruning.surgery import prune_model
+        from core.storage.store import file_sha256
+
+        smaller: list[Any] = []  # the model as pruned so far; loaded when a second step needs it
+
+        def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
+            dtype = dtype_of(this.settings.calibration.precision)
+            folder = fetch(checkpoint_uri, work.scratch)
+            model = smaller.pop() if smaller else load_model(folder, dtype=dtype, device=pick_device())
+            smaller.append(prune_model(model, layers))
+            return _measure(this, smaller[0], _draw(this, phase, step, data_uri, work.scratch))
+
+        shapes = layer_shapes(load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"])))
+        before = read_published(this.phase_uri(phase - 1, "scored"), "plan.json") if phase > 1 else {}
+        decided = plan_phase(
+            Statistics.load(Path(statistics_path)),
+            dense=this.dense,
+            current=this.dense.with_layers(shapes),
+            sparsity=before.get("sparsity", (0.0,) * len(shapes)),
+            target_params=this.phase_params[phase - 1],
+            settings=prune,
+            checkpoint=digest_of(checkpoint_uri),
+            statistics_digest=file_sha256(Path(statistics_path)),
+            remeasure=remeasure,
+        )
+        decided.save(work.out / "plan.json")
+        work.child.log_series("importance", list(enumerate(decided.importance)))
+        work.child.log_series("sparsity", list(enumerate(decided.sparsity)))
+        report = {"params": decided.params_after, "target_params": decided.target_params}
+        work.child.log_metrics(report)
+        log.info("%s of %s parameters stay", f"{decided.params_after:,}", f"{decided.params_before:,}")
+        return report
+
+    uri = this.phase_uri(phase, "scored")
+    compute_once(this, uri, phase=phase, step="score-layers", compute=compute)
+    hand_over(uri, "plan.json", plan)
+
+
+def run_prune_step(
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, plan_path: str, model: Artifact
+) -> str:
+    """Remove the groups that the plan leaves out, a layer at a time.
+
+    Returns:
+        URI of the smaller checkpoint.
+    """
+    this = Run.load(run)
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        from core.model.build import dtype_of
+        from core.pruning.plan import Plan
+        from core.pruning.surgery import prune_checkpoint
+
+        plan = Plan.load(Path(plan_path))
+        digest = digest_of(checkpoint_uri)
+        prune_checkpoint(
+            fetch(checkpoint_uri, work.scratch),
+            work.out,
+            plan,
+            digest=digest,
+            dtype=dtype_of(this.settings.model.dtype),
+            provenance=provenance_of(this, phase, digest, step="prune-step"),
+        )
+        work.child.log_metrics({"params": plan.params_after})
+        return {"params": plan.params_after}
+
+    uri = this.phase_uri(phase, "pruned")
+    compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
+    describe_checkpoint(uri, model)
+    return uri
+
+
+def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Tensor":
+    """Return the calibration set of a pruning step of a phase, both counted over the run."""
+    from safetensors.torch import load_file
+
+    from core.pruning.calibration import draw_calibration
+
+    name = "calibration.safetensors"
+    pool = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
+    number = (phase - 1) * run.settings.prune.steps_per_phase + step
+    sequences = run.settings.calibration.sequences
+    return draw_calibration(pool, sequences=sequences, seed=run.settings.seed, step=number)
+
+
+def _measure(run: Run, model: Any, tokens: "Tensor") -> "Statistics":
+    from core.pruning.calibration import measure
+
+    return measure(
+        model,
+        tokens,
+        micro_batch=run.settings.calibration.micro_batch,
+        similarity=run.settings.prune.similarity,
+    )

@@ -1,0 +1,168 @@
+"""Steps after the last phase: publish and finalize."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from core.record import LayerSizes, PhaseRecord, RunRecord, accuracies
+from core.run import Run
+from core.steps.once import (
+    Artifact,
+    Workspace,
+    compute_once,
+    describe_checkpoint,
+    hand_over,
+    read_published,
+    tracker_of,
+)
+from core.storage.manifest import delete_publication, fetch
+from core.storage.store import open_store
+
+log = logging.getLogger(__name__)
+
+RECORD, HTML = "record.json", "report.html"
+
+
+def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact, model: Artifact) -> str:
+    """Publish the final checkpoint with its record and report, and register it.
+
+    Returns:
+        URI of the final checkpoint.
+    """
+    this = Run.load(run)
+    uri = this.uri("final")
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        from core.tracking.report import build_report
+
+        record = collect_record(this, uri)
+        folder = fetch(checkpoint_uri, work.scratch)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.name not in ("MANIFEST.json", "_CLAIM", "report.json"):
+                (work.out / path.relative_to(folder)).symlink_to(path.resolve())
+        (work.out / RECORD).write_text(json.dumps(record.to_dict()))
+        (work.out / HTML).write_text(build_report(record))
+        tracker_of(this).log_report(work.out / HTML)
+        return {"params": record.phases[-1].params}
+
+    phases = len(this.phase_params)
+    compute_once(this, uri, phase=phases, step="publish", compute=compute)
+    hand_over(uri, HTML, report)
+    describe_checkpoint(uri, model)
+    name = this.settings.tracking.model_name
+    if name:
+        record = RunRecord.from_dict(read_published(uri, RECORD))
+        last = record.phases[-1]
+        figures = {"params": float(last.params), **accuracies(last)}
+        if last.perplexity is not None:
+            figures["perplexity"] = last.perplexity
+        version = tracker_of(this).register(name, uri, {"base": record.base, "run": this.key}, figures)
+        log.info("registered %s version %s", name, version)
+    open_store(this.store).write_bytes(f"runs/{this.key}/DONE.json", json.dumps({"final": uri}).encode())
+    return uri
+
+
+def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
+    """Close an execution, whether it succeeded or not: its status, and the checkpoints that need not stay.
+
+    Args:
+        store: URI of the store.
+        job: The execution that resolve-base has noted the run of.
+        succeeded: How it ended.
+    """
+    key = f"jobs/{job}.json"
+    try:
+        handle = json.loads(open_store(store).read_bytes(key))
+    except FileNotFoundError:
+        log.info("no run was opened")
+        return
+    run = Run.load(handle)
+    tracker_of(run).finish("FINISHED" if succeeded else "FAILED")
+    if Run.is_done(handle):
+        for phase in _phases_to_drop(run):
+            for step in ("pruned", "recovered"):
+                delete_publication(run.phase_uri(phase, step), keep_manifest=True)
+    open_store(store).delete(key)
+
+
+def _phases_to_drop(run: Run) -> list[int]:
+    """Return the phases whose checkpoints ``storage.keep`` does not ask for; the final one is kept apart."""
+    keep, phases = run.settings.storage.keep, range(1, len(run.phase_params) + 1)
+    if keep == "all":
+        return []
+    if keep == "last":
+        return list(phases)
+    if keep == "best":
+        perplexities = {
+            p: read_published(run.phase_uri(p, "evaluated"), "report.json").get("perplexity") for p in phases
+        }
+        measured = {p: value for p, value in perplexities.items() if value is not None}
+        best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]
+        return [phase for phase in phases if phase != best]
+    return [phase for phase in phases if phase % int(keep)]
+
+
+def collect_record(run: Run, checkpoint_uri: str) -> RunRecord:
+    """Gather what the steps of a run have published.
+
+    Args:
+        run: The run.
+        checkpoint_uri: Where the final checkpoint is, or will be.
+    """
+    tracker = tracker_of(run)
+    dense = run.dense.num_params()
+    return RunRecord(
+        key=run.key,
+        name=run.settings.name,
+        base=run.settings.model.base,
+        revision=run.revision,
+        settings=run.settings.to_dict(),
+        phases=tuple(
+            _phase_record(run, phase, dense if phase == 0 else run.phase_params[phase - 1])
+            for phase in range(len(run.phase_params) + 1)
+        ),
+        checkpoint_uri=checkpoint_uri,
+        tracking_uri=tracker.uri,
+        tracking_run=tracker.parent_run_id,
+    )
+
+
+def _phase_record(run: Run, phase: int, target_params: int) -> PhaseRecord:
+    steps = ("calibrated", "scored", "pruned", "recovered", "evaluated")
+    reports = {step: read_published(run.phase_uri(phase, step), "report.json") for step in steps}
+    seconds = {step: report["seconds"] for step, report in reports.items() if report}
+    trained, measured = reports["recovered"], reports["evaluated"]
+    plan = read_published(run.phase_uri(phase, "scored"), "plan.json") if phase else {}
+    shapes = (
+        [
+            LayerSizes(
+                query_heads=len(layer["query_heads"]),
+                kv_heads=len(layer["kv_heads"]),
+                mlp_width=len(layer["mlp_channels"]),
+            )
+            for layer in plan["layers"]
+        ]
+        if plan
+        else [LayerSizes(**asdict(layer)) for layer in run.dense.layers]
+    )
+    return PhaseRecord(
+        phase=phase,
+        params=plan.get("params_after", target_params),
+        target_params=target_params,
+        layers=tuple(shapes),
+        importance=tuple(plan.get("importance", ())),
+        sparsity=tuple(plan.get("sparsity", ())),
+        # Without training the phase's own evaluation is of the pruned model.
+        perplexity_pruned=trained.get("perplexity_pruned")
+        if trained
+        else measured.get("perplexity")
+        if phase
+        else None,
+        perplexity=measured.get("perplexity"),
+        tasks=measured.get("tasks", {}),
+        tokens=trained.get("tokens", 0),
+        losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
+        seconds=seconds,
+    )

@@ -1,0 +1,110 @@
+"""What a publication holds: its files by size and sha256, and the JSON that lists them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.errors import IntegrityError, StorageError
+from core.storage.store import check_key, file_sha256, join_uri, local_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of a publication."""
+
+    path: str
+    """Relative to the directory, with slashes."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the content, in hexadecimal."""
+
+    @classmethod
+    def of(cls, directory: Path, path: str) -> "FileEntry":
+        """Describe the file ``path`` of ``directory``, which is read once."""
+        check_key(path)
+        file = directory / path
+        try:
+            with local_errors(file):
+                return cls(path=path, size=file.stat().st_size, sha256=file_sha256(file))
+        except FileNotFoundError as error:
+            raise StorageError(f"{file} is gone, or a link that leads nowhere. Make it again.") from error
+
+    def fault_of(self, file: Path) -> str:
+        """Return how ``file`` differs from this entry; "" if it does not."""
+        with local_errors(file):
+            if not file.exists():
+                return "it is missing"
+            if (size := file.stat().st_size) != self.size:
+                return f"{self.size} bytes expected, {size} found"
+            sha256 = file_sha256(file)
+        return "" if sha256 == self.sha256 else f"sha256 {self.sha256} expected, {sha256} found"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``MANIFEST.json`` says."""
+
+    files: tuple[FileEntry, ...]
+    """Sorted by path."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever the publisher says about the files; JSON-able."""
+    folder: str = ""
+    """Where the files are stored: beside the manifest, or in this folder beside it."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The sha256 of the list of files: equal for equal content, wherever it is stored."""
+        entries = [[entry.path, entry.size, entry.sha256] for entry in self.files]
+        return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all files."""
+        return sum(entry.size for entry in self.files)
+
+    def key(self, entry: FileEntry) -> str:
+        """Return the key of a file below the publication's URI."""
+        return join_uri(self.folder, entry.path) if self.folder else entry.path
+
+    def to_json(self) -> str:
+        """Return the content of ``MANIFEST.json``."""
+        return json.dumps({"digest": self.digest, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = "MANIFEST.json") -> "Manifest":
+        """Read ``MANIFEST.json``; nothing in it is trusted.
+
+        Args:
+            text: The JSON.
+            where: The manifest's name in errors.
+
+        Raises:
+            IntegrityError: If it is not a manifest, was edited, or names a path outside of its directory.
+        """
+        try:
+            data = json.loads(text)
+            entries = tuple(FileEntry(**entry) for entry in data["files"])
+            manifest = cls(files=entries, metadata=dict(data["metadata"]), folder=data["folder"])
+            for entry in entries:
+                check_key(manifest.key(entry))
+                if type(entry.size) is not int or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+                    raise ValueError(f"{entry.path} lacks a size in bytes or a sha256")
+            if data["digest"] != manifest.digest:
+                raise ValueError("its digest does not fit its list of files")
+        except StorageError as error:
+            problem = str(error)
+        except KeyError as error:
+            problem = f"it lacks {error}"
+        except ValueError as error:
+            problem = " ".join(str(error).split())
+        except (TypeError, AttributeError, RecursionError):
+            problem = "it is no list of files"
+        else:
+            return manifest
+        raise IntegrityError(f"{where} is damaged: {problem.rstrip('.')}. Delete it and rerun its step.")

@@ -1,0 +1,208 @@
+"""The S3 store: boto3 with its transfer manager, parallel and multipart, with retries and backoff."""
+
+import contextlib
+import functools
+import io
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+from s3transfer.exceptions import RetriesExceededError
+
+from core.errors import StorageError
+from core.storage.store import check_key, join_uri, local_errors, replacing
+
+_CONNECTIONS = 16
+# Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
+_DENIED = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+class S3Store:
+    """A store under a prefix of a bucket; see ``core.storage.store.Store`` for the methods."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        """Use the keys of ``bucket`` below ``prefix``; nothing is contacted yet.
+
+        Raises:
+            StorageError: If boto3's environment (endpoint, profile, credentials) is invalid.
+        """
+        self.uri = join_uri(f"s3://{bucket}", prefix)
+        self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
+        try:
+            self._client, self._transfers = _connect(
+                frozenset(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
+            )
+        except (BotoCoreError, ValueError) as error:
+            problem = " ".join(str(error).split()).rstrip(".")
+            raise StorageError(
+                f"{self.uri} cannot be opened: {problem}. Correct the AWS_ variables."
+            ) from error
+
+    def read_bytes(self, key: str) -> bytes:
+        """See ``Store``."""
+        content = io.BytesIO()
+        with self._errors(key, "read"):
+            self._transfers.download(self._bucket, self._key(key), content).result()
+        return content.getvalue()
+
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """See ``Store``."""
+        with self._errors(key, "written"):
+            if if_absent:
+                return self._head(key) is None and self._put_if_absent(key, data)
+            self._client.put_object(Bucket=self._bucket, Key=self._key(key), Body=data)
+            return True
+
+    def exists(self, key: str) -> bool:
+        """See ``Store``."""
+        with self._errors(key, "read"):
+            return self._head(key) is not None
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """See ``Store``."""
+        with self._errors(prefix, "listed"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                yield from (entry["Key"].removeprefix(self._prefix) for entry in page.get("Contents", ()))
+
+    def delete(self, key: str) -> None:
+        """See ``Store``."""
+        with self._errors(key, "deleted"):
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def upload(self, path: Path, key: str, *, sha256: str = "") -> None:
+        """See ``Store``; ``sha256`` is kept in the object's metadata."""
+        metadata = {"Metadata": {"sha256": sha256}} if sha256 else {}
+        with self._errors(key, "written"), local_errors(path):
+            self._transfers.upload(str(path), self._bucket, self._key(key), metadata).result()
+
+    def download(self, key: str, path: Path) -> None:
+        """See ``Store``."""
+        with replacing(path) as temporary, temporary.open("wb") as file, self._errors(key, "read"):
+            self._transfers.download(self._bucket, self._key(key), file).result()
+
+    def sha256(self, key: str) -> str | None:
+        """See ``Store``; what ``upload`` was told, not read from the bytes."""
+        with self._errors(key, "read"):
+            head = self._head(key) or {}
+        metadata = {name.lower(): value for name, value in head.get("Metadata", {}).items()}
+        return metadata.get("sha256")
+
+    def local_path(self, key: str) -> Path | None:
+        """See ``Store``."""
+        return None
+
+    def _key(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    def _head(self, key: str) -> dict[str, Any] | None:
+        try:
+            head: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+            return head
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            self._client.head_bucket(Bucket=self._bucket)  # a HEAD does not say which of the two is missing
+            return None
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        at = {"Bucket": self._bucket, "Key": self._key(key), "Body": data}
+        for pause_s in (0.1, 0.2, 0.4, 0.8, None):
+            try:
+                self._client.put_object(**at, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                status = _status(error)
+                if status == 412:
+                    # If the reply to a first attempt was lost, its retry meets what that attempt has written.
+                    retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    return retried and self.read_bytes(key) == data
+                if status == 501:
+                    break
+                if status != 409 or pause_s is None:  # 409: another writer is at it just now
+                    raise
+                time.sleep(pause_s)
+        self._client.put_object(**at)  # not atomic: of two writers at the same instant the later one wins
+        return True
+
+    @contextlib.contextmanager
+    def _errors(self, key: str, action: str) -> Iterator[None]:
+        try:
+            yield
+        except RetriesExceededError as error:
+            raise self._explained(error.last_exception, key, action) from error
+        except (BotoCoreError, ClientError) as error:
+            raise self._explained(error, key, action) from error
+
+    def _explained(self, error: Exception, key: str, action: str) -> OSError | StorageError:
+        """Return a missing key as FileNotFoundError, and all else as one line without boto's own words."""
+        where = join_uri(self.uri, key)
+        parts = urlsplit(self._client.meta.endpoint_url)
+        endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+        status = _status(error) if isinstance(error, ClientError) else 0
+        if status == 404 and code != "NoSuchBucket" and self._has_bucket():
+            return FileNotFoundError(where)
+        if status == 404:
+            problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
+        elif code == "RequestTimeTooSkewed":
+            problem = f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
+        elif status in (401, 403) or code in _DENIED:
+            problem = f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
+        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
+            problem = f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
+        elif isinstance(error, ParamValidationError):
+            problem = f"{self._bucket} is no name for a bucket. Correct the URI"
+        elif status:
+            problem = f"{endpoint} answers {status} {code}. Check the server, then rerun to go on"
+        else:
+            problem = f"{endpoint} cannot be reached ({code}). Check AWS_ENDPOINT_URL_S3 and the network"
+        return StorageError(f"{where} cannot be {action}: {problem}.")
+
+    def _has_bucket(self) -> bool:
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except (BotoCoreError, ClientError) as error:
+            return not (isinstance(error, ClientError) and _status(error) == 404)
+        return True
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@functools.lru_cache(maxsize=4)
+def _connect(environment: frozenset[tuple[str, str]]) -> tuple[Any, Any]:
+    """Return a client and a transfer manager for these variables; cached, as making them takes 0.2 s."""
+    variables = dict(environment)
+    own_endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    config = Config(
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=_READ_TIMEOUT_S,
+        max_pool_connections=2 * _CONNECTIONS,
+        retries={
+            "mode": variables.get("AWS_RETRY_MODE", "standard"),
+            "total_max_attempts": int(variables.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
+        },
+        s3={"addressing_style": "path" if own_endpoint else "auto"},
+    )
+    client = boto3.Session().client("s3", config=config)
+    return client, create_transfer_manager(client, TransferConfig(max_concurrency=_CONNECTIONS))

@@ -1,0 +1,290 @@
+"""The report of a run: one HTML file that holds everything it shows, and the table for the terminal."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.record import (
+    PhaseRecord,
+    RunRecord,
+    accuracies,
+    count_text,
+    headline_metric,
+    perplexity_text,
+    seconds_text,
+    without_password,
+)
+from core.tracking.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
+from core.tracking.page import bars, cards, code_blocks, details, page, phase_rows, section
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MANY_TASKS = 4  # above this the benchmarks have a table of their own
+
+_WIDTHS_TEXT = (
+    "A bar is a decoder layer, its outline the dense layer. <b>Blue</b> is what is left (numbers: MLP "
+    "width), <b>orange</b> what was removed, one shade a phase. The tallest blue bars matter most."
+)
+_LAYERS_TEXT = (
+    "A column is a decoder layer, a row a phase. <b>Importance</b> is measured anew in each phase: a layer "
+    "that changes its input much is important (purple, at most 1) and keeps more; one that changes it little "
+    "(orange) loses more. <b>Sparsity</b> is the share of the layer that is gone when the phase ends; darker "
+    "is more."
+)
+_RECOVERED_TEXT = (
+    "From left to right the model shrinks. In each phase pruning lifts the perplexity (orange triangle) and "
+    "training lowers it again (blue circle). The nearer a circle is to the grey square's height, the less "
+    "was lost."
+)
+_PRUNED_TEXT = (
+    "From left to right the model shrinks. The grey square is the dense model; "
+    "a blue circle is the end of a phase."
+)
+_TRAINING_TEXT = (
+    "A grey line marks where a phase begins: the loss jumps with each pruning and then falls. Later phases "
+    "train longer, and one learning rate schedule runs through all of them."
+)
+
+
+def build_report(record: RunRecord) -> str:
+    """Return the report of a run as one HTML document that loads nothing from elsewhere.
+
+    The same record gives the same text. What was not measured is left out.
+    """
+    revision = f" @ {record.revision}" if record.revision else ""
+    tracked = f", MLflow run {record.tracking_run}" if record.tracking_run else ""
+    parts = [_headline(record), *_tables(record), *_pictures(record)]
+    if times := _step_times(record.phases):
+        parts.append(
+            section("Where the time went", "Wall-clock time of each step, over all phases.", bars(times))
+        )
+    if record.checkpoint_uri:
+        parts.append(section("Use the result", "", code_blocks(_usage(record))))
+    parts.append(details("Settings", _settings(record.settings)))
+    subtitle = f"{record.base}{revision}, run {record.key}{tracked}"
+    return page(_title(record), subtitle, [part for part in parts if part])
+
+
+def phase_table(record: RunRecord) -> "Table":
+    """Return the table of phases for a terminal; with a few benchmarks it fits 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    phases = record.phases
+    tasks = _tasks(phases)
+    columns = {"phase": _names(phases), "parameters": [f"{phase.params:,}" for phase in phases]}
+    columns |= _perplexity_columns(record)
+    if len(tasks) <= _MANY_TASKS:
+        columns |= _task_columns(phases, tasks, errors=False)
+    else:
+        found = [accuracies(phase).values() for phase in phases]
+        means = [f"{100 * sum(values) / len(values):.1f}" if values else "-" for values in found]
+        columns[f"accuracy, mean\nof {max(map(len, found))} tasks"] = means
+    columns["seconds"] = [f"{sum(phase.seconds.values()):,.0f}" for phase in phases]
+    table = Table(title=Text(_title(record)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if tasks:
+        table.caption, table.caption_justify = Text("Accuracies in %."), "left"
+    for header in columns:
+        side: Literal["left", "right"] = "left" if header == "phase" else "right"
+        table.add_column(Text(header), justify=side, no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _title(record: RunRecord) -> str:
+    base = record.base.rstrip("/").rsplit("/", 1)[-1]
+    return f"{record.name}: {base}" if base else record.name
+
+
+def _headline(record: RunRecord) -> str:
+    """Return the result in large numbers: size, perplexity, accuracy (dense and final) and time."""
+    if not record.phases:
+        return ""
+    dense, final = record.phases[0], record.phases[-1]
+    items: list[tuple[str, tuple[str, ...], str]] = []
+    items.append(
+        ("Parameters", (count_text(dense.params), count_text(final.params)), _size_text(dense, final))
+    )
+    if dense.perplexity and final.perplexity:
+        values = (perplexity_text(dense.perplexity), perplexity_text(final.perplexity))
+        text = f"{100 * (final.perplexity / dense.perplexity - 1):+.0f} %"
+        if record.trained and final.perplexity_pruned is not None:
+            text += f"; {perplexity_text(final.perplexity_pruned)} before the last recovery"
+        items.append(("Perplexity (lower is better)", values, text))
+    before, after = accuracies(dense), accuracies(final)
+    if tasks := [task for task in before if task in after]:
+        means = [100 * sum(values[task] for task in tasks) / len(tasks) for values in (before, after)]
+        text = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} benchmarks"
+        items.append(("Accuracy (higher is better)", (f"{means[0]:.1f} %", f"{means[1]:.1f} %"), text))
+    if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
+        phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
+        tokens = count_text(sum(phase.tokens for phase in record.phases))
+        text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
+        items.append(("Time", (seconds_text(seconds),), text))
+    return cards(items)
+
+
+def _size_text(dense: PhaseRecord, final: PhaseRecord) -> str:
+    if final is dense:
+        return f"{final.params:,}, not pruned yet"
+    miss = final.params - final.target_params
+    where = f"{abs(miss):,} {'above' if miss > 0 else 'below'} target" if miss else "exactly the target"
+    return f"{final.params:,}, {100 * (1 - final.params / dense.params):.1f} % removed; {where}"
+
+
+def _tables(record: RunRecord) -> list[str]:
+    if not record.phases:
+        return []
+    tasks = _tasks(record.phases)
+    apart = len(tasks) > _MANY_TASKS
+    text = "Each phase prunes a little"
+    if record.trained:
+        text += (
+            " and then trains a little. <b>Perplexity pruned</b> is that right after pruning, "
+            "<b>recovered</b> that after training"
+        )
+    text += "; lower is better."
+    accuracy = " Accuracies are in %, ± one standard error where it is known."
+    columns = _phase_columns(record, {} if apart else tasks)
+    parts = [section("Phases", text + (accuracy if tasks and not apart else ""), phase_rows(columns))]
+    if apart:
+        columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
+        parts.append(section("Benchmarks", "Accuracy in %; higher is better.", phase_rows(columns)))
+    return parts
+
+
+def _pictures(record: RunRecord) -> list[str]:
+    parts = []
+    if len(record.phases) > 1:
+        svg = inline_svg(widths_figure(record), name="widths", label="Width of every layer")
+        parts.append(section("Width of every layer", _WIDTHS_TEXT, svg))
+    if any(phase.importance and phase.sparsity for phase in record.phases):
+        svg = inline_svg(layers_figure(record), name="layers", label="Importance and sparsity of every layer")
+        parts.append(section("Importance and sparsity of every layer", _LAYERS_TEXT, svg))
+    if (figure := quality_figure(record)) is not None:
+        svg = inline_svg(figure, name="quality", label="Perplexity and accuracy against parameters")
+        text = _RECOVERED_TEXT if record.trained else _PRUNED_TEXT
+        parts.append(section("Quality against parameters", text, svg))
+    if (figure := training_figure(record)) is not None:
+        svg = inline_svg(figure, name="training", label="Training loss and learning rate")
+        parts.append(section("Recovery training", _TRAINING_TEXT, svg))
+    return parts
+
+
+def _names(phases: Sequence[PhaseRecord]) -> list[str]:
+    return [str(phase.phase) if phase.phase else "dense" for phase in phases]
+
+
+def _tasks(phases: Sequence[PhaseRecord]) -> dict[str, str]:
+    """Return every task with its headline metric."""
+    found = {}
+    for phase in phases:
+        for task, metrics in phase.tasks.items():
+            if task not in found and (best := headline_metric(metrics)) is not None:
+                found[task] = best[0]
+    return found
+
+
+def _phase_columns(record: RunRecord, tasks: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return header to one text a phase; columns without any value are left out."""
+    phases = record.phases
+    dense = phases[0].params if phases else 1
+    columns = {
+        "phase": _names(phases),
+        "parameters": [f"{phase.params:,}" for phase in phases],
+        "of\ndense": [f"{100 * phase.params / dense:.1f} %" for phase in phases],
+    }
+    columns |= _perplexity_columns(record)
+    columns |= _task_columns(phases, tasks, errors=True)
+    columns["training\ntokens"] = [count_text(phase.tokens) if phase.tokens else "-" for phase in phases]
+    columns["time"] = [seconds_text(sum(p.seconds.values())) if p.seconds else "-" for p in phases]
+    return _without_empty(columns)
+
+
+def _perplexity_columns(record: RunRecord) -> dict[str, list[str]]:
+    ended = [perplexity_text(phase.perplexity) for phase in record.phases]
+    if not record.trained:
+        return _without_empty({"perplexity": ended})
+    pruned = [perplexity_text(phase.perplexity_pruned) for phase in record.phases]
+    return _without_empty({"perplexity\npruned": pruned, "perplexity\nrecovered": ended})
+
+
+def _without_empty(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {header: cells for header, cells in columns.items() if any(cell != "-" for cell in cells)}
+
+
+def _task_columns(
+    phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
+) -> dict[str, list[str]]:
+    return {
+        f"{task}\n{metric}": [_score(phase.tasks.get(task, {}), metric, errors) for phase in phases]
+        for task, metric in tasks.items()
+    }
+
+
+def _score(metrics: Mapping[str, float], metric: str, errors: bool) -> str:
+    """Return a share as percent, ± its standard error, and any other value as it is."""
+    values = {name.split(",")[0]: value for name, value in metrics.items()}
+    if metric not in values:
+        return "-"
+    if "perplexity" in metric or not 0 <= values[metric] <= 1:
+        return perplexity_text(values[metric])
+    error = values.get(f"{metric}_stderr", 0.0)
+    return f"{100 * values[metric]:.1f}" + (f" ± {100 * error:.1f}" if errors and error else "")
+
+
+def _step_times(phases: Sequence[PhaseRecord]) -> list[tuple[str, str, float]]:
+    totals: dict[str, float] = {}
+    for phase in phases:
+        for step, seconds in phase.seconds.items():
+            totals[step] = totals.get(step, 0.0) + seconds
+    whole = sum(totals.values()) or 1.0
+    return [(step, seconds_text(seconds), seconds / whole) for step, seconds in totals.items()]
+
+
+def _usage(record: RunRecord) -> list[tuple[str, str]]:
+    """Return what to type to talk to the result, to inspect it, to load it and to see the runs."""
+    place = without_password(record.checkpoint_uri.removeprefix("file://"))
+    folder, fetch = place, ""
+    if "://" in place:
+        folder = "pruned"
+        fetch = f"from core.storage.manifest import fetch\nfetch({place!r}, Path({folder!r}))\n"
+    shell = (
+        f'adapt-pruner generate {shlex.quote(folder)} "The capital of France is"\n'
+        f"adapt-pruner inspect {shlex.quote(folder)}"
+    )
+    python = (
+        f"from pathlib import Path\nfrom core.model.build import load_model, load_tokenizer\n{fetch}"
+        f"model = load_model(Path({folder!r}))\ntokenizer = load_tokenizer(Path({folder!r}))"
+    )
+    blocks = [("The checkpoint", place), ("On the command line", shell), ("In Python", python)]
+    if "://" in place:
+        blocks = [blocks[0], blocks[2], blocks[1]]  # fetched in Python first
+    uri = without_password(record.tracking_uri)
+    if uri.startswith(("http://", "https://")):
+        blocks.append(("The run in MLflow", uri))
+    elif uri:
+        blocks.append(("The run in MLflow", f"mlflow ui --backend-store-uri {shlex.quote(uri)}"))
+    return blocks
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
+    sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
+    return {name: _flat(values, "") for name, values in sections.items()}
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, str]]:
+    """Flatten settings to (name within the section, text): ``sources[0].path``."""
+    if isinstance(value, Mapping) and value:
+        dot = "." if name else ""
+        return [row for key, inner in value.items() for row in _flat(inner, f"{name}{dot}{key}")]
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        return [row for i, item in enumerate(value) for row in _flat(item, f"{name}[{i}]")]
+    if not name:
+        return []
+    items = value if isinstance(value, list | tuple) else () if value in (None, {}) else (value,)
+    return [(name, without_password(", ".join(map(str, items))) or "-")]

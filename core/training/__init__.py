@@ -1,0 +1,1 @@
+"""Recovery training: the mixture of texts, packing, the learning-rate schedule and the loop."""

@@ -1,0 +1,137 @@
+"""Recovery training of one phase: AdamW on packed sequences, float32 master weights under autocast."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from core.config import TrainingSettings
+from core.training.wsd import wsd_learning_rate
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a phase's training has done.
+
+    Attributes:
+        losses: (global step, loss in nats a trained token, learning rate) of each optimizer step.
+        tokens: Tokens that passed through the model.
+        trained_tokens: Tokens among them that counted in the loss (prompts do not).
+        tokens_per_s: Rate over the whole phase.
+    """
+
+    losses: tuple[tuple[int, float, float], ...]
+    tokens: int
+    trained_tokens: int
+    tokens_per_s: float
+
+
+def recover(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    trained: Tensor,
+    settings: TrainingSettings,
+    *,
+    first_step: int,
+    total_steps: int,
+) -> TrainingReport:
+    """Train a pruned model on its phase's slice, in place.
+
+    Args:
+        model: Float32 weights, on the device to train on.
+        input_ids: (S, T) packed token ids; S is a multiple of ``settings.global_batch``.
+        trained: (S, T), 1 where a token counts in the loss, 0 on prompts.
+        settings: Batch, learning rate and precision.
+        first_step: Global step at which this phase starts.
+        total_steps: Steps of all phases together.
+
+    Returns:
+        Losses and rates.
+    """
+    steps = len(input_ids) // settings.global_batch
+    model.train().requires_grad_(True)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    losses: list[tuple[int, float, float]] = []
+    trained_tokens = 0
+    started = last_log = time.monotonic()
+    for local_step in range(steps):
+        step = first_step + local_step
+        rate = wsd_learning_rate(
+            step,
+            total_steps,
+            peak=settings.learning_rate,
+            floor=settings.min_learning_rate,
+            warmup_share=settings.warmup_share,
+            decay_share=settings.decay_share,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = slice(local_step * settings.global_batch, (local_step + 1) * settings.global_batch)
+        loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append((step, loss, rate))
+        trained_tokens += counted
+        now = time.monotonic()
+        if now - last_log > _LOG_EVERY_S or local_step == steps - 1:
+            last_log = now
+            done = (local_step + 1) * settings.global_batch * input_ids.shape[1]
+            left = (now - started) / (local_step + 1) * (steps - local_step - 1)
+            log.info(
+                "step %d of %d, loss %.3f, lr %.2g, %.0f tokens/s, %.0f s left",
+                step + 1,
+                total_steps,
+                loss,
+                rate,
+                done / (now - started),
+                left,
+            )
+    tokens = steps * settings.global_batch * input_ids.shape[1]
+    model.eval()
+    return TrainingReport(
+        losses=tuple(losses),
+        tokens=tokens,
+        trained_tokens=trained_tokens,
+        tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
+    )
+
+
+def _accumulate(
+    model: PreTrainedModel, input_ids: Tensor, trained: Tensor, settings: TrainingSettings
+) -> tuple[float, int]:
+    """Add up the gradients of one global batch; every trained token weighs the same.
+
+    Returns:
+        The mean loss over the batch's trained tokens, and their number.
+    """
+    counted = int(trained[:, 1:].sum())
+    total = 0.0
+    for ids, mask in _micro_batches(input_ids, trained, settings.micro_batch):
+        ids = ids.to(model.device).long()
+        labels = ids[:, 1:].masked_fill(mask[:, 1:].to(model.device) == 0, -100)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / max(
+            counted, 1
+        )
+        loss.backward()
+        total += loss.item()
+    return total, counted
+
+
+def _micro_batches(input_ids: Tensor, trained: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(input_ids.split(size), trained.split(size), strict=True)

@@ -1,0 +1,1 @@
+"""The DAG, its command line, and how it runs locally and on a cluster."""

@@ -1,0 +1,171 @@
+"""The DAG: prune a little, train a little, N_P times.
+
+The number of phases is fixed when the pipeline is built; all else is a parameter of the run. Each phase is a
+nested pipeline of four tasks. Its evaluation stands beside it: what consumes a nested pipeline's output waits
+for the whole nested pipeline, and the next phase need not wait for an evaluation.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kfp import compiler, dsl
+from kfp.dsl.base_component import BaseComponent
+
+from components.calibrate import calibrate
+from components.evaluate import evaluate
+from components.finalize import finalize
+from components.needs_run import needs_run
+from components.prepare_data import prepare_data
+from components.prune_step import prune_step
+from components.publish import publish
+from components.recover_train import recover_train
+from components.resolve_base import resolve_base
+from components.score_layers import score_layers
+from core.config import Settings
+from core.errors import SettingsError
+from pipelines.cluster import RETRIES, configure
+
+MAX_PHASES = 28
+"""Argo keeps a workflow and its status in one Kubernetes object of at most 1 MiB."""
+
+_OWN_PARAMETERS = (
+    ("model", "base"),
+    ("model", "revision"),
+    ("prune", "target"),
+    ("prune", "method"),
+    ("prune", "phases"),
+)
+
+Place = Callable[..., dsl.PipelineTask]
+"""Configures a task for the cluster: ``place(task, gpu=True)``."""
+
+
+def compile_pipeline(settings: Settings, output: Path) -> None:
+    """Write the pipeline as KFP IR (YAML), to be uploaded to a cluster.
+
+    Raises:
+        SettingsError: If ``prune.phases`` is more than a cluster can hold.
+    """
+    phases = settings.prune.phases
+    if phases > MAX_PHASES:
+        raise SettingsError(
+            [
+                f"prune.phases={phases} exceeds {MAX_PHASES}: the workflow would outgrow the 1 MiB that Argo "
+                "can store. Lower prune.phases and raise prune.steps_per_phase, or use `adapt-pruner run`, "
+                "which has no such limit."
+            ]
+        )
+    compiler.Compiler().compile(build_pipeline(settings), str(output))
+
+
+def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
+    """Build the pipeline of ``settings.prune.phases`` phases; the settings become its parameters' defaults.
+
+    Args:
+        settings: The run's settings.
+        local: Build for one machine, which does one task at a time anyway: no retries, and each phase waits
+            for the evaluation before it, so that what is wrong shows early.
+
+    Returns:
+        What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
+    """
+    phases = settings.prune.phases
+    place = functools.partial(configure, settings=settings.cluster, retries=0 if local else RETRIES)
+    phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase > 1)
+
+    @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
+    def adapt_pruner(
+        base_model: str = settings.model.base,
+        revision: str = settings.model.revision,
+        target: str = settings.prune.target,
+        method: str = settings.prune.method,
+        recipe: dict = recipe_parameter(settings),  # noqa: B008 (computed once a build, which is what is wanted)
+    ):
+        """Prune a language model to exactly the size asked for, a little at a time, with training in between.
+
+        Args:
+            base_model: The model to prune: a Hugging Face id, s3://bucket/prefix, or a folder in all pods.
+            revision: Branch, tag or commit of a Hugging Face model; empty for its default branch.
+            target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
+            method: The pruning method.
+            recipe: All other settings, in the sections of a recipe file.
+        """
+        job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        last = place(finalize(recipe=recipe, job=job), gpu=False)
+        with dsl.ExitHandler(last, name="run"):
+            resolved = resolve_base(
+                base_model=base_model,
+                revision=revision,
+                target=target,
+                method=method,
+                recipe=recipe,
+                phases=phases,
+                job=job,
+            )
+            place(resolved, gpu=False)
+            needed = place(needs_run(run=resolved.outputs["run"]), gpu=False)
+            with dsl.If(needed.output == True, name="not done yet"):  # noqa: E712 (evaluated by the cluster)
+                _prune_and_train(resolved, phases, phase_pipeline, place, in_order=local)
+
+    return adapt_pruner
+
+
+def recipe_parameter(settings: Settings) -> dict[str, Any]:
+    """Return the settings that the ``recipe`` parameter carries: all without a parameter of their own."""
+    recipe = settings.to_dict()
+    for section, key in _OWN_PARAMETERS:
+        del recipe[section][key]
+    # KFP knows no null: a setting that is None is one that the recipe leaves out.
+    return {
+        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for name, value in recipe.items()
+    }
+
+
+def _prune_and_train(
+    resolved: dsl.PipelineTask, phases: int, phase_pipeline: BaseComponent, place: Place, *, in_order: bool
+) -> None:
+    """Unroll the phases, each with its evaluation beside it, and publish what the last one leaves."""
+    run, checkpoint_uri = resolved.outputs["run"], resolved.outputs["base_uri"]
+    data_uri = place(prepare_data(run=run, base_uri=checkpoint_uri), gpu=False).output
+    digits = len(str(phases))
+
+    def measure(phase: int) -> dsl.PipelineTask:
+        task = evaluate(run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri)
+        name = f"evaluate phase {phase:0{digits}}" if phase else "evaluate dense model"
+        return place(task, gpu=True).set_display_name(name)
+
+    evaluations = [measure(0)]
+    for phase in range(1, phases + 1):
+        task = phase_pipeline(run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri)
+        task.set_caching_options(False).set_display_name(f"phase {phase:0{digits}} of {phases}")
+        if in_order:
+            task.after(evaluations[-1])
+        checkpoint_uri = task.output
+        evaluations.append(measure(phase))
+    place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=False).after(*evaluations)
+
+
+def _build_phase(place: Place, *, gpu_scoring: bool) -> BaseComponent:
+    """Build the nested pipeline of one phase: a checkpoint's URI in, the pruned and recovered one's out."""
+
+    @dsl.pipeline(name="phase")
+    def phase_pipeline(run: dict, phase: int, checkpoint_uri: str, data_uri: str) -> str:
+        """Prune a little, then train a little."""
+        common = {"run": run, "phase": phase}
+        measured = calibrate(checkpoint_uri=checkpoint_uri, data_uri=data_uri, **common)
+        place(measured, gpu=True)
+        statistics = measured.outputs["statistics"]
+        planned = score_layers(
+            checkpoint_uri=checkpoint_uri, data_uri=data_uri, statistics=statistics, **common
+        )
+        place(planned, gpu=gpu_scoring)
+        pruned = prune_step(checkpoint_uri=checkpoint_uri, plan=planned.outputs["plan"], **common)
+        place(pruned, gpu=False)
+        recovered = recover_train(checkpoint_uri=pruned.outputs["Output"], data_uri=data_uri, **common)
+        place(recovered, gpu=True)
+        return recovered.outputs["Output"]
+
+    return phase_pipeline

