@@ -21,8 +21,20 @@ log = logging.getLogger(__name__)
 LOCAL = "ADAPT_PRUNER_LOCAL"
 """Environment variable that a local run sets for its tasks."""
 
-# Progress bars rewrite their line; in a log every rewrite would be a line of its own.
-_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+_QUIET = {
+    # Bars rewrite their line; in a log every rewrite would be a line of its own.
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    # It warns, at each load, about global sizes that stand in a config of unequal layers on purpose.
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def quiet_libraries() -> None:
+    """Keep bars and warnings of libraries out of the output, unless the environment asks for them."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -37,8 +49,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
         phase: The phase, 0 for the dense model; None for a step that runs once.
     """
     where = step if phase is None else f"phase {phase} {step}"
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    quiet_libraries()
     if os.environ.get(LOCAL):
         threading.Thread(target=_end_with_the_run, daemon=True).start()
     started = time.monotonic()

@@ -36,9 +36,21 @@ def settings_from_dict(data: Mapping[str, Any]) -> Settings:
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
 
+    A recipe may name one other file, relative to itself, under ``include:``. Its settings are taken where the
+    recipe says nothing: sections are merged, lists and single values replaced.
+
     Raises:
-        SettingsError: If the file is missing, is not YAML, or holds wrong settings.
+        SettingsError: If a file is missing, is not YAML, or holds wrong settings.
     """
+    data = _read(path)
+    if "include" in data:
+        data = _merge(_read_included(path, data.pop("include")), data)
+    for override in overrides:
+        _override(data, override)
+    return settings_from_dict(data)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -49,9 +61,25 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
         raise SettingsError([f"recipe {path} is not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(data, dict):
         raise SettingsError([f"recipe {path} must be a mapping of sections such as model: and prune:."])
-    for override in overrides:
-        _override(data, override)
-    return settings_from_dict(data)
+    return data
+
+
+def _read_included(path: Path, name: Any) -> dict[str, Any]:
+    if not isinstance(name, str):
+        raise SettingsError([f"include={name!r} in recipe {path} must be one file, relative to the recipe."])
+    data = _read(path.parent / name)
+    if "include" in data:
+        raise SettingsError([f"recipe {path.parent / name} is included, so it cannot include another file."])
+    return data
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``above`` over ``below``; mappings that both hold are merged in turn."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key])
+    return merged
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -78,7 +106,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     where = prefix.rstrip(".") or "the recipe"
     if not isinstance(data, Mapping):
         problems.append(f"{where}={data!r} must be a mapping of settings.")
-        return None
+        return _INVALID
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -90,13 +118,14 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
             problems.append(f"{prefix}{key} is not a setting. {hint}")
             continue
         values[key] = _convert(hints[key], value, f"{prefix}{key}", problems)
+    built = _INVALID
     try:
-        return cls(**{k: v for k, v in values.items() if v is not _INVALID})
+        built = cls(**{k: v for k, v in values.items() if v is not _INVALID})
     except SettingsError as error:
-        # A section that lacks a value because it was invalid would only repeat the complaint.
-        if prefix or len(problems) == before:
-            problems.extend(f"{prefix}{problem}" for problem in error.problems)
-        return None if not prefix else _INVALID
+        # The default stands in for a value that is wrong already: what it leads to would only confuse.
+        wrong = [key for key, value in values.items() if value is _INVALID]
+        problems.extend(f"{prefix}{p}" for p in error.problems if not any(key in p for key in wrong))
+    return built if len(problems) == before else _INVALID
 
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:

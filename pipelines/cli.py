@@ -176,14 +176,14 @@ _MODEL_HELP = "MODEL is a folder or an s3:// address of a Hugging Face checkpoin
 @click.argument("model")
 def inspect(model: str) -> None:
     """Show the sizes of every layer."""
-    _require_checkpoint(model)
+    _prepare_for(model)
 
-    from rich.console import Console
+    from rich import print as show
 
     from pipelines.models import layer_table, local_checkpoint
 
     with local_checkpoint(model, only=("config.json",)) as directory:
-        Console(highlight=False).print(layer_table(directory, title=model))
+        show(layer_table(directory))
 
 
 @main.command(
@@ -210,9 +210,9 @@ def evaluate(
     batch_size: int | None,
 ) -> None:
     """Measure a checkpoint."""
-    _require_checkpoint(model)
+    _prepare_for(model)
 
-    from rich.console import Console
+    from rich import print as show
 
     from core.config import EvaluationSettings, TextSource
     from core.recipe import load_recipe
@@ -234,7 +234,7 @@ def evaluate(
     from pipelines.models import evaluation_table, local_checkpoint
 
     with _log_on_stderr(), local_checkpoint(model) as directory:
-        Console(highlight=False).print(evaluation_table(directory, settings, title=model))
+        show(evaluation_table(directory, settings))
 
 
 @main.command(
@@ -258,7 +258,7 @@ def evaluate(
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Talk to a checkpoint."""
-    _require_checkpoint(model)
+    _prepare_for(model)
 
     from pipelines.models import local_checkpoint, stream_answer
 
@@ -266,8 +266,11 @@ def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, s
         stream_answer(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def _require_checkpoint(model: str) -> None:
-    """Refuse a folder that is not there before anything heavy is imported."""
+def _prepare_for(model: str) -> None:
+    """Refuse a folder that is not there, and quiet libraries, before anything heavy is imported."""
+    from components.runtime import quiet_libraries
+
+    quiet_libraries()
     if "://" not in model and not Path(model).is_dir():
         raise SettingsError(
             [f"MODEL={model} is not a folder. Give the folder or s3:// address of a checkpoint."]

@@ -15,7 +15,7 @@ from core.config import EvaluationSettings
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
-from core.record import count_text, perplexity_text
+from core.record import perplexity_text
 from core.storage.manifest import fetch
 from core.training.mixture import write_perplexity_windows
 
@@ -35,13 +35,11 @@ def local_checkpoint(model: str, only: Sequence[str] | None = None) -> Iterator[
         yield fetch(model, Path(scratch), only=only)
 
 
-def layer_table(directory: Path, *, title: str) -> Table:
+def layer_table(directory: Path) -> Table:
     """Return the sizes and parameters of every layer, from the checkpoint's config alone."""
     shape = model_shape(load_config(directory))
     total = shape.num_params()
-    table = Table(
-        title=f"{title}: {count_text(total)} parameters, {len(shape.layers)} layers", title_justify="left"
-    )
+    table = Table()
     for header in ("layer", "query heads", "KV heads", "MLP width", "parameters"):
         table.add_column(header, justify="right")
     for index, layer in enumerate(shape.layers):
@@ -53,12 +51,12 @@ def layer_table(directory: Path, *, title: str) -> Table:
     return table
 
 
-def evaluation_table(directory: Path, settings: EvaluationSettings, *, title: str) -> Table:
+def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     """Measure a checkpoint as a run measures its phases, and return the figures."""
     device = pick_device()
     model = load_model(directory, dtype=getattr(torch, settings.precision), device=device)
     tokenizer = load_tokenizer(directory)
-    table = Table("measure", "metric", title=title, title_justify="left")
+    table = Table("measure", "metric")
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
     if settings.perplexity is not None:

@@ -57,6 +57,7 @@ class RunProgress(io.TextIOBase):
         self._open = ""  # the step that has started and not yet ended
         self._last = ""  # what it said last
         self._errors: list[str] = []
+        self._found = False  # whether it has found its work done
         self._bar = Progress(
             TextColumn(f"{{task.description:<{self._width}}}"),
             BarColumn(),
@@ -109,7 +110,7 @@ class RunProgress(io.TextIOBase):
 
     def _show(self, label: str, step: str, level: str, message: str) -> None:
         if message == "started":
-            self._open, self._last, self._errors = label, "", []
+            self._open, self._last, self._errors, self._found = label, "", [], False
             self.steps.append(step)
             self._bar.update(self._all_tasks, description=label)
             if self._console.is_terminal:
@@ -117,7 +118,11 @@ class RunProgress(io.TextIOBase):
         elif message.startswith("done in "):
             self._open = ""
             self._bar.advance(self._all_tasks)
-        self.found_done += message == "already done"
+            if self._found:
+                return
+        elif message == "already done":
+            self._found = True
+            self.found_done += 1
         text = Text.assemble((f"{label:<{self._width}}", "cyan"), "  ", (message, _STYLES.get(level, "")))
         self._console.print(text, soft_wrap=True)
 

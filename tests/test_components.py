@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -172,7 +173,8 @@ def chatty(phase: int, text: str) -> str:
         import logging
 
         logging.getLogger("core.x").info("says %s", text)
-        logging.getLogger("core.x").warning("phase %d chatty: already done", phase)
+        if phase == 2:
+            logging.getLogger("core.x").warning("phase 2 chatty: already done")
         logging.getLogger("other").info("mutters %s", text)
         print("printed", text)
         return text
@@ -230,17 +232,16 @@ def test_a_local_run_shows_our_lines_only_and_keeps_the_rest_in_the_log(tmp_path
 
     environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
     lines, progress = run(pipeline, tmp_path)
-    assert [" ".join(line.split()) for line in lines if "done in" not in line] == [
+    assert [re.sub(r"in .* s$", "in N s", " ".join(line.split())) for line in lines] == [
         "dense model chatty started",
         "dense model chatty says hello",
-        "dense model chatty already done",
+        "dense model chatty done in N s",
         "phase 2/12 chatty started",
         "phase 2/12 chatty says hello",
         "phase 2/12 chatty already done",
     ]
-    assert sum("done in" in line for line in lines) == 2
     assert progress.steps == ["chatty", "chatty"]
-    assert progress.found_done == 2
+    assert progress.found_done == 1
     assert progress.failures == []
     log = (tmp_path / "run.log").read_text()
     assert "printed hello" in log

@@ -223,8 +223,8 @@ def _head_gradient(
                 ids[:, 1:].flatten().to(model.device),
                 reduction="sum",
             )
+            gradients.append(torch.autograd.grad(loss / predictions, part)[0])
         total += loss.item()
-        gradients.append(torch.autograd.grad(loss / predictions, part)[0])
     return total / predictions, torch.cat(gradients)
 
 

@@ -1,0 +1,197 @@
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from core.errors import DataError
+from core.model.build import layer_shapes
+from core.model.families import family_of
+from core.pruning.calibration import draw_calibration, layer_similarity, measure
+from core.pruning.importance import Statistics, group_scores
+from tests.models import CONFIGS, UNEQUAL, random_tokens, tiny
+
+TOKENS = random_tokens(rows=7)  # three micro-batches of 3, 3 and 1
+
+
+def loss_of(model, tokens=TOKENS, micro_batch=3):
+    """The calibration loss, plainly: a sum over micro-batches of each one's mean."""
+    total = 0
+    for batch in tokens.split(micro_batch):
+        logits = model(batch).logits[:, :-1]
+        total = total + cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    return total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layers", [None, UNEQUAL], ids=["equal", "unequal"])
+def test_streamed_scores_equal_autograds(name, layers):
+    model = tiny(name, layers)
+    measured = measure(model, TOKENS, micro_batch=3)
+    model.requires_grad_(True)
+    loss = loss_of(model)
+    loss.backward()
+    assert measured.loss == pytest.approx(loss.item() / 3, abs=1e-12)
+    family = family_of(model.config)
+    for layer, shape, scores in zip(
+        model.model.layers, layer_shapes(model.config), measured.scores, strict=True
+    ):
+        weights = dict(layer.named_parameters())
+        expected = group_scores(family, shape, weights, {k: p.grad for k, p in weights.items()})
+        for kind in ("query_heads", "kv_heads", "mlp_channels"):
+            torch.testing.assert_close(getattr(scores, kind), getattr(expected, kind), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2"])
+def test_group_scores_equal_a_loop_over_every_weight(name):
+    model = tiny(name)
+    model.requires_grad_(True)
+    loss_of(model).backward()
+    layer = model.model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    scores = measure(model, TOKENS, micro_batch=3).scores[1]
+
+    def terms(parameter, rows=None, columns=None):
+        if parameter is None:
+            return 0.0
+        product = (parameter * parameter.grad).abs()
+        product = product if rows is None else product[rows]
+        return (product if columns is None else product[:, columns]).sum().item()
+
+    for channel in range(40):
+        expected = sum(
+            terms(p, rows=[channel])
+            for p in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.gate_proj.bias, mlp.up_proj.bias)
+        ) + terms(mlp.down_proj.weight, columns=[channel])
+        assert scores.mlp_channels[channel].item() == pytest.approx(expected, rel=1e-9)
+    for group in range(3):
+        own = list(range(group * 10, group * 10 + 10))
+        expected = sum(
+            terms(p, rows=own)
+            for module in (attention.k_proj, attention.v_proj)
+            for p in (module.weight, module.bias)
+        )
+        for head in (group * 2, group * 2 + 1):  # query head h belongs to KV head h // n_rep
+            rows = list(range(head * 10, head * 10 + 10))
+            expected += terms(attention.q_proj.weight, rows=rows) + terms(attention.q_proj.bias, rows=rows)
+            expected += terms(attention.o_proj.weight, columns=rows)
+        assert scores.kv_groups()[group].item() == pytest.approx(expected, rel=1e-9)
+
+
+def in_float64_throughout(model):
+    """The model with norms that do not round to float32 on the way, as transformers' own do."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = lambda x, m=module: (
+                m.weight * x * (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+            )
+    return model
+
+
+def test_a_channels_score_agrees_with_finite_differences_of_the_loss():
+    model = in_float64_throughout(tiny("llama"))
+    score = measure(model, TOKENS, micro_batch=7).scores[2].mlp_channels[5].item()
+    mlp = model.model.layers[2].mlp
+    places = [(m.weight, 5, d) for m in (mlp.gate_proj, mlp.up_proj) for d in range(48)]
+    places += [(mlp.down_proj.weight, d, 5) for d in range(48)]
+    expected, step = 0.0, 1e-5
+    with torch.no_grad():
+        for weight, row, column in places:
+            value = weight[row, column].item()
+            weight[row, column] = value + step
+            up = loss_of(model, micro_batch=7)
+            weight[row, column] = value - step
+            down = loss_of(model, micro_batch=7)
+            weight[row, column] = value
+            expected += abs(value * (up - down).item() / (2 * step))
+    assert score == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "euclidean", "manhattan"])
+def test_similarities_equal_a_loop_over_tokens(kind):
+    model = tiny("qwen2", UNEQUAL)
+    states = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, output: states.append((args[0], output)))
+    measured = measure(model, TOKENS, micro_batch=3, similarity=kind)
+    states.clear()
+    with torch.no_grad():
+        model(TOKENS)
+    for index, (x, y) in enumerate(states):
+        values = []
+        for row in range(7):
+            for token in range(12):
+                a, b = x[row, token], y[row, token]
+                if kind == "cosine":
+                    values.append((a @ b / (a.norm() * b.norm())).item())
+                else:
+                    values.append(-((b - a).norm() if kind == "euclidean" else (b - a).abs().sum()).item())
+        assert measured.similarities[index].item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_similarity_is_float32_whatever_comes_in():
+    x, y = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8).bfloat16()
+    found = layer_similarity(x, y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, cosine_similarity(x.float(), y.float(), dim=-1))
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = tiny("llama")
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        measure(model, TOKENS, micro_batch=2)
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=0)
+    assert model.training
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_one_layers_gradients_at_a_time():
+    model = tiny("llama")
+    alive, most = [0], [0]
+
+    def count(_):
+        alive[0] = sum(p.requires_grad for p in model.parameters())
+        most[0] = max(most[0], alive[0])
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: count(module))
+    measure(model, TOKENS, micro_batch=3)
+    assert most[0] == 7  # the projections of one layer; norms, embeddings and head never
+
+
+def test_bfloat16_weights_give_nearly_the_same_scores():
+    model = tiny("llama", dtype=torch.float32)
+    exact = measure(model, TOKENS, micro_batch=3).scores[1].mlp_channels
+    rough = measure(model.bfloat16(), TOKENS, micro_batch=3).scores[1].mlp_channels
+    assert rough.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([exact, rough]))[0, 1] > 0.98
+
+
+def test_statistics_survive_a_round_trip(tmp_path):
+    measured = measure(tiny("qwen2", UNEQUAL), TOKENS, micro_batch=3)
+    measured.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert (loaded.loss, loaded.tokens) == (measured.loss, 84)
+    assert torch.equal(loaded.similarities, measured.similarities)
+    assert torch.equal(loaded.scores[2].mlp_channels, measured.scores[2].mlp_channels)
+
+
+POOL = torch.arange(40, dtype=torch.int32).view(20, 2)
+
+
+def test_a_draw_takes_no_document_twice_and_is_seeded():
+    draw = draw_calibration(POOL, sequences=12, seed=3, step=0)
+    assert len({tuple(row) for row in draw.tolist()}) == 12
+    assert torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=0))
+    assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=1))
+    assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=4, step=0))
+
+
+def test_a_draw_larger_than_the_pool_is_refused():
+    with pytest.raises(DataError, match=r"calibration\.sequences=21 is more than the 20 documents"):
+        draw_calibration(POOL, sequences=21, seed=0, step=0)

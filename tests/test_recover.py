@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from core.config import TextSource, TrainingSettings
+from core.training.recover import recover
+from tests.models import UNEQUAL, random_tokens, tiny
+
+
+def settings(**changes):
+    defaults = dict(
+        tokens="1k",
+        sources=(TextSource(path="x"),),
+        sequence_length=12,
+        global_batch=4,
+        micro_batch=4,
+        learning_rate=1e-3,
+        min_learning_rate=1e-4,
+        precision="float32",
+    )
+    return TrainingSettings(**defaults | changes)
+
+
+def train(model, tokens, mask=None, first_step=0, total_steps=100, **changes):
+    mask = torch.ones_like(tokens) if mask is None else mask
+    return recover(model, tokens, mask, settings(**changes), first_step=first_step, total_steps=total_steps)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_add_up_to_the_global_batch(micro_batch):
+    tokens = random_tokens(rows=8)
+    mask = (torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) > 0.4).int()  # uneven rows
+    whole, split = tiny("llama", UNEQUAL), tiny("llama", UNEQUAL)
+    first = train(whole, tokens, mask)
+    second = train(split, tokens, mask, micro_batch=micro_batch)
+    assert [x for _, x, _ in first.losses] == pytest.approx([x for _, x, _ in second.losses])
+    torch.testing.assert_close(weights(whole), weights(split), rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_is_the_mean_over_trained_tokens():
+    tokens, mask = random_tokens(rows=4), torch.zeros(4, 12, dtype=torch.int)
+    mask[0, 3], mask[2, 7:9] = 1, 1
+    model = tiny("llama")
+    with torch.no_grad():
+        logits = model(tokens).logits
+        places = [(0, 3), (2, 7), (2, 8)]
+        expected = sum(cross_entropy(logits[r, t - 1].float(), tokens[r, t]).item() for r, t in places) / 3
+    report = train(model, tokens, mask)
+    assert report.losses[0][1] == pytest.approx(expected, rel=1e-6)
+    assert (report.trained_tokens, report.tokens) == (3, 48)
+
+
+def test_prompts_are_not_trained_on():
+    tokens, mask = random_tokens(rows=4), torch.zeros(4, 12, dtype=torch.int)
+    mask[:, 6:] = 1
+    changed = tokens.clone()
+    changed[:, 11] = tokens[:, 11]
+    first, second = tiny("llama"), tiny("llama")
+    train(first, tokens, mask)
+    mask_all = mask.clone()
+    mask_all[:, 0] = 1  # the first token has nothing before it: it can never be a target
+    train(second, tokens, mask_all)
+    torch.testing.assert_close(weights(first), weights(second))
+
+
+def test_a_batch_without_trained_tokens_changes_nothing_but_does_not_fail():
+    model = tiny("llama")
+    before = weights(model).clone()
+    train(model, random_tokens(rows=4), torch.zeros(4, 12, dtype=torch.int))
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_training_learns_a_text_by_heart():
+    tokens = random_tokens(rows=4).repeat(40, 1)
+    model = tiny("qwen2", UNEQUAL, dtype=torch.float32)
+    losses = [loss for _, loss, _ in train(model, tokens, learning_rate=1e-2, total_steps=40).losses]
+    assert losses[-1] < losses[0] / 4
+    assert not model.training
+
+
+def test_the_schedule_goes_on_where_the_last_phase_ended():
+    report = train(tiny("llama"), random_tokens(rows=8), first_step=98)
+    assert [step for step, _, _ in report.losses] == [98, 99]
+    assert report.losses[-1][2] == pytest.approx(1e-4)
+
+
+def test_autocast_keeps_float32_weights_and_comes_close():
+    tokens = random_tokens(rows=8)
+    exact, rough = tiny("llama", dtype=torch.float32), tiny("llama", dtype=torch.float32)
+    first, second = train(exact, tokens), train(rough, tokens, precision="bfloat16")
+    assert {p.dtype for p in rough.parameters()} == {torch.float32}
+    assert second.losses[0][1] == pytest.approx(first.losses[0][1], rel=0.02)
+
+
+def test_gradient_checkpointing_changes_no_number():
+    tokens = random_tokens(rows=8)
+    plain, frugal = tiny("llama"), tiny("llama")
+    train(plain, tokens)
+    train(frugal, tokens, gradient_checkpointing=True)
+    torch.testing.assert_close(weights(plain), weights(frugal))

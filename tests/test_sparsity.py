@@ -1,0 +1,237 @@
+import random
+
+import pytest
+import torch
+
+from core.config import PruneSettings
+from core.errors import TargetError
+from core.model.shape import LayerShape, ModelShape
+from core.pruning.adapt import plan_phase, plan_step
+from core.pruning.importance import LayerScores, Statistics
+from core.pruning.plan import select_groups
+from core.pruning.sparsity import (
+    Sizing,
+    next_sparsity,
+    normalise_importance,
+    sizes_at,
+    sizes_for_target,
+    smallest_params,
+)
+
+
+def uniform_shape(layers, kv_heads, per_group, width, hidden, outside=1000):
+    layer = LayerShape(query_heads=kv_heads * per_group, kv_heads=kv_heads, mlp_width=width)
+    return ModelShape(
+        layers=(layer,) * layers,
+        outside_params=outside,
+        layer_params=2 * hidden,
+        query_head_params=8 * hidden,
+        kv_head_params=8 * hidden,
+        mlp_channel_params=3 * hidden,
+    )
+
+
+LLAMA_8B = ModelShape(
+    layers=(LayerShape(query_heads=32, kv_heads=8, mlp_width=14336),) * 32,
+    outside_params=2 * 128256 * 4096 + 4096,
+    layer_params=2 * 4096,
+    query_head_params=2 * 128 * 4096,
+    kv_head_params=2 * 128 * 4096,
+    mlp_channel_params=3 * 4096,
+)
+
+
+def test_importance_is_centred_and_scaled():
+    assert normalise_importance([1.0, 2.0, 6.0]) == pytest.approx((-2 / 3, -1 / 3, 1.0))
+
+
+def test_layers_that_are_alike_get_importance_zero():
+    assert normalise_importance([0.3, 0.3, 0.3]) == (0.0, 0.0, 0.0)
+    assert normalise_importance([0.1 + 0.2, 0.3]) == (0.0, 0.0)
+
+
+def test_sparsity_follows_the_formula_and_its_bounds():
+    after = next_sparsity((0.0, 0.5, 0.98, 0.01), (-1.0, 0.5, -1.0, 1.0), step=0.04, amplitude=0.02)
+    # A(dS) = 0.02 * 0.04 / 0.02 = 0.04
+    assert after == pytest.approx((0.08, 0.52, 0.99, 0.01))
+    assert next_sparsity((0.0,), (1.0,), step=0.02, amplitude=0.05) == (0.0,)
+
+
+def test_without_amplitude_all_layers_lose_alike():
+    sparsity = (0.0,) * 4
+    for importance in ((1.0, -1.0, 0.5, -0.5), (0.0, 1.0, -1.0, 0.0)):
+        sparsity = next_sparsity(sparsity, importance, step=0.1, amplitude=0.0)
+    assert sparsity == pytest.approx((0.2,) * 4)
+
+
+def test_sparsity_grows_where_importance_is_at_most_step_over_amplitude():
+    rng = random.Random(0)
+    sparsity = (0.0,) * 8
+    for _ in range(40):
+        importance = normalise_importance([rng.random() for _ in range(8)])
+        after = next_sparsity(sparsity, importance, step=0.02, amplitude=0.02)
+        assert all(a >= b - 1e-12 for a, b in zip(after, sparsity, strict=True))  # I <= 1 = dS / A
+        sparsity = after
+
+
+def test_the_counts_of_table_8_are_approached():
+    similarity = [0.2] + [0.85 + 0.13 * min(1, i / 10) for i in range(30)] + [0.75]
+    importance = normalise_importance([-s for s in similarity])
+    sizing = Sizing(dense=LLAMA_8B, current=LLAMA_8B, attention_unit="kv_group")
+    paper = {0: 4.54, 0.005: 4.62, 0.01: 4.61, 0.02: 4.43, 0.04: 4.04}
+    for amplitude, billions in paper.items():
+        sparsity = (0.0,) * 32
+        for _ in range(50):  # 50 steps of 1 %; the paper's A is what a step adds, whatever its size
+            sparsity = next_sparsity(sparsity, importance, step=0.01, amplitude=2 * amplitude)
+        found = LLAMA_8B.with_layers(sizes_at(sizing, sparsity)).num_params() / 1e9
+        assert found == pytest.approx(billions, rel=0.06 if amplitude else 0.001)
+
+
+def can_absorb(sizing, target):
+    """Whether MLP widths can make up for any single attention unit: without that no exact size exists."""
+    layers = sizing.current.layers
+    room = sum(layer.mlp_width - sizing.min_width(i) for i, layer in enumerate(layers))
+    per_unit = sizing.current.query_head_params * max(layer.query_heads for layer in layers) * 2
+    return room * sizing.current.mlp_channel_params > 4 * per_unit and target > 1.5 * smallest(sizing)
+
+
+def smallest(sizing):
+    return smallest_params(sizing, 10**18)
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head", "none"])
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+def test_random_models_end_at_the_exact_target(unit, multiple):
+    rng = random.Random(f"{unit} {multiple}")
+    tried = 0
+    for _ in range(300):
+        dense = uniform_shape(
+            rng.randint(1, 12), rng.randint(1, 4), rng.randint(1, 4), rng.randint(30, 90), rng.randint(4, 16)
+        )
+        current, sparsity = dense, (0.0,) * len(dense.layers)
+        for _ in range(rng.randint(1, 3)):
+            sizing = Sizing(dense=dense, current=current, attention_unit=unit, width_multiple=multiple)
+            importance = normalise_importance([rng.random() for _ in dense.layers])
+            target = int(current.num_params() * rng.uniform(0.5, 1))
+            if not can_absorb(sizing, target):
+                break
+            step = (current.num_params() - target) / sizing.prunable_params()
+            sparsity = next_sparsity(sparsity, importance, step=step, amplitude=rng.choice([0, 0.01, 0.05]))
+            layers, shift = sizes_for_target(sizing, sparsity, importance, target)
+            found = current.with_layers(layers)
+            assert abs(found.num_params() - target) <= multiple * dense.mlp_channel_params / 2
+            for after, before in zip(found.layers, current.layers, strict=True):
+                assert 1 <= after.kv_heads <= before.kv_heads
+                assert min(multiple, before.mlp_width) <= after.mlp_width <= before.mlp_width
+                assert after.query_heads % after.kv_heads == 0
+                assert after.mlp_width % multiple == 0 or after.mlp_width == dense.layers[0].mlp_width
+            current, sparsity = found, tuple(min(max(s + shift, 0.0), 0.99) for s in sparsity)
+            tried += 1
+    assert tried > 100
+
+
+def test_attention_goes_no_further_than_the_target_asks():
+    # Uniform sparsity makes a third of the attention of all 30 layers due at once: too much for this target.
+    smollm = ModelShape(
+        layers=(LayerShape(query_heads=9, kv_heads=3, mlp_width=1536),) * 30,
+        outside_params=28_312_128,
+        layer_params=1152,
+        query_head_params=73728,
+        kv_head_params=73728,
+        mlp_channel_params=1728,
+    )
+    sizing = Sizing(dense=smollm, current=smollm, attention_unit="kv_group")
+    target = round(0.77 * smollm.num_params())
+    layers, _ = sizes_for_target(sizing, (0.2,) * 30, (0.0,) * 30, target)
+    assert abs(smollm.with_layers(layers).num_params() - target) <= 864
+    kept = {layer.kv_heads for layer in layers}
+    assert kept == {2, 3}
+
+
+def test_a_target_below_the_smallest_model_names_its_size():
+    shape = uniform_shape(3, 2, 2, 40, 8)
+    sizing = Sizing(dense=shape, current=shape, attention_unit="kv_group")
+    least = 1000 + 3 * (16 + 2 * 64 + 64 + 24)
+    with pytest.raises(TargetError, match=rf"still has {least:,} parameters, 1,000 of them outside the layers"):
+        sizes_for_target(sizing, (0.1,) * 3, (0.0,) * 3, 1500)
+
+
+def statistics_of(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Statistics(
+        similarities=torch.rand(len(shape.layers), generator=generator, dtype=torch.float64),
+        scores=tuple(
+            LayerScores(
+                query_heads=torch.rand(layer.query_heads, generator=generator),
+                kv_heads=torch.rand(layer.kv_heads, generator=generator),
+                mlp_channels=torch.rand(layer.mlp_width, generator=generator),
+            )
+            for layer in shape.layers
+        ),
+        loss=1.0,
+        tokens=1,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_a_phase_of_any_number_of_steps_lands_on_its_target(steps):
+    dense = uniform_shape(6, 3, 2, 200, 16)
+    target = round(dense.num_params() * 0.7)
+    measured = []
+
+    def remeasure(layers, number):
+        measured.append(number)
+        shapes = dense.with_layers(tuple(layer.shape() for layer in layers))
+        return statistics_of(shapes, number)
+
+    plan = plan_phase(
+        statistics_of(dense, 0),
+        dense=dense,
+        current=dense,
+        sparsity=(0.0,) * 6,
+        target_params=target,
+        settings=PruneSettings(steps_per_phase=steps, amplitude=0.02),
+        checkpoint="c",
+        statistics_digest="s",
+        remeasure=remeasure,
+    )
+    assert abs(plan.params_after - target) <= dense.mlp_channel_params / 2
+    assert dense.with_layers(plan.after).num_params() == plan.params_after
+    assert measured == list(range(1, len(measured) + 1))
+    assert len(measured) <= steps - 1
+    plan.check("c", dense.layers)
+
+
+def test_less_important_layers_lose_more():
+    dense = uniform_shape(4, 2, 2, 100, 16)
+    statistics = statistics_of(dense, 0)
+    alike = Statistics(
+        similarities=torch.tensor([0.99, 0.5, 0.9, 0.7], dtype=torch.float64),
+        scores=statistics.scores,
+        loss=1.0,
+        tokens=1,
+    )
+    step = plan_step(
+        alike,
+        dense=dense,
+        current=dense,
+        sparsity=(0.0,) * 4,
+        target_params=round(dense.num_params() * 0.8),
+        steps_left=1,
+        settings=PruneSettings(amplitude=0.02),
+    )
+    widths = [layer.mlp_width for layer in step.shape.layers]
+    assert widths[0] < widths[2] < widths[3] < widths[1]
+
+
+def test_the_lowest_scores_go_first():
+    now = LayerShape(query_heads=4, kv_heads=2, mlp_width=5)
+    scores = LayerScores(
+        query_heads=torch.tensor([9.0, 1.0, 3.0, 4.0]),
+        kv_heads=torch.tensor([0.5, 0.1]),
+        mlp_channels=torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0]),
+    )
+    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=1, mlp_width=3), "kv_group")
+    assert (kept.query_heads, kept.kv_heads, kept.mlp_channels) == ((0, 1), (0,), (0, 2, 4))
+    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=2, mlp_width=5), "query_head")
+    assert (kept.query_heads, kept.kv_heads) == ((0, 3), (0, 1))
