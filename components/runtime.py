@@ -26,13 +26,11 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    # It warns, at each load, about global sizes that stand in a config of unequal layers on purpose.
-    "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
 def quiet_libraries() -> None:
-    """Keep bars and warnings of libraries out of the output, unless the environment asks for them."""
+    """Keep the bars of libraries out of the output, unless the environment asks for them."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 

@@ -1,7 +1,7 @@
-"""Where a base model comes from: a folder, a GGUF file, a store, an installed package or the Hugging Face hub.
+"""Where a base model comes from: a folder, a GGUF file, a store, an installed package or the hub.
 
-Whatever it is, it becomes a publication in the run's store, so that all later steps read it verified and the network
-is needed no more.
+Whatever it is, it becomes a publication in the run's store, so that all later steps read it verified and the
+network is needed no more.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import torch
 from core.config import ModelSettings
 from core.data import locate
 from core.errors import CheckpointError
+from core.model.build import build_model, load_config
+from core.model.checkpoint import CheckpointReader, save_model
 from core.storage.entries import FileEntry, Manifest
 from core.storage.manifest import publish, read_manifest
 from core.storage.store import file_sha256, join_uri
@@ -22,6 +24,7 @@ from core.storage.store import file_sha256, join_uri
 log = logging.getLogger(__name__)
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+_HUB_TIMEOUT_S = 10
 
 
 def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
@@ -47,18 +50,19 @@ def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
         return settings.base, manifest.digest[:16]
     location = locate(settings.base)
     if location is None:
-        return _import_from_hub(settings, store)
+        return _import_from_hub(settings.base, settings.revision, store)
     if location.suffix == ".gguf":
         revision = file_sha256(location)[:16]
         return _publish_once(store, revision, settings.base, lambda: _dequantized(location)), revision
     if not (location / "config.json").is_file():
         raise CheckpointError(
-            f"model.base={settings.base} is neither a .gguf file nor a folder with a config.json. Correct the path."
+            f"model.base={settings.base} is neither a .gguf file nor a folder with a config.json. "
+            "Correct the path."
         )
     paths = sorted(p for pattern in _PATTERNS for p in location.glob(pattern) if p.name != "MANIFEST.json")
     files = tuple(FileEntry.of(location, path.name) for path in paths)
     revision = Manifest(files=files).digest[:16]
-    return _publish_once(store, revision, settings.base, lambda: _linked(paths)), revision
+    return _publish_once(store, revision, settings.base, lambda: _checked(location, paths)), revision
 
 
 def _publish_once(
@@ -73,8 +77,16 @@ def _publish_once(
 
 
 @contextlib.contextmanager
-def _linked(paths: Sequence[Path]) -> Iterator[Path]:
-    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them."""
+def _checked(location: Path, paths: Sequence[Path]) -> Iterator[Path]:
+    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them.
+
+    A family that is not supported and a weight that cannot be read come to light here: in the store they
+    would make every later step fail.
+    """
+    load_config(location)
+    with CheckpointReader(location) as reader:
+        for name in reader.names():
+            reader.tensor(name)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         for path in paths:
             (Path(scratch) / path.name).symlink_to(path.resolve())
@@ -86,9 +98,6 @@ def _dequantized(location: Path) -> Iterator[Path]:
     """Write the float32 checkpoint that a GGUF file holds."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
-
-    from core.model.build import build_model
-    from core.model.checkpoint import save_model
 
     log.info("dequantizing %s (once; about half a minute)", location.name)
     try:
@@ -114,27 +123,42 @@ def _dequantized(location: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _import_from_hub(settings: ModelSettings, store: str) -> tuple[str, str]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _import_from_hub(name: str, revision: str, store: str) -> tuple[str, str]:
+    from huggingface_hub import HfApi
 
-    name = settings.base
+    with _hub_errors(name):
+        commit = HfApi().model_info(name, revision=revision or None, timeout=_HUB_TIMEOUT_S).sha
+    assert commit is not None, "the hub names a commit for every revision"
+    return _publish_once(store, commit, name, lambda: _downloaded(name, commit)), commit
+
+
+@contextlib.contextmanager
+def _downloaded(name: str, commit: str) -> Iterator[Path]:
+    from huggingface_hub import snapshot_download
+
+    log.info("downloading %s at %s", name, commit)
+    # The config first: it tells whether the rest is of use.
+    for patterns in (["config.json"], list(_PATTERNS)):
+        with _hub_errors(name):
+            folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+        load_config(folder)
+    yield folder
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises into one line."""
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        revision = HfApi().model_info(name, revision=settings.revision or None).sha
-        assert revision is not None, "the hub names a commit for every revision"
-        uri = join_uri(store, "bases", revision)
-        if read_manifest(uri) is None:
-            log.info("downloading %s at %s", name, revision)
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
-            publish(folder, uri, metadata={"base": name, "revision": revision})
-        return uri, revision
+        yield
     except HFValidationError:
         raise CheckpointError(
             f"model.base={name} is neither a folder nor a file nor a Hugging Face id. Correct it."
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        message = " ".join(str(error).split())[:200]
+    except Exception as error:  # network errors are those of httpx or httpx2, by the client's version
+        message = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise CheckpointError(
-            f"model.base={name} is no local folder or file, and the Hugging Face hub does not give it: {message} "
-            "Check the name, model.revision and, for a gated model, HF_TOKEN."
+            f"model.base={name} is no local folder or file, and the Hugging Face hub does not give it: "
+            f"{message}. Check the name, model.revision, the network and, for a gated model, HF_TOKEN."
         ) from error

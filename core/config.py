@@ -40,8 +40,8 @@ class ModelSettings:
     """Which model is pruned."""
 
     base: str = ""
-    """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder inside an
-    installed Python package) or a Hugging Face repository id."""
+    """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder
+    inside an installed Python package) or a Hugging Face repository id."""
     revision: str = ""
     """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -53,8 +53,8 @@ class PruneSettings:
     """How much is removed, in which steps, and how it is shared between the layers."""
 
     target: str = "50%"
-    """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within half an
-    MLP channel."""
+    """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
+    half an MLP channel."""
     method: Literal["adapt-pruner"] = "adapt-pruner"
     """The pruning method."""
     phases: int = 20
@@ -80,7 +80,10 @@ class PruneSettings:
         try:
             share = float(self.target.strip(" %")) / 100 if _is_share(self.target) else None
             if share is not None and not 0 < share < 1:
-                yield f"target={self.target} must lie between 0% and 100%. Ask for the share of parameters that stays."
+                yield (
+                    f"target={self.target} must lie between 0% and 100%. "
+                    "Ask for the share of parameters that stays."
+                )
             if share is None and parse_count(self.target) <= 0:
                 yield f"target={self.target} must be positive. Ask for the number of parameters that stay."
         except ValueError:
@@ -102,16 +105,16 @@ class TextSource:
     """A set of documents or conversations."""
 
     path: str = ""
-    """A file or folder (``.txt``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow``), ``package:NAME/path`` or a
-    Hugging Face data set id."""
+    """A file or folder (``.txt``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow``), ``package:NAME/path``
+    or a Hugging Face data set id."""
     subset: str = ""
     """Configuration name of a Hugging Face data set."""
     split: str = "train"
-    """Split of a Hugging Face data set (files: always one split). A slice such as ``train[:90%]`` works for files
-    and for data sets that are not streamed."""
+    """Split of a Hugging Face data set (files: always one split). A slice such as ``train[:90%]`` works for
+    files and for data sets that are not streamed."""
     format: Literal["text", "chat", "instruction"] = "text"
-    """``text``: one document in ``field``. ``chat``: a list of messages (role/content or from/value) in ``field``.
-    ``instruction``: ``prompt_fields`` joined by blank lines, answered by ``response_field``."""
+    """``text``: one document in ``field``. ``chat``: a list of messages (role/content or from/value) in
+    ``field``. ``instruction``: ``prompt_fields`` joined by blank lines, answered by ``response_field``."""
     field: str = "text"
     """Column of the document or of the messages."""
     prompt_fields: tuple[str, ...] = ()
@@ -144,11 +147,11 @@ class CalibrationSettings:
     sequence_length: int = 64
     """Tokens a sequence."""
     micro_batch: int = 32
-    """Sequences that pass through a layer at once; bounds memory, and defines the loss (a sum of batch means)."""
+    """Sequences that pass through a layer at once; bounds memory; the loss is a sum of their means."""
     pool_documents: int = 20_000
     """Documents that are tokenized at most to draw from."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format of the weights and activations; gradients are summed and multiplied in float32 either way."""
+    """Number format of weights and activations; gradients are summed in float32 either way."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -202,7 +205,10 @@ class TrainingSettings:
         try:
             tokens = parse_count(self.tokens)
         except ValueError:
-            yield f"tokens={self.tokens} is not a count such as 3.87B. Give the training tokens of all phases, or 0."
+            yield (
+                f"tokens={self.tokens} is not a count such as 3.87B. "
+                "Give the training tokens of all phases, or 0."
+            )
             tokens = 0
         yield from _in_range("sequence_length", self.sequence_length, 2, 10**6)
         yield from _in_range("global_batch", self.global_batch, 1, 10**6)
@@ -214,12 +220,18 @@ class TrainingSettings:
         if self.warmup_share + self.decay_share > 1:
             yield "warmup_share + decay_share exceed 1. Lower one of them."
         if self.micro_batch and self.global_batch % self.micro_batch:
-            yield f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. Change one."
+            yield (
+                f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. "
+                "Change one."
+            )
         if tokens and not self.sources:
             yield f"tokens={self.tokens} needs sources. Name at least one text source, or set tokens to 0."
         if 0 < tokens < self.sequence_length * self.global_batch:
             step = self.sequence_length * self.global_batch
-            yield f"tokens={self.tokens} is less than one optimizer step of {step:,} tokens. Raise it or shrink the batch."
+            yield (
+                f"tokens={self.tokens} is less than one optimizer step of {step:,} tokens. "
+                "Raise it or shrink the batch."
+            )
 
     @property
     def total_steps(self) -> int:
@@ -234,8 +246,8 @@ class EvaluationSettings:
     tasks: tuple[str, ...] = ()
     """lm-eval task names, evaluated zero-shot unless the task says otherwise."""
     task_data: dict[str, str] = field(default_factory=dict)
-    """Task name to a local folder or ``package:NAME/path`` with one sub-folder a split (arrow, parquet or jsonl);
-    tasks without an entry come from the Hugging Face hub."""
+    """Task name to a local folder or ``package:NAME/path`` with one sub-folder a split (arrow, parquet or
+    jsonl); tasks without an entry come from the Hugging Face hub."""
     limit: int = 0
     """Items a task, taken from the front; 0 takes all."""
     batch_size: int = 8
@@ -272,8 +284,8 @@ class StorageSettings:
     store: str = "output/store"
     """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
     keep: str = "last"
-    """Which checkpoints stay when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the last) or a
-    number k (every k-th phase, and the last). Statistics, plans and manifests always stay."""
+    """Which checkpoints stay when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the
+    last) or a number k (every k-th phase, and the last). Statistics, plans and manifests always stay."""
 
     def __post_init__(self) -> None:
         """Check values."""
@@ -357,8 +369,9 @@ class Settings:
             problems.append("calibration.source is missing. Name the calibration corpus.")
         if self.training.total_steps and self.training.total_steps < self.prune.phases:
             problems.append(
-                f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer steps for "
-                f"prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the batch."
+                f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer "
+                f"steps for prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the "
+                "batch."
             )
         _raise(problems)
 
@@ -369,7 +382,8 @@ class Settings:
     def digest(self) -> str:
         """Return a hash of all settings that can change the result.
 
-        Where a run is stored, tracked and run does not count, nor how its base model is named: its revision does.
+        Where a run is stored, tracked and run does not count, nor how its base model is named: its revision
+        does.
         """
         kept = {
             k: v for k, v in self.to_dict().items() if k not in ("name", "storage", "tracking", "cluster")

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 
 class AdaptPrunerError(Exception):
-    """Base of all errors whose text is meant for the user; the command line prints it as one ``error:`` line."""
+    """Base of all errors whose text is meant for the user: one ``error:`` line on the command line."""
 
 
 class SettingsError(AdaptPrunerError):
     """One or more settings are wrong; all problems are listed at once.
 
     Attributes:
-        problems: One sentence a problem, each with the full setting name, its value, the limit and what to change.
+        problems: One sentence a problem: the full setting name, its value, the limit and what to change.
     """
 
     def __init__(self, problems: Iterable[str]) -> None:

@@ -5,9 +5,10 @@ Everything that is wrong with a recipe is reported at once, each problem with th
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise SettingsError([f"--set {override}: {section} is not a section."])
         data = inner
     try:
-        data[key] = yaml.safe_load(text)
+        data[key] = yaml.safe_load(text) if text else ""  # YAML's empty value would be null
     except yaml.YAMLError:
         data[key] = text
 
@@ -124,8 +125,14 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     except SettingsError as error:
         # The default stands in for a value that is wrong already: what it leads to would only confuse.
         wrong = [key for key, value in values.items() if value is _INVALID]
-        problems.extend(f"{prefix}{p}" for p in error.problems if not any(key in p for key in wrong))
+        problems.extend(f"{prefix}{p}" for p in error.problems if not _mentions(p, wrong))
     return built if len(problems) == before else _INVALID
+
+
+def _mentions(problem: str, keys: Iterable[str]) -> bool:
+    """Tell whether what is wrong (not what to change) has to do with one of ``keys``."""
+    what, _, _ = problem.partition(". ")
+    return any(re.search(rf"\b{key}\b", what) for key in keys)
 
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:

@@ -73,10 +73,14 @@ class Run:
         return open_store(str(handle["store"])).exists(f"runs/{handle['key']}/DONE.json")
 
     def save(self) -> None:
-        """Write ``run.json`` unless the run is there already."""
+        """Write ``run.json``.
+
+        A run that is started again gets the settings of the last start: those that its key leaves out may
+        have been corrected, such as where it is tracked.
+        """
         data = asdict(self) | {"settings": self.settings.to_dict()}
         text = json.dumps(data, indent=1)
-        open_store(self.store).write_bytes(f"runs/{self.key}/run.json", text.encode(), if_absent=True)
+        open_store(self.store).write_bytes(f"runs/{self.key}/run.json", text.encode())
 
     def handle(self) -> dict[str, str]:
         """Return what tasks are handed."""

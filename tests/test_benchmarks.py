@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.config import EvaluationSettings
 from core.errors import DataError
-from core.evaluation import progress
+from core.evaluation import benchmarks, progress
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.task_data import task_problems
 
@@ -305,9 +306,50 @@ def test_the_log_tells_how_far_it_is(llama, tokenizer, tmp_path, caplog, monkeyp
 def test_bfloat16_arithmetic_leaves_float32_weights_alone(llama, tokenizer, tmp_path):
     plain, _ = preferences(llama, tokenizer)
     write(tmp_path / "validation", [arc_item(n, answer) for n, answer in enumerate(plain)])
+    dtypes = set()
+    llama.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     result = evaluate_tasks(llama, tokenizer, settings_for(tmp_path), precision=torch.bfloat16)
+    assert dtypes == {torch.bfloat16}
     assert result["arc_easy"]["acc"] >= 5 / 7
     assert llama.lm_head.weight.dtype == torch.float32
+
+
+def test_whole_documents_are_scored_in_single_windows_of_bounded_length(
+    llama, tokenizer, tmp_path, monkeypatch
+):
+    page = "Iron is a metal that rusts in air and water"
+    write(tmp_path / "short/test", [{"page": page}])
+    score = log_likelihood(llama, tokenizer, "<|im_end|>", page)
+    short = evaluate_tasks(llama, tokenizer, settings_for(tmp_path / "short", "wikitext"))["wikitext"]
+    assert short["word_perplexity"] == pytest.approx(math.exp(-score / len(page.split())), rel=1e-4)
+
+    shapes = set()
+    llama.register_forward_pre_hook(lambda module, args: shapes.add(tuple(args[0].shape)))
+    monkeypatch.setattr(benchmarks, "_ROLLING_TOKENS", 16)
+    write(tmp_path / "long/test", [{"page": " ".join([page] * 5)}, {"page": page}])
+    evaluate_tasks(llama, tokenizer, settings_for(tmp_path / "long", "wikitext", batch_size=4))
+    assert {rows for rows, _ in shapes} == {1}
+    assert max(length for _, length in shapes) == 16
+
+
+def test_a_task_with_examples_and_two_filters_keeps_the_filters_apart(llama, tokenizer, tmp_path):
+    llama.config.max_position_embeddings = 2048
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"It is so.\n#### {n + 1}"} for n in range(7)]
+    write(tmp_path / "train", rows)
+    write(tmp_path / "test", rows[:1])
+    prompts = []
+    llama.generation_config.eos_token_id = None
+    original = llama.generate
+
+    def generate(input_ids, **options):
+        prompts.append(tokenizer.decode(input_ids[0]))
+        return original(input_ids=input_ids, **{**options, "max_length": input_ids.shape[1] + 3})
+
+    llama.generate = generate
+    result = evaluate_tasks(llama, tokenizer, settings_for(tmp_path, "gsm8k", limit=1))
+    assert set(result["gsm8k"]) == {"exact_match_strict-match", "exact_match_flexible-extract"}
+    assert prompts[0].count("####") == 5
+    assert prompts[0].endswith("Question: What is 0 plus 1?\nAnswer:")
 
 
 def test_no_tasks_no_results(llama, tokenizer):
@@ -316,7 +358,7 @@ def test_no_tasks_no_results(llama, tokenizer):
 
 @pytest.mark.slow  # lm-eval indexes all of its 14,000 files for a group
 def test_a_group_gives_its_average_and_a_tag_its_members(llama, tokenizer, tmp_path):
-    # No folder for a subject: all 19 read the same five items, in which every answer is right once and one twice.
+    # There is no folder a subject: all 19 read the same items, where each answer is right once and one twice.
     question = {"question": "Is iron a metal?", "choices": ["no", "yes", "both", "none"]}
     write(tmp_path / "mmlu/test", [{**question, "answer": answer} for answer in (0, 1, 2, 3, 3)])
     plain, _ = preferences(llama, tokenizer)
@@ -354,12 +396,18 @@ def test_all_wrong_names_and_folders_are_told_at_once(llama, tokenizer, tmp_path
 
 
 def test_checking_names_imports_neither_torch_nor_lm_eval():
-    script = (
-        "import sys; from core.config import EvaluationSettings as E; from core.evaluation.task_data import *\n"
-        "assert not task_problems(E(tasks=('arc_easy', 'mmlu'))); print({'torch', 'lm_eval'} & set(sys.modules))"
+    script = """
+import sys
+from core.config import EvaluationSettings
+from core.evaluation.task_data import task_problems
+
+assert task_problems(EvaluationSettings(tasks=("arc_easy", "mmlu"))) == []
+print({"torch", "lm_eval"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,17 @@ def test_config_of_unequal_layers_survives_a_round_trip(tmp_path):
 
 
 def test_config_of_equal_layers_is_plain(tmp_path):
-    config = config_with_layers(tiny("llama", UNEQUAL).config, (LayerShape(query_heads=4, kv_heads=2, mlp_width=9),) * 3)
+    config = config_with_layers(
+        tiny("llama", UNEQUAL).config, (LayerShape(query_heads=4, kv_heads=2, mlp_width=9),) * 3
+    )
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "per_layer_config" not in written
-    assert (written["num_attention_heads"], written["num_key_value_heads"], written["intermediate_size"]) == (4, 2, 9)
+    assert (written["num_attention_heads"], written["num_key_value_heads"], written["intermediate_size"]) == (
+        4,
+        2,
+        9,
+    )
 
 
 def test_head_counts_that_llama_refuses_globally_still_load(tmp_path):

@@ -54,7 +54,9 @@ def test_a_missing_shard_is_named(checkpoint):
 def test_a_corrupt_shard_is_named(checkpoint, damage):
     shard = checkpoint / "model-00001-of-00004.safetensors"
     shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00004\.safetensors is not a valid safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00004\.safetensors is not a valid safetensors"
+    ):
         load_model(checkpoint)
 
 

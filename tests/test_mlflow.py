@@ -1,5 +1,7 @@
 import logging
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -245,6 +247,21 @@ def test_two_processes_log_onto_one_parent_in_a_new_database_and_are_silent(tmp_
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     notes = {f"new/folder/mlflow-artifacts/two/{run}/artifacts/note.txt" for run in runs.values()}
     assert files == {"new/folder/mlflow.db"} | notes  # no ./mlruns and no drafts
+
+
+def test_a_database_that_another_process_made_meanwhile_is_kept(tmp_path, monkeypatch):
+    path, link = tmp_path / "mlflow.db", os.link
+
+    def link_too_late(draft, target):
+        shutil.copy(draft, target)
+        with sqlite3.connect(target) as connection:
+            connection.execute("CREATE TABLE theirs (x)")
+        link(draft, target)
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    tracker_of(f"sqlite:///{path}", "k").start({}, {})
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT * FROM theirs").fetchall() == []
 
 
 def test_without_a_uri_everything_works_and_mlflow_is_not_imported(tmp_path):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from core.pruning.phases import phase_shares, phase_sizes, phase_steps
@@ -5,7 +7,7 @@ from core.pruning.phases import phase_shares, phase_sizes, phase_steps
 
 def test_geometric_phases_shrink_by_one_ratio():
     sizes = (1_000_000, *phase_sizes(1_000_000, 250_000, 4, "geometric"))
-    ratios = [b / a for a, b in zip(sizes, sizes[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(sizes)]
     assert ratios == pytest.approx([0.25 ** (1 / 4)] * 4, rel=1e-5)
     assert sizes[-1] == 250_000
 
@@ -21,7 +23,9 @@ def test_shares_follow_eq_11_and_sum_to_one(phases):
     assert shares[-1] == pytest.approx(phases * shares[0])
 
 
-@pytest.mark.parametrize(("total", "phases"), [(29_500, 20), (23, 2), (20, 20), (21, 20), (400, 20), (3, 5), (0, 3)])
+@pytest.mark.parametrize(
+    ("total", "phases"), [(29_500, 20), (23, 2), (20, 20), (21, 20), (400, 20), (3, 5), (0, 3)]
+)
 def test_steps_cover_the_total_and_no_phase_starves(total, phases):
     steps = phase_steps(total, phases)
     assert (len(steps), sum(steps)) == (phases, total)

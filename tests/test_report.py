@@ -189,6 +189,8 @@ def test_names_and_settings_are_escaped():
     assert "<script" not in html
     page = Page(html)
     assert page.tags("script") == []
+    pictures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert any(evil in set(ElementTree.fromstring(picture).itertext()) for picture in pictures)
     assert page.text.count("<script>alert('x')</script>&\"") >= 8  # shown as text
     console = Console(width=200, file=io.StringIO())
     console.print(phase_table(record))

@@ -152,7 +152,9 @@ def test_a_target_below_the_smallest_model_names_its_size():
     shape = uniform_shape(3, 2, 2, 40, 8)
     sizing = Sizing(dense=shape, current=shape, attention_unit="kv_group")
     least = 1000 + 3 * (16 + 2 * 64 + 64 + 24)
-    with pytest.raises(TargetError, match=rf"still has {least:,} parameters, 1,000 of them outside the layers"):
+    with pytest.raises(
+        TargetError, match=rf"still has {least:,} parameters, 1,000 of them outside the layers"
+    ):
         sizes_for_target(sizing, (0.1,) * 3, (0.0,) * 3, 1500)
 
 

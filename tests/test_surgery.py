@@ -22,7 +22,7 @@ QUERY_HEADS = (
 
 
 def zero_what_goes(model, plans):
-    """Zero the weights that carry a dropped group's output on: the model then computes as if it were not there."""
+    """Zero the weights that carry a dropped group's output on: it then is as if it were not there."""
     with torch.no_grad():
         for layer, plan, shape in zip(model.model.layers, plans, layer_shapes(model.config), strict=True):
             for channel in set(range(shape.mlp_width)) - set(plan.mlp_channels):

@@ -61,7 +61,6 @@ def perplexity(
     total = 0.0
     model.eval()
     try:
-        # Not inference_mode: what a model caches in its forward pass must stay usable for training.
         with torch.no_grad(), torch.autocast(model.device.type, precision, enabled=precision is not None):
             for batch in windows.split(rows):
                 tokens = batch.to(model.device, torch.long)

@@ -1,7 +1,7 @@
 """Models whose layers differ in size, built out of transformers' own classes.
 
-transformers describes such models with ``per_layer_config``, but does not build them yet: a model is first built with
-the config's global sizes, then each layer is built anew from its own view of the config.
+transformers describes such models with ``per_layer_config``, but does not build them yet: a model is first
+built with the config's global sizes, then each layer is built anew from its own view of the config.
 """
 
 import copy
@@ -41,9 +41,10 @@ def layer_shapes(config: PreTrainedConfig) -> tuple[LayerShape, ...]:
 def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> PreTrainedConfig:
     """Return a copy of ``config`` with the given layer sizes.
 
-    Layers that are all alike make a plain config that any loader reads. Otherwise the global sizes stay and each layer
-    that differs stands in ``per_layer_config``; ``head_dim`` is explicit, since it no longer follows from the hidden
-    size, and the global sizes stay readable, since Llama's own config check reads them.
+    Layers that are all alike make a plain config that any loader reads. Otherwise the global sizes stay and
+    each layer that differs stands in ``per_layer_config``; ``head_dim`` is explicit, since it no longer
+    follows from the hidden size, and the global sizes stay readable, since Llama's own config check reads
+    them.
     """
     data = config.to_dict()
     data.pop("per_layer_config", None)
@@ -99,8 +100,9 @@ def _rebuild_layers(model: PreTrainedModel, layers: Any, dtype: torch.dtype) -> 
     for index, view in enumerate(shared.per_layer_config):
         with local_torch_dtype(dtype, type(model).__name__):
             layer = type(layers[index])(view, index)
-        # A view has no attention implementation: attention would run without its causal mask. Modules read nothing
-        # but such global switches after they are built, so the shared config serves, and follows later changes.
+        # A view has no attention implementation: attention would run without its causal mask. Modules read
+        # nothing but such global switches after they are built, so the shared config serves, and follows
+        # later changes.
         for module in layer.modules():
             if getattr(module, "config", None) is view:
                 module.config = shared
@@ -157,6 +159,8 @@ def load_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(
             f"{directory} holds no config.json. Give the folder of a Hugging Face checkpoint."
         )
+    # It warns of every read of a global size, which stands beside the sizes of the layers on purpose.
+    logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(directory)
     except (ValueError, OSError, KeyError) as error:

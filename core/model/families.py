@@ -1,4 +1,4 @@
-"""Where each model family keeps the weights that pruning removes: one table drives scores, sizes and surgery."""
+"""Where each model family keeps what pruning removes: one table drives scores, sizes and surgery."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,8 @@ class Slicing:
     """How the groups of a layer lie in one of its weights.
 
     Attributes:
-        axis: The dimension along which groups lie (0 for a projection that makes them, 1 for one that reads them).
+        axis: The dimension along which groups lie (0 for a projection that makes them, 1 for one that reads
+            them).
         kinds: Kinds of the blocks along the axis; more than one where projections are fused.
     """
 

@@ -52,8 +52,8 @@ def plan_step(
         current: Sizes now.
         sparsity: Cumulative sparsity of each layer so far.
         target_params: Where the phase ends.
-        steps_left: Steps of the phase that are left, this one included; the last one lands on the target, as does
-            an earlier one that would cross it.
+        steps_left: Steps of the phase that are left, this one included; the last one lands on the target,
+            as does an earlier one that would cross it.
         settings: Amplitude, attention unit and width multiple.
 
     Raises:
@@ -105,8 +105,8 @@ def plan_phase(
         settings: Steps, amplitude, attention unit and width multiple.
         checkpoint: Digest of the checkpoint.
         statistics_digest: Digest of the statistics.
-        remeasure: Takes what a step keeps and the number of the next step (from 1), and returns statistics of the
-            model that is left.
+        remeasure: Takes what a step keeps and the number of the next step (from 1), and returns statistics
+            of the model that is left.
 
     Raises:
         TargetError: If the target cannot be reached.

@@ -1,8 +1,9 @@
 """Layer similarities and exact group scores with the gradients of one layer in memory (eq. 3-5, 7-10).
 
-One forward pass keeps each layer's inputs in host memory and yields the similarities. The gradient by the last hidden
-state starts a backward pass, layer by layer: recompute the layer, back-propagate through it, reduce its weight
-gradients to one number a group, free them, go down. The result is plain autograd's, to rounding.
+One forward pass keeps each layer's inputs in host memory and yields the similarities. The gradient by the
+last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate through it,
+reduce its weight gradients to one number a group, free them, go down. The result is plain autograd's, to
+rounding.
 """
 
 import contextlib
@@ -43,8 +44,8 @@ def draw_calibration(pool: Tensor, *, sequences: int, seed: int, step: int) -> T
     """
     if len(pool) < sequences:
         raise DataError(
-            f"calibration.sequences={sequences} is more than the {len(pool)} documents of at least {pool.shape[1]} "
-            "tokens in calibration.source. Lower it, or name a larger corpus."
+            f"calibration.sequences={sequences} is more than the {len(pool)} documents of at least "
+            f"{pool.shape[1]} tokens in calibration.source. Lower it, or name a larger corpus."
         )
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return pool[torch.randperm(len(pool), generator=generator)[:sequences]].long()
@@ -81,8 +82,8 @@ def measure(
     Args:
         model: Any number format; products and sums are float32. Left as it was found.
         tokens: (S, T) int64 token ids.
-        micro_batch: Sequences that pass through a layer at once. The loss is the sum over micro-batches of each one's
-            mean over its tokens, as the paper's.
+        micro_batch: Sequences that pass through a layer at once. The loss is the sum over micro-batches of
+            each one's mean over its tokens, as the paper's.
         similarity: How a layer's input and output are compared.
     """
     family = family_of(model.config)
@@ -91,7 +92,8 @@ def measure(
     batches = tokens.split(micro_batch)
     started = time.monotonic()
     with _frozen(model):
-        # States of all micro-batches, in host memory: inputs[i] enters layer i, the last one leaves the last layer.
+        # States of all micro-batches, in host memory: inputs[i] enters layer i, the last one leaves the
+        # last layer.
         inputs: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
         keywords: list[list[dict[str, Any]]] = []
         similarities = torch.zeros(len(layers), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How much each group matters to the loss: from weights and their gradients to one score a group (eq. 7-10)."""
+"""How much each group matters to the loss: weights and their gradients, one score a group (eq. 7-10)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class LayerScores:
     mlp_channels: Tensor
 
     def kv_groups(self) -> Tensor:
-        """Return (K,) scores of whole attention groups: group j holds query heads j*n_rep to (j+1)*n_rep - 1."""
+        """Return (K,) scores of attention groups: group j holds query heads j*n_rep to (j+1)*n_rep - 1."""
         return self.kv_heads + self.query_heads.view(len(self.kv_heads), -1).sum(dim=1)
 
 
@@ -38,7 +38,8 @@ class Statistics:
     """What one calibration has measured on one checkpoint.
 
     Attributes:
-        similarities: (L,) float64, mean over tokens of how alike a layer's input and output are; larger is more alike.
+        similarities: (L,) float64, mean over tokens of how alike a layer's input and output are; larger is
+            more alike.
         scores: Group scores of each layer.
         loss: Causal-LM loss, nats a token, averaged over the micro-batches.
         tokens: Tokens that were measured on.

@@ -1,4 +1,4 @@
-"""How a run is shared out over its phases: sizes, training tokens and optimizer steps (section 3.2, eq. 11)."""
+"""How a run is shared out over its phases: sizes, training tokens, optimizer steps (section 3.2, eq. 11)."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ def phase_sizes(
 
 
 def phase_shares(phases: int) -> tuple[float, ...]:
-    """Return each phase's share of the training tokens: 2(i+1) / (T(T+1)) for i of T = N_P, from 0 (eq. 11)."""
+    """Return each phase's share of the training tokens: 2(i+1) / (T(T+1)) for i from 0, T = N_P (eq. 11)."""
     return tuple(2 * (i + 1) / (phases * (phases + 1)) for i in range(phases))
 
 

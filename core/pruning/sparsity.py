@@ -81,7 +81,7 @@ class Sizing:
         return min(max(1, self.width_multiple), self.current.layers[index].mlp_width)
 
     def units_at(self, index: int, sparsity: float) -> int:
-        """Return the units of attention that layer ``index`` keeps: whole units removed only, at least one left."""
+        """Return the attention units that layer ``index`` keeps: only whole ones go, at least one stays."""
         now = self.attention_units(self.current.layers[index])
         if self.attention_unit == "none":
             return now
@@ -145,8 +145,8 @@ def smallest_params(sizing: Sizing, target_params: int) -> int:
     if params > target_params + sizing.width_multiple * sizing.current.mlp_channel_params / 2:
         attention = "attention whole" if sizing.attention_unit == "none" else "one attention unit left"
         raise TargetError(
-            f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width of "
-            f"{sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
+            f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width "
+            f"of {sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
             f"{sizing.current.outside_params:,} of them outside the layers. Raise prune.target."
         )
     return params
@@ -157,9 +157,9 @@ def sizes_for_target(
 ) -> tuple[tuple[LayerShape, ...], float]:
     """Find the layer sizes whose total comes as close to the target as one MLP channel allows.
 
-    One scalar d is added to every layer's sparsity, found by bisection. Attention units that fall due at the same d
-    go in order of layer importance, no further than the target allows; MLP widths take up the rest, and are rounded by
-    largest remainder.
+    One scalar d is added to every layer's sparsity, found by bisection. Attention units that fall due at
+    the same d go in order of layer importance, no further than the target allows; MLP widths take up the
+    rest, and are rounded by largest remainder.
 
     Args:
         sizing: Sizes now and the rules.

@@ -1,4 +1,4 @@
-"""Physical removal of groups: from the tensors of a layer, from a model in memory, from a checkpoint on disk."""
+"""Physical removal of groups: from a layer's tensors, a model in memory, a checkpoint on disk."""
 
 import logging
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The frame of every step: compute once, publish, track; a rerun finds the publication and computes nothing."""
+"""The frame of every step: compute once, publish, track; a rerun finds what is published."""
 
 import json
 import logging
@@ -107,7 +107,7 @@ def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, 
 
 
 def digest_of(uri: str) -> str:
-    """Return the digest of a publication.
+    """Return the digest of a publication's files, less the report: that tells how long the step took.
 
     Raises:
         StorageError: If nothing is published there.
@@ -115,7 +115,7 @@ def digest_of(uri: str) -> str:
     manifest = read_manifest(uri)
     if manifest is None:
         raise StorageError(f"{uri} is not published. Correct the URI, or rerun its step.")
-    return manifest.digest
+    return Manifest(files=tuple(entry for entry in manifest.files if entry.path != REPORT)).digest
 
 
 def hand_over(uri: str, name: str, artifact: Artifact) -> None:

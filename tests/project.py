@@ -1,0 +1,177 @@
+"""A tiny project: a random Llama with a tokenizer, texts and a recipe whose paths are relative to its folder."""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from core.model.build import build_model
+from tests.models import SIZES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RECIPE = {
+    "name": "trial",
+    "seed": 7,
+    "model": {"base": "base"},
+    "prune": {"target": "75%", "phases": 2, "amplitude": 0.01},
+    "calibration": {
+        "source": {"path": "texts.jsonl"},
+        "sequences": 12,
+        "sequence_length": 24,
+        "micro_batch": 5,
+        "precision": "float32",
+    },
+    "training": {
+        "tokens": "960",
+        "sources": [{"path": "texts.jsonl"}],
+        "sequence_length": 32,
+        "global_batch": 6,
+        "micro_batch": 3,
+        "learning_rate": 0.01,
+        "min_learning_rate": 0.001,
+        "warmup_share": 0.2,
+        "decay_share": 0.4,
+        "precision": "float32",
+    },
+    "evaluation": {
+        "perplexity": {"path": "held-out.txt"},
+        "perplexity_windows": 5,
+        "perplexity_length": 40,
+        "precision": "float32",
+    },
+    "storage": {"store": "store"},
+}
+STEPS = 5
+"""Optimizer steps of the recipe: 960 // (32 * 6)."""
+CHANNEL_PARAMS = 3 * SIZES["hidden_size"]
+"""What one MLP channel of the base model costs."""
+
+
+def make_project(folder, tokenizer):
+    """Write ``base``, ``texts.jsonl``, ``held-out.txt`` and ``recipe.yaml`` into ``folder``."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "base"
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    model = build_model(LlamaConfig(**sizes, tie_word_embeddings=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.15 + (parameter.dim() == 1))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    texts = [topics[name] for name in sorted(topics)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:30]))
+    (folder / "held-out.txt").write_text("\n\n".join(texts[30:32]))
+    write_recipe(folder / "recipe.yaml")
+    return folder
+
+
+def recipe_with(changes):
+    """Return the recipe with ``{"section.key": value}`` changed."""
+    recipe = copy.deepcopy(RECIPE)
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        place = recipe
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return recipe
+
+
+def write_recipe(path, changes=None):
+    path.write_text(yaml.safe_dump(recipe_with(changes or {})))
+    return path
+
+
+def command_line(*arguments):
+    """Return the command that calls ``adapt-pruner``, and an environment in which any folder finds it."""
+    code = "from pipelines.cli import main; main(prog_name='adapt-pruner')"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
+    return [sys.executable, "-c", code, *map(str, arguments)], environment | {"PYTHONPATH": str(ROOT)}
+
+
+class Artifact:
+    """What a step needs of a KFP artifact."""
+
+    def __init__(self, path):
+        self.path, self.metadata = str(path), {}
+
+
+def resolve(recipe, *, job="job"):
+    """Call resolve-base as the pipeline does: five settings apart, the rest as a dict."""
+    from core.steps import run_resolve_base
+
+    rest = copy.deepcopy(recipe)
+    prune, model = rest["prune"], rest["model"]
+    return run_resolve_base(
+        base_model=model.pop("base"),
+        revision=model.pop("revision", ""),
+        target=prune.pop("target"),
+        method=prune.pop("method", "adapt-pruner"),
+        phases=prune.pop("phases"),
+        recipe=rest,
+        job=job,
+    )
+
+
+def run_phase(run, phase, checkpoint_uri, data_uri, folder):
+    """Call the four steps of a phase and its evaluation in this process; return the checkpoint's URI."""
+    from core import steps
+
+    place = folder / f"phase-{phase}"
+    common = {"run": run, "phase": phase}
+    statistics, plan = Artifact(place / "statistics"), Artifact(place / "plan")
+    given = {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri, **common}
+    steps.run_calibrate(**given, statistics=statistics)
+    steps.run_score_layers(**given, statistics_path=statistics.path, plan=plan)
+    pruned = steps.run_prune_step(
+        **common, checkpoint_uri=checkpoint_uri, plan_path=plan.path, model=Artifact(place / "pruned")
+    )
+    recovered = steps.run_recover_train(
+        **common, checkpoint_uri=pruned, data_uri=data_uri, model=Artifact(place / "recovered")
+    )
+    evaluate(run, phase, recovered, data_uri, place)
+    return recovered
+
+
+def evaluate(run, phase, checkpoint_uri, data_uri, folder):
+    from core.steps import run_evaluate
+
+    metrics, summary = Artifact(folder / "metrics"), Artifact(folder / "summary")
+    run_evaluate(
+        run=run,
+        phase=phase,
+        checkpoint_uri=checkpoint_uri,
+        data_uri=data_uri,
+        metrics=metrics,
+        summary=summary,
+    )
+    return metrics
+
+
+def run_all(recipe, folder, *, job="job"):
+    """Call all steps of a run in this process, in the pipeline's order; return its handle and final URI."""
+    from core import steps
+
+    run, checkpoint_uri = resolve(recipe, job=job)
+    assert steps.run_needs_run(run=run)
+    data_uri = steps.run_prepare_data(run=run, base_uri=checkpoint_uri)
+    evaluate(run, 0, checkpoint_uri, data_uri, folder)
+    for phase in range(1, recipe["prune"]["phases"] + 1):
+        checkpoint_uri = run_phase(run, phase, checkpoint_uri, data_uri, folder)
+    final = steps.run_publish(
+        run=run,
+        checkpoint_uri=checkpoint_uri,
+        report=Artifact(folder / "report"),
+        model=Artifact(folder / "model"),
+    )
+    steps.run_finalize(store=recipe["storage"]["store"], job=job, succeeded=True)
+    return run, final

@@ -1,0 +1,467 @@
+"""Recipes become settings: all that is wrong is listed at once, and only what matters changes the digest."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core.config import (
+    CalibrationSettings,
+    ClusterSettings,
+    PruneSettings,
+    Settings,
+    StorageSettings,
+    TextSource,
+    TrackingSettings,
+    TrainingSettings,
+    parse_count,
+)
+from core.errors import SettingsError
+from core.recipe import load_recipe, settings_from_dict
+
+LEAST = {"model": {"base": "m"}, "calibration": {"source": {"path": "c.txt"}}}
+FULL = {
+    "name": "trial",
+    "seed": 3,
+    "model": {"base": "m", "revision": "v1", "dtype": "bfloat16"},
+    "prune": {"target": "80%", "phases": 4, "amplitude": 0.04, "attention_unit": "query_head"},
+    "calibration": {"source": {"path": "c.txt"}, "sequences": 16, "pool_documents": 64},
+    "training": {
+        "tokens": "50k",
+        "sequence_length": 128,
+        "global_batch": 8,
+        "micro_batch": 4,
+        "sources": [
+            {"path": "a.jsonl", "weight": 2},
+            {"path": "b.jsonl", "format": "instruction", "prompt_fields": ["q"], "response_field": "a"},
+        ],
+    },
+    "evaluation": {"tasks": ["piqa"], "task_data": {"piqa": "data"}, "perplexity": {"path": "p.txt"}},
+    "storage": {"store": "s3://bucket/runs", "keep": 2},
+    "tracking": {"uri": "sqlite:///m.db"},
+}
+
+
+def changed(data, **values):
+    """A copy of ``data`` with ``section__key`` (or ``key``) set."""
+    data = copy.deepcopy(data)
+    for name, value in values.items():
+        *sections, key = name.split("__")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return data
+
+
+def problems(data):
+    with pytest.raises(SettingsError) as caught:
+        settings_from_dict(data)
+    return list(caught.value.problems)
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def problem_of(path, *overrides):
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(path, overrides)
+    (problem,) = caught.value.problems
+    return problem
+
+
+# --- settings from plain data
+
+
+def test_what_a_recipe_leaves_out_has_the_defaults_of_the_dataclasses():
+    settings = settings_from_dict(LEAST)
+    assert settings.prune == PruneSettings()
+    assert settings.training == TrainingSettings()
+    assert settings.calibration == CalibrationSettings(source=TextSource(path="c.txt"))
+
+
+def test_every_setting_survives_the_way_through_plain_data():
+    settings = settings_from_dict(FULL)
+    assert settings.training.sources[1].prompt_fields == ("q",)
+    assert settings.storage.keep == "2"
+    assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_numbers_that_kfp_made_floats_are_whole_again():
+    def as_floats(value):
+        if isinstance(value, dict):
+            return {key: as_floats(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [as_floats(inner) for inner in value]
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    expected = settings_from_dict(FULL)
+    settings = settings_from_dict(as_floats(expected.to_dict()))
+    assert settings == expected
+    assert settings.digest() == expected.digest()
+    assert isinstance(settings.prune.phases, int)
+    assert settings.storage.keep == "2"
+
+
+def test_yaml_writes_of_a_number_are_understood():
+    data = yaml.safe_load(
+        "{learning_rate: 2e-5, min_learning_rate: 2.0e-6, tokens: 2621440, weight_decay: 0}"
+    )
+    training = settings_from_dict(changed(LEAST, training={**data, "sources": [{"path": "a"}]})).training
+    assert (training.learning_rate, training.min_learning_rate) == (2e-5, 2e-6)
+    assert training.tokens == "2621440"
+    assert isinstance(training.weight_decay, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("108M", 108_000_000),
+        ("3.87B", 3_870_000_000),
+        ("50k", 50_000),
+        ("134,515,008", 134_515_008),
+        ("1_000", 1000),
+        ("1e9", 10**9),
+        (" 2 b ", 2 * 10**9),
+        (376.1e6, 376_100_000),
+        (0, 0),
+    ],
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5", "1.2.3", "5T", "80%", True, "1e-3"])
+def test_what_is_no_count(text):
+    with pytest.raises(ValueError, match="is not a count"):
+        parse_count(text)
+
+
+def test_a_share_and_a_count_name_the_same_target():
+    assert PruneSettings(target="80%").target_params(134_515_008) == round(0.8 * 134_515_008)
+    assert PruneSettings(target="107.6M").target_params(134_515_008) == 107_600_000
+
+
+# --- what is wrong with them
+
+
+def test_unknown_keys_are_errors_with_a_suggestion_or_the_list():
+    data = changed(LEAST, prune__amplitud=1, prune__zzz=1, trainng={}, calibration__source__feild="text")
+    found = problems(data)
+    assert "prune.amplitud is not a setting. Did you mean prune.amplitude?" in found
+    assert "trainng is not a setting. Did you mean training?" in found
+    assert "calibration.source.feild is not a setting. Did you mean calibration.source.field?" in found
+    (listed,) = [problem for problem in found if "zzz" in problem]
+    assert listed.startswith("prune.zzz is not a setting. Known: target, method, phases,")
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("seed", "x", "seed='x' must be of type int."),
+        ("seed", 1.5, "seed=1.5 must be of type int."),
+        ("seed", True, "seed=True must be of type int."),
+        ("name", None, "name=None must be of type str."),
+        ("prune__amplitude", "much", "prune.amplitude='much' must be of type float."),
+        ("training__gradient_checkpointing", "yes", "must be of type bool."),
+        ("training__sources", "a.txt", "training.sources='a.txt' must be a list."),
+        ("training__sources", ["a.txt"], "training.sources[0]='a.txt' must be a mapping of settings."),
+        ("evaluation__task_data", ["piqa"], "evaluation.task_data=['piqa'] must be a mapping."),
+        ("prune__similarity", "dot", "must be one of cosine, euclidean, manhattan. Choose one."),
+        ("prune", [1], "prune=[1] must be a mapping of settings."),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_value(name, value, problem):
+    (found,) = problems(changed(LEAST, **{name: value}))
+    assert found.startswith(name.replace("__", "."))
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("prune__phases", 0, "1 and 1,000"),
+        ("prune__steps_per_phase", 1001, "1 and 1,000"),
+        ("prune__amplitude", -0.1, "0 and 1"),
+        ("prune__width_multiple", 0, "1 and 4,096"),
+        ("prune__target", "120%", "0% and 100%"),
+        ("prune__target", "0", "must be positive"),
+        ("prune__target", "small", "neither a count (108M, 1.2B) nor a share (80%)"),
+        ("calibration__sequence_length", 1, "2 and 1,000,000"),
+        ("calibration__pool_documents", 10, "is below sequences=512"),
+        ("training__tokens", "lots", "is not a count"),
+        ("training__learning_rate", 2.0, "0 and 1"),
+        ("training__min_learning_rate", 1e-3, "0 and 2e-05"),
+        ("evaluation__perplexity_windows", 0, "1 and 1,000,000"),
+        ("evaluation__limit", -1, "0 and 1,000,000,000"),
+        ("storage__keep", "some", "all, last, best or a number k"),
+        ("storage__store", "", "store is empty"),
+        ("cluster__gpus", 65, "0 and 64"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_limit(name, value, limit):
+    (found,) = problems(changed(LEAST, **{name: value}))
+    assert found.startswith(name.replace("__", "."))
+    assert limit in found
+    assert found.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"training__tokens": "1M"}, "training.tokens=1M needs sources."),
+        (
+            {"training__tokens": "1k", "training__sources": [{"path": "a"}]},
+            "training.tokens=1k is less than one optimizer step of 131,072 tokens.",
+        ),
+        (
+            {"training__tokens": "1M", "training__sources": [{"path": "a"}]},
+            "training.tokens=1M gives 7 optimizer steps for prune.phases=20.",
+        ),
+        ({"training__micro_batch": 7}, "training.global_batch=128 must be a multiple of micro_batch=7."),
+        (
+            {"training__warmup_share": 0.6, "training__decay_share": 0.5},
+            "training.warmup_share + decay_share exceed 1.",
+        ),
+        (
+            {"calibration__source__format": "instruction"},
+            "calibration.source.format=instruction needs prompt_fields and response_field.",
+        ),
+        ({"evaluation__task_data": {"piqa": "x"}}, "evaluation.task_data.piqa names no task"),
+        ({"calibration__source__weight": 0}, "calibration.source.weight=0.0 must be positive."),
+        ({"calibration__source": {}}, "calibration.source.path is empty."),
+    ],
+)
+def test_impossible_combinations_are_errors(values, problem):
+    (found,) = problems(changed(LEAST, **values))
+    assert found.startswith(problem)
+
+
+def test_a_base_model_and_a_calibration_corpus_must_be_named():
+    assert problems({}) == [
+        "model.base is empty. Name the model to prune.",
+        "calibration.source is missing. Name the calibration corpus.",
+    ]
+
+
+def test_all_problems_of_all_sections_are_listed_at_once():
+    data = {
+        "seed": "x",
+        "prune": {"phases": 0, "amplitud": 1, "target": "0%"},
+        "calibration": {"source": {"path": "c.txt", "split": 5.5, "weight": -1}},
+        "training": {"sources": [{"path": "a"}, {"weight": -1, "format": "xml"}]},
+        "cluster": {"gpus": -1},
+    }
+    found = problems(data)
+    assert sorted(problem.split("=")[0].split(" is ")[0] for problem in found) == [
+        "calibration.source.weight",
+        "cluster.gpus",
+        "model.base",
+        "prune.amplitud",
+        "prune.phases",
+        "prune.target",
+        "seed",
+        "training.sources[1].format",
+        "training.sources[1].path",
+        "training.sources[1].weight",
+    ]
+
+
+def test_what_a_wrong_value_leads_to_is_not_a_problem_of_its_own():
+    assert problems(changed(LEAST, calibration__source__path=["c.txt"])) == [
+        "calibration.source.path=['c.txt'] must be of type str."
+    ]
+    assert problems(changed(LEAST, model={"bas": "m"})) == [
+        "model.bas is not a setting. Did you mean model.base?"
+    ]
+    # 20 phases, the default, would be too many for one step
+    data = changed(FULL, prune__phases="two", training__tokens="1024")
+    assert problems(data) == ["prune.phases='two' must be of type int."]
+
+
+def test_a_recipe_that_is_no_mapping_is_an_error():
+    assert problems([1]) == ["the recipe=[1] must be a mapping of settings."]
+
+
+# --- files and overrides
+
+
+def test_overrides_are_yaml_and_win(tmp_path):
+    path = write(tmp_path / "r.yaml", FULL)
+    settings = load_recipe(
+        path,
+        (
+            "prune.target=60%",
+            "prune.phases=3",
+            "training.learning_rate=1e-4",
+            "evaluation.tasks=[piqa, boolq]",
+            "cluster.gpus=0",  # a section that the file lacks
+            "tracking.uri=",
+            "prune.phases=2",  # the last one counts
+        ),
+    )
+    assert (settings.prune.target, settings.prune.phases) == ("60%", 2)
+    assert settings.training.learning_rate == 1e-4
+    assert settings.evaluation.tasks == ("piqa", "boolq")
+    assert settings.cluster == ClusterSettings(gpus=0)
+    assert settings.tracking.uri == ""
+    assert settings.prune.amplitude == 0.04, "the rest of a section stays"
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("prune.target", "--set prune.target must read section.key=value, such as prune.target=80%."),
+        ("=5", "--set =5 must read section.key=value, such as prune.target=80%."),
+        ("name.first=x", "--set name.first=x: name is not a section."),
+        ("training.sources.0=x", "--set training.sources.0=x: sources is not a section."),
+        ("prune.phase=2", "prune.phase is not a setting. Did you mean prune.phases?"),
+        ("prune=3", "prune=3 must be a mapping of settings."),
+    ],
+)
+def test_a_wrong_override_is_an_error(override, problem, tmp_path):
+    assert problem_of(write(tmp_path / "r.yaml", FULL), override) == problem
+
+
+def test_a_file_that_is_missing_or_no_recipe_is_named(tmp_path):
+    assert problem_of(tmp_path / "no.yaml") == (
+        f"recipe {tmp_path}/no.yaml cannot be read (No such file or directory). Give the path of a YAML file."
+    )
+    assert problem_of(tmp_path).startswith(f"recipe {tmp_path} cannot be read (Is a directory)")
+    broken = write(tmp_path / "broken.yaml", "prune: {target: 80%\nmodel: x: y")
+    assert problem_of(broken).startswith(f"recipe {broken} is not valid YAML: ")
+    assert "\n" not in problem_of(broken)
+    binary = tmp_path / "model.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    assert problem_of(binary).startswith(f"recipe {binary} is not valid YAML: ")
+    for text in ("", "- 1", "text"):
+        path = write(tmp_path / "list.yaml", text)
+        assert problem_of(path) == f"recipe {path} must be a mapping of sections such as model: and prune:."
+
+
+# --- include
+
+
+def test_a_recipe_says_only_what_differs_from_the_file_it_includes(tmp_path):
+    write(tmp_path / "shared" / "all.yaml", FULL)
+    recipe = {
+        "include": "shared/all.yaml",
+        "name": "other",
+        "prune": {"target": "60%"},
+        "calibration": {"source": {"split": "validation"}},
+        "training": {"sources": [{"path": "z.jsonl"}]},
+        "cluster": {"gpus": 4},
+    }
+    path = write(tmp_path / "r.yaml", recipe)
+    expected = changed(
+        FULL,
+        name="other",
+        prune__target="60%",
+        calibration__source__split="validation",
+        training__sources=[{"path": "z.jsonl"}],
+        cluster__gpus=4,
+    )
+    assert load_recipe(path) == settings_from_dict(expected)
+    assert load_recipe(path, ("prune.target=50%",)).prune.target == "50%"
+
+
+def test_an_included_file_is_found_from_anywhere(tmp_path, monkeypatch):
+    write(tmp_path / "recipes" / "base.yaml", FULL)
+    write(tmp_path / "recipes" / "r.yaml", "include: base.yaml\nseed: 9")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("recipes/r.yaml")).seed == 9
+
+
+def test_a_wrong_include_is_an_error(tmp_path):
+    path = tmp_path / "r.yaml"
+    write(path, "include: no.yaml")
+    assert problem_of(path).startswith(f"recipe {tmp_path}/no.yaml cannot be read (No such file")
+    write(path, "include: [a.yaml, b.yaml]")
+    problem = f"include=['a.yaml', 'b.yaml'] in recipe {path} must be one file, relative to the recipe."
+    assert problem_of(path) == problem
+    write(tmp_path / "list.yaml", "- 1")
+    write(path, "include: list.yaml")
+    assert problem_of(path).startswith(f"recipe {tmp_path}/list.yaml must be a mapping")
+    write(path, "include: r.yaml")
+    assert problem_of(path) == f"recipe {path} is included, so it cannot include another file."
+
+
+def test_a_wrong_setting_of_an_included_file_is_an_error(tmp_path):
+    write(tmp_path / "base.yaml", changed(FULL, prune__phases=0))
+    path = write(tmp_path / "r.yaml", "include: base.yaml")
+    assert problem_of(path) == "prune.phases=0 must lie between 1 and 1,000. Change it."
+    assert load_recipe(path, ("prune.phases=2",)).prune.phases == 2
+
+
+# --- digest
+
+
+def test_where_a_run_is_kept_and_shown_does_not_change_its_digest():
+    settings = settings_from_dict(FULL)
+    same = {
+        "name": "other",
+        "storage": StorageSettings(store="elsewhere", keep="all"),
+        "tracking": TrackingSettings(uri="http://mlflow", experiment="e", model_name="m"),
+        "cluster": ClusterSettings(gpus=8, memory="1Ti"),
+        "model": dataclasses.replace(settings.model, base="copy/of/m", revision="v2"),
+    }
+    for name, value in same.items():
+        assert dataclasses.replace(settings, **{name: value}).digest() == settings.digest(), name
+
+
+def test_whatever_can_change_the_result_changes_the_digest():
+    def variations(settings, path=()):
+        """The settings with one value after another changed, however deep it stands."""
+        for field in dataclasses.fields(settings):
+            value, name = getattr(settings, field.name), (*path, field.name)
+            if dataclasses.is_dataclass(value):
+                for where, inner in variations(value, name):
+                    yield where, dataclasses.replace(settings, **{field.name: inner})
+            elif field.name in others:
+                yield name, dataclasses.replace(settings, **{field.name: others[field.name]})
+
+    others = {
+        "seed": 4,
+        "dtype": "float32",
+        "target": "70%",
+        "phases": 5,
+        "phase_sizes": "linear",
+        "steps_per_phase": 2,
+        "amplitude": 0.02,
+        "similarity": "euclidean",
+        "attention_unit": "none",
+        "width_multiple": 8,
+        "sequences": 8,
+        "sequence_length": 96,
+        "path": "other.txt",
+        "tokens": "60k",
+        "learning_rate": 1e-4,
+        "precision": "float32",
+        "sources": (TextSource(path="z"),),
+        "limit": 5,
+        "split": "validation",
+    }
+    settings = settings_from_dict(FULL)
+    found = dict(variations(settings))
+    assert {name[-1] for name in found} == set(others)
+    digests = {where: changed_settings.digest() for where, changed_settings in found.items()}
+    assert len({settings.digest(), *digests.values()}) == len(digests) + 1
+
+
+def test_settings_are_the_same_for_every_order_of_keys():
+    def backwards(value):
+        if isinstance(value, dict):
+            return {key: backwards(inner) for key, inner in reversed(value.items())}
+        return value
+
+    settings = settings_from_dict(backwards(FULL))
+    assert settings == settings_from_dict(FULL)
+    assert settings.digest() == settings_from_dict(FULL).digest()
+    assert isinstance(settings, Settings)
