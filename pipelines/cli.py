@@ -113,7 +113,8 @@ def _show_result(finished: "LocalRun", output: Path) -> None:
 
 
 def _where_to_look(record: "RunRecord", output: Path) -> Iterator[tuple[str, str]]:
-    checkpoint = _short(record.checkpoint_uri)
+    link = output / "model"
+    checkpoint = str(link) if link.is_symlink() else record.checkpoint_uri
     yield "report", str(output / "report.html")
     yield "checkpoint", checkpoint
     if record.tracking_uri.startswith("sqlite:"):
@@ -121,13 +122,6 @@ def _where_to_look(record: "RunRecord", output: Path) -> Iterator[tuple[str, str
     elif record.tracking_uri:
         yield "MLflow", record.tracking_uri
     yield "talk to it", f'adapt-pruner generate {shlex.quote(checkpoint)} "What is the capital of France?"'
-
-
-def _short(uri: str) -> str:
-    """Return a path below the current directory relative to it."""
-    with contextlib.suppress(ValueError):
-        return str(Path(uri).relative_to(Path.cwd()))
-    return uri
 
 
 @main.command(name="compile", epilog=_example("adapt-pruner compile recipes/demo.yaml -o pipeline.yaml"))

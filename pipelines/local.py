@@ -83,9 +83,17 @@ def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
 
 
 def fetch_results(finished: LocalRun, output: Path) -> RunRecord:
-    """Return what a finished run has measured, and copy its report to ``output/report.html``."""
+    """Return what a finished run has measured.
+
+    ``output/report.html`` becomes a copy of its report, and ``output/model`` leads to its checkpoint where
+    the store is a folder.
+    """
     store, final = open_store(finished.store), f"runs/{finished.key}/final"
     store.download(f"{final}/report.html", output / "report.html")
+    checkpoint, link = store.local_path(final), output / "model"
+    if checkpoint is not None and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(checkpoint, output.resolve()), target_is_directory=True)
     return RunRecord.from_dict(json.loads(store.read_bytes(f"{final}/record.json")))
 
 

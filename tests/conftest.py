@@ -43,15 +43,27 @@ def tokenizer_definition() -> str:
     return bpe.to_str()
 
 
-@pytest.fixture
-def tokenizer(tokenizer_definition):
-    """The same as a fresh transformers tokenizer without a chat template; a test may change it."""
+def _tokenizer(definition):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_definition),
+        tokenizer_object=Tokenizer.from_str(definition),
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
     )
+
+
+@pytest.fixture
+def tokenizer(tokenizer_definition):
+    """The same as a fresh transformers tokenizer without a chat template; a test may change it."""
+    return _tokenizer(tokenizer_definition)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, tokenizer_definition):
+    """The folder of a tiny project (see ``tests.project``); tests change copies of it."""
+    from tests.project import make_project
+
+    return make_project(tmp_path_factory.mktemp("project"), _tokenizer(tokenizer_definition))

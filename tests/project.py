@@ -1,4 +1,4 @@
-"""A tiny project: a random Llama with a tokenizer, texts and a recipe whose paths are relative to its folder."""
+"""A tiny project, a random Llama, texts and a recipe in one folder, and its steps called in this process."""
 
 import copy
 import json

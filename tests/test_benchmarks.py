@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.config import EvaluationSettings
-from core.errors import DataError
+from core.errors import CheckpointError, DataError
 from core.evaluation import benchmarks, progress
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.task_data import task_problems
@@ -350,6 +350,13 @@ def test_a_task_with_examples_and_two_filters_keeps_the_filters_apart(llama, tok
     assert set(result["gsm8k"]) == {"exact_match_strict-match", "exact_match_flexible-extract"}
     assert prompts[0].count("####") == 5
     assert prompts[0].endswith("Question: What is 0 plus 1?\nAnswer:")
+
+
+def test_logits_that_are_not_numbers_are_an_error(llama, tokenizer, tmp_path):
+    write(tmp_path / "validation", [arc_item(0, 0)])
+    llama.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="are not numbers"):
+        evaluate_tasks(llama, tokenizer, settings_for(tmp_path))
 
 
 def test_no_tasks_no_results(llama, tokenizer):

@@ -1,6 +1,7 @@
 """Zero-shot benchmarks through lm-eval, on data from the hub or from files on this machine."""
 
 import logging
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from core.config import EvaluationSettings
+from core.errors import CheckpointError
 from core.evaluation.progress import Progress
 from core.evaluation.task_data import load_tasks
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SEED = 1234  # what lm-eval's own command takes
+_SEED = 1234  # lm-eval's own for few-shot examples
 _BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no formula; accuracies have one
 _ROLLING_TOKENS = 2048
 
@@ -37,7 +39,8 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Evaluate a model in memory on lm-eval tasks.
 
-    Log-likelihoods are computed as lm-eval computes them, the softmax in float32.
+    Log-likelihoods are computed as lm-eval computes them, the softmax in float32. Python's, NumPy's and
+    torch's random generators are seeded, because tasks may draw from them.
 
     Args:
         model: A causal language model; left in the mode (training or not) that it came in.
@@ -52,6 +55,7 @@ def evaluate_tasks(
 
     Raises:
         DataError: If a task is unknown, or its data cannot be read or does not fit it.
+        CheckpointError: If the model's logits are not numbers.
     """
     if not settings.tasks:
         return {}
@@ -154,6 +158,12 @@ class _AnswerCounter:
         self._progress: Progress | None = None
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        score = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(score, float) and math.isnan(score):  # lm-eval would count it as an answer
+            raise CheckpointError(
+                "the benchmarks' log-likelihoods are not numbers, because the model's logits are not. Check "
+                "the checkpoint for NaN, or train with a lower training.learning_rate."
+            )
         if self._progress is None:  # only now has lm-eval built all requests
             self._progress = Progress("benchmarks", sum(len(t.instances) for t in self._tasks), "answers")
         self._progress.add()

@@ -24,9 +24,8 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._done = 0
         self._start = self._last = time.monotonic()
-        self._bar = tqdm(
-            desc=what, total=total, unit=f" {unit}", leave=False, disable=None
-        )  # None: no terminal
+        # disable=None shows the bar on a terminal only
+        self._bar = tqdm(desc=what, total=total, unit=f" {unit}", leave=False, disable=None)
 
     def add(self, items: int = 1) -> None:
         """Count ``items`` more as finished."""

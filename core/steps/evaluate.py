@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.run import Run
 from core.steps.once import Artifact, Workspace, compute_once, read_published, tracker_of
 from core.storage.manifest import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run_evaluate(
@@ -27,27 +30,30 @@ def run_evaluate(
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
 
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
+        model = load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
         report: dict[str, Any] = {
-            "perplexity": measure_perplexity(this, folder, data_uri, work.scratch),
-            "tasks": {},
+            "perplexity": measure_perplexity(this, model, data_uri, work.scratch),
+            "tasks": evaluate_tasks(model, load_tokenizer(folder), evaluation) if evaluation.tasks else {},
         }
-        if evaluation.tasks:
-            device = pick_device()
-            model = load_model(folder, dtype=dtype_of(evaluation.precision), device=device)
-            report["tasks"] = evaluate_tasks(model, load_tokenizer(folder), evaluation, device=device)
         work.child.log_metrics(_flat(report))
         return report
 
     uri = this.phase_uri(phase, "evaluated")
     compute_once(this, uri, phase=phase, step="evaluate", compute=compute)
     report = read_published(uri, "report.json")
-    trained = read_published(this.phase_uri(phase, "recovered"), "report.json")
-    params = read_published(this.phase_uri(phase, "scored"), "report.json").get(
-        "params", this.dense.num_params()
-    )
-    figures = {"params": params, "perplexity_pruned": trained.get("perplexity_pruned"), **_flat(report)}
-    series = {name: value for name, value in figures.items() if value is not None and name != "seconds"}
-    tracker_of(this).log_phase(phase, series | {"tokens": trained.get("tokens", 0)})
+    before = [
+        read_published(this.phase_uri(phase, step), "report.json")
+        for step in ("calibrated", "scored", "pruned", "recovered")
+    ]
+    figures = {
+        **_flat(report),
+        "params": before[1].get("params", this.dense.num_params()),
+        "perplexity_pruned": before[3].get("perplexity_pruned"),
+        "tokens": before[3].get("tokens", 0),
+        "seconds": sum(step.get("seconds", 0.0) for step in [*before, report]),
+    }
+    series = {name: value for name, value in figures.items() if value is not None}
+    tracker_of(this).log_phase(phase, series)
     metrics.metadata |= series
     rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in series.items())
     Path(summary.path).parent.mkdir(parents=True, exist_ok=True)
@@ -56,19 +62,17 @@ def run_evaluate(
     )
 
 
-def measure_perplexity(run: Run, checkpoint: Path, data_uri: str, scratch: Path) -> float | None:
-    """Return a checkpoint's perplexity on the run's held-out text; None where the recipe names none."""
+def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratch: Path) -> float | None:
+    """Return a model's perplexity on the run's held-out text; None where the recipe names none."""
     from safetensors.torch import load_file
 
     from core.evaluation.perplexity import perplexity
-    from core.model.build import dtype_of, load_model, pick_device
 
     settings = run.settings.evaluation
     if settings.perplexity is None:
         return None
     name = "perplexity.safetensors"
     windows = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
-    model = load_model(checkpoint, dtype=dtype_of(settings.precision), device=pick_device())
     return perplexity(model, windows, batch_size=settings.batch_size)
 
 

@@ -40,8 +40,11 @@ def run_recover_train(
         from core.training.recover import recover
 
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
+        # In the evaluation's precision, so that it compares with the perplexity after recovery.
+        precision = dtype_of(this.settings.evaluation.precision)
+        network = load_model(folder, dtype=precision, device=pick_device())
         report: dict[str, Any] = {
-            "perplexity_pruned": measure_perplexity(this, folder, data_uri, work.scratch)
+            "perplexity_pruned": measure_perplexity(this, network, data_uri, work.scratch)
         }
         data = load_file(fetch(data_uri, work.scratch, only=[slice_name(phase)]) / slice_name(phase))
         network = load_model(folder, dtype=torch.float32, device=pick_device())
