@@ -1,0 +1,169 @@
+"""The README's commands do what it says, on a tiny project in the demo's place."""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.project import ROOT, command_line, write_recipe
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines()
+]
+SETTINGS = re.findall(r"^\| (`[a-z_]+\.[a-z_`, .]+`) \| ([^|]*) \|", README, re.MULTILINE)
+
+
+def test_every_command_is_of_a_kind_that_is_tried():
+    assert {command.split()[0] for command in COMMANDS} == {"make", "adapt-pruner", "mlflow", "docker"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
+def test_make_knows_the_target(command):
+    subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def demo(project, tmp_path_factory):
+    """A folder in which recipes/demo.yaml has been run, as ``make demo`` does."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    shutil.copytree(project, folder)
+    (folder / "recipes").mkdir()
+    changes = {
+        "name": "demo",
+        "storage.store": "output/demo/store",
+        "tracking.uri": "sqlite:///output/demo/mlflow.db",
+        "prune.phases": 1,
+    }
+    write_recipe(folder / "recipes" / "demo.yaml", changes)
+    return folder, run(folder, "adapt-pruner run recipes/demo.yaml")
+
+
+def run(folder, command):
+    line, environment = command_line(*shlex.split(command)[1:])
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_ends_with_what_the_readme_promises(demo):
+    folder, shown = demo
+    for command in ("mlflow ui --backend-store-uri", "adapt-pruner generate output/demo/model"):
+        assert command in shown
+    assert "output/demo/report.html" in shown
+    assert (folder / "output/demo/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("adapt-pruner") and "--output output/larger" not in c]
+)
+def test_commands_on_the_demo_work(demo, command):
+    folder, _ = demo
+    assert run(folder, command).strip()
+
+
+def test_overrides_of_the_run_command_are_settings():
+    (command,) = [c for c in COMMANDS if "--output output/larger" in c]
+    from core.recipe import load_recipe
+
+    words = shlex.split(command)
+    overrides = tuple(value for flag, value in itertools.pairwise(words) if flag == "--set")
+    assert load_recipe(ROOT / "recipes/demo.yaml", overrides).prune.target == "120M"
+
+
+def test_the_mlflow_command_shows_the_run(demo):
+    folder, _ = demo
+    (command,) = [c for c in COMMANDS if c.startswith("mlflow")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [str(Path(sys.executable).parent / "mlflow"), *shlex.split(command)[1:]]
+    server = subprocess.Popen(
+        [*line, "--port", str(port), "--workers", "1"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        page = _wait_for(f"http://127.0.0.1:{port}/health", server)
+    finally:
+        _end(server)
+    assert page == b"OK"
+
+
+def _wait_for(address, server):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            return urllib.request.urlopen(address, timeout=5).read()
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"mlflow did not answer (exit status {server.poll()})")
+
+
+def _end(server):
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_the_python_example_loads_the_model(demo, monkeypatch):
+    folder, _ = demo
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(example, names)
+    assert names["model"].num_parameters() > 0
+    assert len(names["tokenizer"]) == names["model"].config.vocab_size
+
+
+def test_the_table_of_settings_gives_true_defaults():
+    from core.config import Settings
+
+    sections = {name: hint for name, hint in Settings.__annotations__.items()}
+    rows = [(name, default) for names, default in SETTINGS for name, default in _pairs(names, default)]
+    assert len(rows) > 8
+    for name, default in rows:
+        section, key = name.split(".")
+        assert key in sections[section].__dataclass_fields__, name
+        stated = yaml.safe_load(default) if default.strip() else None
+        if stated is not None and not default.strip().isupper():
+            assert str(getattr(sections[section], key)) == str(stated), name
+
+
+def _pairs(names, default):
+    split = [name.strip(" `") for name in names.split(",")]
+    defaults = default.split(",") if len(split) > 1 else [default]
+    return zip(split, defaults, strict=True)
+
+
+def test_the_tree_names_what_is_there():
+    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip(",")
+        place = ROOT / "core" / name if line.startswith("  ") else ROOT / name
+        assert place.exists(), name
+
+
+def test_every_linked_file_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert links
+    assert not missing
