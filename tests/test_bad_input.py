@@ -41,7 +41,7 @@ def the_error_line(stderr):
     """Return the one line on stderr, which must be an error line of whole sentences."""
     (line,) = stderr.splitlines()
     assert line.startswith("error: ")
-    assert line.endswith(".")
+    assert line[-1] in ".?"
     return line.removeprefix("error: ")
 
 
@@ -117,14 +117,11 @@ def test_wrong_settings_end_the_command_before_it_starts(folder, tmp_path, name)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            None,
-            r"recipe bad\.yaml cannot be read \(No such file or directory\)\. Give the path of a YAML file\.",
-        ),
-        ("model: [base", r"recipe bad\.yaml is not valid YAML: while parsing .* line 1, column 14.*"),
-        ("\0", r"recipe bad\.yaml is not valid YAML: .*"),
-        ("- model", r"recipe bad\.yaml must be a mapping of sections such as model: and prune:\."),
-        ("", r"recipe bad\.yaml must be a mapping of sections such as model: and prune:\."),
+        (None, "cannot be read (No such file or directory). Give the path of a YAML file."),
+        ("model: [base", "is not valid YAML: while parsing a flow sequence"),
+        ("\0", "is not valid YAML: unacceptable character"),
+        ("- model", "must be a mapping of sections such as model: and prune:."),
+        ("", "must be a mapping of sections such as model: and prune:."),
     ],
     ids=["missing", "unclosed", "binary", "a list", "empty"],
 )
@@ -136,7 +133,7 @@ def test_a_recipe_that_is_none_is_named(folder, content, message, command):
     result = CliRunner().invoke(main, [*command, "bad.yaml"])
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert re.fullmatch(f"error: {message}", line)
+    assert line.startswith(f"error: recipe bad.yaml {message}")
     assert tree(folder) == before
 
 
@@ -162,8 +159,8 @@ def test_a_target_out_of_reach_says_what_can_be_reached(folder, target, message)
     text = refused(resolve_with({"prune.target": target}), TargetError)
     assert text.startswith(message)
     if "reached" in text:
-        # one attention group and one MLP channel in each of three layers: 38,448 + 3 * (96 + 3,840 + 144)
-        assert "still has 50,688 parameters, 38,448 of them outside the layers. Raise prune.target." in text
+        # Norms, one attention group and one MLP channel a layer: 38,448 + 3 * (96 + 2,880 + 144).
+        assert "still has 47,808 parameters, 38,448 of them outside the layers. Raise prune.target." in text
     assert not any(key.startswith("runs/") for key in taken_up(folder))
 
 
@@ -187,7 +184,7 @@ def test_the_hub_out_of_reach_is_one_line(folder, monkeypatch):
         )
         text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
     assert text.startswith(
-        "model.base=organisation/model is no local folder or file, and the Hugging Face hub does not give it: "
+        "model.base=organisation/model is no local folder or file, and the Hugging Face hub "
     )
     assert "refused" in text
     assert text.endswith("Check the name, model.revision, the network and, for a gated model, HF_TOKEN.")
@@ -273,9 +270,9 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         ),
         (
             {"calibration.sequences": 31},
-            "texts.jsonl: only 30 of 30 documents have the 24 tokens of a calibration sequence, but 31 are needed. "
-            "Lower calibration.sequences or calibration.sequence_length, raise calibration.pool_documents, "
-            "or name a larger corpus.",
+            "texts.jsonl: only 30 of 30 documents have the 24 tokens of a calibration sequence, but 31 are "
+            "needed. Lower calibration.sequences or calibration.sequence_length, raise "
+            "calibration.pool_documents, or name a larger corpus.",
         ),
     ],
     ids=["calibration column", "training column", "missing text", "short text", "small corpus"],
@@ -305,7 +302,7 @@ def test_the_command_itself_exits_with_2_for_wrong_settings(folder):
 
 @pytest.fixture
 def wrong_credentials(s3_server):
-    return s3_server.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    return s3_server.environment() | {"AWS_SECRET_ACCESS_KEY": "not-the-secret-key"}
 
 
 def test_wrong_credentials_fail_the_run_with_1_and_say_which_task_and_how_to_go_on(
@@ -326,6 +323,6 @@ def test_wrong_credentials_fail_the_run_with_1_and_say_which_task_and_how_to_go_
         f"The same command resumes after the last finished step; all output is in {output}/run.log."
     )
     assert "Traceback" not in done.stderr
-    assert "wrong" not in done.stderr + (output / "run.log").read_text()  # the secret
+    assert "not-the-secret-key" not in done.stderr + (output / "run.log").read_text()
     objects = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=s3_store_uri.split("/", 3)[3])
     assert objects["KeyCount"] == 0

@@ -89,11 +89,12 @@ def test_phases_are_series_with_step_equal_phase(tracker, client):
 
 
 def test_logging_the_same_again_changes_nothing(uri, tracker, client):
-    metrics = {"a": 1.5, "nan": float("nan"), "inf": float("inf"), "missing": None}
+    metrics = {"a": 1.5, "count": 3, "nan": float("nan"), "inf": float("inf"), "missing": None}
     tracker.log_phase(1, metrics)
     time.sleep(0.01)  # MLflow itself would only recognise the same millisecond
     tracker_of(uri, tracker._key).log_phase(1, metrics | {"b": 2.0})
     assert series(client, tracker.parent_run_id, "a") == [(1, 1.5)]
+    assert series(client, tracker.parent_run_id, "count") == [(1, 3.0)]
     assert len(series(client, tracker.parent_run_id, "nan")) == 1
     assert len(series(client, tracker.parent_run_id, "inf")) == 1
     assert series(client, tracker.parent_run_id, "b") == [(1, 2.0)]

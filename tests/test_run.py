@@ -6,6 +6,7 @@ the way and started again. Others are called step by step in this process, in a 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -445,9 +446,26 @@ def test_without_training_the_result_is_cut_out_of_the_base_model(
     for name, full in weights.items():  # those outside the layers
         assert torch.equal(model.get_parameter(name), full), name
     record = json.loads((final / "record.json").read_text())
+    if steps_per_phase == 1:
+        check_accumulation(record["phases"], run.dense)
     assert all(phase["perplexity"] == phase["perplexity_pruned"] for phase in record["phases"][1:])
     assert not any(phase["tokens"] or phase["losses"] for phase in record["phases"])
     assert read_manifest(run.phase_uri(3, "recovered")) is None
+
+
+def check_accumulation(phases, dense):
+    """Each phase adds dS - A(dS) * I to the sparsity of the one before, and one number to all for the exact size."""
+    prunable = dense.num_params() - dense.outside_params - sum(dense.layer_params for _ in dense.layers)
+    before = [0.0] * len(dense.layers)
+    for last, phase in itertools.pairwise(phases):
+        step = (last["params"] - phase["target_params"]) / prunable
+        spread = 0.01 / 0.02 * step
+        shifts = [
+            now - then + spread * importance
+            for now, then, importance in zip(phase["sparsity"], before, phase["importance"], strict=True)
+        ]
+        assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-9)
+        before = phase["sparsity"]
 
 
 @pytest.mark.parametrize("keep", ["all", "last", "best", "2"])

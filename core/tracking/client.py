@@ -156,7 +156,8 @@ def log_new_points(client: "MlflowClient", run_id: str, points: Iterable[tuple[s
 
 def finite(value: float) -> float:
     """Return ``value`` as MLflow's databases keep it: infinities become the largest float."""
-    return float(value) if math.isnan(value) else max(-sys.float_info.max, min(sys.float_info.max, value))
+    number = float(value)  # an int would not be found again among the floats that come back
+    return number if math.isnan(number) else max(-sys.float_info.max, min(sys.float_info.max, number))
 
 
 def metric_name(name: str) -> str:
