@@ -1,8 +1,9 @@
 """What a task of the pipeline costs beyond its arithmetic: imports, load, save, hashes, tracking.
 
-Runs the demo recipe with next to no arithmetic in it (one calibration sequence, one optimizer step, one item a
-benchmark) on the real model, as `adapt-pruner run` does: each task a process of its own. What a task still takes
-is overhead. Then measures the parts that it is made of. CPU seconds tell whether the machine was busy.
+Runs the demo recipe with next to no arithmetic in it (one calibration sequence, one optimizer step, one item
+a benchmark) on the real model, as `adapt-pruner run` does: each task a process of its own. What a task still
+takes is overhead, but for what calibrate and recover-train do once with each weight. Then measures the parts
+that it is made of. Time it on an idle machine: seconds far above the CPU seconds tell that it was busy.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py output/model --repeat 5
@@ -127,11 +128,13 @@ class Stopwatch(RunProgress):
     """
 
     def __init__(self, console: Console) -> None:
+        """Show the run on ``console``."""
         super().__init__(console, phases=1)
         self.seconds: dict[str, tuple[float, float]] = {}
         self._started = (0.0, 0.0)
 
     def write(self, text: str) -> int:
+        """Take what kfp or a task prints."""
         for event, task in KFP_LINE.findall(text):
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
             now = (time.monotonic(), children.ru_utime + children.ru_stime)

@@ -175,3 +175,19 @@ def run_all(recipe, folder, *, job="job"):
     )
     steps.run_finalize(store=recipe["storage"]["store"], job=job, succeeded=True)
     return run, final
+
+
+def kept_groups(run, phase):
+    """Return the base model's query heads, KV heads and MLP channels that each layer has after a phase."""
+    kept = [
+        (range(layer.query_heads), range(layer.kv_heads), range(layer.mlp_width))
+        for layer in run.dense.layers
+    ]
+    for number in range(1, phase + 1):
+        plan = json.loads(Path(run.phase_uri(number, "scored"), "plan.json").read_text())
+        kept = [
+            tuple([old[i] for i in layer[name]] for old, name in zip(before, names, strict=True))
+            for before, layer in zip(kept, plan["layers"], strict=True)
+            for names in [("query_heads", "kv_heads", "mlp_channels")]
+        ]
+    return kept

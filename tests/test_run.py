@@ -1,16 +1,15 @@
-"""Whole runs of a tiny model.
+"""A whole run of a tiny model through the command line.
 
-One goes through the command line, with its store on a real S3 server and MLflow on SQLite; it is killed on
-the way and started again. Others are called step by step in this process, in a folder.
+Its store is on a real S3 server and MLflow on SQLite. It is killed on the way and started again, and compared with
+a run whose steps are called in this process, in a folder.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import time
@@ -23,17 +22,14 @@ import torch
 
 from core.model.build import load_model, load_tokenizer
 from core.run import Run
-from core.steps import run_finalize, run_needs_run, run_prepare_data
 from core.storage.manifest import fetch, read_manifest
-from core.storage.store import open_store
 from tests.project import (
     CHANNEL_PARAMS,
     STEPS,
     command_line,
+    kept_groups,
     recipe_with,
-    resolve,
     run_all,
-    run_phase,
 )
 from tests.servers import BUCKET
 
@@ -61,11 +57,29 @@ class Place:
             for item in page.get("Contents", ())
         }
 
-    def command(self):
+    def run_arguments(self):
         settings = {"storage.store": self.store, "tracking.uri": self.tracking, "tracking.model_name": "tiny"}
         options = [f"--set={name}={value}" for name, value in settings.items()]
-        command, environment = command_line("run", "recipe.yaml", *options, "--output", self.output)
-        return command, environment | {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+        return ["run", "recipe.yaml", *options, "--output", self.output]
+
+    @contextlib.contextmanager
+    def started(self, project, *arguments):
+        """Run ``adapt-pruner`` with the store's credentials; at the end all its processes get SIGKILL."""
+        command, environment = command_line(*arguments)
+        environment |= {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def call(self, project, *arguments):
+        with self.started(project, *arguments) as process:
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def log(self):
         path = self.output / "run.log"
@@ -110,27 +124,19 @@ def place(s3_server, tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(place, project):
     """A run that gets SIGKILL, with all its processes, while phase 2 trains."""
-    command, environment = place.command()
-    process = subprocess.Popen(
-        command, cwd=project, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
     deadline = time.monotonic() + PATIENCE_S
-    while f"INFO {KILLED_IN}: started" not in place.log():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, place.log()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    _, stderr = process.communicate()
+    with place.started(project, *place.run_arguments()) as process:
+        while f"INFO {KILLED_IN}: started" not in place.log():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, place.log()
+            time.sleep(0.05)
     return Execution(
-        status=process.returncode, stdout="", stderr=stderr, log=place.log(), objects=place.objects()
+        status=process.returncode, stdout="", stderr="", log=place.log(), objects=place.objects()
     )
 
 
 def execute(place, project):
-    command, environment = place.command()
-    done = subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    done = place.call(project, *place.run_arguments())
     return Execution(
         status=done.returncode,
         stdout=done.stdout,
@@ -175,6 +181,7 @@ def published_key(phase, step):
 
 def test_a_killed_run_goes_on_where_it_was_killed(place, killed, finished):
     run = f"runs/{finished.key}"
+    assert killed.status == -signal.SIGKILL
     assert f"{run}/{published_key(2, 'pruned')}" in killed.objects
     assert f"{run}/{published_key(2, 'recovered')}" not in killed.objects
     found = {"prepare-data", "phase 0 evaluate", *(f"phase 1 {step}" for step in PHASE_STEPS)}
@@ -213,6 +220,24 @@ def test_the_final_checkpoint_has_the_size_that_was_asked_for_and_generates(proj
     for _ in range(8):  # the same without a cache
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     assert answer.tolist() == tokens.tolist()
+
+
+def test_the_command_that_the_run_ends_with_lets_the_model_talk_from_the_store(
+    place, project, finished, checkpoint
+):
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("talk to it")]
+    program, *arguments = shlex.split(line.removeprefix("talk to it"))
+    assert (program, arguments[:2]) == (
+        "adapt-pruner",
+        ["generate", f"{place.store}/runs/{finished.key}/final"],
+    )
+    done = place.call(project, *arguments, "--max-new-tokens", 8)
+    assert (done.returncode, done.stderr) == (0, "")
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    prompt = tokenizer(arguments[2], return_tensors="pt")
+    (answer,) = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(answer[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert done.stdout.strip() == text.strip()
 
 
 def test_every_step_has_published_and_only_the_final_checkpoint_is_kept(place, finished):
@@ -274,22 +299,6 @@ def perplexity(run, checkpoint_uri):
     with torch.no_grad():
         losses = [float(model(row[None], labels=row[None]).loss) for row in windows]
     return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
-
-
-def kept_groups(run, phase):
-    """Return the base model's query heads, KV heads and MLP channels that each layer has after a phase."""
-    kept = [
-        (range(layer.query_heads), range(layer.kv_heads), range(layer.mlp_width))
-        for layer in run.dense.layers
-    ]
-    for number in range(1, phase + 1):
-        plan = json.loads(Path(run.phase_uri(number, "scored"), "plan.json").read_text())
-        kept = [
-            tuple([old[i] for i in layer[name]] for old, name in zip(before, names, strict=True))
-            for before, layer in zip(kept, plan["layers"], strict=True)
-            for names in [("query_heads", "kv_heads", "mlp_channels")]
-        ]
-    return kept
 
 
 def test_the_report_and_the_table_are_shown(place, finished, record, checkpoint):
@@ -359,150 +368,3 @@ def test_a_finished_run_computes_nothing_again(place, project, finished):
     assert "Every step was done before: nothing was computed" in again.stdout
     assert again.stdout.splitlines()[:9] == finished.stdout.splitlines()[:9]  # the table
     assert again.objects == finished.objects
-
-
-def test_the_key_follows_from_what_can_change_the_result(project, tmp_path):
-    def key(changes):
-        with contextlib.chdir(project):
-            return resolve(recipe_with(changes | {"storage.store": str(tmp_path / uuid.uuid4().hex)}))[0][
-                "key"
-            ]
-
-    first = key({})
-    assert key({"name": "another", "storage.keep": "all", "tracking.model_name": "m"}) == first
-    others = [key({"seed": 8}), key({"prune.target": "70%"}), key({"prune.phases": 3})]
-    assert len({first, *others}) == 4
-
-
-def test_a_run_that_starts_again_takes_up_the_settings_outside_its_key(project, tmp_path):
-    store = {"storage.store": str(tmp_path / "store")}
-    with contextlib.chdir(project):
-        resolve(recipe_with(store | {"name": "first", "tracking.model_name": "wrong"}))
-        handle, _ = resolve(recipe_with(store | {"name": "second"}))
-    settings = Run.load(handle).settings
-    assert (settings.name, settings.tracking.model_name) == ("second", "")
-
-
-PRUNE_ONLY = {"training.tokens": "0", "training.sources": [], "prune.phases": 3, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def pruned_only(project, tmp_path_factory):
-    """Runs of three phases without training, by their attention unit, target and steps a phase."""
-    runs = {}
-
-    def run(unit, target, steps_per_phase):
-        if unit not in runs:
-            folder = tmp_path_factory.mktemp("pruned-only")
-            changes = {
-                "prune.attention_unit": unit,
-                "prune.target": target,
-                "prune.steps_per_phase": steps_per_phase,
-                "storage.store": str(folder / "store"),
-                "storage.keep": "all",
-            }
-            with contextlib.chdir(project):
-                handle, final = run_all(recipe_with(PRUNE_ONLY | changes), folder)
-            runs[unit] = Run.load(handle), Path(final)
-        return runs[unit]
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("unit", "target", "steps_per_phase"),
-    [("kv_group", "75%", 3), ("query_head", "70%", 1), ("none", "85%", 2)],
-)
-def test_without_training_the_result_is_cut_out_of_the_base_model(
-    pruned_only, project, unit, target, steps_per_phase
-):
-    run, final = pruned_only(unit, target, steps_per_phase)
-    base, model = load_model(project / "base"), load_model(final)
-    wanted = float(target.rstrip("%")) / 100 * sum(p.numel() for p in base.parameters())
-    assert abs(sum(p.numel() for p in model.parameters()) - wanted) <= CHANNEL_PARAMS / 2
-    head_dim, weights = base.config.head_dim, dict(base.named_parameters())
-    for index, (query, kv, channels) in enumerate(kept_groups(run, 3)):
-        per_group, left = 6 // 3, len(query) // len(kv)
-        if unit == "none":
-            assert (query, kv) == (list(range(6)), list(range(3)))
-        if unit == "query_head":
-            assert kv == [0, 1, 2]
-        if unit == "kv_group":
-            assert left == per_group
-        assert [head // per_group for head in query] == [head for head in kv for _ in range(left)]
-        rows = {
-            name: torch.tensor([head * head_dim + i for head in heads for i in range(head_dim)])
-            for name, heads in (("q_proj", query), ("k_proj", kv), ("v_proj", kv), ("o_proj", query))
-        }
-        rows |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), torch.tensor(channels))
-        for name, weight in model.model.layers[index].named_parameters():
-            full = weights.pop(f"model.layers.{index}.{name}")
-            module = name.split(".")[-2]
-            if module in ("o_proj", "down_proj"):
-                full = full[:, rows[module]]
-            elif module in rows:
-                full = full[rows[module]]
-            assert torch.equal(weight, full), name
-    for name, full in weights.items():  # those outside the layers
-        assert torch.equal(model.get_parameter(name), full), name
-    record = json.loads((final / "record.json").read_text())
-    if steps_per_phase == 1:
-        check_accumulation(record["phases"], run.dense)
-    assert all(phase["perplexity"] == phase["perplexity_pruned"] for phase in record["phases"][1:])
-    assert not any(phase["tokens"] or phase["losses"] for phase in record["phases"])
-    assert read_manifest(run.phase_uri(3, "recovered")) is None
-
-
-def check_accumulation(phases, dense):
-    """Each phase adds dS - A(dS) * I to the sparsity of the one before, and one number to all for the exact size."""
-    prunable = dense.num_params() - dense.outside_params - sum(dense.layer_params for _ in dense.layers)
-    before = [0.0] * len(dense.layers)
-    for last, phase in itertools.pairwise(phases):
-        step = (last["params"] - phase["target_params"]) / prunable
-        spread = 0.01 / 0.02 * step
-        shifts = [
-            now - then + spread * importance
-            for now, then, importance in zip(phase["sparsity"], before, phase["importance"], strict=True)
-        ]
-        assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-9)
-        before = phase["sparsity"]
-
-
-@pytest.mark.parametrize("keep", ["all", "last", "best", "2"])
-def test_finalize_keeps_the_checkpoints_that_were_asked_for(pruned_only, tmp_path, keep):
-    run, final = pruned_only("kv_group", "75%", 3)
-    phases = json.loads((final / "record.json").read_text())["phases"][1:]
-    best = min(phases, key=lambda phase: phase["perplexity"])["phase"]
-    assert best == 1  # else "best" would be no different from "last" or "2"
-    store = tmp_path / "store"
-    shutil.copytree(run.store, store)
-    moved = dataclasses.replace(
-        run,
-        store=str(store),
-        settings=dataclasses.replace(
-            run.settings, storage=dataclasses.replace(run.settings.storage, keep=keep)
-        ),
-    )
-    moved.save()
-    open_store(moved.store).write_bytes("jobs/j.json", json.dumps(moved.handle()).encode())
-    run_finalize(store=moved.store, job="j", succeeded=True)
-    kept = {"all": {1, 2, 3}, "last": set(), "best": {1}, "2": {2}}[keep]
-    for phase in (1, 2, 3):
-        uri = moved.phase_uri(phase, "pruned")
-        assert read_manifest(uri) is not None
-        assert Path(uri, "model-00001-of-00004.safetensors").exists() == (phase in kept)
-        for step in ("calibrated", "scored", "evaluated"):
-            fetch(moved.phase_uri(phase, step), tmp_path / "unused")
-    assert load_model(fetch(moved.uri("final"), tmp_path / "unused")) is not None
-    assert not list(open_store(moved.store).list("jobs/"))
-
-
-def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
-    recipe = recipe_with(PRUNE_ONLY | {"storage.store": str(tmp_path / "store"), "storage.keep": "last"})
-    with contextlib.chdir(project):
-        handle, base_uri = resolve(recipe, job="failed")
-        data_uri = run_prepare_data(run=handle, base_uri=base_uri)
-        checkpoint_uri = run_phase(handle, 1, base_uri, data_uri, tmp_path)
-        run_finalize(store=handle["store"], job="failed", succeeded=False)
-        assert run_needs_run(run=handle)
-        fetch(checkpoint_uri, tmp_path / "unused")

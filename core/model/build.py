@@ -8,18 +8,22 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import local_torch_dtype
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from core.errors import CheckpointError
 from core.model.checkpoint import CheckpointReader
 from core.model.families import Kind, family_of
 from core.model.shape import LayerShape, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers' model classes take two seconds to import, which steps that read configs alone need not pay:
+# the functions that build a model import them.
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
 
 
-def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """Build a causal language model with fresh weights, each layer in its own size.
 
     Args:
@@ -80,6 +84,8 @@ def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32)
     Raises:
         UnsupportedModelError: If the family is not supported.
     """
+    from transformers import AutoModelForCausalLM
+
     family = family_of(config)
     config = copy.deepcopy(config)
     if config.is_heterogeneous:
@@ -95,7 +101,9 @@ def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32)
     return model.eval()
 
 
-def _rebuild_layers(model: PreTrainedModel, layers: Any, dtype: torch.dtype) -> None:
+def _rebuild_layers(model: "PreTrainedModel", layers: Any, dtype: torch.dtype) -> None:
+    from transformers.modeling_utils import local_torch_dtype
+
     shared = model.config
     for index, view in enumerate(shared.per_layer_config):
         with local_torch_dtype(dtype, type(model).__name__):
@@ -109,8 +117,10 @@ def _rebuild_layers(model: PreTrainedModel, layers: Any, dtype: torch.dtype) -> 
         layers[index] = layer
 
 
-def build_empty(config: PreTrainedConfig) -> PreTrainedModel:
+def build_empty(config: PreTrainedConfig) -> "PreTrainedModel":
     """Build a model without memory for its weights (on torch's meta device), to look at its parameters."""
+    from transformers.initialization import no_init_weights
+
     with torch.device("meta"), no_init_weights():
         model = build_model(config)
     model.tie_weights()
@@ -173,7 +183,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
 
 def load_model(
     directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Load a checkpoint, of equal or unequal layers.
 
     Args:
@@ -188,6 +198,8 @@ def load_model(
         CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
         UnsupportedModelError: If the model's family is not supported.
     """
+    from transformers.initialization import no_init_weights
+
     config = load_config(directory)
     state = {}
     with CheckpointReader(directory) as reader:

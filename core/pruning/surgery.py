@@ -3,18 +3,19 @@
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from core.model.build import build_model, config_with_layers, layer_shapes, load_config
 from core.model.checkpoint import CheckpointReader, write_checkpoint
 from core.model.families import Family, Kind, family_of
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,10 @@ def prune_layer(
     return pruned
 
 
-def prune_model(model: PreTrainedModel, layers: tuple[LayerPlan, ...]) -> PreTrainedModel:
+def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "PreTrainedModel":
     """Return a smaller model that shares all uncut tensors with ``model``."""
+    from transformers.initialization import no_init_weights
+
     family = family_of(model.config)
     shapes = layer_shapes(model.config)
     state = dict(model.state_dict())

@@ -1,0 +1,166 @@
+"""The steps of a run, called in this process: keys, exact sizes, what is kept."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.model.build import load_model
+from core.run import Run
+from core.steps import run_finalize, run_needs_run, run_prepare_data
+from core.storage.manifest import fetch, read_manifest
+from core.storage.store import open_store
+from tests.project import CHANNEL_PARAMS, kept_groups, recipe_with, resolve, run_all, run_phase
+
+
+def test_the_key_follows_from_what_can_change_the_result(project, tmp_path):
+    def key(changes):
+        with contextlib.chdir(project):
+            return resolve(recipe_with(changes | {"storage.store": str(tmp_path / uuid.uuid4().hex)}))[0][
+                "key"
+            ]
+
+    first = key({})
+    assert key({"name": "another", "storage.keep": "all", "tracking.model_name": "m"}) == first
+    others = [key({"seed": 8}), key({"prune.target": "70%"}), key({"prune.phases": 3})]
+    assert len({first, *others}) == 4
+
+
+def test_a_run_that_starts_again_takes_up_the_settings_outside_its_key(project, tmp_path):
+    store = {"storage.store": str(tmp_path / "store")}
+    with contextlib.chdir(project):
+        resolve(recipe_with(store | {"name": "first", "tracking.model_name": "wrong"}))
+        handle, _ = resolve(recipe_with(store | {"name": "second"}))
+    settings = Run.load(handle).settings
+    assert (settings.name, settings.tracking.model_name) == ("second", "")
+
+
+PRUNE_ONLY = {"training.tokens": "0", "training.sources": [], "prune.phases": 3, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def pruned_only(project, tmp_path_factory):
+    """Runs of three phases without training, by their attention unit, target and steps a phase."""
+    runs = {}
+
+    def run(unit, target, steps_per_phase):
+        if unit not in runs:
+            folder = tmp_path_factory.mktemp("pruned-only")
+            changes = {
+                "prune.attention_unit": unit,
+                "prune.target": target,
+                "prune.steps_per_phase": steps_per_phase,
+                "storage.store": str(folder / "store"),
+                "storage.keep": "all",
+            }
+            with contextlib.chdir(project):
+                handle, final = run_all(recipe_with(PRUNE_ONLY | changes), folder)
+            runs[unit] = Run.load(handle), Path(final)
+        return runs[unit]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("unit", "target", "steps_per_phase"),
+    [("kv_group", "75%", 3), ("query_head", "82%", 1), ("none", "85%", 2)],
+)
+def test_without_training_the_result_is_cut_out_of_the_base_model(
+    pruned_only, project, unit, target, steps_per_phase
+):
+    run, final = pruned_only(unit, target, steps_per_phase)
+    base, model = load_model(project / "base"), load_model(final)
+    wanted = float(target.rstrip("%")) / 100 * sum(p.numel() for p in base.parameters())
+    assert abs(sum(p.numel() for p in model.parameters()) - wanted) <= CHANNEL_PARAMS / 2
+    head_dim, weights = base.config.head_dim, dict(base.named_parameters())
+    for index, (query, kv, channels) in enumerate(kept_groups(run, 3)):
+        per_group, left = 6 // 3, len(query) // len(kv)
+        if unit == "none":
+            assert (query, kv) == (list(range(6)), list(range(3)))
+        if unit == "query_head":
+            assert kv == [0, 1, 2]
+        if unit == "kv_group":
+            assert left == per_group
+        assert [head // per_group for head in query] == [head for head in kv for _ in range(left)]
+        rows = {
+            name: torch.tensor([head * head_dim + i for head in heads for i in range(head_dim)])
+            for name, heads in (("q_proj", query), ("k_proj", kv), ("v_proj", kv), ("o_proj", query))
+        }
+        rows |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), torch.tensor(channels))
+        for name, weight in model.model.layers[index].named_parameters():
+            full = weights.pop(f"model.layers.{index}.{name}")
+            module = name.split(".")[-2]
+            if module in ("o_proj", "down_proj"):
+                full = full[:, rows[module]]
+            elif module in rows:
+                full = full[rows[module]]
+            assert torch.equal(weight, full), name
+    for name, full in weights.items():  # those outside the layers
+        assert torch.equal(model.get_parameter(name), full), name
+    record = json.loads((final / "record.json").read_text())
+    if steps_per_phase == 1:
+        check_accumulation(record["phases"], run.dense)
+    assert all(phase["perplexity"] == phase["perplexity_pruned"] for phase in record["phases"][1:])
+    assert not any(phase["tokens"] or phase["losses"] for phase in record["phases"])
+    assert read_manifest(run.phase_uri(3, "recovered")) is None
+
+
+def check_accumulation(phases, dense):
+    """Each phase adds dS - A(dS) * I to the sparsity before it, and one number to all for the exact size."""
+    prunable = dense.num_params() - dense.outside_params - sum(dense.layer_params for _ in dense.layers)
+    before = [0.0] * len(dense.layers)
+    for last, phase in itertools.pairwise(phases):
+        step = (last["params"] - phase["target_params"]) / prunable
+        spread = 0.01 / 0.02 * step
+        shifts = [
+            now - then + spread * importance
+            for now, then, importance in zip(phase["sparsity"], before, phase["importance"], strict=True)
+        ]
+        assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-9)
+        before = phase["sparsity"]
+
+
+@pytest.mark.parametrize("keep", ["all", "last", "best", "2"])
+def test_finalize_keeps_the_checkpoints_that_were_asked_for(pruned_only, tmp_path, keep):
+    run, final = pruned_only("kv_group", "75%", 3)
+    phases = json.loads((final / "record.json").read_text())["phases"][1:]
+    best = min(phases, key=lambda phase: phase["perplexity"])["phase"]
+    assert best == 1  # else "best" would be no different from "last" or "2"
+    store = tmp_path / "store"
+    shutil.copytree(run.store, store)
+    moved = dataclasses.replace(
+        run,
+        store=str(store),
+        settings=dataclasses.replace(
+            run.settings, storage=dataclasses.replace(run.settings.storage, keep=keep)
+        ),
+    )
+    moved.save()
+    open_store(moved.store).write_bytes("jobs/j.json", json.dumps(moved.handle()).encode())
+    run_finalize(store=moved.store, job="j", succeeded=True)
+    kept = {"all": {1, 2, 3}, "last": set(), "best": {1}, "2": {2}}[keep]
+    for phase in (1, 2, 3):
+        uri = moved.phase_uri(phase, "pruned")
+        assert read_manifest(uri) is not None
+        assert Path(uri, "model-00001-of-00004.safetensors").exists() == (phase in kept)
+        for step in ("calibrated", "scored", "evaluated"):
+            fetch(moved.phase_uri(phase, step), tmp_path / "unused")
+    assert load_model(fetch(moved.uri("final"), tmp_path / "unused")) is not None
+    assert not list(open_store(moved.store).list("jobs/"))
+
+
+def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
+    recipe = recipe_with(PRUNE_ONLY | {"storage.store": str(tmp_path / "store"), "storage.keep": "last"})
+    with contextlib.chdir(project):
+        handle, base_uri = resolve(recipe, job="failed")
+        data_uri = run_prepare_data(run=handle, base_uri=base_uri)
+        checkpoint_uri = run_phase(handle, 1, base_uri, data_uri, tmp_path)
+        run_finalize(store=handle["store"], job="failed", succeeded=False)
+        assert run_needs_run(run=handle)
+        fetch(checkpoint_uri, tmp_path / "unused")
