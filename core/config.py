@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from core.errors import SettingsError
 
+_MAX_COUNT = 10**18
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -28,7 +29,10 @@ def parse_count(value: int | float | str) -> int:
     match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbB]?)\s*", str(value))
     if match is None:
         raise ValueError(f"{value!r} is not a count such as 108M, 3.87B or 134515008")
-    return round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()])
+    count = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
+    if count > _MAX_COUNT:
+        raise ValueError(f"{value!r} is beyond any model or corpus")
+    return round(count)
 
 
 def _is_share(value: str) -> bool:
@@ -362,7 +366,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what must be set in every run."""
-        problems = []
+        problems = [*_in_range("seed", self.seed, 0, 2**31 - 1)]
         if not self.model.base:
             problems.append("model.base is empty. Name the model to prune.")
         if self.calibration.source is None:

@@ -59,7 +59,9 @@ def _read(path: Path) -> dict[str, Any]:
             [f"recipe {path} cannot be read ({error.strerror}). Give the path of a YAML file."]
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError([f"recipe {path} is not valid YAML: {' '.join(str(error).split())}"]) from None
+        raise SettingsError(
+            [f"recipe {path} is not valid YAML: {' '.join(str(error).split())}. Correct it there."]
+        ) from None
     if not isinstance(data, dict):
         raise SettingsError([f"recipe {path} must be a mapping of sections such as model: and prune:."])
     return data
@@ -106,7 +108,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     """Build dataclass ``cls`` from a mapping; problems are collected with full names, defaults stand in."""
     where = prefix.rstrip(".") or "the recipe"
     if not isinstance(data, Mapping):
-        problems.append(f"{where}={data!r} must be a mapping of settings.")
+        problems.append(f"{where}={data!r} must be a mapping of settings. Fill it in or leave it out.")
         return _INVALID
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)

@@ -465,3 +465,18 @@ def test_settings_are_the_same_for_every_order_of_keys():
     assert settings == settings_from_dict(FULL)
     assert settings.digest() == settings_from_dict(FULL).digest()
     assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("training.tokens", "1e400"), ("prune.target", "1e30"), ("seed", -1), ("seed", 10**20)],
+)
+def test_numbers_beyond_all_measure_are_refused(name, value):
+    *sections, key = name.split(".")
+    recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}}
+    place = recipe
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = value
+    with pytest.raises(SettingsError, match=name):
+        settings_from_dict(recipe)

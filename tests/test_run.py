@@ -1,7 +1,7 @@
 """A whole run of a tiny model through the command line.
 
-Its store is on a real S3 server and MLflow on SQLite. It is killed on the way and started again, and compared with
-a run whose steps are called in this process, in a folder.
+Its store is on a real S3 server and MLflow on SQLite. It is killed on the way and started again, and compared
+with a run whose steps are called in this process, in a folder.
 """
 
 import contextlib
