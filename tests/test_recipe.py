@@ -172,10 +172,10 @@ def test_unknown_keys_are_errors_with_a_suggestion_or_the_list():
         ("prune__amplitude", "much", "prune.amplitude='much' must be of type float."),
         ("training__gradient_checkpointing", "yes", "must be of type bool."),
         ("training__sources", "a.txt", "training.sources='a.txt' must be a list."),
-        ("training__sources", ["a.txt"], "training.sources[0]='a.txt' must be a mapping of settings."),
+        ("training__sources", ["a.txt"], "training.sources[0]='a.txt' must be a mapping of settings. Fill it in or leave it out."),
         ("evaluation__task_data", ["piqa"], "evaluation.task_data=['piqa'] must be a mapping."),
         ("prune__similarity", "dot", "must be one of cosine, euclidean, manhattan. Choose one."),
-        ("prune", [1], "prune=[1] must be a mapping of settings."),
+        ("prune", [1], "prune=[1] must be a mapping of settings. Fill it in or leave it out."),
     ],
 )
 def test_a_wrong_type_is_named_with_its_value(name, value, problem):
@@ -287,7 +287,7 @@ def test_what_a_wrong_value_leads_to_is_not_a_problem_of_its_own():
 
 
 def test_a_recipe_that_is_no_mapping_is_an_error():
-    assert problems([1]) == ["the recipe=[1] must be a mapping of settings."]
+    assert problems([1]) == ["the recipe=[1] must be a mapping of settings. Fill it in or leave it out."]
 
 
 # --- files and overrides
@@ -323,7 +323,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ("name.first=x", "--set name.first=x: name is not a section."),
         ("training.sources.0=x", "--set training.sources.0=x: sources is not a section."),
         ("prune.phase=2", "prune.phase is not a setting. Did you mean prune.phases?"),
-        ("prune=3", "prune=3 must be a mapping of settings."),
+        ("prune=3", "prune=3 must be a mapping of settings. Fill it in or leave it out."),
     ],
 )
 def test_a_wrong_override_is_an_error(override, problem, tmp_path):
