@@ -11,9 +11,8 @@ def finalize(recipe: dict, job: str, status: dsl.PipelineTaskFinalStatus):
     from components.runtime import task
 
     with task("finalize"):
-        from core.steps import run_finalize
-
         from core.config import StorageSettings
+        from core.steps import run_finalize
 
         # An exit task sees the pipeline's parameters only, and an edited recipe may lack the section.
         store = recipe.get("storage", {}).get("store", StorageSettings.store)
