@@ -172,7 +172,7 @@ def test_unknown_keys_are_errors_with_a_suggestion_or_the_list():
         ("prune__amplitude", "much", "prune.amplitude='much' must be of type float."),
         ("training__gradient_checkpointing", "yes", "must be of type bool."),
         ("training__sources", "a.txt", "training.sources='a.txt' must be a list."),
-        ("training__sources", ["a.txt"], "training.sources[0]='a.txt' must be a mapping of settings. Fill it in or leave it out."),
+        ("training__sources", ["a.txt"], "training.sources[0]='a.txt' must be a mapping of settings. Fill"),
         ("evaluation__task_data", ["piqa"], "evaluation.task_data=['piqa'] must be a mapping."),
         ("prune__similarity", "dot", "must be one of cosine, euclidean, manhattan. Choose one."),
         ("prune", [1], "prune=[1] must be a mapping of settings. Fill it in or leave it out."),
