@@ -29,6 +29,10 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
+# Importing torch, transformers and mlflow makes a million objects that stay: looking for garbage among them as
+# often as Python does by default costs more than a second a task.
+_GC_THRESHOLD = 100_000
+
 
 def quiet_libraries() -> None:
     """Keep the bars of libraries out of the output, unless the environment asks for them."""
@@ -49,6 +53,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """
     where = step if phase is None else f"phase {phase} {step}"
     quiet_libraries()
+    gc.set_threshold(_GC_THRESHOLD)
     if os.environ.get(LOCAL):
         threading.Thread(target=_end_with_the_run, daemon=True).start()
     started = time.monotonic()
