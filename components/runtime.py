@@ -29,8 +29,8 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
-# Importing torch, transformers and mlflow makes a million objects that stay. Looking for garbage among them as
-# often as Python does by default costs more than a second a task.
+# Importing torch, transformers and mlflow makes a million objects that stay. Looking for garbage among them
+# as often as Python does by default costs more than a second a task.
 _GC_THRESHOLD = 100_000
 
 
