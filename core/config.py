@@ -14,6 +14,18 @@ from typing import Any, Literal
 
 from core.errors import SettingsError
 
+CriterionName = Literal[
+    "taylor_l1",
+    "taylor_signed",
+    "taylor_per_microbatch",
+    "magnitude_l1",
+    "magnitude_l2",
+    "wanda_sp",
+    "fluctuation",
+    "activation_l2",
+    "random",
+]
+
 _MAX_COUNT = 10**18
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -71,6 +83,8 @@ class PruneSettings:
     """A of eq. 6 at a step of 2 %: how far the sparsity of layers spreads. 0 prunes all layers alike."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How the input and the output of a layer are compared (eq. 3)."""
+    criterion: CriterionName = "taylor_l1"
+    """What a group is worth. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
     attention_unit: Literal["kv_group", "query_head", "none"] = "kv_group"
     """What attention loses: a KV head with its query heads, one query head of every KV group, or nothing."""
     width_multiple: int = 1

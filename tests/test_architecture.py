@@ -27,6 +27,7 @@ HEIGHTS = {
     "core.recipe": 2,
     "core.record": 2,
     "core.config": 1,
+    "core.memory": 1,
     "core.errors": 0,
     "core": 0,
 }

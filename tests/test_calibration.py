@@ -6,7 +6,8 @@ from core.errors import DataError
 from core.model.build import layer_shapes
 from core.model.families import family_of
 from core.pruning.calibration import draw_calibration, layer_similarity, measure
-from core.pruning.importance import Statistics, group_scores
+from core.pruning.criteria import LayerScoring
+from core.pruning.importance import Statistics
 from tests.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
 TOKENS = random_tokens(rows=7)  # three micro-batches of 3, 3 and 1
@@ -19,6 +20,11 @@ def loss_of(model, tokens=TOKENS, micro_batch=3):
         logits = model(batch).logits[:, :-1]
         total = total + cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     return total
+
+
+def assert_same_scores(found, expected):
+    for kind in ("query_heads", "kv_groups", "mlp_channels"):
+        torch.testing.assert_close(getattr(found, kind), getattr(expected, kind), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -34,46 +40,9 @@ def test_streamed_scores_equal_autograds(name, layers):
     for layer, shape, scores in zip(
         model.model.layers, layer_shapes(model.config), measured.scores, strict=True
     ):
-        weights = dict(layer.named_parameters())
-        expected = group_scores(family, shape, weights, {k: p.grad for k, p in weights.items()})
-        for kind in ("query_heads", "kv_heads", "mlp_channels"):
-            torch.testing.assert_close(getattr(scores, kind), getattr(expected, kind), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["llama-biased", "qwen2"])
-def test_group_scores_equal_a_loop_over_every_weight(name):
-    model = tiny(name)
-    model.requires_grad_(True)
-    loss_of(model).backward()
-    layer = model.model.layers[1]
-    attention, mlp = layer.self_attn, layer.mlp
-    scores = measure(model, TOKENS, micro_batch=3).scores[1]
-
-    def terms(parameter, rows=None, columns=None):
-        if parameter is None:
-            return 0.0
-        product = (parameter * parameter.grad).abs()
-        product = product if rows is None else product[rows]
-        return (product if columns is None else product[:, columns]).sum().item()
-
-    for channel in range(40):
-        expected = sum(
-            terms(p, rows=[channel])
-            for p in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.gate_proj.bias, mlp.up_proj.bias)
-        ) + terms(mlp.down_proj.weight, columns=[channel])
-        assert scores.mlp_channels[channel].item() == pytest.approx(expected, rel=1e-9)
-    for group in range(3):
-        own = list(range(group * 10, group * 10 + 10))
-        expected = sum(
-            terms(p, rows=own)
-            for module in (attention.k_proj, attention.v_proj)
-            for p in (module.weight, module.bias)
-        )
-        for head in (group * 2, group * 2 + 1):  # query head h belongs to KV head h // n_rep
-            rows = list(range(head * 10, head * 10 + 10))
-            expected += terms(attention.q_proj.weight, rows=rows) + terms(attention.q_proj.bias, rows=rows)
-            expected += terms(attention.o_proj.weight, columns=rows)
-        assert scores.kv_groups()[group].item() == pytest.approx(expected, rel=1e-9)
+        expected = LayerScoring("taylor_l1", family, shape, layer)
+        expected.add({key: (p, p.grad) for key, p in expected.weights.items()}, tokens=84)
+        assert_same_scores(scores, expected.scores())
 
 
 def in_float64_throughout(model):

@@ -165,7 +165,7 @@ def statistics_of(shape, seed):
         scores=tuple(
             LayerScores(
                 query_heads=torch.rand(layer.query_heads, generator=generator),
-                kv_heads=torch.rand(layer.kv_heads, generator=generator),
+                kv_groups=torch.rand(layer.kv_heads, generator=generator),
                 mlp_channels=torch.rand(layer.mlp_width, generator=generator),
             )
             for layer in shape.layers
@@ -230,7 +230,7 @@ def test_the_lowest_scores_go_first():
     now = LayerShape(query_heads=4, kv_heads=2, mlp_width=5)
     scores = LayerScores(
         query_heads=torch.tensor([9.0, 1.0, 3.0, 4.0]),
-        kv_heads=torch.tensor([0.5, 0.1]),
+        kv_groups=torch.tensor([0.5, 0.1]),
         mlp_channels=torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0]),
     )
     kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=1, mlp_width=3), "kv_group")

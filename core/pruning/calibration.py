@@ -1,30 +1,33 @@
-"""Layer similarities and exact group scores with the gradients of one layer in memory (eq. 3-5, 7-10).
+"""Layer similarities and group scores with the gradients of one layer in memory (eq. 3-5, 7-10).
 
-One forward pass keeps each layer's inputs in host memory and yields the similarities. The gradient by the
-last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate through it,
-reduce its weight gradients to one number a group, free them, go down. The result is plain autograd's, to
-rounding.
+One forward pass, layer by layer, keeps each layer's inputs in host memory and yields the similarities. The
+gradient by the last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate
+through it, reduce what its criterion observes to one number a group, free it, go down. The result is plain
+autograd's, to rounding.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from core.config import CriterionName
 from core.errors import DataError
 from core.model.build import layer_shapes
 from core.model.families import family_of
-from core.pruning.importance import LayerScores, Statistics, group_scores
+from core.model.layerwise import LayerwiseModel, frozen
+from core.pruning.criteria import CRITERIA, LayerScoring
+from core.pruning.importance import LayerScores, Statistics
+from core.pruning.states import LayerInputs
 
 log = logging.getLogger(__name__)
 
-_HEAD_TOKENS = 1024
-"""Tokens whose logits are held at once: (1024, V) float32 is 0.5 GB at V = 128,256."""
+_PROGRESS_INTERVAL_S = 30.0
 
 
 def draw_calibration(pool: Tensor, *, sequences: int, seed: int, step: int) -> Tensor:
@@ -71,202 +74,154 @@ def layer_similarity(
 
 
 def measure(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LayerwiseModel,
     tokens: Tensor,
     *,
     micro_batch: int,
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine",
+    criterion: CriterionName = "taylor_l1",
+    seed: int = 0,
+    state_bytes: int | None = None,
+    scratch: Path | None = None,
 ) -> Statistics:
     """Measure layer similarities and group scores of a model on a calibration set.
 
     Args:
-        model: Any number format; products and sums are float32. Left as it was found.
+        model: Any number format; products and sums are float32. Left as it was found. Its layers may lie on
+            disk.
         tokens: (S, T) int64 token ids.
         micro_batch: Sequences that pass through a layer at once. The loss is the sum over micro-batches of
             each one's mean over its tokens, as the paper's.
         similarity: How a layer's input and output are compared.
+        criterion: How groups are scored.
+        seed: Seed of the criterion ``random``.
+        state_bytes: Host memory for the layers' inputs; None for no limit.
+        scratch: Folder for what goes beyond ``state_bytes``.
+
+    Raises:
+        StorageError: If ``scratch`` is full.
     """
-    family = family_of(model.config)
-    layers = list(model.get_submodule(family.layers).children())
-    shapes = layer_shapes(model.config)
+    layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    inputs = LayerInputs(limit_bytes=state_bytes, scratch=scratch)
     batches = tokens.split(micro_batch)
-    started = time.monotonic()
-    with _frozen(model):
-        # States of all micro-batches, in host memory: inputs[i] enters layer i, the last one leaves the
-        # last layer.
-        inputs: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
-        keywords: list[list[dict[str, Any]]] = []
-        similarities = torch.zeros(len(layers), dtype=torch.float64)
-        for batch in batches:
-            state, calls = _embed(model, layers, batch)
-            keywords.append(calls)
-            inputs[0].append(state.cpu())
-            for index, layer in enumerate(layers):
-                with torch.no_grad():
-                    after = _run(layer, state, calls[index])
-                similarities[index] += (
-                    layer_similarity(state, after, similarity).sum(dtype=torch.float64).cpu()
-                )
-                inputs[index + 1].append(after.cpu())
-                state = after
-        similarities /= tokens.numel()
-        log.info("forward over %d tokens took %.1f s", tokens.numel(), time.monotonic() - started)
-
-        losses, gradients = [], []
-        for batch, state in zip(batches, inputs.pop(), strict=True):
-            loss, gradient = _head_gradient(model, layers, batch, state.to(model.device))
-            losses.append(loss)
-            gradients.append(gradient.cpu())
-
-        scores: list[LayerScores] = []
-        for index in reversed(range(len(layers))):
-            weights, sums = _layer_gradients(
-                layers[index],
-                family.slicings,
-                inputs.pop(),
-                gradients,
-                [calls[index] for calls in keywords],
-                pass_on=index > 0,
-            )
-            scores.append(group_scores(family, shapes[index], weights, sums))
-            log.debug("layer %d of %d scored", index + 1, len(layers))
-    log.info("scores of %d layers took %.1f s in all", len(layers), time.monotonic() - started)
+    with frozen(layerwise.model):
+        passes = _Passes(layerwise, batches, inputs, criterion, seed)
+        similarities, last = passes.forward(similarity)
+        losses, gradients = passes.head(last)
+        if CRITERIA[criterion].observed in ("weight_gradients", "output_gradients"):
+            passes.backward(gradients)
     return Statistics(
-        similarities=similarities,
-        scores=tuple(
-            LayerScores(
-                query_heads=s.query_heads.cpu(), kv_heads=s.kv_heads.cpu(), mlp_channels=s.mlp_channels.cpu()
-            )
-            for s in reversed(scores)
-        ),
+        similarities=similarities / tokens.numel(),
+        scores=tuple(passes.scores[index] for index in range(len(layerwise.layers))),
         loss=sum(losses) / len(losses),
         tokens=tokens.numel(),
     )
 
 
-@contextlib.contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Switch off all weight gradients and dropout for a while."""
-    required = [p.requires_grad for p in model.parameters()]
-    training = model.training
-    model.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(flag)
-        model.train(training)
+class _Passes:
+    """The three passes over a model, and the scores that they find."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batches: Sequence[Tensor],
+        inputs: LayerInputs,
+        criterion: CriterionName,
+        seed: int,
+    ) -> None:
+        self.model, self.batches, self.inputs = model, batches, inputs
+        self.family, self.shapes = family_of(model.model.config), layer_shapes(model.model.config)
+        self.criterion, self.seed = criterion, seed
+        self.observed = CRITERIA[criterion].observed
+        self.scores: dict[int, LayerScores] = {}
+
+    def scoring(self, index: int, layer: torch.nn.Module) -> LayerScoring:
+        seed = self.seed * 10_007 + index
+        return LayerScoring(self.criterion, self.family, self.shapes[index], layer, seed=seed)
+
+    @torch.no_grad()
+    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> tuple[Tensor, list[Tensor]]:
+        """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
+        backward_follows = self.observed in ("weight_gradients", "output_gradients")
+        similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
+        states = [self.model.embed(batch).cpu() for batch in self.batches]
+        device, progress = self.model.model.device, _Progress("forward", len(similarities))
+        for index in range(len(similarities)):
+            with self.model.resident(index) as layer:
+                scoring = None if backward_follows else self.scoring(index, layer)
+                for number, before in enumerate(states):
+                    state = before.to(device)
+                    if scoring is None or self.observed == "nothing":
+                        after = self.model.run(index, state)
+                    else:
+                        with scoring.activations() as seen:
+                            after = self.model.run(index, state)
+                        scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
+                    similarities[index] += layer_similarity(state, after, similarity).double().sum().cpu()
+                    if backward_follows:
+                        self.inputs.put(index, number, before)
+                    states[number] = after.cpu()
+                if scoring is not None:
+                    self.scores[index] = scoring.scores()
+            progress.show(index + 1)
+        return similarities, states
+
+    def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Return each micro-batch's loss and its gradient by the last layer's output."""
+        device = self.model.model.device
+        found = [
+            self.model.head_gradient(batch, states[number].to(device))
+            for number, batch in enumerate(self.batches)
+        ]
+        return [loss for loss, _ in found], [gradient.cpu() for _, gradient in found]
+
+    def backward(self, gradients: list[Tensor]) -> None:
+        """Score the layers from last to first."""
+        progress = _Progress("backward", len(self.model.layers))
+        for index in reversed(range(len(self.model.layers))):
+            with self.model.resident(index) as layer:
+                scoring = self.scoring(index, layer)
+                for number in range(len(self.batches)):
+                    state = self.inputs.take(index, number)
+                    gradients[number] = self._layer_backward(index, scoring, state, gradients[number])
+                self.scores[index] = scoring.scores()
+            progress.show(len(self.model.layers) - index)
+
+    def _layer_backward(self, index: int, scoring: LayerScoring, state: Tensor, gradient: Tensor) -> Tensor:
+        """Back-propagate a micro-batch through a layer; returns the gradient by its input."""
+        device = self.model.model.device
+        state = state.to(device).requires_grad_()
+        of_weights = self.observed == "weight_gradients"
+        for weight in scoring.weights.values():
+            weight.requires_grad_(of_weights)
+        try:
+            with torch.enable_grad(), scoring.activations() as seen:
+                output = self.model.run(index, state)
+            observed = dict(scoring.weights) if of_weights else seen
+            found = torch.autograd.grad(output, [state, *observed.values()], gradient.to(device))
+        finally:
+            for weight in scoring.weights.values():
+                weight.requires_grad_(False)
+        scoring.add(
+            {name: (value.detach(), g) for (name, value), g in zip(observed.items(), found[1:], strict=True)},
+            tokens=state.shape[:2].numel(),
+        )
+        return found[0].cpu()
 
 
-@contextlib.contextmanager
-def _replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Give each layer another forward for a while."""
-    for layer, forward in zip(layers, forwards, strict=True):
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+class _Progress:
+    """A log line now and then: how far a pass is, and how long it may still take."""
 
+    def __init__(self, name: str, layers: int) -> None:
+        self._name, self._layers = name, layers
+        self._started = self._shown = time.monotonic()
 
-def _embed(
-    model: PreTrainedModel, layers: Sequence[torch.nn.Module], batch: Tensor
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Run the model with layers that only record how they are called.
-
-    What a family hands to its layers (masks, rotary tables, per-layer windows) is so taken from its own code.
-
-    Returns:
-        (B, T, D) input of the first layer, and the keyword arguments of each layer.
-    """
-    states: list[Tensor] = []
-    keywords: list[dict[str, Any]] = []
-
-    def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        states.append(hidden_states)
-        keywords.append(kwargs)
-        return hidden_states
-
-    with torch.no_grad(), _replaced(layers, [record] * len(layers)):
-        model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
-    return states[0], keywords
-
-
-def _run(layer: torch.nn.Module, state: Tensor, keywords: dict[str, Any]) -> Tensor:
-    output = layer(state, **keywords)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _head_gradient(
-    model: PreTrainedModel, layers: Sequence[torch.nn.Module], batch: Tensor, state: Tensor
-) -> tuple[float, Tensor]:
-    """Return a micro-batch's loss and its gradient by the last layer's output.
-
-    Args:
-        model: Everything after the layers is run by the model's own code: final norm, output head, soft caps.
-        layers: The decoder layers.
-        batch: (B, T) token ids.
-        state: (B, T, D) output of the last layer.
-
-    Returns:
-        Mean loss in nats a token, and the (B, T, D) gradient.
-    """
-    predictions = batch.shape[0] * (batch.shape[1] - 1)
-    rows = max(1, _HEAD_TOKENS // batch.shape[1])
-    total, gradients = 0.0, []
-    for ids, part in zip(batch.split(rows), state.split(rows), strict=True):
-        part = part.detach().requires_grad_()
-        forwards: list[Callable[..., Any]] = [lambda hidden_states, **_: hidden_states] * (len(layers) - 1)
-        with torch.enable_grad(), _replaced(layers, [*forwards, lambda *_, part=part, **__: part]):
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                ids[:, 1:].flatten().to(model.device),
-                reduction="sum",
-            )
-            gradients.append(torch.autograd.grad(loss / predictions, part)[0])
-        total += loss.item()
-    return total / predictions, torch.cat(gradients)
-
-
-def _layer_gradients(
-    layer: torch.nn.Module,
-    wanted: Any,
-    inputs: Sequence[Tensor],
-    gradients: list[Tensor],
-    keywords: Sequence[dict[str, Any]],
-    *,
-    pass_on: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Back-propagate all micro-batches through one layer.
-
-    Args:
-        layer: The decoder layer.
-        wanted: Names of the weights whose gradients are wanted.
-        inputs: (B, T, D) inputs of the layer, one a micro-batch.
-        gradients: (B, T, D) gradients by its outputs; replaced by those by its inputs.
-        keywords: Keyword arguments of each call.
-        pass_on: Whether a layer below needs the gradients.
-
-    Returns:
-        The weights, and their gradients summed over all micro-batches in float32.
-    """
-    weights = {name: p for name, p in layer.named_parameters() if name in wanted}
-    device = next(iter(weights.values())).device
-    sums: dict[str, Tensor] = {}
-    for parameter in weights.values():
-        parameter.requires_grad_(True)
-    for number, (state, call) in enumerate(zip(inputs, keywords, strict=True)):
-        state = state.to(device).requires_grad_(pass_on)
-        with torch.enable_grad():
-            output = _run(layer, state, call)
-        sources = [*weights.values(), *([state] if pass_on else [])]
-        found = torch.autograd.grad(output, sources, gradients[number].to(device))
-        for name, gradient in zip(weights, found, strict=False):
-            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            sums[name] = sums[name].add_(wide) if name in sums else wide
-        gradients[number] = found[-1].cpu() if pass_on else torch.empty(0)
-    for parameter in weights.values():
-        parameter.requires_grad_(False)
-    return {name: p.detach() for name, p in weights.items()}, sums
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        log.debug("%s: layer %d of %d", self._name, done, self._layers)
+        if done == self._layers:
+            log.info("%s over %d layers took %.1f s", self._name, done, now - self._started)
+        elif now - self._shown > _PROGRESS_INTERVAL_S:
+            self._shown = now
+            left = (now - self._started) / done * (self._layers - done)
+            log.info("%s: %d of %d layers, %.0f s left", self._name, done, self._layers, left)

@@ -169,7 +169,7 @@ def select_groups(
         ]
         kv_heads = tuple(range(now.kv_heads))
     else:
-        kv_heads = _highest(scores.kv_groups(), after.kv_heads)
+        kv_heads = _highest(scores.kv_groups, after.kv_heads)
         heads = [group * per_group + head for group in kv_heads for head in range(per_group)]
     return LayerPlan(
         query_heads=tuple(heads),

@@ -165,4 +165,6 @@ def _measure(run: Run, model: Any, tokens: "Tensor") -> "Statistics":
         tokens,
         micro_batch=run.settings.calibration.micro_batch,
         similarity=run.settings.prune.similarity,
+        criterion=run.settings.prune.criterion,
+        seed=run.settings.seed,
     )

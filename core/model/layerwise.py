@@ -1,0 +1,203 @@
+"""A model run one decoder layer at a time, by its own code; its layers may stay on disk until used."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CheckpointError
+from core.model.build import build_model, config_with_layers, load_config
+from core.model.checkpoint import CheckpointReader
+from core.model.families import family_of
+from core.model.shape import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGIT_BYTES = 2**26
+"""Memory for the float32 logits that are held at once: 340 tokens at V = 49,152."""
+
+Resident = Callable[[int], AbstractContextManager[torch.nn.Module]]
+"""Brings the decoder layer of a number into memory while it is used."""
+
+
+class LayerwiseModel:
+    """Runs a model's embedding, its layers one by one, and its head.
+
+    What a family hands to its layers (masks, rotary tables, windows) is taken from its own code: its decoder
+    is run with layers that only record how they are called. That depends on the shape of a batch alone, since
+    no batch is padded.
+    """
+
+    def __init__(self, model: "PreTrainedModel", resident: Resident | None = None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: The model.
+            resident: How a layer comes into memory; None if all are there.
+        """
+        self.model = model
+        self.layers: list[torch.nn.Module] = list(
+            model.get_submodule(family_of(model.config).layers).children()
+        )
+        self.resident: Resident = resident or (lambda index: contextlib.nullcontext(self.layers[index]))
+        self._calls: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    def embed(self, batch: Tensor) -> Tensor:
+        """Return the (B, T, D) input of the first layer for (B, T) token ids."""
+        states: list[Tensor] = []
+        calls: list[dict[str, Any]] = []
+
+        def record(hidden_states: Tensor, **keywords: Any) -> Tensor:
+            states.append(hidden_states)
+            calls.append(keywords)
+            return hidden_states
+
+        with torch.no_grad(), _replaced(self.layers, [record] * len(self.layers)):
+            self.model.get_decoder()(input_ids=batch.to(self.model.device), use_cache=False)
+        self._calls.setdefault(batch.shape, calls)
+        return states[0]
+
+    def run(self, index: int, state: Tensor) -> Tensor:
+        """Run layer ``index``, which must be in memory, on a (B, T, D) input of an embedded batch's shape."""
+        output = self.layers[index](state, **self._calls[state.shape[:2]][index])
+        return output[0] if isinstance(output, tuple) else output
+
+    def head_gradient(self, batch: Tensor, state: Tensor) -> tuple[float, Tensor]:
+        """Return a batch's causal-LM loss and its gradient by the last layer's output.
+
+        Everything after the layers (final norm, output head, soft caps) is run by the model's own code, on a
+        few sequences at a time.
+
+        Args:
+            batch: (B, T) token ids.
+            state: (B, T, D) output of the last layer.
+
+        Returns:
+            Mean loss in nats a token, and the (B, T, D) gradient.
+        """
+        rows = max(1, _LOGIT_BYTES // (4 * self.model.config.vocab_size * batch.shape[1]))
+        predictions = batch.shape[0] * (batch.shape[1] - 1)
+        total, gradients = 0.0, []
+        for ids, part in zip(batch.split(rows), state.split(rows), strict=True):
+            part = part.detach().requires_grad_()
+            passes: list[Callable[..., Any]] = [lambda x, **_: x] * (len(self.layers) - 1)
+            with torch.enable_grad(), _replaced(self.layers, [*passes, lambda *_, part=part, **__: part]):
+                logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                    ids[:, 1:].flatten().to(self.model.device),
+                    reduction="sum",
+                )
+                gradients.append(torch.autograd.grad(loss / predictions, part)[0])
+            total += loss.item()
+        return total / predictions, torch.cat(gradients)
+
+
+@contextlib.contextmanager
+def frozen(model: "PreTrainedModel") -> Iterator[None]:
+    """Switch off all weight gradients and dropout for a while."""
+    required = [p.requires_grad for p in model.parameters()]
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(model.parameters(), required, strict=True):
+            parameter.requires_grad_(flag)
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Give each layer another forward for a while."""
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def open_streamed(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    sizes: Sequence[LayerShape] | None = None,
+    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> LayerwiseModel:
+    """Open a checkpoint whose decoder layers stay on disk; a layer is in memory only while it is used.
+
+    Args:
+        directory: Hugging Face directory with safetensors weights.
+        dtype: Number format to load into; None keeps the stored one.
+        device: Where weights go while they are used.
+        sizes: Layer sizes, if ``cut`` changes them.
+        cut: Changes the tensors of a layer (by number and name within the layer) each time they are loaded.
+
+    Raises:
+        CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config = load_config(directory)
+    if sizes is not None:
+        config = config_with_layers(config, sizes)
+    prefix = family_of(config).layers
+    with CheckpointReader(directory) as reader:
+        outside = {name: reader.tensor(name) for name in reader.names() if not name.startswith(f"{prefix}.")}
+    dtype = dtype or next(iter(outside.values())).dtype
+    # Parameters take no memory, but tables that are computed (rotary frequencies) are real.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = build_model(config, dtype=dtype)
+    streamed = LayerwiseModel(model, lambda index: _loaded(model, directory, index, dtype, cut))
+    owner, _, name = prefix.rpartition(".")
+    layers = model.get_submodule(prefix)
+    setattr(model.get_submodule(owner), name, torch.nn.ModuleList())
+    _fill(model, {key: t.to(device, dtype) for key, t in outside.items()}, f"{directory}: outside the layers")
+    model.tie_weights()
+    torch.nn.Module.to(model, device)
+    setattr(model.get_submodule(owner), name, layers)
+    return streamed
+
+
+@contextlib.contextmanager
+def _loaded(
+    model: "PreTrainedModel",
+    directory: Path,
+    index: int,
+    dtype: torch.dtype,
+    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None,
+) -> Iterator[torch.nn.Module]:
+    name = f"{family_of(model.config).layers}.{index}"
+    layer = model.get_submodule(name)
+    with CheckpointReader(directory) as reader:
+        tensors = reader.layer(name)
+    tensors = cut(index, tensors) if cut else tensors
+    _fill(layer, {key: t.to(model.device, dtype) for key, t in tensors.items()}, f"{directory}: {name}")
+    del tensors
+    try:
+        yield layer
+    finally:
+        layer.to("meta")
+
+
+def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Assign a module's parameters, all of them but those that are tied."""
+    try:
+        missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        message = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{what}: weights do not fit config.json: {message}") from error
+    tied = getattr(module, "all_tied_weights_keys", {})
+    lost = sorted((set(missing) | set(unexpected)) - set(tied))
+    if lost:
+        raise CheckpointError(f"{what}: weights and config.json disagree on {', '.join(lost[:5])}.")
