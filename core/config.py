@@ -13,30 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.errors import SettingsError
-
-_MAX_COUNT = 10**18
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def parse_count(value: int | float | str) -> int:
-    """Read a count such as ``108M``, ``3.87B``, ``50k`` or ``134515008``.
-
-    Raises:
-        ValueError: If ``value`` is not a positive count.
-    """
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a count")
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbB]?)\s*", str(value))
-    if match is None:
-        raise ValueError(f"{value!r} is not a count such as 108M, 3.87B or 134515008")
-    count = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
-    if count > _MAX_COUNT:
-        raise ValueError(f"{value!r} is beyond any model or corpus")
-    return round(count)
-
-
-def _is_share(value: str) -> bool:
-    return re.fullmatch(r"\s*[0-9.]+\s*%\s*", value) is not None
+from core.quantities import is_share, parse_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +59,7 @@ class PruneSettings:
 
     def _problems(self) -> Iterator[str]:
         try:
-            share = float(self.target.strip(" %")) / 100 if _is_share(self.target) else None
+            share = float(self.target.strip(" %")) / 100 if is_share(self.target) else None
             if share is not None and not 0 < share < 1:
                 yield (
                     f"target={self.target} must lie between 0% and 100%. "
@@ -99,7 +76,7 @@ class PruneSettings:
 
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
-        if _is_share(self.target):
+        if is_share(self.target):
             return round(base_params * float(self.target.strip(" %")) / 100)
         return parse_count(self.target)
 
@@ -150,6 +127,10 @@ class CalibrationSettings:
     """Sequences a draw; each pruning step draws anew and takes no document twice."""
     sequence_length: int = 64
     """Tokens a sequence."""
+    packing: bool = False
+    """Off (the paper): one window of each document that fills a sequence; shorter ones are left out. On:
+    shorter documents are joined to fill a sequence, so that a corpus of short texts serves too; no document
+    is in two sequences."""
     micro_batch: int = 32
     """Sequences that pass through a layer at once; bounds memory; the loss is a sum of their means."""
     pool_documents: int = 20_000
