@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.errors import SettingsError
+from core.quantities import is_share, parse_bytes, parse_count
 
 CriterionName = Literal[
     "taylor_l1",
@@ -25,30 +26,6 @@ CriterionName = Literal[
     "activation_l2",
     "random",
 ]
-
-_MAX_COUNT = 10**18
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def parse_count(value: int | float | str) -> int:
-    """Read a count such as ``108M``, ``3.87B``, ``50k`` or ``134515008``.
-
-    Raises:
-        ValueError: If ``value`` is not a positive count.
-    """
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a count")
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*([kKmMbB]?)\s*", str(value))
-    if match is None:
-        raise ValueError(f"{value!r} is not a count such as 108M, 3.87B or 134515008")
-    count = float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]
-    if count > _MAX_COUNT:
-        raise ValueError(f"{value!r} is beyond any model or corpus")
-    return round(count)
-
-
-def _is_share(value: str) -> bool:
-    return re.fullmatch(r"\s*[0-9.]+\s*%\s*", value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +73,7 @@ class PruneSettings:
 
     def _problems(self) -> Iterator[str]:
         try:
-            share = float(self.target.strip(" %")) / 100 if _is_share(self.target) else None
+            share = float(self.target.strip(" %")) / 100 if is_share(self.target) else None
             if share is not None and not 0 < share < 1:
                 yield (
                     f"target={self.target} must lie between 0% and 100%. "
@@ -113,7 +90,7 @@ class PruneSettings:
 
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
-        if _is_share(self.target):
+        if is_share(self.target):
             return round(base_params * float(self.target.strip(" %")) / 100)
         return parse_count(self.target)
 
@@ -164,8 +141,20 @@ class CalibrationSettings:
     """Sequences a draw; each pruning step draws anew and takes no document twice."""
     sequence_length: int = 64
     """Tokens a sequence."""
-    micro_batch: int = 32
-    """Sequences that pass through a layer at once; bounds memory; the loss is a sum of their means."""
+    packing: bool = False
+    """Off (the paper): one window of each document that fills a sequence; shorter ones are left out. On:
+    shorter documents are joined to fill a sequence, so that a corpus of short texts serves too; no document
+    is in two sequences."""
+    micro_batch: int = 0
+    """Sequences that pass through a layer at once; the loss is a sum of their means. 0 takes as many as the
+    free memory suggests."""
+    weights: Literal["auto", "memory", "streamed"] = "auto"
+    """Whether the whole model is in memory, or each layer is read from disk while it is used: slower, but a
+    model larger than the memory is scored too. ``auto`` streams where the weights would take over half of
+    what is free."""
+    state_memory: str = "auto"
+    """Host memory for the layers' inputs (``16GB``); what goes beyond lies on disk. ``auto`` is half of what
+    is free."""
     pool_documents: int = 20_000
     """Documents that are tokenized at most to draw from."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -175,11 +164,18 @@ class CalibrationSettings:
         """Check ranges."""
         problems = [*_in_range("sequences", self.sequences, 1, 10**6)]
         problems += _in_range("sequence_length", self.sequence_length, 2, 10**6)
-        problems += _in_range("micro_batch", self.micro_batch, 1, 10**6)
+        problems += _in_range("micro_batch", self.micro_batch, 0, 10**6)
         problems += _in_range("pool_documents", self.pool_documents, 1, 10**8)
         if self.pool_documents < self.sequences:
             problems.append(
                 f"pool_documents={self.pool_documents} is below sequences={self.sequences}. Raise it."
+            )
+        try:
+            if self.state_memory != "auto":
+                parse_bytes(self.state_memory)
+        except ValueError:
+            problems.append(
+                f"state_memory={self.state_memory} is no size. Give one such as 16GB or 500MB, or auto."
             )
         _raise(problems)
 
@@ -407,6 +403,8 @@ class Settings:
             k: v for k, v in self.to_dict().items() if k not in ("name", "storage", "tracking", "cluster")
         }
         kept["model"] = {"dtype": self.model.dtype}
+        for name in ("weights", "state_memory"):
+            del kept["calibration"][name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

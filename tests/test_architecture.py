@@ -29,6 +29,7 @@ HEIGHTS = {
     "core.config": 1,
     "core.memory": 1,
     "core.errors": 0,
+    "core.quantities": 0,
     "core": 0,
 }
 
@@ -121,7 +122,9 @@ HEAVY = {"torch", "transformers", "datasets", "mlflow", "lm_eval", "matplotlib",
 
 
 def test_settings_import_nothing_heavy():
-    assert not loaded_modules("import core.config, core.recipe, core.record") & (HEAVY | {"kfp"})
+    assert not loaded_modules("import core.config, core.quantities, core.recipe, core.record") & (
+        HEAVY | {"kfp"}
+    )
 
 
 def test_building_the_pipeline_imports_no_model_code():

@@ -271,8 +271,9 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         (
             {"calibration.sequences": 31},
             "texts.jsonl: only 30 of 30 documents have the 24 tokens of a calibration sequence, but 31 are "
-            "needed. Lower calibration.sequences or calibration.sequence_length, raise "
-            "calibration.pool_documents, or name a larger corpus.",
+            "needed. Lower calibration.sequences or calibration.sequence_length, set "
+            "calibration.packing=true to join short documents, raise calibration.pool_documents, or name a "
+            "larger corpus.",
         ),
     ],
     ids=["calibration column", "training column", "missing text", "short text", "small corpus"],

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
 from core.config import TextSource
+from core.data import iter_documents
 from core.errors import DataError, StorageError
 from core.training.mixture import slice_name, write_calibration_pool, write_perplexity_windows, write_slices
 from core.training.packing import PLAIN_TEMPLATE
@@ -67,6 +69,7 @@ def test_same_inputs_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_
             sources[0],
             tokenizer,
             sequence_length=16,
+            packing=True,
             documents=50,
             at_least=1,
             seed=seed,
@@ -159,6 +162,7 @@ def test_calibration_rows_are_windows_of_distinct_documents_that_are_long_enough
         source,
         tokenizer,
         sequence_length=40,
+        packing=False,
         documents=1000,
         at_least=10,
         seed=2,
@@ -184,7 +188,7 @@ def test_calibration_rows_are_windows_of_distinct_documents_that_are_long_enough
 
 def test_a_calibration_pool_reads_no_more_documents_than_asked(tmp_path, tokenizer):
     source = text_source(tmp_path / "a.jsonl", documents(6, 80, (40, 50)))
-    settings = {"sequence_length": 40, "seed": 2, "path": tmp_path / "pool.safetensors"}
+    settings = {"sequence_length": 40, "packing": False, "seed": 2, "path": tmp_path / "pool.safetensors"}
     assert write_calibration_pool(source, tokenizer, documents=30, at_least=30, **settings) == 30
     with pytest.raises(DataError, match=r"only 30 of 30 documents have the 40 tokens .* 31 are needed"):
         write_calibration_pool(source, tokenizer, documents=30, at_least=31, **settings)
@@ -192,6 +196,80 @@ def test_a_calibration_pool_reads_no_more_documents_than_asked(tmp_path, tokeniz
         write_calibration_pool(
             source, tokenizer, documents=100, at_least=1, **{**settings, "sequence_length": 4000}
         )
+
+
+def plain_packing(documents: list[list[int]], end: int, length: int) -> list[list[int] | None]:
+    """What packing should give, token by token; None stands for the window of a long document."""
+    rows, row = [], []
+    for ids in documents:
+        if len(ids) >= length:
+            rows.append(None)
+            continue
+        for token in [*ids, end]:
+            row.append(token)
+            if len(row) == length:
+                rows.append(row)
+                row = []
+                break
+    return rows
+
+
+def test_packing_joins_short_documents_and_leaves_none_in_two_sequences(tmp_path, tokenizer):
+    texts = documents(9, 90, (1, 14))
+    source = text_source(tmp_path / "a.jsonl", texts)
+    path = tmp_path / "pool.safetensors"
+    settings = {"sequence_length": 30, "documents": 80, "at_least": 1, "seed": 3, "path": path}
+    count = write_calibration_pool(source, tokenizer, packing=False, **settings)
+    windows = load_file(path)["input_ids"].tolist()
+    packed = write_calibration_pool(source, tokenizer, packing=True, **settings)
+    rows = load_file(path)["input_ids"]
+    assert (rows.dtype, rows.shape) == (np.int32, (packed, 30))
+    drawn = [tokenizer.encode(text) for text in iter_documents(source, 3)][:80]
+    expected = plain_packing(drawn, tokenizer.eos_token_id, 30)
+    assert sum(row is None for row in expected) == count >= 5
+    assert packed >= count + 10
+    long = iter(windows)  # a long document gives the same window, packing or not
+    assert rows.tolist() == [next(long) if row is None else row for row in expected]
+    joined = [row for row, want in zip(rows, expected, strict=True) if want is not None]
+    parts = [part for row in joined for part in tokenizer.decode(row).split("<|im_end|>") if part]
+    assert all(any(text.startswith(part) for text in texts) for part in parts)
+    assert len(set(parts)) == len(parts) > 2 * len(joined)
+
+
+def test_packed_rows_open_with_the_begin_token_and_a_dialogue_keeps_its_own_end(tmp_path, tokenizer):
+    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    rows = [{"q": f"question {n}", "a": f"answer {n}"} for n in range(40)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = TextSource(
+        path=str(tmp_path / "chat.jsonl"), format="instruction", prompt_fields=("q",), response_field="a"
+    )
+    text = text_source(tmp_path / "a.jsonl", documents(8, 40, (2, 5)))
+    settings = {"sequence_length": 60, "documents": 99, "at_least": 2, "seed": 0}
+    for name, source in (("chat", chat), ("text", text)):
+        write_calibration_pool(source, tokenizer, packing=True, **settings, path=tmp_path / name)
+    spoken = tokenizer.decode(load_file(tmp_path / "chat")["input_ids"][0])
+    assert re.match(r"User: question \d+\n\nAssistant: ?answer \d+<\|im_end\|>User: ", spoken)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    write_calibration_pool(text, tokenizer, packing=True, **settings, path=tmp_path / "opened")
+    plain, opened = (load_file(tmp_path / name)["input_ids"] for name in ("text", "opened"))
+    assert (opened[:, 0] == begin).all()
+    assert begin not in opened[:, 1:]
+    assert opened[0, 1:].tolist() == plain[0, :59].tolist()
+
+
+def test_a_corpus_of_short_texts_serves_once_it_is_packed(tmp_path, tokenizer):
+    source = text_source(tmp_path / "a.jsonl", documents(6, 80, (3, 5)))
+    settings = {"sequence_length": 100, "documents": 90, "seed": 2, "path": tmp_path / "pool.safetensors"}
+    with pytest.raises(DataError, match=r"only 0 of 80 .* set calibration\.packing=true to join short"):
+        write_calibration_pool(source, tokenizer, packing=False, at_least=1, **settings)
+    count = write_calibration_pool(source, tokenizer, packing=True, at_least=1, **settings)
+    message = rf"80 documents fill only {count} calibration sequences of 100 tokens, but {count + 1} are"
+    with pytest.raises(DataError, match=message) as raised:
+        write_calibration_pool(source, tokenizer, packing=True, at_least=count + 1, **settings)
+    assert "calibration.packing" not in str(raised.value)
 
 
 def test_perplexity_windows_are_the_documents_in_order_joined_with_end_tokens(tmp_path, tokenizer):
@@ -218,7 +296,14 @@ def test_calibration_and_perplexity_rows_open_with_the_begin_token(tmp_path, tok
     source = text_source(tmp_path / "a.jsonl", texts)
     path = tmp_path / "rows.safetensors"
     write_calibration_pool(
-        source, tokenizer, sequence_length=16, documents=30, at_least=30, seed=0, path=path
+        source,
+        tokenizer,
+        sequence_length=16,
+        packing=False,
+        documents=30,
+        at_least=30,
+        seed=0,
+        path=path,
     )
     pool = load_file(path)["input_ids"]
     write_perplexity_windows(source, tokenizer, windows=9, length=16, path=path)

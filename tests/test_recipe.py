@@ -17,7 +17,6 @@ from core.config import (
     TextSource,
     TrackingSettings,
     TrainingSettings,
-    parse_count,
 )
 from core.errors import SettingsError
 from core.recipe import load_recipe, settings_from_dict
@@ -117,30 +116,6 @@ def test_yaml_writes_of_a_number_are_understood():
     assert (training.learning_rate, training.min_learning_rate) == (2e-5, 2e-6)
     assert training.tokens == "2621440"
     assert isinstance(training.weight_decay, float)
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("108M", 108_000_000),
-        ("3.87B", 3_870_000_000),
-        ("50k", 50_000),
-        ("134,515,008", 134_515_008),
-        ("1_000", 1000),
-        ("1e9", 10**9),
-        (" 2 b ", 2 * 10**9),
-        (376.1e6, 376_100_000),
-        (0, 0),
-    ],
-)
-def test_counts(text, count):
-    assert parse_count(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "M", "-5", "1.2.3", "5T", "80%", True, "1e-3"])
-def test_what_is_no_count(text):
-    with pytest.raises(ValueError, match="is not a count"):
-        parse_count(text)
 
 
 def test_a_share_and_a_count_name_the_same_target():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError
-from core.model.build import build_model, config_with_layers, load_config
+from core.memory import available_bytes
+from core.model.build import build_model, config_with_layers, load_config, model_shape
 from core.model.checkpoint import CheckpointReader
 from core.model.families import family_of
 from core.model.shape import LayerShape
@@ -167,6 +168,13 @@ def open_streamed(
     torch.nn.Module.to(model, device)
     setattr(model.get_submodule(owner), name, layers)
     return streamed
+
+
+def exceeds_memory(directory: Path, *, dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``."""
+    with CheckpointReader(directory) as reader:
+        width = (dtype or reader.dtype()).itemsize
+    return model_shape(load_config(directory)).num_params() * width > available_bytes(device) // 2
 
 
 @contextlib.contextmanager

@@ -105,19 +105,19 @@ def plan_phase(
         settings: Steps, amplitude, attention unit and width multiple.
         checkpoint: Digest of the checkpoint.
         statistics_digest: Digest of the statistics.
-        remeasure: Takes what a step keeps and the number of the next step (from 1), and returns statistics
-            of the model that is left.
+        remeasure: Takes what the steps so far keep of the checkpoint and the number of the next step (from
+            1), and returns statistics of the model that is left.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
     plan: Plan | None = None
-    kept: tuple[LayerPlan, ...] = ()
     for number in range(settings.steps_per_phase):
         if number and current.num_params() <= target_params:
             break
         if number:
-            statistics = remeasure(kept, number)
+            assert plan is not None, "the first step has made one"
+            statistics = remeasure(plan.layers, number)
         step = plan_step(
             statistics,
             dense=dense,
@@ -139,6 +139,6 @@ def plan_phase(
             target_params=target_params,
         )
         plan = decided if plan is None else plan.then(decided)
-        current, sparsity, kept = step.shape, step.sparsity, step.layers
+        current, sparsity = step.shape, step.sparsity
     assert plan is not None, "a phase has at least one step"
     return plan

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from core.model.build import build_model, config_with_layers, layer_shapes, load_config
+from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
 from core.model.checkpoint import CheckpointReader, write_checkpoint
 from core.model.families import Family, Kind, family_of
+from core.model.layerwise import LayerwiseModel, open_streamed
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 
@@ -67,6 +68,39 @@ def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "Pre
     smaller.load_state_dict(state, assign=True)
     smaller.tie_weights()
     return torch.nn.Module.to(smaller, model.device).eval()
+
+
+def open_pruned(
+    directory: Path,
+    layers: tuple[LayerPlan, ...] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    streamed: bool = False,
+) -> LayerwiseModel:
+    """Open what a plan leaves of a checkpoint, to measure it.
+
+    Args:
+        directory: Checkpoint directory.
+        layers: What each layer keeps; None for all.
+        dtype: Number format to load into; None keeps the stored one.
+        device: Where weights go.
+        streamed: Whether each layer is read and cut while it is used, instead of all of them now.
+    """
+    if not streamed:
+        model = load_model(directory, dtype=dtype, device=device)
+        return LayerwiseModel(model if layers is None else prune_model(model, layers))
+    if layers is None:
+        return open_streamed(directory, dtype=dtype, device=device)
+    config = load_config(directory)
+    family, shapes = family_of(config), layer_shapes(config)
+    return open_streamed(
+        directory,
+        dtype=dtype,
+        device=device,
+        sizes=[plan.shape() for plan in layers],
+        cut=lambda i, tensors: prune_layer(family, shapes[i], tensors, layers[i]),
+    )
 
 
 def prune_checkpoint(

@@ -126,10 +126,11 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
         tokenizer = load_tokenizer(fetch(base_uri, work.scratch, only=wanted))
         assert calibration.source is not None, "settings are checked"
         report: dict[str, Any] = {
-            "calibration_documents": write_calibration_pool(
+            "calibration_sequences": write_calibration_pool(
                 calibration.source,
                 tokenizer,
                 sequence_length=calibration.sequence_length,
+                packing=calibration.packing,
                 documents=calibration.pool_documents,
                 at_least=calibration.sequences,
                 seed=settings.seed,

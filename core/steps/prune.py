@@ -32,16 +32,9 @@ def run_calibrate(
 ) -> None:
     """Measure layer similarities and group scores of a checkpoint."""
     this = Run.load(run)
-    settings = this.settings.calibration
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import dtype_of, load_model, pick_device
-
-        tokens = _draw(this, phase, 0, data_uri, work.scratch)
-        model = load_model(
-            fetch(checkpoint_uri, work.scratch), dtype=dtype_of(settings.precision), device=pick_device()
-        )
-        measured = _measure(this, model, tokens)
+        measured = _measure(this, phase, checkpoint_uri, data_uri, work.scratch)
         measured.save(work.out / "statistics.safetensors")
         work.child.log_metrics({"calibration_loss": measured.loss})
         work.child.log_series("similarity", list(enumerate(measured.similarities.tolist())))
@@ -63,26 +56,19 @@ def run_score_layers(
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    With several steps a phase, each step is applied to the model in memory and the model is measured again.
+    With several steps a phase, what the steps so far leave of the checkpoint is measured before the next one.
     """
     this = Run.load(run)
     prune = this.settings.prune
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import dtype_of, layer_shapes, load_config, load_model, pick_device
+        from core.model.build import layer_shapes, load_config
         from core.pruning.adapt import plan_phase
         from core.pruning.importance import Statistics
-        from core.pruning.surgery import prune_model
         from core.storage.store import file_sha256
 
-        smaller: list[Any] = []  # the model as pruned so far; loaded when a second step needs it
-
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
-            dtype = dtype_of(this.settings.calibration.precision)
-            folder = fetch(checkpoint_uri, work.scratch)
-            model = smaller.pop() if smaller else load_model(folder, dtype=dtype, device=pick_device())
-            smaller.append(prune_model(model, layers))
-            return _measure(this, smaller[0], _draw(this, phase, step, data_uri, work.scratch))
+            return _measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)
 
         shapes = layer_shapes(load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"])))
         before = read_published(this.phase_uri(phase - 1, "scored"), "plan.json") if phase > 1 else {}
@@ -157,14 +143,46 @@ def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Ten
     return draw_calibration(pool, sequences=sequences, seed=run.settings.seed, step=number)
 
 
-def _measure(run: Run, model: Any, tokens: "Tensor") -> "Statistics":
+def _measure(
+    run: Run,
+    phase: int,
+    checkpoint_uri: str,
+    data_uri: str,
+    scratch: Path,
+    *,
+    step: int = 0,
+    layers: "tuple[LayerPlan, ...] | None" = None,
+) -> "Statistics":
+    """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
+    from core.memory import available_bytes
+    from core.model.build import dtype_of, pick_device
+    from core.model.layerwise import exceeds_memory
+    from core.pruning.batching import fitting_micro_batch
     from core.pruning.calibration import measure
+    from core.pruning.surgery import open_pruned
+    from core.quantities import parse_bytes
 
+    settings, device = run.settings.calibration, pick_device()
+    folder, dtype = fetch(checkpoint_uri, scratch), dtype_of(settings.precision)
+    tokens = _draw(run, phase, step, data_uri, scratch)
+    streamed = settings.weights == "streamed"
+    if settings.weights == "auto" and exceeds_memory(folder, dtype=dtype, device=device):
+        log.info("the weights would take over half of the free memory: layers are read while they are used")
+        streamed = True
+    model = open_pruned(folder, layers, dtype=dtype, device=device, streamed=streamed)
+    auto = settings.state_memory == "auto"
+    states = scratch / "states"
+    states.mkdir(exist_ok=True)
     return measure(
         model,
         tokens,
-        micro_batch=run.settings.calibration.micro_batch,
+        micro_batch=settings.micro_batch
+        or fitting_micro_batch(
+            model.model.config, sequences=len(tokens), length=tokens.shape[1], device=device
+        ),
         similarity=run.settings.prune.similarity,
         criterion=run.settings.prune.criterion,
         seed=run.settings.seed,
+        state_bytes=available_bytes() // 2 if auto else parse_bytes(settings.state_memory),
+        scratch=states,
     )

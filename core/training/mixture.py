@@ -128,6 +128,7 @@ def write_calibration_pool(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     sequence_length: int,
+    packing: bool,
     documents: int,
     at_least: int,
     seed: int,
@@ -135,44 +136,74 @@ def write_calibration_pool(
 ) -> int:
     """Write the sequences that calibration draws from: one window of each document that is long enough.
 
+    With ``packing``, shorter documents are joined to further sequences. Either way no document is in two of
+    them, so that whoever draws rows without replacement takes no document twice.
+
     Args:
         source: The calibration corpus, shuffled with ``seed``.
         tokenizer: The base model's. Each row opens with what it puts before a text, such as a begin-of-text
             token.
         sequence_length: T.
+        packing: Whether documents that are too short are joined, instead of left out.
         documents: How many documents are tokenized at most.
         at_least: How many rows the caller needs.
         seed: Seed of the shuffle and of where the windows lie.
-        path: A safetensors file with ``input_ids`` (P, T) int32, no document twice.
+        path: A safetensors file with ``input_ids`` (P, T) int32.
 
     Returns:
         P, the rows written.
 
     Raises:
-        DataError: If fewer than ``at_least`` documents are long enough.
+        DataError: If the corpus gives fewer than ``at_least`` rows.
         StorageError: If the file cannot be written.
     """
     opening = opening_ids(tokenizer)
-    length = _body_length(sequence_length, opening)
-    rng = np.random.default_rng(seed)
-    rows: list[NDArray[np.int32]] = []
-    seen = 0
-    for body in islice(_bodies(source, tokenizer, seed), documents):
-        seen += 1
-        if len(body) >= length:
-            start = int(rng.integers(len(body) - length + 1))
-            rows.append(body[start : start + length].copy())
+    rows, read = _calibration_rows(
+        islice(_without_opening(source, tokenizer, seed), documents),
+        length=_body_length(sequence_length, opening),
+        # A text's end token belongs between documents, not into a window; a conversation's are its own.
+        end_tokens=1 if source.format == "text" else 0,
+        packing=packing,
+        rng=np.random.default_rng(seed),
+    )
     if len(rows) < max(at_least, 1):
+        size, needed = f"{sequence_length:,} tokens", f"{max(at_least, 1):,} are needed"
+        if packing:
+            found = f"{read:,} documents fill only {len(rows):,} calibration sequences of {size}"
+        else:
+            found = f"only {len(rows):,} of {read:,} documents have the {size} of a calibration sequence"
+        advice = "" if packing else "set calibration.packing=true to join short documents, "
         raise DataError(
-            f"{source.path}: only {len(rows):,} of {seen:,} documents have the {sequence_length:,} tokens of "
-            f"a calibration sequence, but {max(at_least, 1):,} are needed. Lower calibration.sequences or "
-            "calibration.sequence_length, raise calibration.pool_documents, or name a larger corpus."
+            f"{source.path}: {found}, but {needed}. Lower calibration.sequences or "
+            f"calibration.sequence_length, {advice}raise calibration.pool_documents, or name a larger corpus."
         )
     _save(path, {"input_ids": _open_rows(rows, opening)})
     log.info(
-        "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, seen
+        "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, read
     )
     return len(rows)
+
+
+def _calibration_rows(
+    documents: Iterable[Tokenized], *, length: int, end_tokens: int, packing: bool, rng: np.random.Generator
+) -> tuple[list[NDArray[np.int32]], int]:
+    """Return (length,) rows, and how many documents were read."""
+    rows: list[NDArray[np.int32]] = []
+    joined = np.empty(0, np.int32)
+    read = 0
+    for ids, _ in documents:
+        read += 1
+        body = ids[: len(ids) - end_tokens]
+        if len(body) >= length:
+            start = int(rng.integers(len(body) - length + 1))
+            rows.append(body[start : start + length].copy())
+        elif packing:
+            joined = np.concatenate([joined, ids])
+            if len(joined) >= length:
+                rows.append(joined[:length])
+                # What is left of the document is dropped: in the next row it would be drawn a second time.
+                joined = np.empty(0, np.int32)
+    return rows, read
 
 
 def write_perplexity_windows(
@@ -286,14 +317,6 @@ def _without_opening(
         opened = document.ids[: len(opening)].tolist() == opening
         skipped = len(opening) if opened else 0
         yield Tokenized(document.ids[skipped:], document.trained[skipped:])
-
-
-def _bodies(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
-) -> Iterator[NDArray[np.int32]]:
-    """Yield the ids of each document without what opens and ends it."""
-    for document in _without_opening(source, tokenizer, seed):
-        yield document.ids[:-1] if source.format == "text" else document.ids
 
 
 def _body_length(length: int, opening: Sequence[int]) -> int:

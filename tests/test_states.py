@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from core.errors import StorageError
+from core.pruning.batching import fitting_micro_batch
+from core.pruning.calibration import measure
+from core.pruning.states import LayerInputs
+from tests.models import CONFIGS, random_tokens, tiny
+
+
+def test_what_exceeds_the_limit_lies_on_disk_until_it_is_taken(tmp_path):
+    inputs = LayerInputs(limit_bytes=1000, scratch=tmp_path)
+    states = {(layer, batch): torch.randn(2, 5, 10) for layer in range(3) for batch in range(2)}  # 400 bytes
+    for (layer, batch), state in states.items():
+        inputs.put(layer, batch, state)
+    assert len(list(tmp_path.iterdir())) == 4
+    for layer in (2, 1, 0):
+        for batch in range(2):
+            assert torch.equal(inputs.take(layer, batch), states[layer, batch])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_that_was_given_back_is_used_again(tmp_path):
+    inputs = LayerInputs(limit_bytes=400, scratch=tmp_path)
+    inputs.put(0, 0, torch.randn(100))
+    inputs.take(0, 0)
+    inputs.put(1, 0, torch.randn(100))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_do_not_depend_on_where_the_layers_inputs_lie(dtype, tmp_path):
+    model, tokens = tiny("llama", dtype=dtype), random_tokens(rows=5)
+    expected = measure(model, tokens, micro_batch=2)
+    found = measure(model, tokens, micro_batch=2, state_bytes=0, scratch=tmp_path)
+    assert torch.equal(found.similarities, expected.similarities)
+    assert torch.equal(found.scores[1].mlp_channels, expected.scores[1].mlp_channels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_folder_that_takes_nothing_is_named(tmp_path):
+    inputs = LayerInputs(limit_bytes=0, scratch=tmp_path / "missing")
+    with pytest.raises(StorageError, match=r"layer-000-00001\.safetensors cannot be written .*state_memory"):
+        inputs.put(0, 1, torch.randn(3))
+
+
+def fitting(sequences, length, free_bytes):
+    device = torch.device("cpu")
+    config = CONFIGS["llama"]()
+    return fitting_micro_batch(
+        config, sequences=sequences, length=length, device=device, free_bytes=free_bytes
+    )
+
+
+def test_micro_batches_share_the_sequences_out_evenly():
+    assert fitting(512, 64, 2**40) == 32  # 2,048 tokens
+    assert fitting(40, 64, 2**40) == 20  # not 32 and 8
+    assert fitting(3, 64, 2**40) == 3
+
+
+def test_little_memory_means_small_micro_batches():
+    a_lot, some, little = fitting(512, 64, 2**40), fitting(512, 64, 2**25), fitting(512, 64, 2**16)
+    assert a_lot > some > little == 1
+    assert fitting(512, 4096, 2**40) == 1
