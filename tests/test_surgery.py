@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from core.errors import PlanError
-from core.model.build import layer_shapes, load_model, model_shape
+from core.model.build import head_dim, layer_shapes, load_model, model_shape
 from core.model.checkpoint import save_model
+from core.model.families import family_of
 from core.pruning.plan import LayerPlan, Plan
-from core.pruning.surgery import prune_checkpoint, prune_model
-from tests.models import CONFIGS, UNEQUAL, random_tokens, tiny
+from core.pruning.surgery import prune_checkpoint, prune_layer, prune_model
+from tests.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 
 KV_GROUPS = (
     LayerPlan(query_heads=(0, 1, 4, 5), kv_heads=(0, 2), mlp_channels=(0, 3, 4, 17, 39)),
@@ -21,24 +22,73 @@ QUERY_HEADS = (
 )
 
 
+def without_head_cuts(plans):
+    """The same plans with all heads kept."""
+    return tuple(replace(plan, query_heads=tuple(range(6)), kv_heads=(0, 1, 2)) for plan in plans)
+
+
 def zero_what_goes(model, plans):
     """Zero the weights that carry a dropped group's output on: it then is as if it were not there."""
+    family = family_of(model.config)
+    readers = {s.kinds[0]: name for name, s in family.slicings.items() if s.axis == 1}
+    assert readers.keys() == {"query", "mlp"}
+    head = head_dim(model.config)
     with torch.no_grad():
-        for layer, plan, shape in zip(model.model.layers, plans, layer_shapes(model.config), strict=True):
+        for layer, plan, shape in zip(
+            model.get_submodule(family.layers), plans, layer_shapes(model.config), strict=True
+        ):
             for channel in set(range(shape.mlp_width)) - set(plan.mlp_channels):
-                layer.mlp.down_proj.weight[:, channel] = 0
-            for head in set(range(shape.query_heads)) - set(plan.query_heads):
-                layer.self_attn.o_proj.weight[:, head * 10 : head * 10 + 10] = 0
+                layer.get_parameter(readers["mlp"])[:, channel] = 0
+            for dropped in set(range(shape.query_heads)) - set(plan.query_heads):
+                layer.get_parameter(readers["query"])[:, dropped * head : dropped * head + head] = 0
+
+
+def logits_removed_and_zeroed(model, plans):
+    tokens = random_tokens()
+    with torch.no_grad(), Float64Throughout():
+        removed = prune_model(model, plans)(tokens).logits
+        zero_what_goes(model, plans)
+        return removed, model(tokens).logits
 
 
 @pytest.mark.parametrize("plans", [KV_GROUPS, QUERY_HEADS], ids=["kv_group", "query_head"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_removing_groups_equals_zeroing_them(name, plans):
-    model, tokens = tiny(name), random_tokens()
-    with torch.no_grad():
-        pruned = prune_model(model, plans)(tokens).logits
-        zero_what_goes(model, plans)
-        torch.testing.assert_close(pruned, model(tokens).logits, rtol=0, atol=1e-10)
+    model = tiny(name)
+    if not family_of(model.config).prunes_heads:
+        plans = without_head_cuts(plans)
+    removed, zeroed = logits_removed_and_zeroed(model, plans)
+    torch.testing.assert_close(removed, zeroed, rtol=0, atol=1e-10)
+
+
+def test_families_whose_heads_stay_are_those_whose_heads_hang_together():
+    for name in CONFIGS:
+        removed, zeroed = logits_removed_and_zeroed(tiny(name), KV_GROUPS)
+        assert torch.allclose(removed, zeroed) == family_of(tiny(name).config).prunes_heads, name
+
+
+def test_fused_projections_lose_the_rows_of_each_part():
+    model = tiny("phi3")
+    layer = {name: p.detach() for name, p in model.model.layers[0].named_parameters()}
+    family, shape = family_of(model.config), layer_shapes(model.config)[0]
+    pruned = prune_layer(family, shape, layer, KV_GROUPS[0])
+
+    def heads(first, count, kept):
+        """Rows of the kept ones of ``count`` heads of size 10, the first of which starts at row ``first``."""
+        return [first + head * 10 + i for head in range(count) if head in kept for i in range(10)]
+
+    # 6 query heads, then 3 key heads, then 3 value heads; 40 gate channels, then 40 up channels.
+    qkv = heads(0, 6, (0, 1, 4, 5)) + heads(60, 3, (0, 2)) + heads(90, 3, (0, 2))
+    assert torch.equal(pruned["self_attn.qkv_proj.weight"], layer["self_attn.qkv_proj.weight"][qkv])
+    gate_up = [0, 3, 4, 17, 39, 40, 43, 44, 57, 79]
+    assert torch.equal(pruned["mlp.gate_up_proj.weight"], layer["mlp.gate_up_proj.weight"][gate_up])
+    assert pruned["input_layernorm.weight"] is layer["input_layernorm.weight"]
+
+
+def test_norms_of_one_head_stay_whole_and_norms_over_all_heads_are_cut():
+    for name, length in (("qwen3", 10), ("gemma3", 10), ("olmo2", 40)):
+        layer = prune_model(tiny(name), KV_GROUPS).model.layers[0]
+        assert len(layer.self_attn.q_norm.weight) == length
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -132,14 +182,12 @@ def test_a_plan_survives_a_round_trip(tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
-def test_unequal_models_are_pruned_again(tmp_path):
-    model, tokens = tiny("qwen2", UNEQUAL), random_tokens()
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3"])
+def test_unequal_models_are_pruned_again(name):
     plans = (
         LayerPlan(query_heads=(2, 3, 4, 5), kv_heads=(1, 2), mlp_channels=(0, 30)),
         LayerPlan(query_heads=(0, 1), kv_heads=(0,), mlp_channels=(39,)),
         LayerPlan(query_heads=(0, 1, 2, 3, 4), kv_heads=(0,), mlp_channels=(1, 2, 3)),
     )
-    with torch.no_grad():
-        pruned = prune_model(model, plans)(tokens).logits
-        zero_what_goes(model, plans)
-        torch.testing.assert_close(pruned, model(tokens).logits, rtol=0, atol=1e-10)
+    removed, zeroed = logits_removed_and_zeroed(tiny(name, UNEQUAL), plans)
+    torch.testing.assert_close(removed, zeroed, rtol=0, atol=1e-10)

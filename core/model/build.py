@@ -5,18 +5,22 @@ built with the config's global sizes, then each layer is built anew from its own
 """
 
 import copy
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from core.errors import CheckpointError
 from core.model.checkpoint import CheckpointReader
-from core.model.families import Kind, family_of
+from core.model.families import Kind, family_of, under_its_family
 from core.model.shape import LayerShape, ModelShape
 
 if TYPE_CHECKING:
@@ -55,9 +59,11 @@ def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -
     data.pop("allow_global_per_layer_attribute_access", None)
     data["head_dim"] = head_dim(config)
     sizes = [{name: getattr(layer, size) for size, name in _SIZES.items()} for layer in layers]
-    # Llama's config refuses a head count that does not divide the hidden size, but only as the global one.
-    if all(size == sizes[0] for size in sizes) and config.hidden_size % layers[0].query_heads == 0:
-        return type(config).from_dict(data | sizes[0])
+    if all(size == sizes[0] for size in sizes):
+        # Some configs refuse a global head count: one that does not divide the hidden size (Llama, Gemma), or
+        # one that does not suit the rotary factors, though an explicit head_dim does (Phi-3).
+        with suppress(StrictDataclassError):
+            return type(config).from_dict(data | sizes[0])
     data["per_layer_config"] = dict(enumerate(sizes))
     data["allow_global_per_layer_attribute_access"] = True
     verbosity = transformers_logging.get_verbosity()
@@ -108,13 +114,26 @@ def _rebuild_layers(model: "PreTrainedModel", layers: Any, dtype: torch.dtype) -
     for index, view in enumerate(shared.per_layer_config):
         with local_torch_dtype(dtype, type(model).__name__):
             layer = type(layers[index])(view, index)
-        # A view has no attention implementation: attention would run without its causal mask. Modules read
-        # nothing but such global switches after they are built, so the shared config serves, and follows
-        # later changes.
+        # A view has no attention implementation: attention would run without its causal mask.
+        own = _LayerConfig(shared, {name: getattr(view, name) for name in _SIZES.values()})
         for module in layer.modules():
             if getattr(module, "config", None) is view:
-                module.config = shared
+                module.config = own
         layers[index] = layer
+
+
+class _LayerConfig:
+    """What a layer reads once it is built: its own sizes, and all else as the model's config has it now."""
+
+    def __init__(self, shared: PreTrainedConfig, sizes: Mapping[str, int]) -> None:
+        self.__dict__.update(sizes, _shared=shared)
+
+    def __getattr__(self, name: str) -> Any:
+        if (
+            name.startswith("__") or "_shared" not in self.__dict__
+        ):  # copying asks an object that is still empty
+            raise AttributeError(name)
+        return getattr(self._shared, name)
 
 
 def build_empty(config: PreTrainedConfig) -> "PreTrainedModel":
@@ -172,8 +191,14 @@ def load_config(directory: Path) -> PreTrainedConfig:
     # It warns of every read of a global size, which stands beside the sizes of the layers on purpose.
     logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
+        content = json.loads((directory / "config.json").read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object.")
+        data = under_its_family(content)
+        # Before transformers, which does not know all families, sees it.
+        family_of(SimpleNamespace(**data))
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
+    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -229,8 +254,9 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: If the directory holds none.
     """
+    config = load_config(directory)  # or a config with code of its own would ask whether to run it
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, config=config)
     except (ValueError, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {message}") from error

@@ -1,5 +1,6 @@
 """Where each model family keeps what pruning removes: one table drives scores, sizes and surgery."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,24 +51,27 @@ class Family:
         model_type: ``model_type`` of its config.
         layers: Name of the list of decoder layers in the state dict.
         slicings: Weight or bias name within a layer to how groups lie in it; all other parameters stay whole.
+        prunes_heads: Whether a head can go without a change to those that stay.
     """
 
     model_type: str
     layers: str
     slicings: dict[str, Slicing]
+    prunes_heads: bool = True
 
 
-def _projections(**kinds: tuple[int, Kind]) -> dict[str, Slicing]:
-    """Expand ``block__projection=(axis, kind)`` to its weight and, where outputs are cut, its bias."""
+def _projections(**kinds: tuple[int, *tuple[Kind, ...]]) -> dict[str, Slicing]:
+    """Expand ``block__projection=(axis, kind, ...)`` to its weight and, where outputs are cut, its bias."""
     slicings = {}
-    for name, (axis, kind) in kinds.items():
+    for name, (axis, *blocks) in kinds.items():
         path = name.replace("__", ".")
-        slicings[f"{path}.weight"] = Slicing(axis, (kind,))
+        slicings[f"{path}.weight"] = Slicing(axis, tuple(blocks))
         if axis == 0:
-            slicings[f"{path}.bias"] = Slicing(axis, (kind,))
+            slicings[f"{path}.bias"] = Slicing(axis, tuple(blocks))
     return slicings
 
 
+# A norm over the hidden size, or over one head (Qwen3, Gemma 3), belongs to no group and is in no table.
 _LLAMA = _projections(
     self_attn__q_proj=(0, "query"),
     self_attn__k_proj=(0, "kv"),
@@ -77,23 +81,88 @@ _LLAMA = _projections(
     mlp__up_proj=(0, "mlp"),
     mlp__down_proj=(1, "mlp"),
 )
+_FUSED = _projections(
+    self_attn__qkv_proj=(0, "query", "kv", "kv"),
+    self_attn__o_proj=(1, "query"),
+    mlp__gate_up_proj=(0, "mlp", "mlp"),
+    mlp__down_proj=(1, "mlp"),
+)
+_NORMS_OVER_HEADS = {
+    "self_attn.q_norm.weight": Slicing(0, ("query",)),
+    "self_attn.k_norm.weight": Slicing(0, ("kv",)),
+}
 
 FAMILIES = {
-    model_type: Family(model_type=model_type, layers="model.layers", slicings=_LLAMA)
-    for model_type in ("llama", "qwen2")
+    model_type: Family(
+        model_type=model_type, layers="model.layers", slicings=slicings, prunes_heads=prunes_heads
+    )
+    for model_type, slicings, prunes_heads in (
+        ("gemma2", _LLAMA, True),
+        ("gemma3_text", _LLAMA, True),
+        ("granite", _LLAMA, True),
+        ("llama", _LLAMA, True),
+        ("mistral", _LLAMA, True),
+        # Queries and keys are normalised over all heads at once: each that goes changes those that stay.
+        ("olmo2", _LLAMA | _NORMS_OVER_HEADS, False),
+        ("phi3", _FUSED, True),
+        ("qwen2", _LLAMA, True),
+        ("qwen3", _LLAMA, True),
+        ("smollm3", _LLAMA, True),
+    )
 }
+
+_OBSTACLES = {
+    "num_local_experts": "is a mixture of experts",
+    "num_experts": "is a mixture of experts",
+    "n_routed_experts": "is a mixture of experts",
+    "kv_lora_rank": "has latent attention",
+    "state_size": "is a state-space model",
+    "ssm_state_size": "is a state-space model",
+    "mamba_d_state": "is a state-space model",
+    "text_config": "is multimodal: only a checkpoint of its language model alone could be read",
+    "vision_config": "is multimodal: only a checkpoint of its language model alone could be read",
+    "is_encoder_decoder": "is an encoder-decoder",
+    "use_bidirectional_attention": "attends in both directions",
+}
+"""Config entries that tell of something that no family of the table has."""
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config.
 
     Raises:
-        UnsupportedModelError: If the family is not supported, with the list of those that are.
+        UnsupportedModelError: If the family is not supported, with the list of those that are, or the config
+            asks for something that its family does not have here, such as experts.
     """
     model_type = getattr(config, "model_type", "unknown")
-    if model_type not in FAMILIES:
+    obstacle = next((name for name in _OBSTACLES if getattr(config, name, None)), None)
+    if model_type in FAMILIES and obstacle is None:
+        return FAMILIES[model_type]
+    what = f"{_OBSTACLES[obstacle]} ({obstacle})" if obstacle else "is not supported"
+    raise UnsupportedModelError(
+        f"model family {model_type!r} {what}; supported: {', '.join(sorted(FAMILIES))}. "
+        "Choose a base model of one of these."
+    )
+
+
+def under_its_family(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json's content under the name of the family that the model belongs to.
+
+    MobileLLM is Llama under a model type of its own, with ``share_embedding`` for tied embeddings.
+
+    Raises:
+        UnsupportedModelError: If a MobileLLM shares layers, which no Llama does.
+    """
+    if data.get("model_type") != "mobilellm":
+        return dict(data)
+    if data.get("layer_sharing"):
         raise UnsupportedModelError(
-            f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "Choose a base model of one of these."
+            "model family 'mobilellm' is read as llama, but layer_sharing=true runs each layer twice, which "
+            "llama does not. Choose a MobileLLM without layer sharing."
         )
-    return FAMILIES[model_type]
+    kept = {key: data[key] for key in data.keys() - {"auto_map", "layer_sharing", "share_embedding"}}
+    return kept | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": bool(data.get("share_embedding") or data.get("tie_word_embeddings")),
+    }
