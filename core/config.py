@@ -153,8 +153,8 @@ class CalibrationSettings:
     model larger than the memory is scored too. ``auto`` streams where the weights would take over half of
     what is free."""
     state_memory: str = "auto"
-    """Host memory for the layers' inputs (``16GB``); what goes beyond lies on disk. ``auto`` is half of what
-    is free."""
+    """Host memory for what the forward pass keeps for the backward pass (``16GB``): layers' inputs, of which
+    what goes beyond lies on disk, and what would be computed twice. ``auto`` is half of what is free."""
     pool_documents: int = 20_000
     """Documents that are tokenized at most to draw from."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"

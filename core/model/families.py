@@ -52,12 +52,17 @@ class Family:
         layers: Name of the list of decoder layers in the state dict.
         slicings: Weight or bias name within a layer to how groups lie in it; all other parameters stay whole.
         prunes_heads: Whether a head can go without a change to those that stay.
+        ends_in_sum: Whether the output of ``last_projection`` goes into the residual sum, at most scaled, and
+            nowhere else.
+        last_projection: The linear map that ends a layer.
     """
 
     model_type: str
     layers: str
     slicings: dict[str, Slicing]
     prunes_heads: bool = True
+    ends_in_sum: bool = True
+    last_projection: str = "mlp.down_proj"
 
 
 def _projections(**kinds: tuple[int, *tuple[Kind, ...]]) -> dict[str, Slicing]:
@@ -94,7 +99,11 @@ _NORMS_OVER_HEADS = {
 
 FAMILIES = {
     model_type: Family(
-        model_type=model_type, layers="model.layers", slicings=slicings, prunes_heads=prunes_heads
+        model_type=model_type,
+        layers="model.layers",
+        slicings=slicings,
+        prunes_heads=prunes_heads,
+        ends_in_sum=model_type not in ("gemma2", "gemma3_text", "olmo2"),  # a norm follows
     )
     for model_type, slicings, prunes_heads in (
         ("gemma2", _LLAMA, True),

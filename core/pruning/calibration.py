@@ -23,6 +23,7 @@ from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
 from core.pruning.criteria import CRITERIA, LayerScoring
 from core.pruning.importance import LayerScores, Statistics
+from core.pruning.recompute import KeptOutputs
 from core.pruning.states import LayerInputs
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def measure(
     seed: int = 0,
     state_bytes: int | None = None,
     scratch: Path | None = None,
+    keep_bytes: int = 0,
 ) -> Statistics:
     """Measure layer similarities and group scores of a model on a calibration set.
 
@@ -97,18 +99,26 @@ def measure(
         seed: Seed of the criterion ``random``.
         state_bytes: Host memory for the layers' inputs; None for no limit.
         scratch: Folder for what goes beyond ``state_bytes``.
+        keep_bytes: Memory on the model's device for outputs of projections, which the backward pass then need
+            not compute again: the same result in less time.
 
     Raises:
         StorageError: If ``scratch`` is full.
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
     inputs = LayerInputs(limit_bytes=state_bytes, scratch=scratch)
-    batches = tokens.split(micro_batch)
+    kept = KeptOutputs(
+        family_of(layerwise.model.config),
+        layerwise.layers,
+        tokens=tokens.numel(),
+        itemsize=layerwise.model.dtype.itemsize,
+        budget_bytes=keep_bytes,
+    )
     with frozen(layerwise.model):
-        passes = _Passes(layerwise, batches, inputs, criterion, seed)
+        passes = _Passes(layerwise, tokens.split(micro_batch), inputs, kept, criterion, seed)
         similarities, last = passes.forward(similarity)
         losses, gradients = passes.head(last)
-        if CRITERIA[criterion].observed in ("weight_gradients", "output_gradients"):
+        if passes.goes_back:
             passes.backward(gradients)
     return Statistics(
         similarities=similarities / tokens.numel(),
@@ -126,40 +136,36 @@ class _Passes:
         model: LayerwiseModel,
         batches: Sequence[Tensor],
         inputs: LayerInputs,
+        kept: KeptOutputs,
         criterion: CriterionName,
         seed: int,
     ) -> None:
-        self.model, self.batches, self.inputs = model, batches, inputs
-        self.family, self.shapes = family_of(model.model.config), layer_shapes(model.model.config)
+        self.model, self.batches, self.inputs, self.kept = model, batches, inputs, kept
+        self.device = model.model.device
         self.criterion, self.seed = criterion, seed
-        self.observed = CRITERIA[criterion].observed
+        self.goes_back = CRITERIA[criterion].observed in ("weight_gradients", "output_gradients")
         self.scores: dict[int, LayerScores] = {}
-
-    def scoring(self, index: int, layer: torch.nn.Module) -> LayerScoring:
-        seed = self.seed * 10_007 + index
-        return LayerScoring(self.criterion, self.family, self.shapes[index], layer, seed=seed)
 
     @torch.no_grad()
     def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> tuple[Tensor, list[Tensor]]:
         """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
-        backward_follows = self.observed in ("weight_gradients", "output_gradients")
         similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
         states = [self.model.embed(batch).cpu() for batch in self.batches]
-        device, progress = self.model.model.device, _Progress("forward", len(similarities))
+        progress = _Progress("forward", len(similarities))
         for index in range(len(similarities)):
             with self.model.resident(index) as layer:
-                scoring = None if backward_follows else self.scoring(index, layer)
+                scoring = None if self.goes_back else self._scoring(index, layer)
                 for number, before in enumerate(states):
-                    state = before.to(device)
-                    if scoring is None or self.observed == "nothing":
-                        after = self.model.run(index, state)
+                    state = before.to(self.device)
+                    if scoring is None:
+                        self.inputs.put(index, number, before)
+                        with self.kept.keep(index, number, layer):
+                            after = self.model.run(index, state)
                     else:
                         with scoring.activations() as seen:
                             after = self.model.run(index, state)
                         scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
                     similarities[index] += layer_similarity(state, after, similarity).double().sum().cpu()
-                    if backward_follows:
-                        self.inputs.put(index, number, before)
                     states[number] = after.cpu()
                 if scoring is not None:
                     self.scores[index] = scoring.scores()
@@ -168,37 +174,41 @@ class _Passes:
 
     def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
         """Return each micro-batch's loss and its gradient by the last layer's output."""
-        device = self.model.model.device
-        found = [
-            self.model.head_gradient(batch, states[number].to(device))
-            for number, batch in enumerate(self.batches)
-        ]
-        return [loss for loss, _ in found], [gradient.cpu() for _, gradient in found]
+        losses, gradients = [], []
+        for batch, state in zip(self.batches, states, strict=True):
+            loss, gradient = self.model.head_gradient(batch, state.to(self.device))
+            losses.append(loss)
+            gradients.append(gradient.cpu())
+        return losses, gradients
 
     def backward(self, gradients: list[Tensor]) -> None:
         """Score the layers from last to first."""
         progress = _Progress("backward", len(self.model.layers))
         for index in reversed(range(len(self.model.layers))):
             with self.model.resident(index) as layer:
-                scoring = self.scoring(index, layer)
+                scoring = self._scoring(index, layer)
                 for number in range(len(self.batches)):
-                    state = self.inputs.take(index, number)
-                    gradients[number] = self._layer_backward(index, scoring, state, gradients[number])
+                    with self.kept.reuse(index, number, layer):
+                        gradients[number] = self._layer_backward(index, number, scoring, gradients[number])
                 self.scores[index] = scoring.scores()
             progress.show(len(self.model.layers) - index)
 
-    def _layer_backward(self, index: int, scoring: LayerScoring, state: Tensor, gradient: Tensor) -> Tensor:
+    def _scoring(self, index: int, layer: torch.nn.Module) -> LayerScoring:
+        config = self.model.model.config
+        shape, seed = layer_shapes(config)[index], self.seed * 10_007 + index
+        return LayerScoring(self.criterion, family_of(config), shape, layer, seed=seed)
+
+    def _layer_backward(self, index: int, number: int, scoring: LayerScoring, gradient: Tensor) -> Tensor:
         """Back-propagate a micro-batch through a layer; returns the gradient by its input."""
-        device = self.model.model.device
-        state = state.to(device).requires_grad_()
-        of_weights = self.observed == "weight_gradients"
+        state = self.inputs.take(index, number).to(self.device).requires_grad_()
+        of_weights = scoring.criterion.observed == "weight_gradients"
         for weight in scoring.weights.values():
             weight.requires_grad_(of_weights)
         try:
             with torch.enable_grad(), scoring.activations() as seen:
                 output = self.model.run(index, state)
             observed = dict(scoring.weights) if of_weights else seen
-            found = torch.autograd.grad(output, [state, *observed.values()], gradient.to(device))
+            found = torch.autograd.grad(output, [state, *observed.values()], gradient.to(self.device))
         finally:
             for weight in scoring.weights.values():
                 weight.requires_grad_(False)

@@ -171,6 +171,10 @@ def _measure(
         streamed = True
     model = open_pruned(folder, layers, dtype=dtype, device=device, streamed=streamed)
     auto = settings.state_memory == "auto"
+    state_bytes = available_bytes() // 2 if auto else parse_bytes(settings.state_memory)
+    inputs_bytes = (
+        tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
+    )
     states = scratch / "states"
     states.mkdir(exist_ok=True)
     return measure(
@@ -183,6 +187,8 @@ def _measure(
         similarity=run.settings.prune.similarity,
         criterion=run.settings.prune.criterion,
         seed=run.settings.seed,
-        state_bytes=available_bytes() // 2 if auto else parse_bytes(settings.state_memory),
+        state_bytes=state_bytes,
         scratch=states,
+        # On an accelerator it is quicker to compute again than to fetch from the host.
+        keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
     )

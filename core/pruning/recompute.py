@@ -1,0 +1,110 @@
+"""What the backward pass need not compute again: outputs of linear maps that the forward pass has kept.
+
+To back-propagate through a linear map takes its input, not its output. So a layer that runs again for its
+backward pass may take the outputs of its projections from the first run, as far as memory allows, and needs
+no output at all that only ends in the residual sum.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.model.families import Family
+
+
+class KeptOutputs:
+    """Keeps outputs of linear maps from a layer's first run, and hands them to its second one."""
+
+    def __init__(
+        self, family: Family, layers: Sequence[nn.Module], *, tokens: int, itemsize: int, budget_bytes: int
+    ) -> None:
+        """Choose what to keep: first what saves most arithmetic a byte.
+
+        Args:
+            family: Says which projection comes last, and whether its output is needed.
+            layers: The decoder layers; only their sizes are read.
+            tokens: Tokens that will pass through them.
+            itemsize: Bytes of an activation.
+            budget_bytes: Memory for what is kept.
+        """
+        self._needless = family.last_projection if family.ends_in_sum else None
+        self._chosen: list[list[str]] = [[] for _ in layers]
+        self._kept: dict[tuple[int, int], dict[str, Tensor]] = {}
+        linears = [
+            (module.in_features, index, name, module.out_features * tokens * itemsize)
+            for index, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and name != self._needless
+        ]
+        # A product of (T, I) and (I, O) takes T*I*O steps and leaves T*O numbers: I steps saved for each.
+        for _, index, name, size in sorted(linears, key=lambda linear: (-linear[0], linear[1])):
+            if size <= budget_bytes:
+                budget_bytes -= size
+                self._chosen[index].append(name)
+
+    @contextlib.contextmanager
+    def keep(self, index: int, batch: int, layer: nn.Module) -> Iterator[None]:
+        """Keep what was chosen of layer ``index`` while it runs on a micro-batch."""
+        kept: dict[str, Tensor] = {}
+        hooks = [
+            layer.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, name=name: kept.__setitem__(name, output.detach())
+            )
+            for name in self._chosen[index]
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._kept[index, batch] = kept
+
+    @contextlib.contextmanager
+    def reuse(self, index: int, batch: int, layer: nn.Module) -> Iterator[None]:
+        """Let layer ``index`` take what was kept of a micro-batch; its own output is then worthless."""
+        outputs: Mapping[str, Tensor | None] = self._kept.pop((index, batch), {})
+        if self._needless is not None:
+            outputs = {**outputs, self._needless: None}
+        replaced = []
+        for name, output in outputs.items():
+            linear = layer.get_submodule(name)
+            if isinstance(linear, nn.Linear):
+                linear.forward = _known(linear, output)  # type: ignore[method-assign]
+                replaced.append(linear)
+        try:
+            yield
+        finally:
+            for linear in replaced:
+                del linear.forward
+
+
+def _known(linear: nn.Linear, output: Tensor | None) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        values = x.new_zeros(()).expand(*x.shape[:-1], linear.out_features) if output is None else output
+        return _KnownLinear.apply(x, linear.weight, linear.bias, values)
+
+    return forward
+
+
+class _KnownLinear(torch.autograd.Function):
+    """A linear map whose output is known: only its backward pass computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            gradient @ weight if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+            None,
+        )
