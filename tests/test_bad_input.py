@@ -187,7 +187,8 @@ def test_the_hub_out_of_reach_is_one_line(folder, monkeypatch):
         "model.base=organisation/model is no local folder or file, and the Hugging Face hub "
     )
     assert "refused" in text
-    assert text.endswith("Check the name, model.revision, the network and, for a gated model, HF_TOKEN.")
+    advice = "Check the name, model.revision, the network and, for a private or gated model, HF_TOKEN."
+    assert text.endswith(advice)
     assert not taken_up(folder)
 
 
