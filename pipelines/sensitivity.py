@@ -174,7 +174,7 @@ class Study:
 
     def _what(self) -> str:
         lost = {"both": "MLP channels and attention", "mlp": "MLP channels", "attention": "attention"}
-        return f"{100 * self.sparsity:g} % of one layer's {lost[self.part]} pruned"
+        return f"{100 * self.sparsity:g} % of one layer's {lost[self.part]} pruned (whole groups only)"
 
     def _rows(self, result: Sensitivity) -> list[list[str]]:
         header = ["layer", "importance", "removed", "loss increase", "perplexity"]

@@ -267,7 +267,7 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         (
             {"evaluation.perplexity_length": 100_000},
             "held-out.txt does not fill one window of 100,000 tokens. "
-            "Lower evaluation.perplexity_length, or name a longer text.",
+            "Name a longer text, or lower evaluation.perplexity_length in a recipe.",
         ),
         (
             {"calibration.sequences": 31},

@@ -143,7 +143,7 @@ def plans_for_layers(
         raise TargetError(
             f"a sparsity of {sparsity:g} removes no whole group from any layer (part: {part}, attention "
             f"unit: {unit}, of layer 0: {shape.layers[0].kv_heads} KV heads, {shape.layers[0].query_heads} "
-            f"query heads, {shape.layers[0].mlp_width} MLP channels). Raise the sparsity."
+            f"query heads, {shape.layers[0].mlp_width} MLP channels). Raise it, or choose another part."
         )
     return tuple(
         select_groups(scores, now, after, unit)
