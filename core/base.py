@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -78,19 +79,25 @@ def _publish_once(
 
 @contextlib.contextmanager
 def _checked(location: Path, paths: Sequence[Path]) -> Iterator[Path]:
-    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them.
-
-    A family that is not supported and a weight that cannot be read come to light here: in the store they
-    would make every later step fail.
-    """
-    load_config(location)
-    with CheckpointReader(location) as reader:
-        for name in reader.names():
-            reader.tensor(name)
+    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them."""
+    _read_whole(location)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         for path in paths:
             (Path(scratch) / path.name).symlink_to(path.resolve())
         yield Path(scratch)
+
+
+def _read_whole(folder: Path) -> None:
+    """Let what would make every later step fail come to light before it is in the store.
+
+    Raises:
+        CheckpointError: If there are no weights, or one cannot be read.
+        UnsupportedModelError: If the family is not supported.
+    """
+    load_config(folder)
+    with CheckpointReader(folder) as reader:
+        for name in reader.names():
+            reader.tensor(name)
 
 
 @contextlib.contextmanager
@@ -142,6 +149,7 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
         load_config(folder)
+    _read_whole(folder)
     yield folder
 
 
@@ -157,8 +165,11 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"model.base={name} is neither a folder nor a file nor a Hugging Face id. Correct it."
         ) from None
     except Exception as error:  # network errors are those of httpx or httpx2, by the client's version
-        message = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        # What went wrong stands first; the hub's client goes on with advice of its own.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+        message = shorten(" ".join(lines), 300, placeholder=" ...").rstrip(".") or type(error).__name__
         raise CheckpointError(
             f"model.base={name} is no local folder or file, and the Hugging Face hub does not give it: "
-            f"{message}. Check the name, model.revision, the network and, for a gated model, HF_TOKEN."
+            f"{message}. Check the name, model.revision, the network and, for a private or gated model, "
+            "HF_TOKEN."
         ) from error

@@ -139,8 +139,8 @@ def _read_errors(source: TextSource, *, local: bool) -> Iterator[None]:
             advice = f"Check that the files are whole, and split={source.split}."
         else:
             advice = (
-                f"Check the id, subset={source.subset or '(none)'}, split={source.split} and the network "
-                "(HF_TOKEN for gated sets), or name a local file."
+                f"Check the id, subset={source.subset or '(none)'}, split={source.split}, the network and "
+                "(for a private or gated set) HF_TOKEN, or name a local file."
             )
         place = "local data" if local else "Hugging Face data set"
         raise DataError(f"{place} {source.path} cannot be read: {reason.rstrip('.!')}. {advice}") from error

@@ -13,6 +13,7 @@ import click
 from core.errors import AdaptPrunerError, SettingsError
 
 if TYPE_CHECKING:
+    from core.pruning.sensitivity import Part
     from core.record import RunRecord
     from pipelines.local import LocalRun
 
@@ -229,6 +230,88 @@ def evaluate(
 
     with _log_on_stderr(), local_checkpoint(model) as directory:
         show(evaluation_table(directory, settings))
+
+
+@main.command(
+    epilog=_example(
+        "adapt-pruner sensitivity output/model --text held-out.txt",
+        "adapt-pruner sensitivity output/model --recipe recipes/demo.yaml --sparsity 0.3 --part mlp",
+    ),
+    help="Prune each layer of MODEL alone and show how much the loss grows.\n\n"
+    f"{_MODEL_HELP}. The groups that matter least to the loss on a calibration text go, and the loss is "
+    "measured on another text. With a recipe its calibration and evaluation sections name the texts; with "
+    "--text alone, its first half is calibrated on. MODEL stays as it is.",
+)
+@click.argument("model")
+@click.option(
+    "--sparsity",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Share of the layer's MLP channels and attention groups that goes; only whole ones go.",
+)
+@click.option(
+    "--part",
+    type=click.Choice(["both", "mlp", "attention"]),
+    default="both",
+    show_default=True,
+    help="What the layer loses.",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Take texts and sizes from this recipe.")
+@click.option("--text", metavar="PATH", help="Measure on this: a file, a package: path or a data set id.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(1),
+    help="Sequences to calibrate on, and as many to measure on.  [default: the recipe's, else 16]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("output/sensitivity"),
+    show_default=True,
+    help="Folder for the picture (sensitivity.html) and the numbers (sensitivity.json).",
+)
+def sensitivity(
+    model: str,
+    sparsity: float,
+    part: "Part",
+    recipe: Path | None,
+    text: str | None,
+    sequences: int | None,
+    output: Path,
+) -> None:
+    """Study which layers matter."""
+    if not 0 < sparsity < 1:
+        raise SettingsError(
+            [f"--sparsity={sparsity:g} must lie between 0 and 1. Give the share of each layer that goes."]
+        )
+    _prepare_for(model)
+
+    from core.recipe import load_recipe
+    from pipelines.folders import check_folders
+
+    settings = load_recipe(recipe) if recipe else None
+    if text is None and (settings is None or settings.evaluation.perplexity is None):
+        raise SettingsError(
+            ["no text to measure on. Give --text, or a --recipe whose evaluation section has perplexity."]
+        )
+    check_folders({f"--output={output}": output})
+
+    from rich.console import Console
+
+    from pipelines.models import local_checkpoint
+    from pipelines.sensitivity import Study
+
+    study = Study(
+        model=model, sparsity=sparsity, part=part, settings=settings, text=text, sequences=sequences
+    )
+    with _log_on_stderr(), local_checkpoint(model) as directory:
+        result = study.run(directory)
+    study.write(result, output)
+    console = Console(highlight=False)
+    console.print(study.table(result))
+    console.print(f"picture      {output / 'sensitivity.html'}", soft_wrap=True, markup=False)
+    console.print(f"numbers      {output / 'sensitivity.json'}", soft_wrap=True, markup=False)
 
 
 @main.command(

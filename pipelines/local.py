@@ -25,6 +25,7 @@ from core.record import RunRecord
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
+from pipelines.folders import check_folders
 from pipelines.progress import RunProgress
 
 
@@ -127,18 +128,7 @@ def check_writable(settings: Settings, output: Path) -> None:
     store = open_store(settings.storage.store).local_path("")
     if store is not None:
         folders[f"storage.store={settings.storage.store}"] = store
-    problems = []
-    for name, folder in folders.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            problems.append(
-                f"{name} cannot be written ({error.strerror}). Give a folder that you may write to."
-            )
-    if problems:
-        raise SettingsError(problems)
+    check_folders(folders)
 
 
 def run_pipeline(pipeline: BaseComponent, root: Path, log_path: Path, progress: RunProgress) -> None:

@@ -187,7 +187,8 @@ def test_the_hub_out_of_reach_is_one_line(folder, monkeypatch):
         "model.base=organisation/model is no local folder or file, and the Hugging Face hub "
     )
     assert "refused" in text
-    assert text.endswith("Check the name, model.revision, the network and, for a gated model, HF_TOKEN.")
+    advice = "Check the name, model.revision, the network and, for a private or gated model, HF_TOKEN."
+    assert text.endswith(advice)
     assert not taken_up(folder)
 
 
@@ -266,7 +267,7 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         (
             {"evaluation.perplexity_length": 100_000},
             "held-out.txt does not fill one window of 100,000 tokens. "
-            "Lower evaluation.perplexity_length, or name a longer text.",
+            "Name a longer text, or lower evaluation.perplexity_length in a recipe.",
         ),
         (
             {"calibration.sequences": 31},

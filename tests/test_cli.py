@@ -1,6 +1,7 @@
 """The command line: answers at once, checks before it starts, one line an error."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.shape import LayerShape
+from core.record import perplexity_text
 from pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run", "compile", "inspect", "evaluate", "generate")
+COMMANDS = ("run", "compile", "inspect", "evaluate", "sensitivity", "generate")
 SIZES = ((4, 2, 24), (2, 1, 17), (4, 2, 9))
 WORDS = ["<eos>", "<user>", "<model>", "what", "is", "the", "capital", "of", "France", "Paris", "?", "."]
 RECIPE = {
@@ -209,7 +211,11 @@ def test_inspect_needs_the_config_only(model, tmp_path):
     assert call("inspect", tmp_path).exit_code == 0
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["generate", "hello"], ["evaluate"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["generate", "hello"], ["evaluate"], ["sensitivity", "--text", "t.txt"]],
+    ids=lambda c: c[0],
+)
 def test_a_model_that_is_not_there_is_named(command):
     name, *rest = command
     result = call(name, "no/such-model", *rest)
@@ -300,3 +306,98 @@ def test_evaluate_computes_the_perplexity_of_a_text(model, tmp_path):
         loss = torch.stack([network(row[None], labels=row[None]).loss for row in windows]).mean()
     assert f"{float(loss.exp()):.2f}" in result.stdout
     assert f"{sum(p.numel() for p in network.parameters()):,}" in result.stdout
+
+
+def write_words(path, count, seed):
+    """A text of random words; returns its tokens."""
+    tokens = torch.randint(1, len(WORDS), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    path.write_text(" ".join(WORDS[token] for token in tokens))
+    return tokens
+
+
+def mean_loss(network, windows):
+    with torch.no_grad():
+        return float(torch.stack([network(row[None], labels=row[None]).loss for row in windows]).mean())
+
+
+def test_sensitivity_prunes_each_layer_on_half_of_a_text_and_measures_on_the_other(model, tmp_path):
+    tokens = write_words(tmp_path / "text.txt", 1100, seed=2)
+    options = ("--text", tmp_path / "text.txt", "--sequences", 2, "--part", "mlp", "--output", tmp_path / "o")
+    result = call("sensitivity", model, *options)
+    assert result.exit_code == 0, result.output
+    assert "50 % of one layer's MLP channels pruned" in result.stdout
+    numbers = json.loads((tmp_path / "o" / "sensitivity.json").read_text())
+    network, (first, second) = load_model(model), torch.tensor(tokens[:1024]).view(2, 2, 256)
+    assert numbers["loss"] == pytest.approx(mean_loss(network, second), abs=1e-5)
+    # The last layer, by hand: the channels whose weights and gradients score lowest go, an odd one stays.
+    mlp, width = network.model.layers[2].mlp, SIZES[2][2]
+    network(first, labels=first).loss.backward()
+    scores = sum((p.weight * p.weight.grad).abs().sum(dim=1) for p in (mlp.gate_proj, mlp.up_proj))
+    scores += (mlp.down_proj.weight * mlp.down_proj.weight.grad).abs().sum(dim=0)
+    with torch.no_grad():
+        mlp.down_proj.weight[:, scores.argsort()[: width - round(width / 2)]] = 0
+    last = numbers["layers"][2]
+    assert last["loss"] == pytest.approx(mean_loss(network, second), abs=1e-5)
+    assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
+    shown = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
+    row = ["2", f"{last['importance']:.4f}", f"{100 * last['removed']:.1f}", "%"]
+    assert [*row, f"{last['loss_increase']:+.4f}", perplexity_text(last["perplexity"])] in shown
+    page = (tmp_path / "o" / "sensitivity.html").read_text()
+    assert page.count("<svg") == 1
+    assert f"{last['loss_increase']:+.4f}" in page
+
+
+def test_sensitivity_takes_its_texts_and_sizes_from_a_recipe(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"text": " ".join(WORDS[1 + (n + k) % 9] for k in range(30))}) for n in range(9)]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(rows))
+    tokens = write_words(tmp_path / "held-out.txt", 400, seed=3)
+    other = write_words(tmp_path / "other.txt", 400, seed=4)
+    recipe = {
+        **RECIPE,
+        "calibration": {
+            "source": {"path": "calibration.jsonl"},
+            "sequences": 8,
+            "sequence_length": 20,
+            "pool_documents": 9,
+        },
+        "evaluation": {
+            "perplexity": {"path": "held-out.txt"},
+            "perplexity_windows": 4,
+            "perplexity_length": 50,
+            "precision": "float32",
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    network = load_model(model)
+    for options, text, count in (
+        ((), tokens, 4),
+        (("--text", "other.txt", "--sequences", 3), other, 3),
+    ):
+        result = call("sensitivity", model, "--recipe", "recipe.yaml", *options)
+        assert result.exit_code == 0, result.output
+        numbers = json.loads(Path("output/sensitivity/sensitivity.json").read_text())
+        windows = torch.tensor(text[: count * 50]).view(count, 50)
+        assert numbers["loss"] == pytest.approx(mean_loss(network, windows), abs=1e-5)
+        assert len(numbers["layers"]) == 3
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.5", "50", "nan"])
+def test_a_sparsity_out_of_range_is_named(model, value):
+    result = call("sensitivity", model, f"--sparsity={value}", "--text", "t.txt")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: --sparsity={value} must lie between 0 and 1.")
+
+
+def test_sensitivity_names_what_is_missing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("the capital of France")
+    for options, status, message in (
+        ((), 2, "no text to measure on. Give --text"),
+        (("--text", "short.txt", "--output", "short.txt"), 2, "--output=short.txt cannot be written"),
+        (("--text", "gone.txt"), 1, "gone.txt is no file or folder here"),
+        (("--text", "short.txt"), 1, "short.txt does not fill one window of 256 tokens."),
+    ):
+        result = call("sensitivity", model, *options)
+        assert result.exit_code == status, result.output
+        assert result.stderr.splitlines()[-1].startswith(f"error: {message}")

@@ -351,3 +351,12 @@ def test_the_terminal_table_fits_eighty_columns():
     lines = [line.split() for line in text.splitlines()]
     assert ["dense", "134,515,008", "-", "24.50", "45.1", "46.1", "61"] in lines
     assert ["2", "108,315,006", "97.00", "37.50", "41.1", "42.1", "90"] in lines
+
+
+def test_the_sensitivity_picture_shows_every_layer_though_one_towers_above_the_others():
+    increases, importance = [0.8, 3.0, 0.04, 0.02, 0.05, -0.01], [0.3, 0.2, 0.1, 0.2, 0.3, 0.2]
+    above, below = figures.sensitivity_figure(increases, importance).axes
+    assert [bar.get_height() for bar in above.patches] == increases
+    assert [bar.get_height() for bar in below.patches] == importance
+    assert (above.get_yscale(), below.get_yscale()) == ("symlog", "linear")
+    assert above.get_title(loc="left").endswith("(logarithmic above 0.1)")

@@ -220,6 +220,28 @@ def _layer_axis(ax: "Axes", layers: int) -> None:
 
 
 @_styled()
+def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) -> "Figure":
+    """Draw how much the loss grows (nats a token) as each layer alone is pruned, above its importance."""
+    figure = _figure(4.6)
+    axes = figure.subplots(2, 1, sharex=True)
+    rows = ((increases, _GONE, "loss increase, nats a token"), (importance, _KEPT, "importance"))
+    for ax, (values, colour, title) in zip(axes, rows, strict=True):
+        ax.bar(range(len(values)), values, color=colour)
+        middle, top = sorted(values)[len(values) // 2], max(values)
+        if top > 10 * middle > 0:  # one layer that towers above the others would hide how they differ
+            linear = 10.0 ** math.ceil(math.log10(middle))
+            ax.set_yscale("symlog", linthresh=linear)
+            ax.set_yticks([0, linear / 2, *(linear * 10**k for k in range(9) if linear * 10**k <= top)])
+            ax.yaxis.set_major_formatter("{x:g}")
+            title += f" (logarithmic above {linear:g})"
+        ax.set_title(title)
+        ax.grid(True, axis="y")
+        ax.set_axisbelow(True)
+    _layer_axis(axes[1], len(importance))
+    return figure
+
+
+@_styled()
 def quality_figure(record: RunRecord) -> "Figure | None":
     """Draw perplexity and accuracy of every phase against its parameters; None if neither was measured."""
     draw: list[Callable[[Axes, RunRecord], None]] = []

@@ -231,7 +231,7 @@ def write_perplexity_windows(
     if not rows:
         raise DataError(
             f"{source.path} does not fill one window of {length:,} tokens. "
-            "Lower evaluation.perplexity_length, or name a longer text."
+            "Name a longer text, or lower evaluation.perplexity_length in a recipe."
         )
     _save(path, {"input_ids": _open_rows(rows, opening)})
     log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)

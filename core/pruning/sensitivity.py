@@ -1,0 +1,256 @@
+"""How much the loss grows when one layer alone is pruned, layer by layer (Figure 1 of the paper)."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import CheckpointError, TargetError
+from core.model.build import layer_shapes, model_shape
+from core.model.families import Family, family_of
+from core.model.shape import LayerShape, ModelShape
+from core.pruning.importance import Statistics
+from core.pruning.plan import LayerPlan, select_groups
+from core.pruning.sparsity import AttentionUnit, Sizing, sizes_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Part = Literal["both", "mlp", "attention"]
+"""What a layer loses: MLP channels and attention groups, or one of them."""
+
+_BATCH_LOGITS = 2**27  # of one forward pass: 0.5 GiB in float32
+_CHUNK_LOGITS = 2**24  # that are float32 at once: 64 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """What pruning one layer alone does.
+
+    Attributes:
+        importance: 1 - similarity of the layer's input and output; larger changes its input more (eq. 4-5).
+        removed: Share of the layer's parameters that goes, in [0, 1).
+        loss: Loss of the model with this layer pruned, nats a token.
+        loss_increase: The same, less the loss of the model as it was.
+    """
+
+    importance: float
+    removed: float
+    loss: float
+    loss_increase: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """A study of all layers.
+
+    Attributes:
+        loss: Loss of the model as it was, nats a token.
+        layers: One entry a layer.
+    """
+
+    loss: float
+    layers: tuple[LayerSensitivity, ...]
+
+    def rank_correlation(self) -> float | None:
+        """Return Spearman's correlation of importance with loss increase; None where either is constant."""
+        importance = _ranks([layer.importance for layer in self.layers])
+        increase = _ranks([layer.loss_increase for layer in self.layers])
+        correlation = float(torch.corrcoef(torch.stack([importance, increase]))[0, 1])
+        return None if math.isnan(correlation) else correlation
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    """Return (L,) float64 ranks; equal values share the mean of theirs."""
+    x = torch.tensor(values, dtype=torch.float64)
+    below, equal = (x[:, None] > x).sum(dim=1), (x[:, None] == x).sum(dim=1)
+    return below.double() + (equal.double() - 1) / 2
+
+
+def layer_sensitivity(
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    statistics: Statistics,
+    *,
+    sparsity: float,
+    part: Part,
+    attention_unit: AttentionUnit,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda sequences: None,
+) -> Sensitivity:
+    """Prune each layer in turn, and it alone, and measure the loss.
+
+    Args:
+        model: Left as it was found.
+        tokens: (S, T) integer token ids of text that the statistics were not measured on.
+        statistics: Measured on ``model``: the lowest-scoring groups go.
+        sparsity: Share of a layer's MLP channels and attention units that goes, in (0, 1). Only whole ones
+            go, and one of each stays.
+        part: What the layers lose.
+        attention_unit: What attention loses.
+        batch_size: Sequences a forward pass; fewer are taken where the logits would need over 0.5 GiB. The
+            states between all layers are held for one batch at a time.
+        advance: Called with a number of sequences each time that a layer has been tried on so many.
+
+    Raises:
+        TargetError: If no layer has a whole group to lose.
+        CheckpointError: If a loss is not a number.
+    """
+    assert 0 < sparsity < 1, sparsity
+    shape = model_shape(model.config)
+    plans = plans_for_layers(statistics, shape, sparsity=sparsity, part=part, attention_unit=attention_unit)
+    loss, losses = losses_with_layer_pruned(model, tokens, plans, batch_size=batch_size, advance=advance)
+    log.info("loss %.4f; with one layer pruned %.4f to %.4f", loss, min(losses), max(losses))
+    return Sensitivity(
+        loss=loss,
+        layers=tuple(
+            LayerSensitivity(
+                importance=1 - similarity,
+                removed=1 - shape.layer_num_params(plan.shape()) / shape.layer_num_params(now),
+                loss=pruned,
+                loss_increase=pruned - loss,
+            )
+            for similarity, plan, now, pruned in zip(
+                statistics.similarities.tolist(), plans, shape.layers, losses, strict=True
+            )
+        ),
+    )
+
+
+def plans_for_layers(
+    statistics: Statistics, shape: ModelShape, *, sparsity: float, part: Part, attention_unit: AttentionUnit
+) -> tuple[LayerPlan, ...]:
+    """Return what each layer keeps at the given sparsity.
+
+    Raises:
+        TargetError: If all keep everything.
+    """
+    unit: AttentionUnit = "none" if part == "mlp" else attention_unit
+    sizes = sizes_at(Sizing(dense=shape, current=shape, attention_unit=unit), [sparsity] * len(shape.layers))
+    if part == "attention":
+        sizes = tuple(
+            replace(size, mlp_width=now.mlp_width) for size, now in zip(sizes, shape.layers, strict=True)
+        )
+    if sizes == shape.layers:
+        raise TargetError(
+            f"a sparsity of {sparsity:g} removes no whole group from any layer (part: {part}, attention "
+            f"unit: {unit}, of layer 0: {shape.layers[0].kv_heads} KV heads, {shape.layers[0].query_heads} "
+            f"query heads, {shape.layers[0].mlp_width} MLP channels). Raise it, or choose another part."
+        )
+    return tuple(
+        select_groups(scores, now, after, unit)
+        for scores, now, after in zip(statistics.scores, shape.layers, sizes, strict=True)
+    )
+
+
+def losses_with_layer_pruned(
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    plans: Sequence[LayerPlan],
+    *,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda sequences: None,
+) -> tuple[float, list[float]]:
+    """Return the loss of a model, and its loss with each layer alone cut down to its plan, nats a token.
+
+    No smaller model is built: the outputs of the groups that go are zeroed on their way into the projection
+    that reads them, which equals removal. The layers below the pruned one do not run again.
+
+    Args:
+        model: Left as it was found.
+        tokens: (S, T) integer token ids.
+        plans: What each layer keeps.
+        batch_size: Sequences a forward pass at most.
+        advance: Called with the number of sequences that a layer has been tried on.
+
+    Raises:
+        CheckpointError: If a loss is not a number.
+    """
+    family, shapes = family_of(model.config), layer_shapes(model.config)
+    layers = list(model.get_submodule(family.layers).children())
+    rows = max(1, min(batch_size, _BATCH_LOGITS // (tokens.shape[1] * int(model.config.vocab_size))))
+    dense, pruned = 0.0, [0.0] * len(layers)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tokens.to(model.device, torch.long).split(rows):
+                outputs: list[Any] = []
+                with _recorded(layers, outputs):
+                    dense += _loss_sum(model, batch)
+                for index, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
+                    below = outputs[index - 1] if index else None
+                    with _skipped(layers[:index], below), _silenced(family, shape, layers[index], plan):
+                        pruned[index] += _loss_sum(model, batch)
+                    advance(len(batch))
+    finally:
+        model.train(was_training)
+    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+    found = [total / predictions for total in (dense, *pruned)]
+    if any(map(math.isnan, found)):
+        raise CheckpointError(
+            "the loss is not a number, as the model's logits are not. Check the checkpoint."
+        )
+    return found[0], found[1:]
+
+
+def _loss_sum(model: "PreTrainedModel", batch: Tensor) -> float:
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    chunk = max(1, _CHUNK_LOGITS // logits.shape[1])
+    return sum(
+        F.cross_entropy(part.to(wide), targets, reduction="none").double().sum().item()
+        for part, targets in zip(logits.split(chunk), batch[:, 1:].flatten().split(chunk), strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _recorded(layers: Sequence[torch.nn.Module], outputs: list[Any]) -> Iterator[None]:
+    """Append what each layer returns to ``outputs``."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def _skipped(layers: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
+    """Let each layer return ``output`` and compute nothing."""
+    for layer in layers:
+        layer.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextlib.contextmanager
+def _silenced(family: Family, shape: LayerShape, layer: torch.nn.Module, plan: LayerPlan) -> Iterator[None]:
+    """Zero the outputs of the groups that ``plan`` drops where a projection of the layer reads them."""
+    kept = {"query": plan.query_heads, "kv": plan.kv_heads, "mlp": plan.mlp_channels}
+    with contextlib.ExitStack() as stack:
+        for name, slicing in family.slicings.items():
+            if slicing.axis != 1:
+                continue  # makes groups; those that nobody reads may be anything
+            projection = layer.get_submodule(name.removesuffix(".weight"))
+            weight = projection.weight
+            assert isinstance(weight, Tensor), name
+            gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+            for kind, unit_rows in slicing.unit_rows(shape, weight.shape[1]):
+                gone[unit_rows[list(kept[kind])].flatten().to(weight.device)] = False
+
+            def silence(_: Any, inputs: tuple[Tensor], gone: Tensor = gone) -> Tensor:
+                return inputs[0].masked_fill(gone, 0)
+
+            stack.callback(projection.register_forward_pre_hook(silence).remove)
+        yield

@@ -1,0 +1,220 @@
+"""What ``adapt-pruner sensitivity`` does: texts into tokens, the study, and how it is shown."""
+
+import json
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.config import CalibrationSettings, Settings, TextSource
+from core.errors import DataError
+from core.evaluation.progress import Progress
+from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+from core.pruning.calibration import draw_calibration, measure
+from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
+from core.record import perplexity_text
+from core.tracking.figures import inline_svg, sensitivity_figure
+from core.tracking.page import cards, page, phase_rows, section
+from core.training.mixture import write_calibration_pool, write_perplexity_windows
+
+_SEQUENCES, _LENGTH = 16, 256
+"""Where no recipe says how much to calibrate and to measure on."""
+
+_PICTURE_TEXT = (
+    "Above: one layer at a time is pruned, all others stay whole; a tall bar is a layer the model needs. "
+    "Below: what the pruner goes by. Where the two pictures are alike, importance tells well which layers "
+    "may lose more."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is studied.
+
+    Attributes:
+        model: The checkpoint, as the user names it.
+        sparsity: Share of each layer that goes, in (0, 1).
+        part: What the layers lose.
+        settings: A recipe, whose texts and sizes are taken.
+        text: Path of the text to measure on; None takes the recipe's. Without a recipe, half of it is
+            calibrated on.
+        sequences: Sequences to calibrate on and to measure on; None takes the recipe's.
+    """
+
+    model: str
+    sparsity: float
+    part: Part
+    settings: Settings | None
+    text: str | None
+    sequences: int | None
+
+    def run(self, directory: Path) -> Sensitivity:
+        """Study the checkpoint in ``directory``.
+
+        Raises:
+            DataError: If a text cannot be read or is too short.
+            CheckpointError: If the checkpoint cannot be loaded.
+            TargetError: If no layer has a whole group to lose.
+        """
+        calibration, held_out = self._tokens(load_tokenizer(directory))
+        precision = self.settings.evaluation.precision if self.settings else "auto"
+        model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
+        sizes = self.settings.calibration if self.settings else CalibrationSettings()
+        statistics = measure(model, calibration, micro_batch=sizes.micro_batch)
+        progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
+        try:
+            return layer_sensitivity(
+                model,
+                held_out,
+                statistics,
+                sparsity=self.sparsity,
+                part=self.part,
+                attention_unit=self.settings.prune.attention_unit if self.settings else "kv_group",
+                batch_size=self.settings.evaluation.batch_size if self.settings else 8,
+                advance=progress.add,
+            )
+        finally:
+            progress.close()
+
+    def _tokens(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
+        """Return what is calibrated on and what is measured on, (S, T) each."""
+        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+            path = Path(scratch) / "tokens.safetensors"
+            if self.settings is None:
+                assert self.text is not None, "checked by the command"
+                wanted = 2 * (self.sequences or _SEQUENCES)
+                source = TextSource(path=self.text)
+                found = write_perplexity_windows(source, tokenizer, windows=wanted, length=_LENGTH, path=path)
+                if found < 2:
+                    raise DataError(
+                        f"{self.text} fills only one sequence of {_LENGTH} tokens, but one is calibrated on "
+                        "and another measured on. Name a longer text."
+                    )
+                first, second = load_file(path)["input_ids"].long().split([found // 2, found - found // 2])
+                return first, second
+            return self._calibration(self.settings, tokenizer, path), self._held_out(
+                self.settings, tokenizer, path
+            )
+
+    def _calibration(self, settings: Settings, tokenizer: Any, path: Path) -> Tensor:
+        wanted = settings.calibration
+        assert wanted.source is not None, "settings are checked"
+        sequences = self.sequences or wanted.sequences
+        write_calibration_pool(
+            wanted.source,
+            tokenizer,
+            sequence_length=wanted.sequence_length,
+            packing=wanted.packing,
+            documents=max(wanted.pool_documents, sequences),
+            at_least=sequences,
+            seed=settings.seed,
+            path=path,
+        )
+        pool = load_file(path)["input_ids"]
+        return draw_calibration(pool, sequences=sequences, seed=settings.seed, step=0)
+
+    def _held_out(self, settings: Settings, tokenizer: Any, path: Path) -> Tensor:
+        wanted = settings.evaluation
+        source = TextSource(path=self.text) if self.text else wanted.perplexity
+        assert source is not None, "checked by the command"
+        write_perplexity_windows(
+            source,
+            tokenizer,
+            windows=self.sequences or wanted.perplexity_windows,
+            length=wanted.perplexity_length,
+            path=path,
+        )
+        return load_file(path)["input_ids"].long()
+
+    def write(self, result: Sensitivity, folder: Path) -> None:
+        """Write ``sensitivity.html`` and ``sensitivity.json``."""
+        numbers = {
+            "model": self.model,
+            "sparsity": self.sparsity,
+            "part": self.part,
+            "loss": result.loss,
+            "perplexity": _finite(_perplexity(result.loss)),
+            "rank_correlation": result.rank_correlation(),
+            "layers": [
+                {"layer": index, **asdict(layer), "perplexity": _finite(_perplexity(layer.loss))}
+                for index, layer in enumerate(result.layers)
+            ],
+        }
+        (folder / "sensitivity.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        (folder / "sensitivity.html").write_text(self._page(result))
+
+    def _page(self, result: Sensitivity) -> str:
+        figure = sensitivity_figure(
+            [layer.loss_increase for layer in result.layers], [layer.importance for layer in result.layers]
+        )
+        picture = inline_svg(figure, name="sensitivity", label="loss increase and importance of each layer")
+        worst = max(range(len(result.layers)), key=lambda i: result.layers[i].loss_increase)
+        boxes = [
+            ("loss as it is", [f"{result.loss:.3f}"], "nats a token"),
+            (
+                "the layer that matters most",
+                [str(worst)],
+                f"pruned alone, it lifts the loss by {result.layers[worst].loss_increase:.3f}",
+            ),
+            ("rank correlation", [_correlation(result)], "of importance with loss increase"),
+        ]
+        header, *rows = self._rows(result)
+        parts = [
+            cards(boxes),
+            section("Sensitivity of the layers", escape(_PICTURE_TEXT), picture),
+            section("Numbers", "", phase_rows(dict(zip(header, zip(*rows, strict=True), strict=True)))),
+        ]
+        return page("Sensitivity of the layers", f"{self.model}, {self._what()}", parts)
+
+    def _what(self) -> str:
+        lost = {"both": "MLP channels and attention", "mlp": "MLP channels", "attention": "attention"}
+        return f"{100 * self.sparsity:g} % of one layer's {lost[self.part]} pruned (whole groups only)"
+
+    def _rows(self, result: Sensitivity) -> list[list[str]]:
+        header = ["layer", "importance", "removed", "loss increase", "perplexity"]
+        dense = ["none", "", "", "", perplexity_text(_perplexity(result.loss))]
+        return [
+            header,
+            dense,
+            *(
+                [
+                    str(index),
+                    f"{layer.importance:.4f}",
+                    f"{100 * layer.removed:.1f} %",
+                    f"{layer.loss_increase:+.4f}",
+                    perplexity_text(_perplexity(layer.loss)),
+                ]
+                for index, layer in enumerate(result.layers)
+            ),
+        ]
+
+    def table(self, result: Sensitivity) -> Table:
+        """Return the table for a terminal."""
+        header, *rows = self._rows(result)
+        caption = f"rank correlation of importance with loss increase: {_correlation(result)}"
+        table = Table(title=self._what(), caption=caption)
+        for name in header:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _finite(value: float) -> float | None:
+    """Return what JSON can hold."""
+    return value if math.isfinite(value) else None
+
+
+def _correlation(result: Sensitivity) -> str:
+    value = result.rank_correlation()
+    return "-" if value is None else f"{value:.2f}"
