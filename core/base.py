@@ -142,6 +142,8 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
         load_config(folder)
+    with CheckpointReader(folder):  # a repository may hold pickles alone
+        pass
     yield folder
 
 

@@ -259,6 +259,8 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, config=config)
     except (ValueError, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
+        if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+            message += " A tokenizer.model alone is read by the package sentencepiece: install it."
         raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {message}") from error
 
 
