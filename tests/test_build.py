@@ -280,6 +280,15 @@ def test_a_mobilellm_is_read_as_llama(name, tmp_path):
     assert not {"auto_map", "share_embedding", "layer_sharing"} & written.keys()
 
 
+def test_the_smallest_published_mobilellm_has_the_published_number_of_parameters(tmp_path):
+    sizes = dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, head_dim=64
+    )
+    LlamaConfig(**sizes, num_key_value_heads=3, tie_word_embeddings=True).save_pretrained(tmp_path)
+    as_mobilellm(tmp_path)
+    assert model_shape(load_config(tmp_path)).num_params() == 124_635_456
+
+
 def test_a_mobilellms_tokenizer_is_read_without_its_code(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     tiny("llama").config.save_pretrained(tmp_path)
