@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -198,8 +199,31 @@ def test_a_family_that_is_not_supported_is_named_before_it_is_taken_up(folder):
     (folder / "base" / "config.json").write_text(json.dumps(config))
     text = refused(resolve_with({}), UnsupportedModelError)
     assert text == (
-        "model family 'gpt2' is not supported; supported: llama, qwen2. Choose a base model of one of these."
+        "model family 'gpt2' is not supported; supported: gemma2, gemma3_text, granite, llama, mistral, "
+        "olmo2, phi3, qwen2, qwen3, smollm3. Choose a base model of one of these."
     )
+    assert not taken_up(folder)
+
+
+def test_heads_that_hang_together_are_not_pruned(folder):
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config |= {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    text = refused(resolve_with({"prune.attention_unit": "kv_group"}), UnsupportedModelError)
+    assert text == (
+        "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so none "
+        "can go without a change to the others. Set prune.attention_unit=none."
+    )
+    resolve_with({"prune.attention_unit": "none", "prune.target": "90%"})()
+
+
+def test_a_hub_repository_of_pickles_alone_is_refused_before_it_is_taken_up(folder, monkeypatch):
+    (folder / "base" / "model.safetensors").rename(folder / "base" / "pytorch_model.bin")
+    commit = SimpleNamespace(sha="c" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: commit)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder / "base"))
+    text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
+    assert "with safetensors weights (pickles are never read)." in text
     assert not taken_up(folder)
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    SmolLM3Config,
     T5Config,
 )
 from transformers.masking_utils import create_causal_mask  # noqa: F401 (fails here if transformers moves it)
@@ -96,6 +100,24 @@ def test_head_counts_that_llama_refuses_globally_still_load(tmp_path):
     config = config_with_layers(CONFIGS["llama"](), (LayerShape(query_heads=5, kv_heads=5, mlp_width=9),) * 3)
     config.save_pretrained(tmp_path)
     assert layer_shapes(AutoConfig.from_pretrained(tmp_path))[2].query_heads == 5
+
+
+@pytest.mark.parametrize("config", [Phi3Config, Qwen2Config, SmolLM3Config], ids=lambda c: c.model_type)
+def test_a_head_keeps_its_size_where_it_followed_from_their_number(config, tmp_path):
+    config = config(**{name: size for name, size in SIZES.items() if name != "head_dim"})
+    for layers in (UNEQUAL, (LayerShape(query_heads=4, kv_heads=2, mlp_width=9),) * 3):
+        config_with_layers(config, layers).save_pretrained(tmp_path)
+        assert head_dim(load_config(tmp_path)) == 8
+        assert build_model(load_config(tmp_path)).model.layers[1].self_attn.head_dim == 8
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_layer_follows_the_models_way_of_attention(attention):
+    model = tiny("llama", UNEQUAL)
+    model.set_attn_implementation(attention)
+    for layer, shape in zip(copy.deepcopy(model).model.layers, UNEQUAL, strict=True):
+        assert layer.self_attn.config._attn_implementation == attention
+        assert layer.self_attn.config.num_attention_heads == shape.query_heads
 
 
 def logits_token_by_token(model, tokens):
@@ -258,6 +280,15 @@ def test_a_mobilellm_is_read_as_llama(name, tmp_path):
     assert not {"auto_map", "share_embedding", "layer_sharing"} & written.keys()
 
 
+def test_the_smallest_published_mobilellm_has_the_published_number_of_parameters(tmp_path):
+    sizes = dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, head_dim=64
+    )
+    LlamaConfig(**sizes, num_key_value_heads=3, tie_word_embeddings=True).save_pretrained(tmp_path)
+    as_mobilellm(tmp_path)
+    assert model_shape(load_config(tmp_path)).num_params() == 124_635_456
+
+
 def test_a_mobilellms_tokenizer_is_read_without_its_code(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     tiny("llama").config.save_pretrained(tmp_path)
@@ -265,6 +296,15 @@ def test_a_mobilellms_tokenizer_is_read_without_its_code(tmp_path, tokenizer, mo
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run the model's code"))
     text = "What is the capital of France?"
     assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(tmp_path):
+    tiny("llama").config.save_pretrained(tmp_path)
+    as_mobilellm(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match="is read by the package sentencepiece: install it"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_mobilellm_that_shares_layers_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from core.errors import CheckpointError
 from core.model.build import load_model
-from core.model.checkpoint import INDEX, CheckpointReader, save_model
+from core.model.checkpoint import INDEX, CheckpointReader, save_model, write_checkpoint
 from tests.models import UNEQUAL, tiny
 
 
@@ -31,6 +31,15 @@ def test_a_layer_is_read_alone(checkpoint):
         layer = reader.layer("model.layers.2")
     assert layer["mlp.down_proj.weight"].shape == (48, 7)
     assert len(layer) == 9
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
+    model = tiny("llama")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    write_checkpoint(
+        tmp_path, model.config, [model.state_dict() | old], 1, companions=None, provenance={"base": "old"}
+    )
+    assert load_model(tmp_path).state_dict().keys() == model.state_dict().keys()
 
 
 def test_companions_of_the_base_come_along_and_weights_do_not(tmp_path):

@@ -62,7 +62,7 @@ TABLE_2 = {  # billions of tokens
 }
 
 # The published geometries, with the published parameter counts as a check of what is written here.
-# MobileLLM has a model type of its own; its layers are Llama's.
+# MobileLLM has a model type of its own, under which it is read as Llama.
 GEOMETRIES = {
     "meta-llama/Llama-3.1-8B": (8_030_261_248, LlamaConfig, (32, 4096, 14336, 32, 8, 128256), False),
     "meta-llama/Llama-3.2-3B": (3_212_749_824, LlamaConfig, (28, 3072, 8192, 24, 8, 128256), True),

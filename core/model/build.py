@@ -114,7 +114,8 @@ def _rebuild_layers(model: "PreTrainedModel", layers: Any, dtype: torch.dtype) -
     for index, view in enumerate(shared.per_layer_config):
         with local_torch_dtype(dtype, type(model).__name__):
             layer = type(layers[index])(view, index)
-        # A view has no attention implementation: attention would run without its causal mask.
+        # A view does not follow the model's attention implementation; where it has none, attention runs
+        # without its causal mask. Phi-3 reads the layer's sizes in each forward pass.
         own = _LayerConfig(shared, {name: getattr(view, name) for name in _SIZES.values()})
         for module in layer.modules():
             if getattr(module, "config", None) is view:
@@ -129,9 +130,7 @@ class _LayerConfig:
         self.__dict__.update(sizes, _shared=shared)
 
     def __getattr__(self, name: str) -> Any:
-        if (
-            name.startswith("__") or "_shared" not in self.__dict__
-        ):  # copying asks an object that is still empty
+        if name.startswith("__"):  # copying asks for its own methods, of an object that is still empty
             raise AttributeError(name)
         return getattr(self._shared, name)
 
@@ -178,7 +177,7 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
-    """Read a checkpoint's config.
+    """Read a checkpoint's config; a MobileLLM's comes as the Llama config that it amounts to.
 
     Raises:
         CheckpointError: If there is none, or it cannot be read.
@@ -259,6 +258,8 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, config=config)
     except (ValueError, OSError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
+        if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+            message += " A tokenizer.model alone is read by the package sentencepiece: install it."
         raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {message}") from error
 
 

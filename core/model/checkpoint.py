@@ -64,6 +64,10 @@ class CheckpointReader:
                 f"{directory} holds no model.safetensors or {INDEX}. "
                 "Give a Hugging Face checkpoint with safetensors weights (pickles are never read)."
             )
+        # Checkpoints of 2023 store rotary frequencies, which models now compute from the config.
+        self._shard_of = {
+            name: shard for name, shard in self._shard_of.items() if not name.endswith("rotary_emb.inv_freq")
+        }
 
     def __enter__(self) -> "CheckpointReader":
         """Return itself."""

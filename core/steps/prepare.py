@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import TargetError
+from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
@@ -44,11 +44,12 @@ def run_resolve_base(
     Raises:
         SettingsError: If a setting is wrong.
         CheckpointError: If there is no such base model.
-        UnsupportedModelError: If its family is not supported.
+        UnsupportedModelError: If its family is not supported, or does not lose what the settings ask for.
         TargetError: If the target cannot be reached.
     """
     from core.base import import_base
     from core.model.build import load_config, model_shape
+    from core.model.families import family_of
     from core.pruning.phases import phase_sizes
     from core.pruning.sparsity import Sizing, smallest_params
 
@@ -60,8 +61,15 @@ def run_resolve_base(
     settings = settings_from_dict({**recipe, **sections})
     base_uri, commit = import_base(settings.model, settings.storage.store)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        dense = model_shape(load_config(fetch(base_uri, Path(scratch), only=["config.json"])))
-    base_params, prune = dense.num_params(), settings.prune
+        config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
+    dense, prune, family = model_shape(config), settings.prune, family_of(config)
+    if prune.attention_unit != "none" and not family.prunes_heads:
+        raise UnsupportedModelError(
+            f"prune.attention_unit={prune.attention_unit}: {family.model_type} normalises queries and keys "
+            "over all heads at once, so none can go without a change to the others. "
+            "Set prune.attention_unit=none."
+        )
+    base_params = dense.num_params()
     target_params = prune.target_params(base_params)
     if target_params >= base_params:
         raise TargetError(
