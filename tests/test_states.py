@@ -9,22 +9,14 @@ from tests.models import CONFIGS, random_tokens, tiny
 
 
 def test_what_exceeds_the_limit_lies_on_disk_until_it_is_taken(tmp_path):
-    inputs = LayerInputs(limit_bytes=1000, scratch=tmp_path)
-    states = {(layer, batch): torch.randn(2, 5, 10) for layer in range(3) for batch in range(2)}  # 400 bytes
-    for (layer, batch), state in states.items():
-        inputs.put(layer, batch, state)
+    inputs = LayerInputs(3, (4, 5, 10), torch.float32, limit_bytes=1000, scratch=tmp_path)  # 800 a layer
+    states = {(layer, first): torch.randn(2, 5, 10) for layer in range(3) for first in (0, 2)}
+    for (layer, first), state in states.items():
+        inputs.put(layer, slice(first, first + 2), state)
     assert len(list(tmp_path.iterdir())) == 4
     for layer in (2, 1, 0):
-        for batch in range(2):
-            assert torch.equal(inputs.take(layer, batch), states[layer, batch])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_room_that_was_given_back_is_used_again(tmp_path):
-    inputs = LayerInputs(limit_bytes=400, scratch=tmp_path)
-    inputs.put(0, 0, torch.randn(100))
-    inputs.take(0, 0)
-    inputs.put(1, 0, torch.randn(100))
+        for first in (0, 2):
+            assert torch.equal(inputs.take(layer, slice(first, first + 2)), states[layer, first])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -39,9 +31,9 @@ def test_scores_do_not_depend_on_where_the_layers_inputs_lie(dtype, tmp_path):
 
 
 def test_a_scratch_folder_that_takes_nothing_is_named(tmp_path):
-    inputs = LayerInputs(limit_bytes=0, scratch=tmp_path / "missing")
-    with pytest.raises(StorageError, match=r"layer-000-00001\.safetensors cannot be written .*state_memory"):
-        inputs.put(0, 1, torch.randn(3))
+    inputs = LayerInputs(1, (2, 1, 3), torch.float32, limit_bytes=0, scratch=tmp_path / "missing")
+    with pytest.raises(StorageError, match=r"layer-000-000001\.safetensors cannot be written .*state_memory"):
+        inputs.put(0, slice(1, 2), torch.randn(1, 1, 3))
 
 
 def fitting(sequences, length, free_bytes):

@@ -8,7 +8,6 @@ autograd's, to rounding.
 
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -106,16 +105,10 @@ def measure(
         StorageError: If ``scratch`` is full.
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
-    inputs = LayerInputs(limit_bytes=state_bytes, scratch=scratch)
-    kept = KeptOutputs(
-        family_of(layerwise.model.config),
-        layerwise.layers,
-        tokens=tokens.numel(),
-        itemsize=layerwise.model.dtype.itemsize,
-        budget_bytes=keep_bytes,
-    )
+    passes = _Passes(layerwise, tokens, micro_batch, criterion, seed)
+    if passes.goes_back:
+        passes.make_room(state_bytes, scratch, keep_bytes)
     with frozen(layerwise.model):
-        passes = _Passes(layerwise, tokens.split(micro_batch), inputs, kept, criterion, seed)
         similarities, last = passes.forward(similarity)
         losses, gradients = passes.head(last)
         if passes.goes_back:
@@ -134,32 +127,52 @@ class _Passes:
     def __init__(
         self,
         model: LayerwiseModel,
-        batches: Sequence[Tensor],
-        inputs: LayerInputs,
-        kept: KeptOutputs,
+        tokens: Tensor,
+        micro_batch: int,
         criterion: CriterionName,
         seed: int,
     ) -> None:
-        self.model, self.batches, self.inputs, self.kept = model, batches, inputs, kept
+        self.model, self.tokens = model, tokens
+        self.batches = [slice(i, i + micro_batch) for i in range(0, len(tokens), micro_batch)]
         self.device = model.model.device
         self.criterion, self.seed = criterion, seed
         self.goes_back = CRITERIA[criterion].observed in ("weight_gradients", "output_gradients")
         self.scores: dict[int, LayerScores] = {}
 
+    def make_room(self, state_bytes: int | None, scratch: Path | None, keep_bytes: int) -> None:
+        """Take the memory for what the forward pass keeps for the backward pass."""
+        model = self.model.model
+        sequences, length = self.tokens.shape
+        self.inputs = LayerInputs(
+            len(self.model.layers),
+            (sequences, length, model.config.hidden_size),
+            model.dtype,
+            limit_bytes=state_bytes,
+            scratch=scratch,
+        )
+        self.kept = KeptOutputs(
+            family_of(model.config),
+            self.model.layers,
+            (sequences, length),
+            dtype=model.dtype,
+            device=self.device,
+            budget_bytes=keep_bytes,
+        )
+
     @torch.no_grad()
     def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> tuple[Tensor, list[Tensor]]:
         """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
         similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
-        states = [self.model.embed(batch).cpu() for batch in self.batches]
+        states = [self.model.embed(self.tokens[rows]).cpu() for rows in self.batches]
         progress = _Progress("forward", len(similarities))
         for index in range(len(similarities)):
             with self.model.resident(index) as layer:
                 scoring = None if self.goes_back else self._scoring(index, layer)
-                for number, before in enumerate(states):
-                    state = before.to(self.device)
+                for number, rows in enumerate(self.batches):
+                    state = states[number].to(self.device)
                     if scoring is None:
-                        self.inputs.put(index, number, before)
-                        with self.kept.keep(index, number, layer):
+                        self.inputs.put(index, rows, states[number])
+                        with self.kept.keep(index, rows, layer):
                             after = self.model.run(index, state)
                     else:
                         with scoring.activations() as seen:
@@ -175,8 +188,8 @@ class _Passes:
     def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
         """Return each micro-batch's loss and its gradient by the last layer's output."""
         losses, gradients = [], []
-        for batch, state in zip(self.batches, states, strict=True):
-            loss, gradient = self.model.head_gradient(batch, state.to(self.device))
+        for rows, state in zip(self.batches, states, strict=True):
+            loss, gradient = self.model.head_gradient(self.tokens[rows], state.to(self.device))
             losses.append(loss)
             gradients.append(gradient.cpu())
         return losses, gradients
@@ -187,9 +200,9 @@ class _Passes:
         for index in reversed(range(len(self.model.layers))):
             with self.model.resident(index) as layer:
                 scoring = self._scoring(index, layer)
-                for number in range(len(self.batches)):
-                    with self.kept.reuse(index, number, layer):
-                        gradients[number] = self._layer_backward(index, number, scoring, gradients[number])
+                for number, rows in enumerate(self.batches):
+                    with self.kept.reuse(index, rows, layer):
+                        gradients[number] = self._layer_backward(index, rows, scoring, gradients[number])
                 self.scores[index] = scoring.scores()
             progress.show(len(self.model.layers) - index)
 
@@ -198,9 +211,9 @@ class _Passes:
         shape, seed = layer_shapes(config)[index], self.seed * 10_007 + index
         return LayerScoring(self.criterion, family_of(config), shape, layer, seed=seed)
 
-    def _layer_backward(self, index: int, number: int, scoring: LayerScoring, gradient: Tensor) -> Tensor:
+    def _layer_backward(self, index: int, rows: slice, scoring: LayerScoring, gradient: Tensor) -> Tensor:
         """Back-propagate a micro-batch through a layer; returns the gradient by its input."""
-        state = self.inputs.take(index, number).to(self.device).requires_grad_()
+        state = self.inputs.take(index, rows).to(self.device).detach().requires_grad_()
         of_weights = scoring.criterion.observed == "weight_gradients"
         for weight in scoring.weights.values():
             weight.requires_grad_(of_weights)

@@ -6,7 +6,7 @@ no output at all that only ends in the residual sum.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,55 +19,65 @@ class KeptOutputs:
     """Keeps outputs of linear maps from a layer's first run, and hands them to its second one."""
 
     def __init__(
-        self, family: Family, layers: Sequence[nn.Module], *, tokens: int, itemsize: int, budget_bytes: int
+        self,
+        family: Family,
+        layers: Sequence[nn.Module],
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int,
     ) -> None:
-        """Choose what to keep: first what saves most arithmetic a byte.
+        """Choose what to keep, first what saves most arithmetic a byte, and take the memory in one piece.
 
         Args:
             family: Says which projection comes last, and whether its output is needed.
             layers: The decoder layers; only their sizes are read.
-            tokens: Tokens that will pass through them.
-            itemsize: Bytes of an activation.
+            shape: (S, T) of all micro-batches together.
+            dtype: Number format of the outputs.
+            device: Where they are kept.
             budget_bytes: Memory for what is kept.
         """
         self._needless = family.last_projection if family.ends_in_sum else None
-        self._chosen: list[list[str]] = [[] for _ in layers]
-        self._kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         linears = [
-            (module.in_features, index, name, module.out_features * tokens * itemsize)
+            (module.in_features, module.out_features, index, name)
             for index, layer in enumerate(layers)
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear) and name != self._needless
         ]
+        tokens, chosen = shape[0] * shape[1], []
         # A product of (T, I) and (I, O) takes T*I*O steps and leaves T*O numbers: I steps saved for each.
-        for _, index, name, size in sorted(linears, key=lambda linear: (-linear[0], linear[1])):
-            if size <= budget_bytes:
-                budget_bytes -= size
-                self._chosen[index].append(name)
+        for _, width, index, name in sorted(linears, key=lambda linear: (-linear[0], linear[2])):
+            if width * tokens * dtype.itemsize <= budget_bytes:
+                budget_bytes -= width * tokens * dtype.itemsize
+                chosen.append((index, name, width))
+        memory = torch.empty(sum(width for *_, width in chosen) * tokens, dtype=dtype, device=device)
+        self._kept: list[dict[str, Tensor]] = [{} for _ in layers]
+        pieces = memory.split([width * tokens for *_, width in chosen])
+        for (index, name, width), piece in zip(chosen, pieces, strict=True):
+            self._kept[index][name] = piece.view(*shape, width)
 
     @contextlib.contextmanager
-    def keep(self, index: int, batch: int, layer: nn.Module) -> Iterator[None]:
-        """Keep what was chosen of layer ``index`` while it runs on a micro-batch."""
-        kept: dict[str, Tensor] = {}
+    def keep(self, index: int, rows: slice, layer: nn.Module) -> Iterator[None]:
+        """Keep what was chosen of layer ``index`` while it runs on some of the sequences."""
         hooks = [
             layer.get_submodule(name).register_forward_hook(
-                lambda _, inputs, output, name=name: kept.__setitem__(name, output.detach())
+                lambda _, inputs, output, kept=kept: kept[rows].copy_(output)
             )
-            for name in self._chosen[index]
+            for name, kept in self._kept[index].items()
         ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        self._kept[index, batch] = kept
 
     @contextlib.contextmanager
-    def reuse(self, index: int, batch: int, layer: nn.Module) -> Iterator[None]:
-        """Let layer ``index`` take what was kept of a micro-batch; its own output is then worthless."""
-        outputs: Mapping[str, Tensor | None] = self._kept.pop((index, batch), {})
+    def reuse(self, index: int, rows: slice, layer: nn.Module) -> Iterator[None]:
+        """Let layer ``index`` take what was kept of them; its own output is then worthless."""
+        outputs: dict[str, Tensor | None] = {name: kept[rows] for name, kept in self._kept[index].items()}
         if self._needless is not None:
-            outputs = {**outputs, self._needless: None}
+            outputs[self._needless] = None
         replaced = []
         for name, output in outputs.items():
             linear = layer.get_submodule(name)

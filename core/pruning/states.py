@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -10,31 +11,41 @@ from core.errors import StorageError
 
 
 class LayerInputs:
-    """Keeps tensors by layer and micro-batch; each is taken out once."""
+    """Keeps the input of each layer, a micro-batch at a time; what lies on disk is taken out once."""
 
-    def __init__(self, *, limit_bytes: int | None = None, scratch: Path | None = None) -> None:
-        """Start empty.
+    def __init__(
+        self,
+        layers: int,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        limit_bytes: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        """Take the memory, in one piece: many small ones would leave gaps between them.
 
         Args:
+            layers: L.
+            shape: (S, T, D) of all micro-batches together.
+            dtype: Number format of the inputs.
             limit_bytes: Host memory at most; None for no limit.
             scratch: Folder for what goes beyond; needed with a limit.
         """
-        self._limit, self._scratch = limit_bytes, scratch
-        self._held: dict[tuple[int, int], Tensor] = {}
-        self._held_bytes = 0
+        a_layer = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        held = layers if limit_bytes is None else min(layers, limit_bytes // a_layer)
+        self._held = torch.empty((held, *shape), dtype=dtype)
+        self._scratch = scratch
 
-    def put(self, layer: int, batch: int, state: Tensor) -> None:
-        """Keep the input of a layer.
+    def put(self, layer: int, rows: slice, state: Tensor) -> None:
+        """Keep the (B, T, D) input of a layer for some of the sequences.
 
         Raises:
             StorageError: If the disk is full.
         """
-        size = state.nbytes
-        if self._limit is None or self._held_bytes + size <= self._limit:
-            self._held[layer, batch] = state.cpu()
-            self._held_bytes += size
+        if layer < len(self._held):
+            self._held[layer, rows] = state
             return
-        path = self._path(layer, batch)
+        path = self._path(layer, rows)
         try:
             save_file({"state": state.cpu().contiguous()}, path)
         except (OSError, SafetensorError) as error:
@@ -43,17 +54,15 @@ class LayerInputs:
                 "raise calibration.state_memory."
             ) from error
 
-    def take(self, layer: int, batch: int) -> Tensor:
-        """Return the input of a layer and forget it."""
-        if (layer, batch) in self._held:
-            state = self._held.pop((layer, batch))
-            self._held_bytes -= state.nbytes
-            return state
-        path = self._path(layer, batch)
+    def take(self, layer: int, rows: slice) -> Tensor:
+        """Return what was put."""
+        if layer < len(self._held):
+            return self._held[layer, rows]
+        path = self._path(layer, rows)
         state = load_file(path)["state"]
         path.unlink()
         return state
 
-    def _path(self, layer: int, batch: int) -> Path:
+    def _path(self, layer: int, rows: slice) -> Path:
         assert self._scratch is not None, "a limit needs a scratch folder"
-        return self._scratch / f"layer-{layer:03d}-{batch:05d}.safetensors"
+        return self._scratch / f"layer-{layer:03d}-{rows.start:06d}.safetensors"
