@@ -65,7 +65,7 @@ def main() -> None:
         type=float,
         default=0.12,
         metavar="SHARE",
-        help="memory to keep outputs in, a share of what the reference takes (default: 0.12)",
+        help="memory to keep outputs in, a share of what the reference takes (default: 0.15)",
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs of each way; medians count (default: 3)")
     parser.add_argument("--worker", nargs=3, metavar=("WAY", "OUT", "KEEP"), help=argparse.SUPPRESS)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from core.errors import SettingsError
 from core.quantities import is_share, parse_bytes, parse_count
 
+AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
     "taylor_l1",
     "taylor_signed",
@@ -54,16 +55,19 @@ class PruneSettings:
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
     """Sizes between the base and the target: equal ratios (the paper) or equal differences."""
-    steps_per_phase: int = 1
-    """Pruning steps in a phase; layer importance is measured anew before each."""
+    steps_per_phase: int = 0
+    """Pruning steps in a phase; importance is measured anew before each. 0 takes as many as keep a step from
+    removing more than 5 % of the parameters."""
     amplitude: float = 0.02
     """A of eq. 6 at a step of 2 %: how far the sparsity of layers spreads. 0 prunes all layers alike."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How the input and the output of a layer are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
     """What a group is worth. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
-    attention_unit: Literal["kv_group", "query_head", "none"] = "kv_group"
-    """What attention loses: a KV head with its query heads, one query head of every KV group, or nothing."""
+    attention_unit: AttentionUnit = "auto"
+    """What attention loses. ``auto``: a KV head with its query heads, where that is worth less a parameter
+    than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
+    paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's sparsity. ``none``: nothing."""
     width_multiple: int = 1
     """MLP widths are multiples of this."""
 
@@ -84,7 +88,7 @@ class PruneSettings:
         except ValueError:
             yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
         yield from _in_range("phases", self.phases, 1, 1000)
-        yield from _in_range("steps_per_phase", self.steps_per_phase, 1, 1000)
+        yield from _in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from _in_range("amplitude", self.amplitude, 0, 1)
         yield from _in_range("width_multiple", self.width_multiple, 1, 4096)
 

@@ -73,7 +73,7 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
     """
     phases = settings.prune.phases
     place = functools.partial(configure, settings=settings.cluster, retries=0 if local else RETRIES)
-    phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase > 1)
+    phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
 
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
     def adapt_pruner(

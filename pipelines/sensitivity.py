@@ -66,7 +66,8 @@ class Study:
         precision = self.settings.evaluation.precision if self.settings else "auto"
         model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
         sizes = self.settings.calibration if self.settings else CalibrationSettings()
-        statistics = measure(model, calibration, micro_batch=sizes.micro_batch)
+        criterion = self.settings.prune.criterion if self.settings else "taylor_l1"
+        statistics = measure(model, calibration, micro_batch=sizes.micro_batch, criterion=criterion)
         progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
         try:
             return layer_sensitivity(
@@ -75,7 +76,7 @@ class Study:
                 statistics,
                 sparsity=self.sparsity,
                 part=self.part,
-                attention_unit=self.settings.prune.attention_unit if self.settings else "kv_group",
+                attention_unit=self.settings.prune.attention_unit if self.settings else "auto",
                 batch_size=self.settings.evaluation.batch_size if self.settings else 8,
                 advance=progress.add,
             )

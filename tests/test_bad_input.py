@@ -212,7 +212,7 @@ def test_heads_that_hang_together_are_not_pruned(folder):
     text = refused(resolve_with({"prune.attention_unit": "kv_group"}), UnsupportedModelError)
     assert text == (
         "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so none "
-        "can go without a change to the others. Set prune.attention_unit=none."
+        "can go without a change to the others. Set prune.attention_unit to auto or none."
     )
     resolve_with({"prune.attention_unit": "none", "prune.target": "90%"})()
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from core.pruning.phases import phase_shares, phase_sizes, phase_steps
+from core.pruning.phases import phase_shares, phase_sizes, phase_steps, pruning_steps
 
 
 def test_geometric_phases_shrink_by_one_ratio():
@@ -32,3 +32,12 @@ def test_steps_cover_the_total_and_no_phase_starves(total, phases):
     assert min(steps) >= (1 if total >= phases else 0)
     if total > 1000:
         assert steps == pytest.approx([total * share for share in phase_shares(phases)], abs=phases)
+
+
+@pytest.mark.parametrize(
+    ("before", "target", "steps"),
+    [(1000, 990, 1), (1000, 950, 1), (1000, 949, 2), (1000, 800, 4), (1000, 400, 12), (1000, 1000, 1)],
+)
+def test_a_step_removes_a_twentieth_at_most(before, target, steps):
+    assert pruning_steps(before, target) == steps
+    assert pruning_steps(before, target, setting=7) == 7

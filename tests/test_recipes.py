@@ -10,7 +10,8 @@ from transformers import LlamaConfig, Qwen2Config
 from core.errors import SettingsError
 from core.evaluation.task_data import task_problems
 from core.model.build import model_shape
-from core.pruning.sparsity import Sizing, smallest_params
+from core.pruning.adapt import sizing_for
+from core.pruning.sparsity import smallest_params
 from core.recipe import load_recipe
 from pipelines.adapt_accel import MAX_PHASES, compile_pipeline
 from pipelines.cli import main
@@ -183,14 +184,8 @@ def test_a_base_model_can_be_cut_to_every_target_that_recipes_ask_of_it(base):
     targets = [s.prune for path in PAPER if ROWS[path.stem][0] == base for s in variants(path)]
     assert targets
     for prune in targets:
-        sizing = Sizing(
-            dense=dense,
-            current=dense,
-            attention_unit=prune.attention_unit,
-            width_multiple=prune.width_multiple,
-        )
         target = prune.target_params(dense.num_params())
-        assert smallest_params(sizing, target) < target < dense.num_params()
+        assert smallest_params(sizing_for(prune, dense, dense), target) < target < dense.num_params()
 
 
 def test_the_readme_lists_every_recipe():

@@ -6,7 +6,8 @@ import torch
 from core.config import PruneSettings
 from core.errors import TargetError
 from core.model.shape import LayerShape, ModelShape
-from core.pruning.adapt import plan_phase, plan_step
+from core.pruning.adapt import plan_phase, plan_step, sizing_for
+from core.pruning.attention import attention_cuts
 from core.pruning.importance import LayerScores, Statistics
 from core.pruning.plan import select_groups
 from core.pruning.sparsity import (
@@ -77,7 +78,7 @@ def test_sparsity_grows_where_importance_is_at_most_step_over_amplitude():
 def test_the_counts_of_table_8_are_approached():
     similarity = [0.2] + [0.85 + 0.13 * min(1, i / 10) for i in range(30)] + [0.75]
     importance = normalise_importance([-s for s in similarity])
-    sizing = Sizing(dense=LLAMA_8B, current=LLAMA_8B, attention_unit="kv_group")
+    sizing = Sizing(dense=LLAMA_8B, current=LLAMA_8B, cuts=attention_cuts("kv_group", LLAMA_8B, LLAMA_8B))
     paper = {0: 4.54, 0.005: 4.62, 0.01: 4.61, 0.02: 4.43, 0.04: 4.04}
     for amplitude, billions in paper.items():
         sparsity = (0.0,) * 32
@@ -99,10 +100,11 @@ def smallest(sizing):
     return smallest_params(sizing, 10**18)
 
 
-@pytest.mark.parametrize("unit", ["kv_group", "query_head", "none"])
+@pytest.mark.parametrize("unit", ["auto", "kv_group", "query_head", "none"])
 @pytest.mark.parametrize("multiple", [1, 2, 8])
 def test_random_models_end_at_the_exact_target(unit, multiple):
     rng = random.Random(f"{unit} {multiple}")
+    settings = PruneSettings(attention_unit=unit, width_multiple=multiple)
     tried = 0
     for _ in range(300):
         dense = uniform_shape(
@@ -110,7 +112,7 @@ def test_random_models_end_at_the_exact_target(unit, multiple):
         )
         current, sparsity = dense, (0.0,) * len(dense.layers)
         for _ in range(rng.randint(1, 3)):
-            sizing = Sizing(dense=dense, current=current, attention_unit=unit, width_multiple=multiple)
+            sizing = sizing_for(settings, dense, current, statistics_of(current, rng.randrange(99)).scores)
             importance = normalise_importance([rng.random() for _ in dense.layers])
             target = int(current.num_params() * rng.uniform(0.5, 1))
             if not can_absorb(sizing, target):
@@ -140,7 +142,7 @@ def test_attention_goes_no_further_than_the_target_asks():
         kv_head_params=73728,
         mlp_channel_params=1728,
     )
-    sizing = Sizing(dense=smollm, current=smollm, attention_unit="kv_group")
+    sizing = Sizing(dense=smollm, current=smollm, cuts=attention_cuts("kv_group", smollm, smollm))
     target = round(0.77 * smollm.num_params())
     layers, _ = sizes_for_target(sizing, (0.2,) * 30, (0.0,) * 30, target)
     assert abs(smollm.with_layers(layers).num_params() - target) <= 864
@@ -150,7 +152,7 @@ def test_attention_goes_no_further_than_the_target_asks():
 
 def test_a_target_below_the_smallest_model_names_its_size():
     shape = uniform_shape(3, 2, 2, 40, 8)
-    sizing = Sizing(dense=shape, current=shape, attention_unit="kv_group")
+    sizing = Sizing(dense=shape, current=shape, cuts=attention_cuts("kv_group", shape, shape))
     least = 1000 + 3 * (16 + 2 * 64 + 64 + 24)
     with pytest.raises(
         TargetError, match=rf"still has {least:,} parameters, 1,000 of them outside the layers"
@@ -233,7 +235,7 @@ def test_the_lowest_scores_go_first():
         kv_groups=torch.tensor([0.5, 0.1]),
         mlp_channels=torch.tensor([3.0, 1.0, 2.0, 2.0, 5.0]),
     )
-    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=1, mlp_width=3), "kv_group")
+    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=1, mlp_width=3))
     assert (kept.query_heads, kept.kv_heads, kept.mlp_channels) == ((0, 1), (0,), (0, 2, 4))
-    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=2, mlp_width=5), "query_head")
+    kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=2, mlp_width=5))
     assert (kept.query_heads, kept.kv_heads) == ((0, 3), (0, 1))

@@ -39,9 +39,7 @@ def test_a_scratch_folder_that_takes_nothing_is_named(tmp_path):
 def fitting(sequences, length, free_bytes):
     device = torch.device("cpu")
     config = CONFIGS["llama"]()
-    return fitting_micro_batch(
-        config, sequences=sequences, length=length, device=device, free_bytes=free_bytes
-    )
+    return fitting_micro_batch(config, (sequences, length), device=device, free_bytes=free_bytes)
 
 
 def test_micro_batches_share_the_sequences_out_evenly():

@@ -49,12 +49,15 @@ class ModelShape:
 
     def layer_num_params(self, layer: LayerShape) -> int:
         """Return the parameters of a decoder layer of the given sizes."""
-        return (
-            self.layer_params
-            + layer.query_heads * self.query_head_params
-            + layer.kv_heads * self.kv_head_params
-            + layer.mlp_width * self.mlp_channel_params
-        )
+        return self.layer_params + self.prunable_params(layer)
+
+    def attention_params(self, layer: LayerShape) -> int:
+        """Return the parameters of the attention groups of a decoder layer of the given sizes."""
+        return layer.query_heads * self.query_head_params + layer.kv_heads * self.kv_head_params
+
+    def prunable_params(self, layer: LayerShape) -> int:
+        """Return the parameters of all groups of a decoder layer of the given sizes."""
+        return self.attention_params(layer) + layer.mlp_width * self.mlp_channel_params
 
     def num_params(self) -> int:
         """Return the parameters of the model; tied weights count once."""

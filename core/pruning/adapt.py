@@ -1,11 +1,15 @@
 """Adapt-Pruner's decisions: statistics in, kept groups and the new cumulative sparsity out (Algorithm 1)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from core.config import PruneSettings
+from core.config import AttentionUnit, PruneSettings
+from core.errors import UnsupportedModelError
+from core.model.families import Family
 from core.model.shape import ModelShape
-from core.pruning.importance import Statistics
+from core.pruning.attention import attention_cuts
+from core.pruning.importance import LayerScores, Statistics
+from core.pruning.phases import pruning_steps
 from core.pruning.plan import LayerPlan, Plan, select_groups
 from core.pruning.sparsity import (
     MAX_SPARSITY,
@@ -34,6 +38,51 @@ class Step:
     sparsity: tuple[float, ...]
 
 
+def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
+    """Return the settings as they apply to a family.
+
+    ``auto`` leaves attention whole where no head can go. It compares attention with MLP channels by their
+    scores, so it stands for ``kv_group`` under a criterion whose scores are not the loss's.
+
+    Raises:
+        UnsupportedModelError: If the settings ask for heads of such a family.
+    """
+    if settings.attention_unit == "auto":
+        comparable = settings.criterion.startswith("taylor")
+        unit: AttentionUnit = "auto" if comparable else "kv_group"
+        return replace(settings, attention_unit=unit if family.prunes_heads else "none")
+    if family.prunes_heads or settings.attention_unit == "none":
+        return settings
+    raise UnsupportedModelError(
+        f"prune.attention_unit={settings.attention_unit}: {family.model_type} normalises queries and keys "
+        "over all heads at once, so none can go without a change to the others. Set prune.attention_unit to "
+        "auto or none."
+    )
+
+
+def sizing_for(
+    settings: PruneSettings,
+    dense: ModelShape,
+    current: ModelShape,
+    scores: Sequence[LayerScores] | None = None,
+) -> Sizing:
+    """Return the rules by which sparsities become sizes under the settings of a run.
+
+    Args:
+        settings: Attention unit and width multiple.
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        scores: Scores of each layer's groups; None to ask what could be reached at all.
+    """
+    return Sizing(
+        dense=dense,
+        current=current,
+        cuts=attention_cuts(settings.attention_unit, dense, current, scores),
+        by_budget=settings.attention_unit == "auto",
+        width_multiple=settings.width_multiple,
+    )
+
+
 def plan_step(
     statistics: Statistics,
     *,
@@ -59,12 +108,7 @@ def plan_step(
     Raises:
         TargetError: If the target cannot be reached.
     """
-    sizing = Sizing(
-        dense=dense,
-        current=current,
-        attention_unit=settings.attention_unit,
-        width_multiple=settings.width_multiple,
-    )
+    sizing = sizing_for(settings, dense, current, statistics.scores)
     # eq. 4-5: a layer that leaves its input as it was matters least.
     importance = normalise_importance([-s for s in statistics.similarities.tolist()])
     to_remove = max(current.num_params() - target_params, 0) / steps_left
@@ -76,7 +120,7 @@ def plan_step(
         layers, shift = sizes_for_target(sizing, after, importance, target_params)
         after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
     plans = tuple(
-        select_groups(scores, now, wanted, settings.attention_unit)
+        select_groups(scores, now, wanted)
         for scores, now, wanted in zip(statistics.scores, current.layers, layers, strict=True)
     )
     return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=after)
@@ -112,7 +156,8 @@ def plan_phase(
         TargetError: If the target cannot be reached.
     """
     plan: Plan | None = None
-    for number in range(settings.steps_per_phase):
+    steps = pruning_steps(current.num_params(), target_params, settings.steps_per_phase)
+    for number in range(steps):
         if number and current.num_params() <= target_params:
             break
         if number:
@@ -124,7 +169,7 @@ def plan_phase(
             current=current,
             sparsity=sparsity,
             target_params=target_params,
-            steps_left=settings.steps_per_phase - number,
+            steps_left=steps - number,
             settings=settings,
         )
         decided = Plan(

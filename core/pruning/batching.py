@@ -1,6 +1,7 @@
 """How many sequences pass through a layer at once."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,9 +15,8 @@ _MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 def fitting_micro_batch(
     config: PreTrainedConfig,
+    shape: Sequence[int],
     *,
-    sequences: int,
-    length: int,
     device: torch.device,
     free_bytes: int | None = None,
 ) -> int:
@@ -24,8 +24,7 @@ def fitting_micro_batch(
 
     Args:
         config: The model's.
-        sequences: S, sequences in all; they are shared out evenly.
-        length: T, tokens a sequence.
+        shape: (S, T) of the calibration set; its sequences are shared out evenly.
         device: Where layers run.
         free_bytes: Memory that is free there; None looks.
 
@@ -33,8 +32,9 @@ def fitting_micro_batch(
         Sequences at once, at least 1.
     """
     free = available_bytes(device) if free_bytes is None else free_bytes
-    shapes = layer_shapes(config)
-    heads, width = max(s.query_heads for s in shapes), max(s.mlp_width for s in shapes)
+    sequences, length = shape
+    layers = layer_shapes(config)
+    heads, width = max(layer.query_heads for layer in layers), max(layer.mlp_width for layer in layers)
     # What autograd keeps of one layer, and what its backward pass adds, in float32: hidden states around
     # norms and residuals, the projections' outputs twice, the attention weights where no fused kernel serves.
     a_token = 4 * (16 * config.hidden_size + 8 * width + 8 * heads * head_dim(config) + 3 * heads * length)

@@ -20,6 +20,7 @@ from core.errors import DataError
 from core.model.build import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
+from core.pruning.batching import fitting_micro_batch
 from core.pruning.criteria import CRITERIA, LayerScoring
 from core.pruning.importance import LayerScores, Statistics
 from core.pruning.recompute import KeptOutputs
@@ -77,7 +78,7 @@ def measure(
     model: PreTrainedModel | LayerwiseModel,
     tokens: Tensor,
     *,
-    micro_batch: int,
+    micro_batch: int = 0,
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine",
     criterion: CriterionName = "taylor_l1",
     seed: int = 0,
@@ -91,8 +92,8 @@ def measure(
         model: Any number format; products and sums are float32. Left as it was found. Its layers may lie on
             disk.
         tokens: (S, T) int64 token ids.
-        micro_batch: Sequences that pass through a layer at once. The loss is the sum over micro-batches of
-            each one's mean over its tokens, as the paper's.
+        micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
+            The loss is the sum over micro-batches of each one's mean over its tokens, as the paper's.
         similarity: How a layer's input and output are compared.
         criterion: How groups are scored.
         seed: Seed of the criterion ``random``.
@@ -105,6 +106,9 @@ def measure(
         StorageError: If ``scratch`` is full.
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    micro_batch = micro_batch or fitting_micro_batch(
+        layerwise.model.config, tokens.shape, device=layerwise.model.device
+    )
     passes = _Passes(layerwise, tokens, micro_batch, criterion, seed)
     if passes.goes_back:
         passes.make_room(state_bytes, scratch, keep_bytes)

@@ -1,6 +1,10 @@
 """How a run is shared out over its phases: sizes, training tokens, optimizer steps (section 3.2, eq. 11)."""
 
+import math
 from typing import Literal
+
+MAX_STEP_SHARE = 0.05
+"""Share of a model's parameters that one step removes at most: importance changes with what has gone."""
 
 
 def phase_sizes(
@@ -27,6 +31,17 @@ def phase_sizes(
             sizes.append(round(base_params + (target_params - base_params) * share))
     sizes[-1] = target_params
     return tuple(sizes)
+
+
+def pruning_steps(before_params: int, target_params: int, setting: int = 0) -> int:
+    """Return how many pruning steps a phase takes.
+
+    Args:
+        before_params: Parameters before the phase.
+        target_params: Parameters after it.
+        setting: ``prune.steps_per_phase``; 0 for as many as keep each step within ``MAX_STEP_SHARE``.
+    """
+    return setting or max(1, math.ceil((1 - target_params / before_params) / MAX_STEP_SHARE - 1e-9))
 
 
 def phase_shares(phases: int) -> tuple[float, ...]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from core.errors import PlanError
 from core.model.shape import LayerShape
 from core.pruning.importance import LayerScores
-from core.pruning.sparsity import AttentionUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +147,16 @@ def _fits(plan: LayerPlan, shape: LayerShape) -> bool:
     return groups == [i // per_group for i in range(len(groups))]
 
 
-def select_groups(
-    scores: LayerScores, now: LayerShape, after: LayerShape, attention_unit: AttentionUnit
-) -> LayerPlan:
+def select_groups(scores: LayerScores, now: LayerShape, after: LayerShape) -> LayerPlan:
     """Choose what a layer keeps: within each kind the lowest-scoring groups go first (section 3.1).
 
     Args:
         scores: Scores of the layer's groups.
         now: Sizes of the layer.
-        after: Sizes to reach.
-        attention_unit: What attention loses.
+        after: Sizes to reach: fewer KV heads with as many query heads each, or fewer query heads for each.
     """
     per_group = now.heads_per_group
-    if attention_unit == "query_head":
+    if after.heads_per_group < per_group:
         by_group = scores.query_heads.view(now.kv_heads, per_group)
         heads = [
             group * per_group + head

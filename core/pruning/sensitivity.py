@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.config import AttentionUnit
 from core.errors import CheckpointError, TargetError
 from core.model.build import layer_shapes, model_shape
 from core.model.families import Family, family_of
 from core.model.shape import LayerShape, ModelShape
+from core.pruning.attention import attention_cuts
 from core.pruning.importance import Statistics
 from core.pruning.plan import LayerPlan, select_groups
-from core.pruning.sparsity import AttentionUnit, Sizing, sizes_at
+from core.pruning.sparsity import Sizing, sizes_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +136,8 @@ def plans_for_layers(
         TargetError: If all keep everything.
     """
     unit: AttentionUnit = "none" if part == "mlp" else attention_unit
-    sizes = sizes_at(Sizing(dense=shape, current=shape, attention_unit=unit), [sparsity] * len(shape.layers))
+    cuts = attention_cuts(unit, shape, shape)
+    sizes = sizes_at(Sizing(dense=shape, current=shape, cuts=cuts), [sparsity] * len(shape.layers))
     if part == "attention":
         sizes = tuple(
             replace(size, mlp_width=now.mlp_width) for size, now in zip(sizes, shape.layers, strict=True)
@@ -146,7 +149,7 @@ def plans_for_layers(
             f"query heads, {shape.layers[0].mlp_width} MLP channels). Raise it, or choose another part."
         )
     return tuple(
-        select_groups(scores, now, after, unit)
+        select_groups(scores, now, after)
         for scores, now, after in zip(statistics.scores, shape.layers, sizes, strict=True)
     )
 

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from core.errors import TargetError
 from core.model.shape import LayerShape, ModelShape
-
-AttentionUnit = Literal["kv_group", "query_head", "none"]
+from core.pruning.attention import AttentionCut
 
 MAX_SPARSITY = 0.99
 REFERENCE_STEP = 0.02
@@ -57,22 +55,27 @@ class Sizing:
     Attributes:
         dense: Sizes at the start of the run: sparsity is a share of these.
         current: Sizes now; nothing grows back beyond them.
-        attention_unit: What attention loses.
+        cuts: What each layer's attention loses.
+        by_budget: Whether a layer's sparsity is a share of all its prunable parameters, so that its MLP keeps
+            what its attention does not take; otherwise it is a share of each kind of group by itself.
         width_multiple: MLP widths are multiples of this (a width that is not cut may be none).
     """
 
     dense: ModelShape
     current: ModelShape
-    attention_unit: AttentionUnit
+    cuts: tuple[AttentionCut, ...]
+    by_budget: bool = False
     width_multiple: int = 1
 
-    def attention_units(self, layer: LayerShape) -> int:
-        """Return how many units of attention ``layer`` holds."""
-        return layer.heads_per_group if self.attention_unit == "query_head" else layer.kv_heads
+    def attention_units(self, index: int) -> int:
+        """Return how many units of attention layer ``index`` holds."""
+        layer = self.current.layers[index]
+        return layer.heads_per_group if self.cuts[index].unit == "query_head" else layer.kv_heads
 
-    def with_attention_units(self, layer: LayerShape, units: int) -> LayerShape:
-        """Return ``layer`` with ``units`` units of attention."""
-        if self.attention_unit == "query_head":
+    def with_attention_units(self, index: int, units: int) -> LayerShape:
+        """Return layer ``index`` with ``units`` units of attention."""
+        layer = self.current.layers[index]
+        if self.cuts[index].unit == "query_head":
             return replace(layer, query_heads=layer.kv_heads * units)
         return replace(layer, kv_heads=units, query_heads=units * layer.heads_per_group)
 
@@ -82,23 +85,24 @@ class Sizing:
 
     def units_at(self, index: int, sparsity: float) -> int:
         """Return the attention units that layer ``index`` keeps: only whole ones go, at least one stays."""
-        now = self.attention_units(self.current.layers[index])
-        if self.attention_unit == "none":
-            return now
-        dense = self.attention_units(self.dense.layers[index])
-        removed = math.floor(min(max(sparsity, 0.0), 1.0) * dense + 1e-9)
-        return min(now, max(1, dense - removed))
+        gone = sum(due <= sparsity + 1e-9 for due in self.cuts[index].due)
+        return self.attention_units(index) - gone
 
-    def width_at(self, index: int, sparsity: float) -> float:
-        """Return the MLP width of layer ``index`` before rounding."""
-        kept = self.dense.layers[index].mlp_width * (1 - min(max(sparsity, 0.0), 1.0))
-        return min(float(self.current.layers[index].mlp_width), max(float(self.min_width(index)), kept))
+    def width_at(self, index: int, sparsity: float, units: int) -> float:
+        """Return the MLP width of layer ``index`` beside ``units`` of attention, before rounding."""
+        kept = 1 - min(max(sparsity, 0.0), 1.0)
+        if self.by_budget:
+            attention = self.current.attention_params(self.with_attention_units(index, units))
+            budget = self.dense.prunable_params(self.dense.layers[index]) * kept - attention
+            width = budget / self.dense.mlp_channel_params
+        else:
+            width = self.dense.layers[index].mlp_width * kept
+        return min(float(self.current.layers[index].mlp_width), max(float(self.min_width(index)), width))
 
     def layers(self, units: Sequence[int], widths: Sequence[int]) -> tuple[LayerShape, ...]:
         """Return layer shapes of the given sizes."""
         return tuple(
-            replace(self.with_attention_units(layer, units[i]), mlp_width=widths[i])
-            for i, layer in enumerate(self.current.layers)
+            replace(self.with_attention_units(i, units[i]), mlp_width=width) for i, width in enumerate(widths)
         )
 
     def params(self, units: Sequence[int], widths: Sequence[float]) -> float:
@@ -110,14 +114,12 @@ class Sizing:
 
     def prunable_params(self) -> int:
         """Return the parameters of the dense model that sparsity counts in."""
-        per_layer = [
-            self.dense.layer_num_params(layer) - self.dense.layer_params for layer in self.dense.layers
-        ]
-        attention = [
-            layer.query_heads * self.dense.query_head_params + layer.kv_heads * self.dense.kv_head_params
-            for layer in self.dense.layers
-        ]
-        return sum(per_layer) - (sum(attention) if self.attention_unit == "none" else 0)
+        total = 0
+        for layer, cut in zip(self.dense.layers, self.cuts, strict=True):
+            total += self.dense.prunable_params(layer)
+            if not (cut.due or self.by_budget):
+                total -= self.dense.attention_params(layer)
+        return total
 
 
 def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...]:
@@ -126,7 +128,7 @@ def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...
     widths = []
     for i, s in enumerate(sparsity):
         now, multiple = sizing.current.layers[i].mlp_width, sizing.width_multiple
-        width = multiple * round(sizing.width_at(i, s) / multiple)
+        width = multiple * round(sizing.width_at(i, s, units[i]) / multiple)
         widths.append(now if width >= now else max(width, sizing.min_width(i)))
     return sizing.layers(units, widths)
 
@@ -143,7 +145,8 @@ def smallest_params(sizing: Sizing, target_params: int) -> int:
     )
     params = sizing.current.with_layers(least).num_params()
     if params > target_params + sizing.width_multiple * sizing.current.mlp_channel_params / 2:
-        attention = "attention whole" if sizing.attention_unit == "none" else "one attention unit left"
+        cut = any(unit.due for unit in sizing.cuts)
+        attention = "one attention unit left" if cut else "attention whole"
         raise TargetError(
             f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width "
             f"of {sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
@@ -178,13 +181,14 @@ def sizes_for_target(
     def units(d: float) -> list[int]:
         return [sizing.units_at(i, s + d) for i, s in enumerate(sparsity)]
 
-    def widths(d: float) -> list[float]:
-        return [sizing.width_at(i, s + d) for i, s in enumerate(sparsity)]
+    def widths(d: float, units: Sequence[int]) -> list[float]:
+        return [sizing.width_at(i, s + d, units[i]) for i, s in enumerate(sparsity)]
 
-    low, high = _bisect(lambda d: sizing.params(units(d), widths(d)) - target_params)
-    kept = _drop_due_units(sizing, units(low), units(high), widths(low), importance, target_params)
-    shift, _ = _bisect(lambda d: sizing.params(kept, widths(d)) - target_params)
-    return sizing.layers(kept, _round_widths(sizing, kept, widths(shift), target_params)), shift
+    low, high = _bisect(lambda d: sizing.params(units(d), widths(d, units(d))) - target_params)
+    before = units(low)
+    kept = _drop_due_units(sizing, before, units(high), widths(low, before), importance, target_params)
+    shift, _ = _bisect(lambda d: sizing.params(kept, widths(d, kept)) - target_params)
+    return sizing.layers(kept, _round_widths(sizing, kept, widths(shift, kept), target_params)), shift
 
 
 def _bisect(excess: Callable[[float], float]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import TargetError, UnsupportedModelError
+from core.errors import TargetError
 from core.recipe import settings_from_dict
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
@@ -50,8 +50,9 @@ def run_resolve_base(
     from core.base import import_base
     from core.model.build import load_config, model_shape
     from core.model.families import family_of
+    from core.pruning.adapt import settings_for, sizing_for
     from core.pruning.phases import phase_sizes
-    from core.pruning.sparsity import Sizing, smallest_params
+    from core.pruning.sparsity import smallest_params
 
     own: dict[str, dict[str, Any]] = {
         "model": {"base": base_model, "revision": revision},
@@ -62,13 +63,7 @@ def run_resolve_base(
     base_uri, commit = import_base(settings.model, settings.storage.store)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
-    dense, prune, family = model_shape(config), settings.prune, family_of(config)
-    if prune.attention_unit != "none" and not family.prunes_heads:
-        raise UnsupportedModelError(
-            f"prune.attention_unit={prune.attention_unit}: {family.model_type} normalises queries and keys "
-            "over all heads at once, so none can go without a change to the others. "
-            "Set prune.attention_unit=none."
-        )
+    dense, prune = model_shape(config), settings_for(settings.prune, family_of(config))
     base_params = dense.num_params()
     target_params = prune.target_params(base_params)
     if target_params >= base_params:
@@ -76,15 +71,7 @@ def run_resolve_base(
             f"prune.target={prune.target} is not below the {base_params:,} parameters of {base_model}. "
             "Lower it."
         )
-    smallest_params(
-        Sizing(
-            dense=dense,
-            current=dense,
-            attention_unit=prune.attention_unit,
-            width_multiple=prune.width_multiple,
-        ),
-        target_params,
-    )
+    smallest_params(sizing_for(prune, dense, dense), target_params)
     run = Run(
         store=settings.storage.store,
         key=Run.key_of(commit, settings),

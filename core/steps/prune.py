@@ -63,14 +63,16 @@ def run_score_layers(
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import layer_shapes, load_config
-        from core.pruning.adapt import plan_phase
+        from core.model.families import family_of
+        from core.pruning.adapt import plan_phase, settings_for
         from core.pruning.importance import Statistics
         from core.storage.store import file_sha256
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
             return _measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)
 
-        shapes = layer_shapes(load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"])))
+        config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
+        shapes = layer_shapes(config)
         before = read_published(this.phase_uri(phase - 1, "scored"), "plan.json") if phase > 1 else {}
         decided = plan_phase(
             Statistics.load(Path(statistics_path)),
@@ -78,7 +80,7 @@ def run_score_layers(
             current=this.dense.with_layers(shapes),
             sparsity=before.get("sparsity", (0.0,) * len(shapes)),
             target_params=this.phase_params[phase - 1],
-            settings=prune,
+            settings=settings_for(prune, family_of(config)),
             checkpoint=digest_of(checkpoint_uri),
             statistics_digest=file_sha256(Path(statistics_path)),
             remeasure=remeasure,
@@ -138,7 +140,7 @@ def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Ten
 
     name = "calibration.safetensors"
     pool = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
-    number = (phase - 1) * run.settings.prune.steps_per_phase + step
+    number = (phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
     sequences = run.settings.calibration.sequences
     return draw_calibration(pool, sequences=sequences, seed=run.settings.seed, step=number)
 
@@ -157,7 +159,6 @@ def _measure(
     from core.memory import available_bytes
     from core.model.build import dtype_of, pick_device
     from core.model.layerwise import exceeds_memory
-    from core.pruning.batching import fitting_micro_batch
     from core.pruning.calibration import measure
     from core.pruning.surgery import open_pruned
     from core.quantities import parse_bytes
@@ -180,10 +181,7 @@ def _measure(
     return measure(
         model,
         tokens,
-        micro_batch=settings.micro_batch
-        or fitting_micro_batch(
-            model.model.config, sequences=len(tokens), length=tokens.shape[1], device=device
-        ),
+        micro_batch=settings.micro_batch,
         similarity=run.settings.prune.similarity,
         criterion=run.settings.prune.criterion,
         seed=run.settings.seed,

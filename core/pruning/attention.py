@@ -1,0 +1,101 @@
+"""What attention loses, and when: as much as the MLP, or what is worth less than the MLP's channels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from core.config import AttentionUnit
+from core.model.shape import LayerShape, ModelShape
+from core.pruning.importance import LayerScores
+
+ATTENTION_FACTOR = 1.5
+"""How much more an attention group is worth than its score a parameter says (benchmarks/quality.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCut:
+    """What the attention of one layer loses, and when.
+
+    Attributes:
+        unit: A KV head with its query heads, or one query head of every KV head.
+        due: Sparsities of the layer at which the next units go, ascending; the last unit is not among them.
+    """
+
+    unit: Literal["kv_group", "query_head"] = "kv_group"
+    due: tuple[float, ...] = ()
+
+
+def attention_cuts(
+    unit: AttentionUnit, dense: ModelShape, current: ModelShape, scores: Sequence[LayerScores] | None = None
+) -> tuple[AttentionCut, ...]:
+    """Return what each layer's attention loses under a setting.
+
+    Args:
+        unit: The setting.
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        scores: Scores of each layer's groups; without them, ``auto`` stands for all that it could take.
+    """
+    if unit == "none":
+        return (AttentionCut(),) * len(dense.layers)
+    if unit == "auto":
+        return (
+            equal_cuts(dense, current, "kv_group")
+            if scores is None
+            else cuts_by_score(dense, current, scores)
+        )
+    return equal_cuts(dense, current, unit)
+
+
+def equal_cuts(
+    dense: ModelShape, current: ModelShape, unit: Literal["kv_group", "query_head"]
+) -> tuple[AttentionCut, ...]:
+    """Let attention lose the same share of its units as the MLP loses of its channels (section 3.1).
+
+    Args:
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        unit: What goes.
+    """
+
+    def units(layer: LayerShape) -> int:
+        return layer.heads_per_group if unit == "query_head" else layer.kv_heads
+
+    return tuple(
+        AttentionCut(
+            unit=unit,
+            due=tuple(gone / units(whole) for gone in range(units(whole) - units(now) + 1, units(whole))),
+        )
+        for whole, now in zip(dense.layers, current.layers, strict=True)
+    )
+
+
+def cuts_by_score(
+    dense: ModelShape, current: ModelShape, scores: Sequence[LayerScores]
+) -> tuple[AttentionCut, ...]:
+    """Let a KV group go when it is worth less a parameter than the MLP channels that would go instead.
+
+    A whole group is a large change, of which a first-order score sees too little: it counts
+    ``ATTENTION_FACTOR`` times.
+
+    Args:
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        scores: Scores of each layer's groups.
+
+    Returns:
+        For ``Sizing(by_budget=True)``.
+    """
+    cuts = []
+    channel = current.mlp_channel_params
+    for whole, now, layer in zip(dense.layers, current.layers, scores, strict=True):
+        group = current.kv_head_params + now.heads_per_group * current.query_head_params
+        lost = dense.prunable_params(whole) - dense.prunable_params(now)
+        channels = (layer.mlp_channels.double() / channel).sort().values
+        groups = layer.kv_groups.double().sort().values[:-1] * ATTENTION_FACTOR / group
+        cheaper = torch.searchsorted(channels, groups).clamp_max(now.mlp_width - 1).tolist()
+        budgets = [lost + count * channel + (gone + 1) * group for gone, count in enumerate(cheaper)]
+        cuts.append(AttentionCut(due=tuple(budget / dense.prunable_params(whole) for budget in budgets)))
+    return tuple(cuts)
