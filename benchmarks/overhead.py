@@ -69,7 +69,7 @@ import mlflow; lap("import mlflow")
 import datasets; lap("import datasets")
 import lm_eval.evaluator, lm_eval.models.huggingface; lap("import lm_eval")
 folder, scratch, uri = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-from core.config import TrackingSettings
+from core.placement import TrackingSettings
 from core.tracking.mlflow import open_tracker
 tracker = open_tracker(TrackingSettings(uri=uri), key="overhead", name="overhead")
 tracker.start({}, {}); lap("MLflow: open the parent run")

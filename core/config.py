@@ -6,14 +6,14 @@ A recipe is one YAML file with the sections below; ``core.recipe`` reads it.
 import dataclasses
 import hashlib
 import json
-import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.errors import SettingsError
-from core.quantities import is_share, parse_bytes, parse_count
+from core.errors import refuse
+from core.placement import ClusterSettings, StorageSettings, TrackingSettings
+from core.quantities import in_range, is_share, parse_bytes, parse_count
 
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
@@ -67,13 +67,14 @@ class PruneSettings:
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, where that is worth less a parameter
     than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
-    paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's sparsity. ``none``: nothing."""
+    paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
+    sparsity. ``none``: nothing."""
     width_multiple: int = 1
     """MLP widths are multiples of this."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _raise(self._problems())
+        refuse(self._problems())
 
     def _problems(self) -> Iterator[str]:
         try:
@@ -87,10 +88,10 @@ class PruneSettings:
                 yield f"target={self.target} must be positive. Ask for the number of parameters that stay."
         except ValueError:
             yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
-        yield from _in_range("phases", self.phases, 1, 1000)
-        yield from _in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
-        yield from _in_range("amplitude", self.amplitude, 0, 1)
-        yield from _in_range("width_multiple", self.width_multiple, 1, 4096)
+        yield from in_range("phases", self.phases, 1, 1000)
+        yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
+        yield from in_range("amplitude", self.amplitude, 0, 1)
+        yield from in_range("width_multiple", self.width_multiple, 1, 4096)
 
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
@@ -132,7 +133,7 @@ class TextSource:
             problems.append(f"weight={self.weight} must be positive. Leave the source out instead.")
         if self.format == "instruction" and not (self.prompt_fields and self.response_field):
             problems.append("format=instruction needs prompt_fields and response_field. Name the columns.")
-        _raise(problems)
+        refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +167,10 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        problems = [*_in_range("sequences", self.sequences, 1, 10**6)]
-        problems += _in_range("sequence_length", self.sequence_length, 2, 10**6)
-        problems += _in_range("micro_batch", self.micro_batch, 0, 10**6)
-        problems += _in_range("pool_documents", self.pool_documents, 1, 10**8)
+        problems = [*in_range("sequences", self.sequences, 1, 10**6)]
+        problems += in_range("sequence_length", self.sequence_length, 2, 10**6)
+        problems += in_range("micro_batch", self.micro_batch, 0, 10**6)
+        problems += in_range("pool_documents", self.pool_documents, 1, 10**8)
         if self.pool_documents < self.sequences:
             problems.append(
                 f"pool_documents={self.pool_documents} is below sequences={self.sequences}. Raise it."
@@ -181,7 +182,7 @@ class CalibrationSettings:
             problems.append(
                 f"state_memory={self.state_memory} is no size. Give one such as 16GB or 500MB, or auto."
             )
-        _raise(problems)
+        refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
-        _raise(self._problems())
+        refuse(self._problems())
 
     def _problems(self) -> Iterator[str]:
         try:
@@ -228,13 +229,13 @@ class TrainingSettings:
                 "Give the training tokens of all phases, or 0."
             )
             tokens = 0
-        yield from _in_range("sequence_length", self.sequence_length, 2, 10**6)
-        yield from _in_range("global_batch", self.global_batch, 1, 10**6)
-        yield from _in_range("micro_batch", self.micro_batch, 1, 10**6)
-        yield from _in_range("learning_rate", self.learning_rate, 0, 1)
-        yield from _in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
-        yield from _in_range("warmup_share", self.warmup_share, 0, 1)
-        yield from _in_range("decay_share", self.decay_share, 0, 1)
+        yield from in_range("sequence_length", self.sequence_length, 2, 10**6)
+        yield from in_range("global_batch", self.global_batch, 1, 10**6)
+        yield from in_range("micro_batch", self.micro_batch, 1, 10**6)
+        yield from in_range("learning_rate", self.learning_rate, 0, 1)
+        yield from in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
+        yield from in_range("warmup_share", self.warmup_share, 0, 1)
+        yield from in_range("decay_share", self.decay_share, 0, 1)
         if self.warmup_share + self.decay_share > 1:
             yield "warmup_share + decay_share exceed 1. Lower one of them."
         if self.micro_batch and self.global_batch % self.micro_batch:
@@ -282,75 +283,17 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         """Check ranges."""
         problems = [
-            *_in_range("limit", self.limit, 0, 10**9),
-            *_in_range("batch_size", self.batch_size, 1, 10**6),
+            *in_range("limit", self.limit, 0, 10**9),
+            *in_range("batch_size", self.batch_size, 1, 10**6),
         ]
-        problems += _in_range("perplexity_windows", self.perplexity_windows, 1, 10**6)
-        problems += _in_range("perplexity_length", self.perplexity_length, 2, 10**6)
+        problems += in_range("perplexity_windows", self.perplexity_windows, 1, 10**6)
+        problems += in_range("perplexity_length", self.perplexity_length, 2, 10**6)
         problems += [
             f"task_data.{task} names no task of evaluation.tasks. Add it there or leave it out."
             for task in self.task_data
             if task not in self.tasks
         ]
-        _raise(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorageSettings:
-    """Where checkpoints, statistics and plans go."""
-
-    store: str = "output/store"
-    """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
-    keep: str = "last"
-    """Which checkpoints stay when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the
-    last) or a number k (every k-th phase, and the last). Statistics, plans and manifests always stay."""
-
-    def __post_init__(self) -> None:
-        """Check values."""
-        problems = []
-        if not self.store:
-            problems.append("store is empty. Name a folder or s3://bucket/prefix.")
-        if self.keep not in ("all", "last", "best") and not re.fullmatch("[1-9][0-9]*", self.keep):
-            problems.append(
-                f"keep={self.keep} must be all, last, best or a number k (every k-th phase). Choose one."
-            )
-        _raise(problems)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingSettings:
-    """Where the numbers go."""
-
-    uri: str = ""
-    """MLflow tracking URI; empty takes MLFLOW_TRACKING_URI, and without that nothing is tracked."""
-    experiment: str = "adapt-pruner"
-    """MLflow experiment."""
-    model_name: str = ""
-    """Name in MLflow's model registry for the result; empty registers nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
-    """How tasks run in pods; ignored by local runs."""
-
-    image: str = "docker.io/library/adapt-pruner-python:0.1.0"
-    """The container image of all tasks, digest-pinned in production."""
-    gpu_type: str = "nvidia.com/gpu"
-    """Resource name of an accelerator."""
-    gpus: int = 1
-    """Accelerators of each GPU task (calibrate, recover-train, evaluate)."""
-    cpu: str = "4"
-    """CPU request of each task."""
-    memory: str = "32Gi"
-    """Memory request and limit of each task."""
-    secret: str = "adapt-pruner"
-    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, HF_TOKEN."""
-    config_map: str = "adapt-pruner"
-    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_REGION and MLFLOW_TRACKING_URI."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _raise(_in_range("gpus", self.gpus, 0, 64))
+        refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +323,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what must be set in every run."""
-        problems = [*_in_range("seed", self.seed, 0, 2**31 - 1)]
+        problems = [*in_range("seed", self.seed, 0, 2**31 - 1)]
         if not self.model.base:
             problems.append("model.base is empty. Name the model to prune.")
         if self.calibration.source is None:
@@ -391,7 +334,7 @@ class Settings:
                 f"steps for prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the "
                 "batch."
             )
-        _raise(problems)
+        refuse(problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, as a recipe holds them."""
@@ -410,14 +353,3 @@ class Settings:
         for name in ("weights", "state_memory"):
             del kept["calibration"][name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _raise(problems: Iterable[str]) -> None:
-    found = list(problems)
-    if found:
-        raise SettingsError(found)
-
-
-def _in_range(name: str, value: float, low: float, high: float) -> Iterator[str]:
-    if not low <= value <= high:
-        yield f"{name}={value} must lie between {low:,} and {high:,}. Change it."

@@ -20,6 +20,13 @@ class SettingsError(AdaptPrunerError):
         super().__init__("\n".join(self.problems))
 
 
+def refuse(problems: Iterable[str]) -> None:
+    """Raise a ``SettingsError`` of all problems, if there are any."""
+    found = list(problems)
+    if found:
+        raise SettingsError(found)
+
+
 class TargetError(AdaptPrunerError):
     """The size that was asked for cannot be reached by removing groups."""
 

@@ -1,6 +1,7 @@
 """Counts, shares and sizes as people write them: ``3.87B`` tokens, ``80%`` of the parameters, ``16GB``."""
 
 import re
+from collections.abc import Iterator
 
 _NUMBER = r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*"
 _LARGEST = 10**18
@@ -43,6 +44,12 @@ def parse_bytes(value: int | float | str) -> int:
 def is_share(value: str) -> bool:
     """Tell whether ``value`` reads like ``80%``."""
     return re.fullmatch(r"\s*[0-9.]+\s*%\s*", value) is not None
+
+
+def in_range(name: str, value: float, low: float, high: float) -> Iterator[str]:
+    """Yield what is wrong with a setting that must lie in [low, high], if anything is."""
+    if not low <= value <= high:
+        yield f"{name}={value} must lie between {low:,} and {high:,}. Change it."
 
 
 def _number(digits: str) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from kfp import dsl, kubernetes
 
-from core.config import ClusterSettings
 from core.errors import SettingsError
+from core.placement import ClusterSettings
 
 RETRIES = 2
 """Attempts after the first: a task that is tried again goes on from what it has saved."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from core.config import TrackingSettings
 from core.errors import TrackingError
+from core.placement import TrackingSettings
 from core.tracking.mlflow import open_tracker
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def test_registering_makes_a_candidate_that_points_at_the_checkpoint(uri, tracke
 PROCESS = """
 import sys, time
 from pathlib import Path
-from core.config import TrackingSettings
+from core.placement import TrackingSettings
 from core.tracking.mlflow import open_tracker
 name = sys.argv[1]
 settings = TrackingSettings(uri="sqlite:///new/folder/mlflow.db", experiment="two")
@@ -269,7 +269,7 @@ def test_without_a_uri_everything_works_and_mlflow_is_not_imported(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from core.config import TrackingSettings
+from core.placement import TrackingSettings
 from core.tracking.mlflow import open_tracker
 tracker = open_tracker(TrackingSettings(), key="k", name="n")
 tracker.start({"a": 1}, {})

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import TrackingSettings
 from core.errors import TrackingError
+from core.placement import TrackingSettings
 from core.tracking.client import (
     absolute_uri,
     connect,
