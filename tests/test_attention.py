@@ -8,7 +8,7 @@ from core.config import PruneSettings
 from core.model.families import FAMILIES
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.adapt import settings_for, sizing_for
-from core.pruning.attention import ATTENTION_FACTOR, attention_cuts
+from core.pruning.attention import attention_cuts
 from core.pruning.importance import LayerScores
 from core.pruning.sparsity import sizes_at
 
@@ -35,7 +35,7 @@ def scores(seed, layer, attention=1.0):
 def cheapest_first(layer_scores, layer, budget):
     """Groups of one kind go in order of score; of both kinds the one worth less a parameter goes first."""
     channels = sorted(v / 24 for v in layer_scores.mlp_channels.tolist())
-    groups = sorted(ATTENTION_FACTOR * v / GROUP for v in layer_scores.kv_groups.tolist())[:-1]
+    groups = sorted(v / GROUP for v in layer_scores.kv_groups.tolist())[:-1]
     kv_heads, width = layer.kv_heads, layer.mlp_width
     while True:
         group_is_next = groups and (not channels or groups[0] <= channels[0])

@@ -145,3 +145,32 @@ def test_criteria_without_weight_gradients_ask_for_none(criterion):
         )
     measure(model, TOKENS, micro_batch=3, criterion=criterion)
     assert asked == []
+
+
+@pytest.mark.parametrize("criterion", MEASURED)
+def test_fused_projections_score_like_separate_ones(criterion):
+    fused, separate = tiny("phi3", UNEQUAL), tiny("llama", UNEQUAL)
+    fused.config.sliding_window = None
+    for module in fused.modules():  # the families' other defaults
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = separate.config.rms_norm_eps
+        if hasattr(module, "qkv_proj"):
+            module.config.sliding_window = None
+    state = {}
+    for name, tensor in fused.state_dict().items():
+        index = int(name.split(".")[2]) if ".layers." in name else 0
+        heads, kv_heads = UNEQUAL[index].query_heads * 10, UNEQUAL[index].kv_heads * 10
+        if "qkv_proj" in name:
+            for part, rows in zip("qkv", tensor.split([heads, kv_heads, kv_heads]), strict=True):
+                state[name.replace("qkv", part)] = rows
+        elif "gate_up_proj" in name:
+            state[name.replace("gate_up", "gate")], state[name.replace("gate_up", "up")] = tensor.chunk(2)
+        else:
+            state[name] = tensor
+    separate.load_state_dict(state)
+    expected = measure(separate, TOKENS, micro_batch=MICRO_BATCH, criterion=criterion)
+    found = measure(fused, TOKENS, micro_batch=MICRO_BATCH, criterion=criterion)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-9)
+    for a, b in zip(found.scores, expected.scores, strict=True):
+        for kind in ("query_heads", "kv_groups", "mlp_channels"):
+            torch.testing.assert_close(getattr(a, kind), getattr(b, kind), rtol=1e-8, atol=1e-12)

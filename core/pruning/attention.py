@@ -10,9 +10,6 @@ from core.config import AttentionUnit
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.importance import LayerScores
 
-ATTENTION_FACTOR = 1.5
-"""How much more an attention group is worth than its score a parameter says (benchmarks/quality.py)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCut:
@@ -77,9 +74,6 @@ def cuts_by_score(
 ) -> tuple[AttentionCut, ...]:
     """Let a KV group go when it is worth less a parameter than the MLP channels that would go instead.
 
-    A whole group is a large change, of which a first-order score sees too little: it counts
-    ``ATTENTION_FACTOR`` times.
-
     Args:
         dense: Sizes at the start of the run.
         current: Sizes now.
@@ -94,7 +88,7 @@ def cuts_by_score(
         group = current.kv_head_params + now.heads_per_group * current.query_head_params
         lost = dense.prunable_params(whole) - dense.prunable_params(now)
         channels = (layer.mlp_channels.double() / channel).sort().values
-        groups = layer.kv_groups.double().sort().values[:-1] * ATTENTION_FACTOR / group
+        groups = layer.kv_groups.double().sort().values[:-1] / group
         cheaper = torch.searchsorted(channels, groups).clamp_max(now.mlp_width - 1).tolist()
         budgets = [lost + count * channel + (gone + 1) * group for gone, count in enumerate(cheaper)]
         cuts.append(AttentionCut(due=tuple(budget / dense.prunable_params(whole) for budget in budgets)))

@@ -128,7 +128,7 @@ class LayerScoring:
         self.weights = {key: parameters[key] for key in family.slicings if key in parameters}
         """The layer's weights and biases that belong to groups."""
         self._family, self._shape, self._layer, self._seed = family, shape, layer, seed
-        self._sums: dict[tuple[str, Kind], Tensor] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}
         self._tokens = 0
 
     @contextlib.contextmanager
@@ -168,9 +168,9 @@ class LayerScoring:
         of_weights = self.criterion.observed == "weight_gradients"
         for name, tensors in observations.items():
             axis = self._family.slicings[name].axis if of_weights else -1
-            for kind, blocks in self._blocks(name, axis, *tensors):
+            for number, (_, blocks) in enumerate(self._blocks(name, axis, *tensors)):
                 value = self.criterion.add(*blocks)
-                key = name, kind
+                key = name, number  # a fused projection has several blocks of one kind
                 self._sums[key] = self._sums[key].add_(value) if key in self._sums else value
 
     def scores(self) -> LayerScores:
@@ -182,9 +182,10 @@ class LayerScoring:
             torch.default_generator.manual_seed(self._seed)
             for name in sorted(names):
                 weight = self.weights[name].detach()
-                for kind, (block,) in self._blocks(name, self._family.slicings[name].axis, weight):
+                blocks = self._blocks(name, self._family.slicings[name].axis, weight)
+                for number, (kind, (block,)) in enumerate(blocks):
                     score = self.criterion.score(
-                        block, self._sums.get((name, kind), torch.empty(0)), self._tokens
+                        block, self._sums.get((name, number), torch.empty(0)), self._tokens
                     ).to("cpu", torch.promote_types(weight.dtype, torch.float32))
                     totals[kind] = totals[kind] + score if kind in totals else score
         finish = self.criterion.finish
