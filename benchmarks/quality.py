@@ -11,6 +11,7 @@ hour on a laptop.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 
 from core.base import import_base
 from core.config import EvaluationSettings, ModelSettings, PruneSettings, TextSource
+from core.errors import TargetError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
@@ -184,16 +186,18 @@ def one_step(study: Study, seed: int) -> None:
     statistics, dense = study.statistics(study.base, seed, 0), model_shape(study.base.config)
     for scheme, settings in variants(("auto", "none", "kv_group", "query_head"), "one step"):
         for removed in REMOVED:
-            step = plan_step(
-                statistics,
-                dense=dense,
-                current=dense,
-                sparsity=(0.0,) * len(dense.layers),
-                target_params=round(dense.num_params() * (1 - removed)),
-                steps_left=1,
-                settings=settings,
-            )
-            study.record(scheme, removed, prune_model(study.base, step.layers))
+            target_params = round(dense.num_params() * (1 - removed))
+            with contextlib.suppress(TargetError):  # MLPs alone do not hold 60 % of the parameters
+                step = plan_step(
+                    statistics,
+                    dense=dense,
+                    current=dense,
+                    sparsity=(0.0,) * len(dense.layers),
+                    target_params=target_params,
+                    steps_left=1,
+                    settings=settings,
+                )
+                study.record(scheme, removed, prune_model(study.base, step.layers))
 
 
 def several_steps(study: Study, seed: int) -> Iterator[tuple[PreTrainedModel, Scheme, float]]:

@@ -16,11 +16,12 @@ class AttentionCut:
     """What the attention of one layer loses, and when.
 
     Attributes:
-        unit: A KV head with its query heads, or one query head of every KV head.
+        unit: A KV head with its query heads, or one query head of every KV head; None where attention is none
+            of what is pruned.
         due: Sparsities of the layer at which the next units go, ascending; the last unit is not among them.
     """
 
-    unit: Literal["kv_group", "query_head"] = "kv_group"
+    unit: Literal["kv_group", "query_head"] | None = "kv_group"
     due: tuple[float, ...] = ()
 
 
@@ -36,7 +37,7 @@ def attention_cuts(
         scores: Scores of each layer's groups; without them, ``auto`` stands for all that it could take.
     """
     if unit == "none":
-        return (AttentionCut(),) * len(dense.layers)
+        return (AttentionCut(unit=None),) * len(dense.layers)
     if unit == "auto":
         return (
             equal_cuts(dense, current, "kv_group")

@@ -117,7 +117,7 @@ class Sizing:
         total = 0
         for layer, cut in zip(self.dense.layers, self.cuts, strict=True):
             total += self.dense.prunable_params(layer)
-            if not (cut.due or self.by_budget):
+            if cut.unit is None:
                 total -= self.dense.attention_params(layer)
         return total
 
@@ -145,8 +145,8 @@ def smallest_params(sizing: Sizing, target_params: int) -> int:
     )
     params = sizing.current.with_layers(least).num_params()
     if params > target_params + sizing.width_multiple * sizing.current.mlp_channel_params / 2:
-        cut = any(unit.due for unit in sizing.cuts)
-        attention = "one attention unit left" if cut else "attention whole"
+        whole = sizing.cuts[0].unit is None
+        attention = "attention whole" if whole else "one attention unit left"
         raise TargetError(
             f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width "
             f"of {sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
