@@ -71,6 +71,8 @@ class PruneSettings:
     sparsity. ``none``: nothing."""
     width_multiple: int = 1
     """MLP widths are multiples of this."""
+    allow_skip: bool = False
+    """Whether a whole attention or MLP may vanish from a layer. Refused: no library loads such a layer."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -92,6 +94,11 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
+        if self.allow_skip:
+            yield (
+                "allow_skip=true: transformers stores which parts of a layer are skipped, but builds no such "
+                "model, so nobody could load the result. Leave it false: one group of each kind stays."
+            )
 
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
