@@ -387,6 +387,7 @@ def test_where_a_run_is_kept_and_shown_does_not_change_its_digest():
         "tracking": TrackingSettings(uri="http://mlflow", experiment="e", model_name="m"),
         "cluster": ClusterSettings(gpus=8, memory="1Ti"),
         "model": dataclasses.replace(settings.model, base="copy/of/m", revision="v2"),
+        "calibration": dataclasses.replace(settings.calibration, weights="streamed", state_memory="1GB"),
     }
     for name, value in same.items():
         assert dataclasses.replace(settings, **{name: value}).digest() == settings.digest(), name
@@ -413,6 +414,7 @@ def test_whatever_can_change_the_result_changes_the_digest():
         "amplitude": 0.02,
         "similarity": "euclidean",
         "attention_unit": "none",
+        "criterion": "random",
         "width_multiple": 8,
         "sequences": 8,
         "sequence_length": 96,

@@ -89,8 +89,16 @@ def run_score_layers(
         work.child.log_series("importance", list(enumerate(decided.importance)))
         work.child.log_series("sparsity", list(enumerate(decided.sparsity)))
         report = {"params": decided.params_after, "target_params": decided.target_params}
-        work.child.log_metrics(report)
-        log.info("%s of %s parameters stay", f"{decided.params_after:,}", f"{decided.params_before:,}")
+        left, whole = (
+            sum(map(this.dense.attention_params, layers)) for layers in (decided.after, this.dense.layers)
+        )
+        work.child.log_metrics({**report, "attention_removed": 1 - left / whole})
+        log.info(
+            "%s of %s parameters stay, and %.1f %% of the dense model's attention",
+            f"{decided.params_after:,}",
+            f"{decided.params_before:,}",
+            100 * left / whole,
+        )
         return report
 
     uri = this.phase_uri(phase, "scored")
