@@ -4,10 +4,10 @@ Prunes the demo's model to 80, 60 and 40 % of its parameters in every combinatio
 measures perplexity on text that nothing was calibrated on, and zero-shot accuracy for the default settings.
 Two rows stand for the authors' published scheme: KV groups at the MLP's sparsity, in steps of 2 %, up to the
 first count below the target, with A = 0.02 (the reference) and with A = 0 (the uniform reference). Takes an
-hour on a laptop.
+hour on a laptop; with --results what was measured is kept in a file, and a run that was stopped goes on.
 
     python benchmarks/quality.py --calibrate-on corpus.jsonl --measure-on wikitext2.txt
-    python benchmarks/quality.py --seeds 1 --windows 8
+    python benchmarks/quality.py --seeds 1 --windows 8 --results quality.jsonl
 """
 
 import argparse
@@ -66,17 +66,25 @@ class Scheme:
     amplitude: float
 
 
+DENSE = Scheme("dense", "", "", 0.0)
+REFERENCE = Scheme("reference", "kv_group", "steps of 2 %", 0.02)
+UNIFORM_REFERENCE = Scheme("uniform reference", "kv_group", "steps of 2 %", 0.0)
+
+
 @dataclass
 class Study:
     """What all rows share, and what was measured."""
 
     base: PreTrainedModel
+    tokenizer: object
     pool: Tensor
     windows: Tensor
     sequences: int
+    items: int
     console: Console
-    results: dict[tuple[Scheme, float], list[tuple[float, float, float]]]
-    """Scheme and share removed to (parameters left, attention removed, perplexity), one a seed."""
+    file: Path | None
+    rows: list[dict[str, object]]
+    """What was measured: scheme, share removed, seed, parameters left, perplexity and so on."""
 
     def statistics(self, model: PreTrainedModel, seed: int, step: int) -> Statistics:
         """Measure a model on the draw of a step."""
@@ -87,15 +95,33 @@ class Study:
         """Measure a model on the text that is not calibrated on."""
         return perplexity(model, self.windows, batch_size=4, device=model.device)
 
-    def record(self, scheme: Scheme, removed: float, model: PreTrainedModel) -> None:
-        """Measure a pruned model for a row."""
+    def is_done(self, scheme: Scheme, removed: float, seed: int) -> bool:
+        """Return whether a row was measured before."""
+        key = {**dataclasses.asdict(scheme), "removed": removed, "seed": seed}
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def record(
+        self, scheme: Scheme, removed: float, seed: int, model: PreTrainedModel, *, accuracy: bool = False
+    ) -> None:
+        """Measure a model for a row."""
         dense, shape = model_shape(self.base.config), model_shape(model.config)
-        attention = attention_params(shape) / attention_params(dense)
-        found = (shape.num_params() / dense.num_params(), 1 - attention, self.perplexity(model))
-        self.results[scheme, removed].append(found)
+        row = {
+            **dataclasses.asdict(scheme),
+            "removed": removed,
+            "seed": seed,
+            "left": shape.num_params() / dense.num_params(),
+            "attention_removed": 1 - attention_params(shape) / attention_params(dense),
+            "perplexity": self.perplexity(model),
+            "accuracy": zero_shot(model, self.tokenizer, self.items) if accuracy and self.items else None,
+        }
+        self.rows.append(row)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         self.console.print(
-            f"{scheme.name}, {scheme.unit}, {scheme.steps}, -{removed:.0%}: {found[0]:.1%} left, "
-            f"{found[1]:.1%} of attention gone, perplexity {found[2]:.1f}"
+            f"seed {seed}: {scheme.name}, {scheme.unit}, {scheme.steps}, -{removed:.0%}: "
+            f"{row['left']:.1%} left, {row['attention_removed']:.1%} of attention gone, "
+            f"perplexity {row['perplexity']:,.1f}"
         )
 
 
@@ -109,6 +135,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
     parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens (default: 24)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the calibration draws (default: 3)")
+    parser.add_argument("--results", type=Path, help="file of measured rows; those in it are not run again")
     parser.add_argument("--items", type=int, default=100, help="items of each benchmark; 0 for none")
     arguments = parser.parse_args()
     console = Console(highlight=False, width=120)
@@ -118,28 +145,35 @@ def main() -> None:
         if arguments.model is None:
             directory = Path(import_base(ModelSettings(base=DEMO_MODEL), str(Path(folder) / "store"))[0])
         tokenizer = load_tokenizer(directory)
+        known = (
+            arguments.results.read_text().splitlines()
+            if arguments.results and arguments.results.exists()
+            else []
+        )
         study = Study(
             base=load_model(directory, dtype=torch.bfloat16, device=pick_device()),
+            tokenizer=tokenizer,
             pool=calibration_pool(arguments, tokenizer, Path(folder)),
             windows=held_out_windows(arguments, tokenizer, Path(folder)),
             sequences=arguments.sequences,
+            items=arguments.items,
             console=console,
-            results=defaultdict(list),
+            file=arguments.results,
+            rows=[json.loads(line) for line in known],
         )
-        dense = study.perplexity(study.base)
-        console.print(f"dense: perplexity {dense:.2f}")
-        accuracy = {}
-        for seed in range(arguments.seeds):
-            one_step(study, seed)
-            for model, scheme, removed in several_steps(study, seed):
-                if seed == 0 and arguments.items and scheme.unit == DEFAULT.attention_unit:
-                    accuracy[scheme, removed] = zero_shot(model, tokenizer, arguments.items)
+        if not study.is_done(DENSE, 0.0, 0):
+            study.record(DENSE, 0.0, 0, study.base, accuracy=True)
+        seeds = range(arguments.seeds)
+        for seed in seeds:
             references(study, seed)
-        if arguments.items:
-            accuracy[None, 0.0] = zero_shot(study.base, tokenizer, arguments.items)
-    show(console, study, dense, accuracy)
-    console.print(f"{arguments.seeds} seeds took {time.monotonic() - started:,.0f} s")
-    print(json.dumps(figures(study, dense, accuracy, arguments)))
+        for scheme, settings in variants(("auto", "kv_group", "query_head"), "several steps"):
+            for seed in seeds:
+                several_steps(study, scheme, settings, seed)
+        for seed in seeds:
+            one_step(study, seed)
+    show(console, study)
+    console.print(f"{time.monotonic() - started:,.0f} s")
+    print(json.dumps(figures(study, arguments)))
 
 
 def source(text: str) -> TextSource:
@@ -175,7 +209,7 @@ def held_out_windows(arguments: argparse.Namespace, tokenizer: object, folder: P
 
 def variants(units: Sequence[str], steps: str) -> Iterator[tuple[Scheme, PruneSettings]]:
     """Yield the rows that differ in layer sparsity and attention unit."""
-    for name, amplitude in (("uniform", 0.0), ("adaptive", DEFAULT.amplitude)):
+    for name, amplitude in (("adaptive", DEFAULT.amplitude), ("uniform", 0.0)):
         for unit in units:
             settings = dataclasses.replace(DEFAULT, amplitude=amplitude, attention_unit=unit)
             yield Scheme(name, unit, steps, amplitude), settings
@@ -183,63 +217,70 @@ def variants(units: Sequence[str], steps: str) -> Iterator[tuple[Scheme, PruneSe
 
 def one_step(study: Study, seed: int) -> None:
     """Prune to each size at once; one measurement serves all rows."""
-    statistics, dense = study.statistics(study.base, seed, 0), model_shape(study.base.config)
-    for scheme, settings in variants(("auto", "none", "kv_group", "query_head"), "one step"):
-        for removed in REMOVED:
-            target_params = round(dense.num_params() * (1 - removed))
-            with contextlib.suppress(TargetError):  # MLPs alone do not hold 60 % of the parameters
-                step = plan_step(
-                    statistics,
-                    dense=dense,
-                    current=dense,
-                    sparsity=(0.0,) * len(dense.layers),
-                    target_params=target_params,
-                    steps_left=1,
-                    settings=settings,
-                )
-                study.record(scheme, removed, prune_model(study.base, step.layers))
+    todo = [
+        (scheme, settings, removed)
+        for scheme, settings in variants(("auto", "none", "kv_group", "query_head"), "one step")
+        for removed in REMOVED
+        if not study.is_done(scheme, removed, seed)
+    ]
+    statistics, dense = (
+        study.statistics(study.base, seed, 0) if todo else None,
+        model_shape(study.base.config),
+    )
+    for scheme, settings, removed in todo:
+        with contextlib.suppress(TargetError):  # MLPs alone do not hold 60 % of the parameters
+            step = plan_step(
+                statistics,
+                dense=dense,
+                current=dense,
+                sparsity=(0.0,) * len(dense.layers),
+                target_params=round(dense.num_params() * (1 - removed)),
+                steps_left=1,
+                settings=settings,
+            )
+            study.record(scheme, removed, seed, prune_model(study.base, step.layers))
 
 
-def several_steps(study: Study, seed: int) -> Iterator[tuple[PreTrainedModel, Scheme, float]]:
+def several_steps(study: Study, scheme: Scheme, settings: PruneSettings, seed: int) -> None:
     """Prune by a twentieth of the dense model at a time; each size lies on the way to the next."""
     dense = model_shape(study.base.config)
-    count = round(max(REMOVED) / MAX_STEP_SHARE)
-    for scheme, settings in variants(("auto", "kv_group", "query_head"), "several steps"):
-        if scheme.name == "uniform" and scheme.unit != DEFAULT.attention_unit:
-            continue
-        model, current, sparsity = study.base, dense, (0.0,) * len(dense.layers)
-        for number in range(count):
-            removed = (number + 1) * MAX_STEP_SHARE
+    model, current, sparsity, number = study.base, dense, (0.0,) * len(dense.layers), 0
+    for wanted in REMOVED:
+        if all(study.is_done(scheme, removed, seed) for removed in REMOVED if removed >= wanted):
+            break
+        while number < round(wanted / MAX_STEP_SHARE):
             step = plan_step(
                 study.statistics(model, seed, number),
                 dense=dense,
                 current=current,
                 sparsity=sparsity,
-                target_params=round(dense.num_params() * (1 - removed)),
+                target_params=round(dense.num_params() * (1 - (number + 1) * MAX_STEP_SHARE)),
                 steps_left=1,
                 settings=settings,
             )
             model, current, sparsity = prune_model(model, step.layers), step.shape, step.sparsity
-            for wanted in REMOVED:
-                if abs(removed - wanted) < 1e-9:
-                    study.record(scheme, wanted, model)
-                    yield model, scheme, wanted
+            number += 1
+        if not study.is_done(scheme, wanted, seed):
+            default = scheme.unit == DEFAULT.attention_unit
+            study.record(scheme, wanted, seed, model, accuracy=default and seed == 0)
 
 
 def references(study: Study, seed: int) -> None:
     """Prune as the authors' code does: no target, the first count that is below 80 % of the parameters."""
     dense = model_shape(study.base.config)
-    for name, amplitude in (("reference", 0.02), ("uniform reference", 0.0)):
-        settings = dataclasses.replace(DEFAULT, attention_unit="kv_group", amplitude=amplitude)
+    for scheme in (REFERENCE, UNIFORM_REFERENCE):
+        if study.is_done(scheme, REMOVED[0], seed):
+            continue
+        settings = dataclasses.replace(DEFAULT, attention_unit="kv_group", amplitude=scheme.amplitude)
         model, current, sparsity, number = study.base, dense, (0.0,) * len(dense.layers), 0
         while current.num_params() > (1 - REMOVED[0]) * dense.num_params():
             statistics = study.statistics(model, seed, number)
             importance = normalise_importance([-s for s in statistics.similarities.tolist()])
-            sparsity = next_sparsity(sparsity, importance, step=0.02, amplitude=amplitude)
+            sparsity = next_sparsity(sparsity, importance, step=0.02, amplitude=scheme.amplitude)
             sizes = sizes_at(sizing_for(settings, dense, current), sparsity)
             plans = tuple(map(select_groups, statistics.scores, current.layers, sizes))
             model, current, number = prune_model(model, plans), current.with_layers(sizes), number + 1
-        study.record(Scheme(name, "kv_group", "steps of 2 %", amplitude), REMOVED[0], model)
+        study.record(scheme, REMOVED[0], seed, model)
 
 
 def attention_params(shape: ModelShape) -> int:
@@ -254,69 +295,74 @@ def zero_shot(model: PreTrainedModel, tokenizer: object, items: int) -> float:
     return fmean(metrics["acc"] for metrics in found.values())
 
 
-def show(
-    console: Console, study: Study, dense: float, accuracy: dict[tuple[Scheme | None, float], float]
-) -> None:
+def grouped(study: Study, removed: float) -> list[tuple[Scheme, list[dict[str, object]]]]:
+    """Return the rows of a size by scheme, lowest perplexity first."""
+    groups: dict[Scheme, list[dict[str, object]]] = defaultdict(list)
+    for row in study.rows:
+        if row["removed"] == removed:
+            groups[Scheme(**{field.name: row[field.name] for field in dataclasses.fields(Scheme)})].append(
+                row
+            )
+    return sorted(groups.items(), key=lambda group: mean(group[1], "perplexity"))
+
+
+def mean(rows: Sequence[dict[str, object]], name: str) -> float:
+    """Return the mean of a figure over seeds."""
+    return fmean(float(str(row[name])) for row in rows)
+
+
+def show(console: Console, study: Study) -> None:
     """Print one table a size."""
+    (dense,) = grouped(study, 0.0)[0][1]
+    accuracy = "" if dense["accuracy"] is None else f", accuracy {dense['accuracy']:.3f}"
     for removed in REMOVED:
-        title = f"{removed:.0%} removed (dense: perplexity {dense:.1f}"
-        title += f", accuracy {accuracy[None, 0.0]:.3f})" if accuracy else ")"
+        title = f"{removed:.0%} removed (dense: perplexity {dense['perplexity']:.1f}{accuracy})"
         table = Table("layers", "attention unit", "steps", title=title, title_justify="left")
-        for header in ("parameters left", "attention removed", "perplexity", "± seeds", "accuracy"):
+        for header in ("parameters left", "attention removed", "perplexity", "± seeds", "seeds", "accuracy"):
             table.add_column(header, justify="right")
-        rows = [(s, found) for (s, share), found in study.results.items() if share == removed]
-        for scheme, found in sorted(rows, key=lambda row: fmean(p for *_, p in row[1])):
-            left, attention, values = zip(*found, strict=True)
-            spread = stdev(values) if len(values) > 1 else 0.0
-            hits = accuracy.get((scheme, removed))
+        for scheme, rows in grouped(study, removed):
+            values = [float(str(row["perplexity"])) for row in rows]
+            hits = [row["accuracy"] for row in rows if row["accuracy"] is not None]
             table.add_row(
                 scheme.name,
                 scheme.unit,
                 scheme.steps,
-                f"{fmean(left):.1%}",
-                f"{fmean(attention):.1%}",
+                f"{mean(rows, 'left'):.1%}",
+                f"{mean(rows, 'attention_removed'):.1%}",
                 f"{fmean(values):,.1f}",
-                f"{spread:,.1f}",
-                "" if hits is None else f"{hits:.3f}",
+                f"{stdev(values):,.1f}" if len(values) > 1 else "",
+                str(len(rows)),
+                f"{hits[0]:.3f}" if hits else "",
             )
         console.print(table)
 
 
-def figures(
-    study: Study,
-    dense: float,
-    accuracy: dict[tuple[Scheme | None, float], float],
-    arguments: argparse.Namespace,
-) -> dict[str, object]:
-    """Return what the last line says."""
+def figures(study: Study, arguments: argparse.Namespace) -> dict[str, object]:
+    """Return what the last line says: means over seeds."""
+    found = {(scheme, share): rows for share in (0.0, *REMOVED) for scheme, rows in grouped(study, share)}
 
-    def mean(*row: object) -> float:
-        found = {(s.name, s.unit, s.steps, removed): v for (s, removed), v in study.results.items()}
-        return fmean(p for *_, p in found[row])
+    def perplexity_of(scheme: Scheme, removed: float) -> float:
+        return round(mean(found[scheme, removed], "perplexity"), 2)
 
-    default = (DEFAULT.attention_unit, "several steps")
-    adaptive = {removed: mean("adaptive", *default, removed) for removed in REMOVED}
-    reference = mean("reference", "kv_group", "steps of 2 %", REMOVED[0])
-    uniform = mean("uniform reference", "kv_group", "steps of 2 %", REMOVED[0])
-    at_20 = {s: fmean(p for *_, p in found) for (s, r), found in study.results.items() if r == REMOVED[0]}
-    best = min(at_20, key=lambda scheme: at_20[scheme])
+    default = Scheme("adaptive", DEFAULT.attention_unit, "several steps", DEFAULT.amplitude)
+    dense, reference = perplexity_of(DENSE, 0.0), perplexity_of(REFERENCE, REMOVED[0])
     return {
         "benchmark": "quality",
         "seeds": arguments.seeds,
         "calibration_tokens": arguments.sequences * arguments.length,
-        "dense_ppl": round(dense, 2),
-        "adaptive_ppl_20": round(adaptive[0.20], 2),
-        "adaptive_ppl_40": round(adaptive[0.40], 2),
-        "adaptive_ppl_60": round(adaptive[0.60], 2),
-        "uniform_ppl_20": round(uniform, 2),
-        "uniform_default_ppl_20": round(mean("uniform", *default, 0.20), 2),
-        "reference_ppl_20": round(reference, 2),
-        "adaptive_rise_20": round(adaptive[0.20] - dense, 2),
+        "dense_ppl": dense,
+        "adaptive_ppl_20": perplexity_of(default, 0.20),
+        "adaptive_ppl_40": perplexity_of(default, 0.40),
+        "adaptive_ppl_60": perplexity_of(default, 0.60),
+        "uniform_ppl_20": perplexity_of(UNIFORM_REFERENCE, 0.20),
+        "reference_ppl_20": reference,
+        "adaptive_rise_20": round(perplexity_of(default, 0.20) - dense, 2),
         "reference_rise_20": round(reference - dense, 2),
-        "default_wins_20": (best.name, best.unit, best.steps) == ("adaptive", *default),
+        "best": {f"{removed:.0%}": dataclasses.asdict(grouped(study, removed)[0][0]) for removed in REMOVED},
         "accuracy": {
-            f"{'dense' if scheme is None else scheme.name} {removed:.0%}": round(value, 3)
-            for (scheme, removed), value in accuracy.items()
+            f"{scheme.name} {removed:.0%}": round(float(str(rows[0]["accuracy"])), 3)
+            for (scheme, removed), rows in found.items()
+            if rows[0]["accuracy"] is not None
         },
     }
 

@@ -415,6 +415,7 @@ def test_whatever_can_change_the_result_changes_the_digest():
         "similarity": "euclidean",
         "attention_unit": "none",
         "criterion": "random",
+        "packing": True,
         "width_multiple": 8,
         "sequences": 8,
         "sequence_length": 96,
