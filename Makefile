@@ -20,8 +20,9 @@ PIP_FLAGS ?=
 # The versions that were tested together, here and in the image; empty takes the newest that pyproject.toml allows.
 LOCK ?= docker/requirements.lock
 
-# Options for pytest, such as -k NAME.
+# Options for pytest, such as -k NAME; and how many processes run the quick tests, one thread each.
 PYTEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 
 .PHONY: install demo test test-slow lint lock clean
 
@@ -31,7 +32,7 @@ demo: $(INSTALLED)
 	$(BIN)/adapt-pruner run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)
