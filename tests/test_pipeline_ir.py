@@ -1,7 +1,6 @@
 """The compiled pipeline, checked without a cluster: strict parsing, edges, executors, size and order."""
 
 import copy
-import time
 
 import pytest
 import yaml
@@ -55,14 +54,13 @@ def phases(request):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory, phases):
     path = tmp_path_factory.mktemp("ir") / "pipeline.yaml"
-    started = time.monotonic()
     compile_pipeline(settings(phases), path)
-    return path, time.monotonic() - started
+    return path
 
 
 @pytest.fixture(scope="module")
 def ir(compiled):
-    return parse(compiled[0])
+    return parse(compiled)
 
 
 def test_every_edge_resolves_to_a_producer_of_the_same_type(ir):
@@ -274,12 +272,10 @@ def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
 
 
 @pytest.mark.parametrize("phases", [20], indirect=True, scope="module")
-def test_twenty_phases_compile_in_seconds_and_stay_small(compiled):
-    path, seconds = compiled
-    size = path.stat().st_size
-    print(f"N_P = 20: {size:,} bytes, compiled in {seconds:.1f} s")
+def test_twenty_phases_stay_small(compiled):
+    size = compiled.stat().st_size
+    print(f"N_P = 20: {size:,} bytes")
     assert size < 700_000
-    assert seconds < 10
 
 
 def test_more_phases_than_argo_can_store_are_refused_with_a_way_out(tmp_path):
