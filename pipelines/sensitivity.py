@@ -12,10 +12,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.config import CalibrationSettings, Settings, TextSource
+from core.config import CalibrationSettings, PruneSettings, Settings, TextSource
 from core.errors import DataError
 from core.evaluation.progress import Progress
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+from core.model.families import family_of
+from core.pruning.adapt import settings_for
 from core.pruning.calibration import draw_calibration, measure
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.record import perplexity_text
@@ -61,13 +63,16 @@ class Study:
             DataError: If a text cannot be read or is too short.
             CheckpointError: If the checkpoint cannot be loaded.
             TargetError: If no layer has a whole group to lose.
+            UnsupportedModelError: If the recipe asks for heads of a family that can lose none.
         """
         calibration, held_out = self._tokens(load_tokenizer(directory))
         precision = self.settings.evaluation.precision if self.settings else "auto"
         model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
         sizes = self.settings.calibration if self.settings else CalibrationSettings()
-        criterion = self.settings.prune.criterion if self.settings else "taylor_l1"
-        statistics = measure(model, calibration, micro_batch=sizes.micro_batch, criterion=criterion)
+        prune = settings_for(
+            self.settings.prune if self.settings else PruneSettings(), family_of(model.config)
+        )
+        statistics = measure(model, calibration, micro_batch=sizes.micro_batch, criterion=prune.criterion)
         progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
         try:
             return layer_sensitivity(
@@ -76,7 +81,7 @@ class Study:
                 statistics,
                 sparsity=self.sparsity,
                 part=self.part,
-                attention_unit=self.settings.prune.attention_unit if self.settings else "auto",
+                attention_unit=prune.attention_unit,
                 batch_size=self.settings.evaluation.batch_size if self.settings else 8,
                 advance=progress.add,
             )

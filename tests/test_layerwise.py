@@ -11,7 +11,7 @@ from core.errors import CheckpointError
 from core.model.build import build_model, layer_shapes
 from core.model.checkpoint import save_model
 from core.model.families import family_of
-from core.model.layerwise import open_streamed
+from core.model.layerwise import exceeds_memory, open_streamed
 from core.pruning.calibration import measure
 from core.pruning.importance import Statistics
 from core.pruning.plan import LayerPlan
@@ -84,6 +84,19 @@ def test_weights_that_do_not_fit_are_refused_when_their_layer_is_loaded(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.2: weights do not fit config\.json"):
         measure(open_streamed(tmp_path), TOKENS, micro_batch=2)
+
+
+def test_weights_over_half_of_the_free_memory_are_streamed(tmp_path):
+    model = tiny("llama-tied", UNEQUAL, dtype=torch.float32)
+    save_model(model, tmp_path, companions=None, provenance={})
+    weight_bytes = sum(p.nbytes for p in model.parameters())  # tied ones once
+
+    def exceeds(free_bytes, dtype=None):
+        return exceeds_memory(tmp_path, dtype=dtype, device=torch.device("cpu"), free_bytes=free_bytes)
+
+    assert not exceeds(2 * weight_bytes)
+    assert exceeds(2 * weight_bytes - 1)
+    assert not exceeds(weight_bytes, torch.bfloat16)
 
 
 WITHIN = """

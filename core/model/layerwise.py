@@ -58,7 +58,7 @@ class LayerwiseModel:
             calls.append(keywords)
             return hidden_states
 
-        with torch.no_grad(), _replaced(self.layers, [record] * len(self.layers)):
+        with torch.no_grad(), replaced(self.layers, [record] * len(self.layers)):
             self.model.get_decoder()(input_ids=batch.to(self.model.device), use_cache=False)
         self._calls.setdefault(batch.shape, calls)
         return states[0]
@@ -87,7 +87,7 @@ class LayerwiseModel:
         for ids, part in zip(batch.to(self.model.device).split(rows), state.split(rows), strict=True):
             part = part.detach().requires_grad_()
             passes: list[Callable[..., Any]] = [lambda x, **_: x] * (len(self.layers) - 1)
-            with torch.enable_grad(), _replaced(self.layers, [*passes, lambda *_, part=part, **__: part]):
+            with torch.enable_grad(), replaced(self.layers, [*passes, lambda *_, part=part, **__: part]):
                 logits = self.model(input_ids=ids, use_cache=False).logits
             loss, gradient = _cross_entropy(logits.detach(), ids)
             gradient = gradient.div_(predictions).to(logits.dtype)
@@ -126,7 +126,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Give each layer another forward for a while."""
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
@@ -182,11 +182,21 @@ def open_streamed(
     return streamed
 
 
-def exceeds_memory(directory: Path, *, dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``."""
+def exceeds_memory(
+    directory: Path, *, dtype: torch.dtype | None, device: torch.device, free_bytes: int | None = None
+) -> bool:
+    """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``.
+
+    Args:
+        directory: Hugging Face directory with safetensors weights.
+        dtype: Number format that they would be loaded into; None for the stored one.
+        device: Where they would go.
+        free_bytes: Memory that is free there; None looks.
+    """
+    free = available_bytes(device) if free_bytes is None else free_bytes
     with CheckpointReader(directory) as reader:
         width = (dtype or reader.dtype()).itemsize
-    return model_shape(load_config(directory)).num_params() * width > available_bytes(device) // 2
+    return model_shape(load_config(directory)).num_params() * width > free // 2
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from core.config import AttentionUnit
 from core.errors import CheckpointError, TargetError
 from core.model.build import layer_shapes, model_shape
 from core.model.families import Family, family_of
+from core.model.layerwise import replaced
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.attention import attention_cuts
 from core.pruning.importance import Statistics
@@ -191,7 +192,11 @@ def losses_with_layer_pruned(
                     dense += _loss_sum(model, batch)
                 for index, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
                     below = outputs[index - 1] if index else None
-                    with _skipped(layers[:index], below), _silenced(family, shape, layers[index], plan):
+                    skipped = [lambda *_, below=below, **__: below] * index
+                    with (
+                        replaced(layers[:index], skipped),
+                        _silenced(family, shape, layers[index], plan),
+                    ):
                         pruned[index] += _loss_sum(model, batch)
                     advance(len(batch))
     finally:
@@ -223,18 +228,6 @@ def _recorded(layers: Sequence[torch.nn.Module], outputs: list[Any]) -> Iterator
             handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
             stack.callback(handle.remove)
         yield
-
-
-@contextlib.contextmanager
-def _skipped(layers: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
-    """Let each layer return ``output`` and compute nothing."""
-    for layer in layers:
-        layer.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 @contextlib.contextmanager
