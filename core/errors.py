@@ -39,6 +39,14 @@ class CheckpointError(AdaptPrunerError):
     """A checkpoint directory is missing, incomplete or not what its config says."""
 
 
+class ExportError(AdaptPrunerError):
+    """A checkpoint cannot be written in the format, or to the place, that was asked for."""
+
+
+class HubError(AdaptPrunerError):
+    """The Hugging Face hub cannot be reached, or refuses what is uploaded."""
+
+
 class PlanError(AdaptPrunerError):
     """A plan does not fit the checkpoint it is applied to."""
 
