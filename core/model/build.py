@@ -7,7 +7,7 @@ built with the config's global sizes, then each layer is built anew from its own
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,48 +91,23 @@ def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32)
         UnsupportedModelError: If the family is not supported.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import local_torch_dtype
 
-    family = family_of(config)
+    from core.model.modeling_unequal_layers import build_unequal_layers
+
+    family_of(config)
     config = copy.deepcopy(config)
     if config.is_heterogeneous:
         config.allow_global_per_layer_attribute_access = True
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if model.config.is_heterogeneous:
-            _rebuild_layers(model, model.get_submodule(family.layers), dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        with local_torch_dtype(dtype, type(model).__name__):
+            build_unequal_layers(model)
     finally:
         transformers_logging.set_verbosity(verbosity)
     return model.eval()
-
-
-def _rebuild_layers(model: "PreTrainedModel", layers: Any, dtype: torch.dtype) -> None:
-    from transformers.modeling_utils import local_torch_dtype
-
-    shared = model.config
-    for index, view in enumerate(shared.per_layer_config):
-        with local_torch_dtype(dtype, type(model).__name__):
-            layer = type(layers[index])(view, index)
-        # A view does not follow the model's attention implementation; where it has none, attention runs
-        # without its causal mask. Phi-3 reads the layer's sizes in each forward pass.
-        own = _LayerConfig(shared, {name: getattr(view, name) for name in _SIZES.values()})
-        for module in layer.modules():
-            if getattr(module, "config", None) is view:
-                module.config = own
-        layers[index] = layer
-
-
-class _LayerConfig:
-    """What a layer reads once it is built: its own sizes, and all else as the model's config has it now."""
-
-    def __init__(self, shared: PreTrainedConfig, sizes: Mapping[str, int]) -> None:
-        self.__dict__.update(sizes, _shared=shared)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copying asks for its own methods, of an object that is still empty
-            raise AttributeError(name)
-        return getattr(self._shared, name)
 
 
 def build_empty(config: PreTrainedConfig) -> "PreTrainedModel":
@@ -194,6 +169,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object.")
         data = under_its_family(content)
+        data.pop("auto_map", None)  # code is never run from a checkpoint
         # Before transformers, which does not know all families, sees it.
         family_of(SimpleNamespace(**data))
         config = CONFIG_MAPPING[data["model_type"]].from_dict(data)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from core.model.families import family_of
+from core.model.remote_code import write_config
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "adapt_pruner.json"
@@ -151,7 +152,7 @@ def write_checkpoint(
         total_bytes += sum(t.numel() * t.element_size() for t in part.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    config.save_pretrained(directory)
+    write_config(config, directory)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1))
     if companions is not None:
         for path in companions.iterdir():

@@ -1,0 +1,48 @@
+"""The file that lets stock transformers load a checkpoint of unequal layers."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+MODULE = "modeling_unequal_layers"
+"""The module beside this one that such a checkpoint carries; transformers runs it if it is trusted."""
+
+_CLASSES = {
+    "AutoConfig": "UnequalLayersConfig",
+    "AutoModel": "UnequalLayersModel",
+    "AutoModelForCausalLM": "UnequalLayersForCausalLM",
+}
+
+
+def stock_classes(config: Any) -> dict[str, str]:
+    """Return the names of transformers' own classes for a config, by their auto class."""
+    stem = type(config).__name__.removesuffix("Config")
+    return {
+        "AutoConfig": f"{stem}Config",
+        "AutoModel": f"{stem}Model",
+        "AutoModelForCausalLM": f"{stem.removesuffix('Text')}ForCausalLM",  # Gemma3TextConfig alone has it
+    }
+
+
+def write_config(config: Any, directory: Path) -> None:
+    """Write ``config.json``, and for unequal layers the code that builds them.
+
+    A model of equal layers is a plain checkpoint of its family: it carries no code.
+
+    Args:
+        config: The transformers config; stays as it is.
+        directory: The checkpoint's folder.
+    """
+    config = copy.deepcopy(config)
+    config.__dict__.pop("auto_map", None)
+    stock = stock_classes(config)
+    config.architectures = [stock["AutoModelForCausalLM"]]
+    if config.is_heterogeneous:
+        # Names that no runtime knows as its own: one that did would build all layers alike.
+        config.architectures = [_CLASSES["AutoModelForCausalLM"]]
+        config.auto_map = {auto: f"{MODULE}.{name}" for auto, name in _CLASSES.items()}
+        source = Path(__file__).with_name(f"{MODULE}.py").read_text()
+        for name, llama in zip(stock.values(), ("Config", "Model", "ForCausalLM"), strict=True):
+            source = source.replace(f"import Llama{llama} as", f"import {name} as")
+        (directory / f"{MODULE}.py").write_text(source)
+    config.save_pretrained(directory)
