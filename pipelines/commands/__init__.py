@@ -1,0 +1,1 @@
+"""What the command line offers; each module imports what is heavy only once its command runs."""

@@ -1,0 +1,193 @@
+"""Commands that look at a model: its sizes, its quality, its weak spots, its answers."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from core.errors import SettingsError
+from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
+
+if TYPE_CHECKING:
+    from core.pruning.sensitivity import Part
+
+
+@click.command(
+    epilog=example("adapt-pruner inspect output/model"),
+    help="Show the sizes and parameters of every layer of MODEL.\n\n"
+    f"{MODEL_HELP}; only its config.json is read.",
+)
+@click.argument("model")
+def inspect(model: str) -> None:
+    """Show the sizes of every layer."""
+    prepare_for(model)
+
+    from rich import print as show
+
+    from pipelines.models import layer_table, local_checkpoint
+
+    with local_checkpoint(model, only=("config.json",)) as directory:
+        show(layer_table(directory))
+
+
+@click.command(
+    epilog=example(
+        "adapt-pruner evaluate output/model --recipe recipes/demo.yaml",
+        "adapt-pruner evaluate output/model --task arc_easy --task piqa --limit 200",
+    ),
+    help="Measure the perplexity of MODEL and its accuracy on benchmarks.\n\n"
+    f"{MODEL_HELP}. What is measured stands in the evaluation section of a recipe, or in the options, which "
+    "override it.",
+)
+@click.argument("model")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Take the evaluation section of this recipe.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="An lm-eval task, such as piqa.")
+@click.option("--limit", type=click.IntRange(0), help="Items a task; 0 takes all.")
+@click.option("--text", metavar="PATH", help="Text for perplexity: a file, a package: path or a data set id.")
+@click.option("--batch-size", type=click.IntRange(1), help="Sequences a forward pass.")
+def evaluate(
+    model: str,
+    recipe: Path | None,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    text: str | None,
+    batch_size: int | None,
+) -> None:
+    """Measure a checkpoint."""
+    prepare_for(model)
+
+    from rich import print as show
+
+    from core.config import EvaluationSettings, TextSource
+    from core.recipe import load_recipe
+
+    settings = load_recipe(recipe).evaluation if recipe else EvaluationSettings()
+    chosen: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "tasks": tasks or None}
+    if tasks:
+        chosen["task_data"] = {name: path for name, path in settings.task_data.items() if name in tasks}
+    if text:
+        chosen["perplexity"] = TextSource(path=text)
+    settings = dataclasses.replace(
+        settings, **{name: value for name, value in chosen.items() if value is not None}
+    )
+    if not settings.tasks and settings.perplexity is None:
+        raise SettingsError(
+            ["nothing to evaluate. Give --task, --text, or a --recipe with an evaluation section."]
+        )
+
+    from pipelines.models import evaluation_table, local_checkpoint
+
+    with log_on_stderr(), local_checkpoint(model) as directory:
+        show(evaluation_table(directory, settings))
+
+
+@click.command(
+    epilog=example(
+        "adapt-pruner sensitivity output/model --text held-out.txt",
+        "adapt-pruner sensitivity output/model --recipe recipes/demo.yaml --sparsity 0.3 --part mlp",
+    ),
+    help="Prune each layer of MODEL alone and show how much the loss grows.\n\n"
+    f"{MODEL_HELP}. The groups that matter least to the loss on a calibration text go, and the loss is "
+    "measured on another text. With a recipe its calibration and evaluation sections name the texts; with "
+    "--text alone, its first half is calibrated on. MODEL stays as it is.",
+)
+@click.argument("model")
+@click.option(
+    "--sparsity",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Share of the layer's MLP channels and attention groups that goes; only whole ones go.",
+)
+@click.option(
+    "--part",
+    type=click.Choice(["both", "mlp", "attention"]),
+    default="both",
+    show_default=True,
+    help="What the layer loses.",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Take texts and sizes from this recipe.")
+@click.option("--text", metavar="PATH", help="Measure on this: a file, a package: path or a data set id.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(1),
+    help="Sequences to calibrate on, and as many to measure on.  [default: the recipe's, else 16]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("output/sensitivity"),
+    show_default=True,
+    help="Folder for the picture (sensitivity.html) and the numbers (sensitivity.json).",
+)
+def sensitivity(
+    model: str,
+    sparsity: float,
+    part: "Part",
+    recipe: Path | None,
+    text: str | None,
+    sequences: int | None,
+    output: Path,
+) -> None:
+    """Study which layers matter."""
+    if not 0 < sparsity < 1:
+        raise SettingsError(
+            [f"--sparsity={sparsity:g} must lie between 0 and 1. Give the share of each layer that goes."]
+        )
+    prepare_for(model)
+
+    from core.recipe import load_recipe
+    from pipelines.folders import check_folders
+
+    settings = load_recipe(recipe) if recipe else None
+    if text is None and (settings is None or settings.evaluation.perplexity is None):
+        raise SettingsError(
+            ["no text to measure on. Give --text, or a --recipe whose evaluation section has perplexity."]
+        )
+    check_folders({f"--output={output}": output})
+
+    from rich.console import Console
+
+    from pipelines.models import local_checkpoint
+    from pipelines.sensitivity import Study
+
+    study = Study(
+        model=model, sparsity=sparsity, part=part, settings=settings, text=text, sequences=sequences
+    )
+    with log_on_stderr(), local_checkpoint(model) as directory:
+        result = study.run(directory)
+    study.write(result, output)
+    console = Console(highlight=False)
+    console.print(study.table(result))
+    console.print(f"picture      {output / 'sensitivity.html'}", soft_wrap=True, markup=False)
+    console.print(f"numbers      {output / 'sensitivity.json'}", soft_wrap=True, markup=False)
+
+
+@click.command(
+    epilog=example('adapt-pruner generate output/model "What is the capital of France?"'),
+    help="Let MODEL answer PROMPT.\n\n"
+    f"{MODEL_HELP}. A model with a chat template gets the prompt as the user's message, any other continues "
+    "the text.",
+)
+@click.argument("model")
+@click.argument("prompt")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the likeliest token; higher is more varied.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
+def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Talk to a checkpoint."""
+    prepare_for(model)
+
+    from pipelines.models import local_checkpoint, stream_answer
+
+    with local_checkpoint(model) as directory:
+        stream_answer(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
