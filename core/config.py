@@ -286,6 +286,9 @@ class EvaluationSettings:
     """Tokens a window."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the weights and activations."""
+    speed: bool = False
+    """Whether publish measures how fast the result is beside the base model, in PyTorch and, where the
+    package xllamacpp is installed, in llama.cpp. Takes memory for both models."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

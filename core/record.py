@@ -92,6 +92,48 @@ class PhaseRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedRecord:
+    """How fast a checkpoint is in one runtime, measured side by side with its base."""
+
+    runtime: str
+    """``torch`` or ``llama.cpp``."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    tokens_per_s: dict[str, tuple[float, float]]
+    """Job (``decode 1``: kind and batch size) to the median rates of base and checkpoint."""
+    speedups: dict[str, float]
+    """Job to how many times faster the checkpoint is, the median over the rounds."""
+    load_s: tuple[float, float]
+    """Seconds from the files to a model that can run: base, checkpoint."""
+    memory_bytes: tuple[int, int]
+    """Peak memory of the model: base, checkpoint."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "SpeedRecord":
+        """Read what ``to_dict`` returned, also after a trip through JSON."""
+        return cls(
+            runtime=data["runtime"],
+            device=data["device"],
+            tokens_per_s={job: (pair[0], pair[1]) for job, pair in data["tokens_per_s"].items()},
+            speedups=dict(data["speedups"]),
+            load_s=(data["load_s"][0], data["load_s"][1]),
+            memory_bytes=(data["memory_bytes"][0], data["memory_bytes"][1]),
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Return the ratios under the names that MLflow shows; above 1 is better for the checkpoint."""
+        runtime = self.runtime.replace(".", "_")
+        ratios = {f"speedup/{runtime}/{job.replace(' ', '_batch_')}": x for job, x in self.speedups.items()}
+        ratios[f"speedup/{runtime}/load"] = self.load_s[0] / self.load_s[1]
+        ratios[f"memory_saving/{runtime}"] = self.memory_bytes[0] / self.memory_bytes[1]
+        return ratios
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A run: what was asked for, what came out of every phase, and where it lies."""
 
@@ -113,6 +155,8 @@ class RunRecord:
     """MLflow tracking URI; empty without tracking."""
     tracking_run: str = ""
     """Id of the MLflow parent run; empty without tracking."""
+    speed: tuple[SpeedRecord, ...] = ()
+    """The result against the base model, in each runtime; empty if it was not measured."""
 
     @property
     def trained(self) -> bool:
@@ -125,6 +169,7 @@ class RunRecord:
         return data | {
             "settings": dict(self.settings),
             "phases": [phase.to_dict() for phase in self.phases],
+            "speed": [record.to_dict() for record in self.speed],
         }
 
     @classmethod
@@ -134,6 +179,7 @@ class RunRecord:
             **{f.name: data[f.name] for f in dataclasses.fields(cls) if f.type is str and f.name in data},
             settings=_whole_numbers(data.get("settings", {})),
             phases=tuple(PhaseRecord.from_dict(phase) for phase in data.get("phases", ())),
+            speed=tuple(SpeedRecord.from_dict(record) for record in data.get("speed", ())),
         )
 
 

@@ -107,7 +107,14 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
             place(resolved, gpu=False)
             needed = place(needs_run(run=resolved.outputs["run"]), gpu=False)
             with dsl.If(needed.output == True, name="not done yet"):  # noqa: E712 (evaluated by the cluster)
-                _prune_and_train(resolved, phases, phase_pipeline, place, in_order=local)
+                _prune_and_train(
+                    resolved,
+                    phases,
+                    phase_pipeline,
+                    place,
+                    in_order=local,
+                    gpu_publish=settings.evaluation.speed,
+                )
 
     return adapt_pruner
 
@@ -125,7 +132,13 @@ def recipe_parameter(settings: Settings) -> dict[str, Any]:
 
 
 def _prune_and_train(
-    resolved: dsl.PipelineTask, phases: int, phase_pipeline: BaseComponent, place: Place, *, in_order: bool
+    resolved: dsl.PipelineTask,
+    phases: int,
+    phase_pipeline: BaseComponent,
+    place: Place,
+    *,
+    in_order: bool,
+    gpu_publish: bool,
 ) -> None:
     """Unroll the phases, each with its evaluation beside it, and publish what the last one leaves."""
     run, checkpoint_uri = resolved.outputs["run"], resolved.outputs["base_uri"]
@@ -145,7 +158,7 @@ def _prune_and_train(
             task.after(evaluations[-1])
         checkpoint_uri = task.output
         evaluations.append(measure(phase))
-    place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=False).after(*evaluations)
+    place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=gpu_publish).after(*evaluations)
 
 
 def _build_phase(place: Place, *, gpu_scoring: bool) -> BaseComponent:

@@ -44,6 +44,7 @@ for _command in (
     recipes.compile_,
     models.inspect,
     models.evaluate,
+    models.benchmark,
     models.sensitivity,
     models.generate,
 ):

@@ -15,8 +15,9 @@ from core.config import EvaluationSettings
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
-from core.record import perplexity_text
+from core.record import SpeedRecord, perplexity_text
 from core.storage.manifest import fetch
+from core.tracking.report import speed_rows
 from core.training.mixture import write_perplexity_windows
 
 
@@ -75,6 +76,28 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4g}")
+    return table
+
+
+def params_of(directory: Path) -> int:
+    """Return the parameters of a checkpoint, from its config alone."""
+    return model_shape(load_config(directory)).num_params()
+
+
+def speed_table(record: SpeedRecord, params: tuple[int, int]) -> Table:
+    """Return what was measured in one runtime as a table for a terminal.
+
+    Args:
+        record: The measurement.
+        params: Parameters of the base and of the checkpoint.
+    """
+    table = Table(title=f"{record.runtime} on {record.device}", title_justify="left")
+    table.add_column("")
+    for header in ("base", "checkpoint", "ratio"):
+        table.add_column(header, justify="right")
+    table.add_row("parameters", *(f"{count:,}" for count in params), f"{params[0] / params[1]:.2f}")
+    for row in speed_rows(record):
+        table.add_row(*row)
     return table
 
 

@@ -1,12 +1,14 @@
 """Steps after the last phase: publish and finalize."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from core.record import LayerSizes, PhaseRecord, RunRecord, accuracies
+from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accuracies
 from core.run import Run
 from core.steps.once import (
     Artifact,
@@ -32,13 +34,14 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         URI of the final checkpoint.
     """
     this = Run.load(run)
-    uri = this.uri("final")
+    uri, phases = this.uri("final"), len(this.phase_params)
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.tracking.report import build_report
 
-        record = collect_record(this, uri)
-        folder = fetch(checkpoint_uri, work.scratch)
+        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
+        speed = _measure_speed(this, folder, work)
+        record = dataclasses.replace(collect_record(this, uri), speed=speed)
         for path in folder.rglob("*"):
             if path.is_file() and path.name not in ("MANIFEST.json", "_CLAIM", "report.json"):
                 (work.out / path.relative_to(folder)).symlink_to(path.resolve())
@@ -47,21 +50,33 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         tracker_of(this).log_report(work.out / HTML)
         return {"params": record.phases[-1].params}
 
-    phases = len(this.phase_params)
     compute_once(this, uri, phase=phases, step="publish", compute=compute)
     hand_over(uri, HTML, report)
     describe_checkpoint(uri, model)
+    record = RunRecord.from_dict(read_published(uri, RECORD))
+    speedups = {name: value for speed in record.speed for name, value in speed.figures().items()}
+    tracker_of(this).log_phase(phases, speedups)
     name = this.settings.tracking.model_name
     if name:
-        record = RunRecord.from_dict(read_published(uri, RECORD))
         last = record.phases[-1]
-        figures = {"params": float(last.params), **accuracies(last)}
+        figures = {"params": float(last.params), **accuracies(last), **speedups}
         if last.perplexity is not None:
             figures["perplexity"] = last.perplexity
         version = tracker_of(this).register(name, uri, {"base": record.base, "run": this.key}, figures)
         log.info("registered %s version %s", name, version)
     open_store(this.store).write_bytes(f"runs/{this.key}/DONE.json", json.dumps({"final": uri}).encode())
     return uri
+
+
+def _measure_speed(run: Run, checkpoint: Path, work: Workspace) -> tuple[SpeedRecord, ...]:
+    """Measure the result against the base model, if the settings ask for it."""
+    if not run.settings.evaluation.speed:
+        return ()
+    from core.model.build import pick_device
+    from core.steps.speed import BRIEF, compare_speed
+
+    base = fetch(run.base_uri, work.scratch / "base")
+    return compare_speed(base, checkpoint, BRIEF, device=pick_device().type)
 
 
 def run_finalize(*, store: str, job: str, succeeded: bool) -> None:

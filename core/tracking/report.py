@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from core.record import (
     PhaseRecord,
     RunRecord,
+    SpeedRecord,
     accuracies,
     count_text,
     headline_metric,
@@ -94,6 +95,22 @@ def phase_table(record: RunRecord) -> "Table":
     return table
 
 
+def speed_rows(speed: SpeedRecord) -> list[tuple[str, str, str, str]]:
+    """Return what was measured in one runtime as (measure, base, checkpoint, ratio); above 1 is better."""
+    rows = []
+    for job, (base, checkpoint) in speed.tokens_per_s.items():
+        kind, batch = job.split()
+        name = {"prompt": "reading prompts", "decode": "writing answers"}[kind]
+        together = f", {batch} together" if batch != "1" else ""
+        rates = (f"{base:,.1f}", f"{checkpoint:,.1f}", f"{speed.speedups[job]:.2f}")
+        rows.append((f"{name}{together} (tokens/s)", *rates))
+    (base, checkpoint), (base_bytes, own_bytes) = speed.load_s, speed.memory_bytes
+    rows.append(("loading (s)", f"{base:.2f}", f"{checkpoint:.2f}", f"{base / checkpoint:.2f}"))
+    megabytes = (f"{base_bytes / 1e6:,.0f}", f"{own_bytes / 1e6:,.0f}", f"{base_bytes / own_bytes:.2f}")
+    rows.append(("peak memory (MB)", *megabytes))
+    return rows
+
+
 def _title(record: RunRecord) -> str:
     base = record.base.rstrip("/").rsplit("/", 1)[-1]
     return f"{record.name}: {base}" if base else record.name
@@ -153,6 +170,14 @@ def _tables(record: RunRecord) -> list[str]:
     if apart:
         columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
         parts.append(section("Benchmarks", "Accuracy in %; higher is better.", phase_rows(columns)))
+    for speed in record.speed:
+        headers = ("measured in turn", "dense", "pruned", "ratio")
+        columns = dict(zip(headers, map(list, zip(*speed_rows(speed), strict=True)), strict=True))
+        ratio = record.phases[0].params / record.phases[-1].params
+        text = (
+            f"A ratio above 1 is better for the pruned model, which has {ratio:.2f} times fewer parameters."
+        )
+        parts.append(section(f"Speed in {speed.runtime} on {speed.device}", text, phase_rows(columns)))
     return parts
 
 

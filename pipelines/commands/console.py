@@ -15,14 +15,14 @@ def example(*lines: str) -> str:
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
 
 
-def prepare_for(model: str) -> None:
+def prepare_for(model: str, name: str = "MODEL") -> None:
     """Refuse a folder that is not there, and quiet libraries, before anything heavy is imported."""
     from components.runtime import quiet_libraries
 
     quiet_libraries()
     if "://" not in model and not Path(model).is_dir():
         raise SettingsError(
-            [f"MODEL={model} is not a folder. Give the folder or s3:// address of a checkpoint."]
+            [f"{name}={model} is not a folder. Give the folder or s3:// address of a checkpoint."]
         )
 
 

@@ -1,6 +1,7 @@
 """Commands that look at a model: its sizes, its quality, its weak spots, its answers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ from core.errors import SettingsError
 from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
 
 if TYPE_CHECKING:
+    from core.export.gguf_quantization import GgufDtype
+
+    from core.evaluation.speed import Runtime
     from core.pruning.sensitivity import Part
 
 
@@ -80,6 +84,90 @@ def evaluate(
 
     with log_on_stderr(), local_checkpoint(model) as directory:
         show(evaluation_table(directory, settings))
+
+
+@click.command(
+    epilog=example(
+        "adapt-pruner benchmark output/model --against base-model",
+        "adapt-pruner benchmark output/model --against base-model --runtime llama.cpp --gguf-dtype q8_0",
+    ),
+    help="Measure how fast MODEL is beside another, its base: prompts, decoding, loading, memory.\n\n"
+    f"{MODEL_HELP}. Both are held in memory at once and measured in turn, so that what else the machine does "
+    "slows both down alike. A ratio above 1 is better for MODEL.",
+)
+@click.argument("model")
+@click.option("--against", required=True, metavar="MODEL", help="The model to compare with.")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=click.Choice(["torch", "llama.cpp"]),
+    help="Where to run them; may be given twice. llama.cpp takes the package xllamacpp.  [default: all]",
+)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens a prompt."
+)
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens decoded.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1, 256),
+    default=(1, 4),
+    show_default=True,
+    help="Sequences at a time; may be given several times.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Times to measure.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads.  [default: physical cores]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Number format in PyTorch; auto is the checkpoints' own.",
+)
+@click.option(
+    "--gguf-dtype",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Number format in llama.cpp.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here as well.")
+def benchmark(
+    model: str,
+    against: str,
+    runtimes: tuple["Runtime", ...],
+    gguf_dtype: "GgufDtype",
+    json_file: Path | None,
+    **workload: Any,
+) -> None:
+    """Measure speed side by side."""
+    prepare_for(model)
+    prepare_for(against, name="--against")
+
+    from rich import print as show
+
+    from core.evaluation.speed import Workload
+    from core.model.build import pick_device
+    from core.steps.speed import compare_speed
+    from pipelines.models import local_checkpoint, params_of, speed_table
+
+    with log_on_stderr(), local_checkpoint(against) as base, local_checkpoint(model) as checkpoint:
+        params = (params_of(base), params_of(checkpoint))
+        records = compare_speed(
+            base,
+            checkpoint,
+            Workload(**workload),
+            runtimes=runtimes,
+            gguf_dtype=gguf_dtype,
+            device=pick_device().type,
+        )
+    for record in records:
+        show(speed_table(record, params))
+    if json_file is not None:
+        data = {"params": params, "workload": workload, "speed": [record.to_dict() for record in records]}
+        json_file.write_text(json.dumps(data, indent=1))
 
 
 @click.command(

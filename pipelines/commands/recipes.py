@@ -69,6 +69,10 @@ def _show_result(finished: "LocalRun", output: Path) -> None:
     else:
         before = f", {finished.found_done} steps were done before" if finished.found_done else ""
         console.print(f"Done in {seconds_text(finished.seconds)}{before}.")
+    for speed in record.speed:
+        decoding = speed.speedups.get("decode 1")
+        if decoding is not None:
+            console.print(f"{decoding:.2f} times as fast as the dense model at writing ({speed.runtime}).")
     for name, value in _where_to_look(record, output):
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
 

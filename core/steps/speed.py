@@ -1,0 +1,64 @@
+"""Speed of a checkpoint against its base, in every runtime that is there."""
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import ExportError, UnsupportedModelError
+from core.evaluation.speed import Runtime, Workload, compare
+from core.export.gguf import export_gguf
+from core.export.gguf_quantization import GgufDtype
+from core.record import SpeedRecord
+
+log = logging.getLogger(__name__)
+
+BRIEF = Workload(new_tokens=16, rounds=3)
+"""What publish takes the time for."""
+
+
+def installed_runtimes() -> tuple[Runtime, ...]:
+    """Return PyTorch, and llama.cpp where its Python package is installed."""
+    return ("torch", "llama.cpp") if importlib.util.find_spec("xllamacpp") else ("torch",)
+
+
+def compare_speed(
+    base: Path,
+    checkpoint: Path,
+    workload: Workload,
+    *,
+    runtimes: Sequence[Runtime] = (),
+    gguf_dtype: GgufDtype = "f16",
+    device: str = "cpu",
+) -> tuple[SpeedRecord, ...]:
+    """Measure two checkpoints side by side.
+
+    Args:
+        base: Folder of the model that the other is compared with.
+        checkpoint: Folder of the model of interest.
+        workload: What is timed.
+        runtimes: Where; empty takes all that are installed and can read such models.
+        gguf_dtype: Number format of the weights in llama.cpp.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ExportError: If a runtime that was asked for cannot read such models.
+    """
+    found = []
+    for runtime in runtimes or installed_runtimes():
+        if runtime == "torch":
+            found.append(compare(runtime, base, checkpoint, workload, device=device))
+            continue
+        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+            base_file, file = Path(scratch) / "base.gguf", Path(scratch) / "checkpoint.gguf"
+            try:
+                export_gguf(base, base_file, dtype=gguf_dtype)
+                export_gguf(checkpoint, file, dtype=gguf_dtype)
+            except (ExportError, UnsupportedModelError) as error:
+                if runtimes:
+                    raise
+                log.info("not measured in llama.cpp: %s", error)
+                continue
+            found.append(compare(runtime, base_file, file, workload, device=device))
+    return tuple(found)
