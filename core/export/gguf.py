@@ -1,0 +1,212 @@
+"""One GGUF file of a checkpoint whose layers may differ in size, for stock llama.cpp."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import yaml
+from gguf.utility import size_label
+
+from core.errors import ExportError
+from core.export.exported import Exported, put_when_complete, size_of
+from core.export.gguf_layout import Part, architecture_of, parts_of
+from core.export.gguf_quantization import (
+    FILE_TYPES,
+    GgufDtype,
+    encoded,
+    format_of,
+    ggml_type,
+    quantization_notes,
+    stored_bytes,
+)
+from core.export.gguf_rope import FACTORS, add_rope, frequency_factors
+from core.export.gguf_tokenizer import add_tokenizer
+from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
+from core.model.checkpoint import PROVENANCE, CheckpointReader
+from core.model.shape import LayerShape
+
+log = logging.getLogger(__name__)
+
+_ANY = np.dtype(np.float32)
+"""The writer asks for numpy's idea of a tensor's format, though the raw one says it all."""
+
+
+def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> Exported:
+    """Write a checkpoint as one GGUF file that llama.cpp loads, with its tokenizer and chat template.
+
+    Tensors are read, converted and written one at a time.
+
+    Args:
+        checkpoint: Hugging Face directory with safetensors weights.
+        output: The file; it must not exist yet.
+        dtype: Number format of the matrices; vectors stay in float32. ``q8_0`` leaves matrices whose rows are
+            not a multiple of 32 in float16.
+
+    Returns:
+        The file, and notes on further quantization and on the tokenizer.
+
+    Raises:
+        ExportError: If llama.cpp does not compute what the model does, or the file cannot be written.
+        CheckpointError: If the checkpoint is incomplete, or weights and config do not fit.
+        UnsupportedModelError: If the family is not supported.
+    """
+    if dtype not in FILE_TYPES:
+        raise ExportError(f"dtype={dtype!r} is none of {', '.join(FILE_TYPES)}. Choose one of these.")
+    config = load_config(checkpoint)
+    layers = layer_shapes(config)
+    architecture = architecture_of(config, layers)
+    with CheckpointReader(checkpoint) as reader, put_when_complete(output) as partial:
+        parts = parts_of(config, layers, architecture, reader.names())
+        params = sum(part.params for part in parts)
+        writer = gguf.GGUFWriter(partial, architecture)
+        try:
+            _add_description(writer, checkpoint, params, dtype)
+            _add_sizes(writer, config, layers)
+            notes = add_tokenizer(
+                writer,
+                load_tokenizer(checkpoint),
+                vocab_size=config.vocab_size,
+                end_ids=_end_ids(checkpoint, config),
+            )
+            factors = frequency_factors(config, architecture)
+            _write(writer, reader, parts, factors, dtype)
+        finally:
+            writer.close()
+    log.info("wrote %s: %s, %d parameters", output, architecture, params)
+    return Exported(
+        path=output,
+        params=params,
+        size_bytes=size_of(output),
+        notes=(
+            *_kept_notes(parts, dtype),
+            *quantization_notes(layers, hidden_size=config.hidden_size, head_dim=head_dim(config)),
+            *notes,
+        ),
+    )
+
+
+def _write(
+    writer: gguf.GGUFWriter,
+    reader: CheckpointReader,
+    parts: Sequence[Part],
+    factors: torch.Tensor | None,
+    dtype: GgufDtype,
+) -> None:
+    """Write head, metadata and tensors, each tensor as soon as it is read.
+
+    Raises:
+        ExportError: If a tensor is not of the shape that the config says, or the format cannot hold it.
+    """
+    if factors is not None:
+        writer.add_tensor_info(FACTORS, factors.shape, _ANY, factors.numel() * 4, raw_dtype=ggml_type("f32"))
+    for part in parts:
+        kind = format_of(part.shape, dtype)
+        writer.add_tensor_info(
+            part.name, part.shape, _ANY, stored_bytes(part.params, kind), raw_dtype=ggml_type(kind)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    for part in parts:
+        tensor = part.joined([reader.tensor(source) for source in part.sources])
+        if tuple(tensor.shape) != part.shape:
+            raise ExportError(
+                f"{part.sources[0]} is {tuple(tensor.shape)} where config.json says {part.shape}. "
+                "Fetch the checkpoint again."
+            )
+        try:
+            writer.write_tensor_data(encoded(tensor, format_of(part.shape, dtype)))
+        except ExportError as error:
+            raise ExportError(f"{part.sources[0]} {error}") from error
+
+
+def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dtype: GgufDtype) -> None:
+    """Write what the file is and what it was made of."""
+    provenance = _json(checkpoint / PROVENANCE)
+    base = str(provenance.get("base", ""))
+    base_name = Path(base).name.removesuffix(".gguf")
+    label = size_label(params, params, 0, 0)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(
+        f"{base_name} pruned to {label}" if provenance.get("phase") else base_name or checkpoint.name
+    )
+    writer.add_size_label(label)
+    writer.add_license(_licence(checkpoint))
+    if provenance.get("phase") and base_name:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base_name)
+        writer.add_base_model_version(0, str(provenance.get("revision", "")))
+    writer.add_file_type(FILE_TYPES[dtype])
+    if dtype == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _licence(checkpoint: Path) -> str:
+    """Return the licence that a model card names in its head, or nothing."""
+    card = checkpoint / "README.md"
+    if not card.is_file():
+        return ""
+    _, *rest = card.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        head = yaml.safe_load(rest[0]) if len(rest) == 2 else None
+    except yaml.YAMLError:
+        return ""
+    return str(head.get("license", "")) if isinstance(head, dict) else ""
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: Any, layers: Sequence[LayerShape]) -> None:
+    """Write the model's sizes: one number where all layers are alike, else a list by layer."""
+    width = head_dim(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    for write, sizes in (
+        (writer.add_feed_forward_length, [layer.mlp_width for layer in layers]),
+        (writer.add_head_count, [layer.query_heads for layer in layers]),
+        (writer.add_head_count_kv, [layer.kv_heads for layer in layers]),
+    ):
+        write(sizes if len(set(layers)) > 1 else sizes[0])
+    # llama.cpp would divide the hidden size by the heads of the first layer.
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_rope(writer, config)
+
+
+def _end_ids(checkpoint: Path, config: Any) -> list[int]:
+    """Return all tokens that end a text, by the generation config and the model's."""
+    named = [_json(checkpoint / "generation_config.json").get("eos_token_id"), config.eos_token_id]
+    return [
+        i for entry in named if entry is not None for i in (entry if isinstance(entry, list) else [entry])
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that may be missing.
+
+    Raises:
+        ExportError: If it cannot be read.
+    """
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise ExportError(f"{path} cannot be read: {error}.") from error
+
+
+def _kept_notes(parts: Sequence[Part], dtype: GgufDtype) -> tuple[str, ...]:
+    kept = [part for part in parts if len(part.shape) > 1 and format_of(part.shape, dtype) != dtype]
+    if not kept:
+        return ()
+    share = sum(part.params for part in kept) / sum(part.params for part in parts)
+    return (
+        f"{len(kept)} of {len(parts)} tensors ({share:.0%} of the weights) stay in float16, as Q8_0 needs "
+        "rows of a multiple of 32.",
+    )

@@ -1,0 +1,169 @@
+"""Number formats of a GGUF file's tensors, and what a model's sizes mean for llama.cpp's quantizations."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import ExportError
+from core.model.shape import LayerShape
+
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+"""Number formats that can be written."""
+
+BLOCK, SUPERBLOCK = 32, 256
+"""Weights of a row that share a scale: in Q8_0, Q5_0, Q4_0 and the like, and in K-quants and IQ types."""
+
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_FORMATS = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "f16": gguf.GGMLQuantizationType.F16,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (BLOCK + 2) / BLOCK}
+_CHUNK = 1 << 18
+"""Weights that are quantized at a time: few enough that all steps find them in the processor's cache."""
+
+
+def format_of(shape: Sequence[int], dtype: GgufDtype) -> GgufDtype:
+    """Return the format that a tensor is stored in.
+
+    Vectors stay in float32, since llama.cpp adds and multiplies them in it, and rows that Q8_0's blocks do
+    not divide stay in float16, as llama.cpp's own quantizer leaves them.
+    """
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if dtype == "q8_0" and shape[-1] % BLOCK else dtype
+
+
+def ggml_type(dtype: GgufDtype) -> gguf.GGMLQuantizationType:
+    """Return how the file calls a format."""
+    return _FORMATS[dtype]
+
+
+def stored_bytes(params: int, dtype: GgufDtype) -> int:
+    """Return the bytes of so many weights in a format."""
+    return int(params * _BYTES[dtype])
+
+
+def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
+    """Return a tensor's bytes in a format.
+
+    Args:
+        tensor: Of any floating-point type.
+        dtype: As ``format_of`` gave it.
+
+    Returns:
+        A one-dimensional array to write out; its dtype means nothing.
+
+    Raises:
+        ExportError: If float16 or the scale of a block cannot hold a value.
+    """
+    tensor = tensor.contiguous()
+    if dtype == "f32":
+        return tensor.float().numpy().reshape(-1)
+    if dtype == "bf16":
+        return tensor.to(torch.bfloat16).view(torch.int16).numpy().reshape(-1)
+    if dtype == "f16":
+        halves = tensor.to(torch.float16)
+        if tensor.dtype != torch.float16 and not bool(torch.isfinite(halves).all()):
+            raise ExportError("holds values beyond float16's 65504. Export as bf16 or f32.")
+        return halves.numpy().reshape(-1)
+    return quantized_q8_0(tensor)
+
+
+def quantized_q8_0(tensor: Tensor) -> np.ndarray:
+    """Quantize to Q8_0: 32 weights share a float16 scale, each is the nearest of 255 steps.
+
+    Bit for bit what ``gguf.quants`` makes of it, which takes several times as long.
+
+    Args:
+        tensor: (rows, columns) weights, columns a multiple of 32.
+
+    Returns:
+        (rows * columns / 32 * 34,) uint8: of each block the scale, then the steps.
+    """
+    blocks = tensor.reshape(-1, BLOCK)
+    out = torch.empty(blocks.shape[0], BLOCK + 2, dtype=torch.int8)
+    step = _CHUNK // BLOCK
+    for start in range(0, blocks.shape[0], step):
+        block = blocks[start : start + step].float()
+        sizes = block.abs()
+        scales = sizes.amax(dim=1, keepdim=True) / 127
+        inverse = torch.where(scales == 0, 0.0, 1 / scales)
+        sizes *= inverse
+        # Halves go away from zero, and what is just below one must not: adding 0.5 would round it up.
+        whole = sizes.floor()
+        whole += (sizes.sub_(whole).mul_(2)).floor_()
+        part = out[start : start + step]
+        part[:, 2:] = torch.copysign(whole, block)
+        part[:, :2] = scales.to(torch.float16).view(torch.int8)
+    return out.view(torch.uint8).numpy().reshape(-1)
+
+
+def quantization_notes(layers: Sequence[LayerShape], *, hidden_size: int, head_dim: int) -> tuple[str, ...]:
+    """Say which of llama.cpp's quantizations the sizes rule out, where, and what to set.
+
+    A row is quantized in blocks of 32 weights, or of 256 in K-quants (Q4_K_M and the like). Rows that the
+    blocks do not divide get another type from llama.cpp's quantizer: Q5_0, Q5_1 and Q8_0 instead of Q4_K,
+    Q5_K and Q6_K; float16 where 32 does not divide them either. Only MLP widths and heads change by pruning,
+    and with them only the rows of ``ffn_down`` and ``attn_output``.
+
+    Args:
+        layers: Sizes of each decoder layer.
+        hidden_size: D.
+        head_dim: A.
+
+    Returns:
+        Sentences for the user; none if every type fits.
+    """
+    if hidden_size % BLOCK:
+        return (f"No quantization fits: the hidden size {hidden_size} is not a multiple of {BLOCK}.",)
+    notes = []
+    widths = [layer.mlp_width for layer in layers]
+    attention = [layer.query_heads * head_dim for layer in layers]
+    for tensor, rows, remedy in (
+        ("ffn_down", widths, "set prune.width_multiple={} to avoid that"),
+        ("attn_output", attention, "the number of query heads decides it"),
+    ):
+        odd = [i for i, row in enumerate(rows) if row % BLOCK]
+        odd_256 = [i for i, row in enumerate(rows) if row % SUPERBLOCK and not row % BLOCK]
+        if odd:
+            notes.append(
+                f"{tensor} of layers {_ranges(odd)} has rows that are not a multiple of {BLOCK} (such as "
+                f"{rows[odd[0]]}): it stays in float16 in every quantized file, and an older llama.cpp "
+                f"refuses to make one; {remedy.format(BLOCK)}."
+            )
+        if odd_256 and not hidden_size % SUPERBLOCK:
+            notes.append(
+                f"{tensor} of layers {_ranges(odd_256)} has rows that are not a multiple of {SUPERBLOCK} "
+                f"(such as {rows[odd_256[0]]}): K-quants give it a larger type (Q5_0 for Q4_K, Q8_0 for "
+                f"Q6_K); {remedy.format(SUPERBLOCK)}."
+            )
+    if hidden_size % SUPERBLOCK:
+        notes.append(
+            f"The hidden size {hidden_size} is not a multiple of {SUPERBLOCK}, as in the base model: "
+            "K-quants give most tensors a larger type (Q5_0 for Q4_K, Q8_0 for Q6_K); Q8_0, Q5_0 and Q4_0 "
+            "suit it better."
+        )
+    return tuple(notes)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers shortly: 0, 3-5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,89 @@
+"""Rotary embeddings as llama.cpp takes them: keys of the file, and a tensor of factors for Llama 3's."""
+
+import math
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from core.errors import ExportError
+from core.model.build import head_dim
+
+FACTORS = "rope_freqs.weight"
+_YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Write the keys that tell llama.cpp how positions turn queries and keys.
+
+    Args:
+        writer: The file.
+        config: The transformers config.
+
+    Raises:
+        ExportError: If llama.cpp does not compute the model's rotary embedding.
+    """
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ExportError(
+            f"partial_rotary_factor={rope['partial_rotary_factor']}: llama.cpp turns whole heads in this "
+            "model. It cannot be exported."
+        )
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind == "yarn":
+        _check_yarn(rope)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    elif kind not in ("default", "llama3"):
+        raise ExportError(
+            f"rope_type={kind!r} cannot be written for llama.cpp; default, linear, yarn and llama3 can."
+        )
+
+
+def _check_yarn(rope: dict[str, Any]) -> None:
+    """Refuse a YaRN that llama.cpp's cannot be told of.
+
+    Raises:
+        ExportError: Naming the parameter.
+    """
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.get(name):
+            raise ExportError(f"rope_type='yarn' with {name} of its own cannot be written for llama.cpp.")
+    changed = [name for name, usual in _YARN_BETAS.items() if (rope.get(name) or usual) != usual]
+    if changed or rope.get("truncate") is False or not rope.get("factor"):
+        name = changed[0] if changed else "truncate=false" if rope.get("factor") else "no factor"
+        raise ExportError(f"rope_type='yarn' with {name} cannot be written for llama.cpp.")
+
+
+def frequency_factors(config: Any, architecture: str) -> Tensor | None:
+    """Return what llama.cpp divides each rotary frequency by, where the model scales them as Llama 3 does.
+
+    A frequency whose wave is short against the context of the first training stays, a long one is divided by
+    ``factor``, and between the two there is a smooth passage.
+
+    Returns:
+        (A/2,) float32 divisors; None where the model does not scale so.
+
+    Raises:
+        ExportError: If the architecture reads no such factors.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    if architecture not in ("llama", "deci"):
+        raise ExportError(
+            f"rope_type='llama3' cannot be written: llama.cpp's architecture {architecture} does not read it."
+        )
+    width, context = head_dim(config), rope["original_max_position_embeddings"]
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    waves_in_context = context * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - kept) / rope["factor"] + kept)).float()
