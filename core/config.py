@@ -54,10 +54,6 @@ class PruneSettings:
     half an MLP channel, or half of ``width_multiple`` channels."""
     method: Literal["adapt-pruner"] = "adapt-pruner"
     """The pruning method."""
-    profile: Literal["free", "portable"] = "free"
-    """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
-    TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
-    of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -78,6 +74,10 @@ class PruneSettings:
     sparsity. ``none``: nothing."""
     width_multiple: int = 1
     """MLP widths are multiples of this."""
+    profile: Literal["free", "portable"] = "free"
+    """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
+    TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
+    of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
     allow_skip: bool = False
     """Whether a whole attention or MLP may vanish from a layer. Refused: no library loads such a layer."""
 

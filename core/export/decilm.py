@@ -138,7 +138,7 @@ def decilm_config(config: Any) -> dict[str, Any]:
         config: Config of the checkpoint.
     """
     shapes = layer_shapes(config)
-    data = config.to_dict()
+    data = config.to_diff_dict()  # without what is the default of every config
     for name in ("per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
         data.pop(name, None)
     rope = config.rope_parameters
