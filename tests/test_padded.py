@@ -101,6 +101,8 @@ def test_a_group_that_is_too_large_for_its_slot_takes_copies_of_its_kv_head(tmp_
         ([(6, 3), (4, 2), (2, 1)], (6, 3)),
         # Groups of 3 heads in all layers, but fewer KV heads in some.
         ([(3, 1), (6, 2), (3, 1)], (6, 2)),
+        # Four heads of their own KV heads cost less than six in three groups, which hold all layers too.
+        ([(4, 1), (3, 3), (2, 2)], (4, 4)),
         # Llama refuses 5 heads at a hidden size of 48.
         ([(5, 5), (5, 5), (5, 5)], (6, 6)),
         # It refuses 9 too. Groups of 4 with one zero head each cost less than a fourth KV head.
