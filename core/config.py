@@ -15,6 +15,9 @@ from core.errors import refuse
 from core.placement import ClusterSettings, StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count
 
+PORTABLE_WIDTH = 256
+"""MLP widths of the portable profile are multiples of this: the DeciLM format knows no others."""
+
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
     "taylor_l1",
@@ -48,7 +51,7 @@ class PruneSettings:
 
     target: str = "50%"
     """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
-    half an MLP channel."""
+    half an MLP channel, or half of ``width_multiple`` channels."""
     method: Literal["adapt-pruner"] = "adapt-pruner"
     """The pruning method."""
     phases: int = 20
@@ -71,6 +74,10 @@ class PruneSettings:
     sparsity. ``none``: nothing."""
     width_multiple: int = 1
     """MLP widths are multiples of this."""
+    profile: Literal["free", "portable"] = "free"
+    """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
+    TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
+    of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
     allow_skip: bool = False
     """Whether a whole attention or MLP may vanish from a layer. Refused: no library loads such a layer."""
 
@@ -94,10 +101,24 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
+        if self.profile == "portable":
+            yield from self._contradictions()
         if self.allow_skip:
             yield (
                 "allow_skip=true: transformers stores which parts of a layer are skipped, but builds no such "
                 "model, so nobody could load the result. Leave it false: one group of each kind stays."
+            )
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.attention_unit not in ("auto", "none"):
+            yield (
+                f"attention_unit={self.attention_unit} removes heads, but profile=portable leaves attention "
+                "whole. Leave attention_unit out, or set profile to free."
+            )
+        if self.width_multiple > 1 and self.width_multiple % PORTABLE_WIDTH:
+            yield (
+                f"width_multiple={self.width_multiple} must be a multiple of {PORTABLE_WIDTH} under "
+                "profile=portable. Leave it out, or set profile to free."
             )
 
     def target_params(self, base_params: int) -> int:

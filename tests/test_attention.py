@@ -101,6 +101,14 @@ def test_auto_leaves_attention_whole_where_no_head_can_go():
     assert settings_for(PruneSettings(attention_unit="auto"), FAMILIES["llama"]).attention_unit == "auto"
 
 
+@pytest.mark.parametrize(("asked", "multiple"), [(1, 256), (256, 256), (512, 512)])
+def test_the_portable_profile_leaves_attention_whole_and_cuts_widths_to_multiples_of_256(asked, multiple):
+    settings = PruneSettings(profile="portable", width_multiple=asked)
+    applied = settings_for(settings, FAMILIES["llama"])
+    assert (applied.attention_unit, applied.width_multiple) == ("none", multiple)
+    assert sizing_for(applied, DENSE, DENSE).width_multiple == multiple
+
+
 def test_units_that_went_before_are_not_due_again():
     now = replace(DENSE.layers[0], query_heads=8, kv_heads=4)
     cuts = attention_cuts("kv_group", DENSE, DENSE.with_layers((now, now)))

@@ -210,6 +210,14 @@ def test_a_value_out_of_range_is_named_with_its_limit(name, value, limit):
             {"calibration__source__format": "instruction"},
             "calibration.source.format=instruction needs prompt_fields and response_field.",
         ),
+        (
+            {"prune__profile": "portable", "prune__attention_unit": "kv_group"},
+            "prune.attention_unit=kv_group removes heads, but profile=portable leaves attention whole.",
+        ),
+        (
+            {"prune__profile": "portable", "prune__width_multiple": 64},
+            "prune.width_multiple=64 must be a multiple of 256 under profile=portable.",
+        ),
         ({"evaluation__task_data": {"piqa": "x"}}, "evaluation.task_data.piqa names no task"),
         ({"calibration__source__weight": 0}, "calibration.source.weight=0.0 must be positive."),
         ({"calibration__source": {}}, "calibration.source.path is empty."),

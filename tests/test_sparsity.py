@@ -5,8 +5,9 @@ import torch
 
 from core.config import PruneSettings
 from core.errors import TargetError
+from core.model.families import FAMILIES
 from core.model.shape import LayerShape, ModelShape
-from core.pruning.adapt import plan_phase, plan_step, sizing_for
+from core.pruning.adapt import plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.attention import attention_cuts
 from core.pruning.importance import LayerScores, Statistics
 from core.pruning.plan import select_groups
@@ -130,6 +131,30 @@ def test_random_models_end_at_the_exact_target(unit, multiple):
             current, sparsity = found, tuple(min(max(s + shift, 0.0), 0.99) for s in sparsity)
             tried += 1
     assert tried > 100
+
+
+def test_portable_runs_end_at_the_nearest_size_that_multiples_of_256_reach():
+    rng = random.Random("portable")
+    settings = settings_for(PruneSettings(profile="portable"), FAMILIES["llama"])
+    for _ in range(100):
+        dense = uniform_shape(rng.randint(2, 12), 4, 2, 256 * rng.randint(2, 9), rng.randint(4, 16))
+        current, sparsity = dense, (0.0,) * len(dense.layers)
+        step_params = 256 * dense.mlp_channel_params
+        for share in sorted((rng.uniform(0.4, 1) for _ in range(3)), reverse=True):
+            target = int(dense.num_params() * share)
+            importance = normalise_importance([rng.random() for _ in dense.layers])
+            sizing = sizing_for(settings, dense, current)
+            if smallest(sizing) > target:
+                break
+            due = max(current.num_params() - target, 0) / sizing.prunable_params()
+            sparsity = next_sparsity(sparsity, importance, step=due, amplitude=0.05)
+            layers, _ = sizes_for_target(sizing, sparsity, importance, target)
+            current = current.with_layers(layers)
+            reachable = [dense.num_params() - n * step_params for n in range(9 * len(dense.layers))]
+            best = min(abs(size - target) for size in reachable)
+            assert abs(current.num_params() - target) == best
+            assert {(layer.query_heads, layer.kv_heads) for layer in layers} == {(8, 4)}
+            assert all(layer.mlp_width % 256 == 0 for layer in layers)
 
 
 def test_attention_goes_no_further_than_the_target_asks():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from core.config import AttentionUnit, PruneSettings
+from core.config import PORTABLE_WIDTH, AttentionUnit, PruneSettings
 from core.errors import UnsupportedModelError
 from core.model.families import Family
 from core.model.shape import ModelShape
@@ -41,12 +41,16 @@ class Step:
 def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
     """Return the settings as they apply to a family.
 
-    ``auto`` leaves attention whole where no head can go. It compares attention with MLP channels by their
-    scores, so it stands for ``kv_group`` under a criterion whose scores are not the loss's.
+    The portable profile stands for whole attention and MLP widths that are multiples of 256. ``auto`` leaves
+    attention whole where no head can go. It compares attention with MLP channels by their scores, so it
+    stands for ``kv_group`` under a criterion whose scores are not the loss's.
 
     Raises:
         UnsupportedModelError: If the settings ask for heads of such a family.
     """
+    if settings.profile == "portable":
+        multiple = max(settings.width_multiple, PORTABLE_WIDTH)
+        return replace(settings, attention_unit="none", width_multiple=multiple)
     if settings.attention_unit == "auto":
         comparable = settings.criterion.startswith("taylor")
         unit: AttentionUnit = "auto" if comparable else "kv_group"

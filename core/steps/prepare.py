@@ -5,14 +5,19 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.errors import TargetError
+from core.config import Settings
+from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
+
+if TYPE_CHECKING:
+    from core.model.shape import ModelShape
+    from core.pruning.sparsity import Sizing
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +53,7 @@ def run_resolve_base(
         TargetError: If the target cannot be reached.
     """
     from core.base import import_base
-    from core.model.build import load_config, model_shape
-    from core.model.families import family_of
-    from core.pruning.adapt import settings_for, sizing_for
-    from core.pruning.phases import phase_sizes
-    from core.pruning.sparsity import smallest_params
+    from core.model.build import load_config
 
     own: dict[str, dict[str, Any]] = {
         "model": {"base": base_model, "revision": revision},
@@ -63,15 +64,7 @@ def run_resolve_base(
     base_uri, commit = import_base(settings.model, settings.storage.store)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
-    dense, prune = model_shape(config), settings_for(settings.prune, family_of(config))
-    base_params = dense.num_params()
-    target_params = prune.target_params(base_params)
-    if target_params >= base_params:
-        raise TargetError(
-            f"prune.target={prune.target} is not below the {base_params:,} parameters of {base_model}. "
-            "Lower it."
-        )
-    smallest_params(sizing_for(prune, dense, dense), target_params)
+    dense, phase_params = _sizes_of_phases(settings, config)
     run = Run(
         store=settings.storage.store,
         key=Run.key_of(commit, settings),
@@ -79,17 +72,65 @@ def run_resolve_base(
         revision=commit,
         base_uri=base_uri,
         dense=dense,
-        phase_params=phase_sizes(base_params, target_params, phases, prune.phase_sizes),
+        phase_params=phase_params,
     )
     done = Run.is_done(run.handle())
     if not done:
         run.save()
     open_store(run.store).write_bytes(f"jobs/{job}.json", json.dumps(run.handle()).encode())
-    log.info("run %s: %s, %s to %s parameters", run.key, base_model, f"{base_params:,}", f"{target_params:,}")
+    sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
+    log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
     if not done:
         tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
         tracker_of(run).start(settings.to_dict(), tags)
     return run.handle(), base_uri
+
+
+def _sizes_of_phases(settings: Settings, config: Any) -> tuple["ModelShape", tuple[int, ...]]:
+    """Return the sizes of the base model, and the parameters that each phase is to end at."""
+    from core.export.decilm import decilm_obstacle
+    from core.model.build import model_shape
+    from core.model.families import family_of
+    from core.pruning.adapt import settings_for, sizing_for
+    from core.pruning.phases import phase_sizes
+    from core.pruning.sparsity import smallest_params
+
+    obstacle = decilm_obstacle(config) if settings.prune.profile == "portable" else None
+    if obstacle is not None:
+        raise UnsupportedModelError(
+            f"prune.profile=portable needs a base model that the DeciLM format holds, but {obstacle}. Set "
+            "prune.profile to free, or choose another base model."
+        )
+    dense, prune = model_shape(config), settings_for(settings.prune, family_of(config))
+    base_params = dense.num_params()
+    target_params = prune.target_params(base_params)
+    if target_params >= base_params:
+        raise TargetError(
+            f"prune.target={prune.target} is not below the {base_params:,} parameters of "
+            f"{settings.model.base}. Lower it."
+        )
+    sizing = sizing_for(prune, dense, dense)
+    smallest_params(sizing, target_params)
+    if prune.profile == "portable":
+        _announce_size(sizing, prune.target, target_params)
+    return dense, phase_sizes(base_params, target_params, prune.phases, prune.phase_sizes)
+
+
+def _announce_size(sizing: "Sizing", target: str, target_params: int) -> None:
+    """Log the size nearest to the target that widths of the portable profile reach; refuse the base's own."""
+    from core.pruning.sparsity import sizes_for_target
+
+    alike = (0.0,) * len(sizing.dense.layers)
+    layers, _ = sizes_for_target(sizing, alike, alike, target_params)
+    nearest, base = sizing.dense.with_layers(layers).num_params(), sizing.dense.num_params()
+    step = sizing.width_multiple * sizing.dense.mlp_channel_params
+    widths = f"MLP widths that are multiples of {sizing.width_multiple} change it by {step:,} at a time"
+    if nearest == base:
+        raise TargetError(
+            f"prune.target={target}: the nearest size is the base model's, {base:,} parameters, since "
+            f"{widths}. Lower prune.target."
+        )
+    log.info("the nearest size to the target is %s parameters: %s", f"{nearest:,}", widths)
 
 
 def run_needs_run(*, run: Mapping[str, Any]) -> bool:

@@ -1,0 +1,176 @@
+"""Export to the DeciLM format (nemotron-nas), which runtimes with kernels of their own read.
+
+vLLM, SGLang, TensorRT-LLM and MLX load a Llama whose layers differ in MLP width under this model type. It
+knows no width but multiples of 256, and one count of query heads for all layers.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from core.config import PORTABLE_WIDTH
+from core.errors import ExportError
+from core.export.exported import Exported, put_when_complete, size_of
+from core.model.build import head_dim, layer_shapes, load_config, model_shape
+from core.model.checkpoint import PROVENANCE, CheckpointReader, write_checkpoint
+from core.model.families import family_of
+from core.model.shape import LayerShape
+
+_CODE = "configuration_decilm.py"
+_ROPE_TYPES = ("default", "linear", "llama3")
+"""Kinds of rotary scaling that all of the runtimes compute alike."""
+
+
+def export_decilm(checkpoint: Path, output: Path) -> Exported:
+    """Write a checkpoint of the portable profile as a DeciLM, a layer at a time.
+
+    Args:
+        checkpoint: Folder of a checkpoint.
+        output: Folder to write; must not exist.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or corrupt.
+        UnsupportedModelError: If its family is not supported.
+        ExportError: If the format does not hold such a model, with the reason; or the folder cannot be
+            written.
+    """
+    config = load_config(checkpoint)
+    if (problem := decilm_obstacle(config)) is not None:
+        sizes_alone = next(_obstacles(config), None) is None
+        portable = "Prune with prune.profile=portable, or export" if sizes_alone else "Export"
+        raise ExportError(
+            f"{checkpoint} cannot become a DeciLM (nemotron-nas): {problem}. {portable} another format."
+        )
+    shapes, layers = layer_shapes(config), family_of(config).layers
+
+    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
+        names = [n for n in reader.names() if n != "lm_head.weight" or not config.tie_word_embeddings]
+        for index in range(len(shapes)):
+            prefix = f"{layers}.{index}."
+            yield {name: reader.tensor(name) for name in names if name.startswith(prefix)}
+        yield {name: reader.tensor(name) for name in names if not name.startswith(f"{layers}.")}
+
+    known = checkpoint / PROVENANCE
+    with put_when_complete(output) as partial, CheckpointReader(checkpoint) as reader:
+        write_checkpoint(
+            partial,
+            _Config(entries=decilm_config(config)),
+            parts(reader),
+            len(shapes) + 1,
+            companions=checkpoint,
+            provenance=json.loads(known.read_text()) if known.is_file() else {},
+        )
+    notes = [
+        f"Runtimes that read configs through transformers run {_CODE}, which lies beside the weights: start "
+        "vLLM, SGLang and TensorRT-LLM with --trust-remote-code. MLX needs no flag."
+    ]
+    if len({layer.kv_heads for layer in shapes}) > 1:
+        notes.append("SGLang refuses layers that differ in KV heads, as these do.")
+    return Exported(
+        path=output,
+        params=model_shape(config).num_params(),
+        size_bytes=size_of(output),
+        notes=tuple(notes),
+    )
+
+
+def decilm_obstacle(config: Any) -> str | None:
+    """Say what keeps a model out of the format: the first reason there is, without a full stop.
+
+    Args:
+        config: Its config.
+    """
+    return next(_obstacles(config), None) or next(_size_obstacles(config), None)
+
+
+def _obstacles(config: Any) -> Iterator[str]:
+    """Say what pruning does not change."""
+    if config.model_type != "llama":
+        yield f"its family is {config.model_type}, the format's is llama"
+        return
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            yield f"its projections have biases ({name}), which not all runtimes read"
+    if config.hidden_act != "silu":
+        yield f"its activation is {config.hidden_act}, the format's is silu"
+    rope = config.rope_parameters["rope_type"]
+    if rope not in _ROPE_TYPES:
+        yield f"its rotary scaling is {rope}, but all runtimes compute only {', '.join(_ROPE_TYPES)} alike"
+
+
+def _size_obstacles(config: Any) -> Iterator[str]:
+    """Say which sizes the format does not hold."""
+    shapes, size = layer_shapes(config), head_dim(config)
+    heads = sorted({layer.query_heads for layer in shapes})
+    if len(heads) > 1:
+        yield f"its layers have {', '.join(map(str, heads))} query heads, but must all have the same number"
+    elif heads[0] * size != config.hidden_size:
+        yield (
+            f"its {heads[0]} query heads of {size} dimensions make {heads[0] * size}, but the runtimes take "
+            f"the hidden size, {config.hidden_size}, over the number of heads"
+        )
+    for index, layer in enumerate(shapes):
+        if layer.mlp_width % PORTABLE_WIDTH:
+            yield f"layer {index} has an MLP width of {layer.mlp_width:,}, no multiple of {PORTABLE_WIDTH}"
+
+
+def ffn_mult(mlp_width: int, hidden_size: int) -> float:
+    """Return F as the format tells it.
+
+    Runtimes compute F = 2/3 * ffn_mult * D, rounded down and then up to a multiple of 256. MLX rounds
+    the number to six decimals first, which moves F by less than 1 at any hidden size below 10^6.
+    """
+    return 1.5 * mlp_width / hidden_size
+
+
+def decilm_config(config: Any) -> dict[str, Any]:
+    """Return the config.json of a model that the format holds.
+
+    The rotary frequencies stand there twice: runtimes of 2024 and MLX read ``rope_theta`` and
+    ``rope_scaling``, newer ones ``rope_parameters``.
+
+    Args:
+        config: Config of the checkpoint.
+    """
+    shapes = layer_shapes(config)
+    data = config.to_diff_dict()  # without what is the default of every config
+    for name in ("per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
+        data.pop(name, None)
+    rope = config.rope_parameters
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return data | {
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{Path(_CODE).stem}.DeciLMConfig"},
+        "block_configs": [_block(layer, config.hidden_size) for layer in shapes],
+        "intermediate_size": max(layer.mlp_width for layer in shapes),
+        "num_attention_heads": shapes[0].query_heads,
+        "num_key_value_heads": max(layer.kv_heads for layer in shapes),
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "torch_dtype": data.get("dtype"),
+    }
+
+
+def _block(layer: LayerShape, hidden_size: int) -> dict[str, Any]:
+    whole = {"no_op": False, "replace_with_linear": False}
+    return {
+        "attention": {"n_heads_in_group": layer.heads_per_group, **whole},
+        "ffn": {"ffn_mult": ffn_mult(layer.mlp_width, hidden_size), **whole},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """A config.json that is written as it is, with the code that reads it."""
+
+    entries: dict[str, Any]
+
+    def save_pretrained(self, directory: Path) -> None:
+        (directory / "config.json").write_text(json.dumps(self.entries, indent=2, sort_keys=True))
+        shutil.copyfile(Path(__file__).with_name(_CODE), directory / _CODE)

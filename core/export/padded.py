@@ -1,0 +1,190 @@
+"""Zero-padding of unequal layers to a plain checkpoint of the family, which any tool loads."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import ExportError
+from core.export.exported import Exported, put_when_complete, size_of
+from core.model.build import config_with_layers, layer_shapes, load_config, model_shape
+from core.model.checkpoint import PROVENANCE, CheckpointReader, write_checkpoint
+from core.model.families import Family, Kind, family_of
+from core.model.shape import LayerShape, ModelShape
+
+log = logging.getLogger(__name__)
+
+_NOWHERE = -1
+"""Source of a slot that is filled with zeros."""
+
+
+def export_padded(checkpoint: Path, output: Path) -> Exported:
+    """Write a checkpoint of unequal layers as one of equal layers, each filled up with zeros.
+
+    All layers get the largest MLP width and head counts that hold every layer's. What is added is zero on
+    both sides: channels that no activation passes, query heads that no column of o_proj reads. In exact
+    arithmetic the logits are the same; in floating point a sum has more terms, so a kernel may add them in
+    another order, and the logits agree to the rounding of the number format. Weights are copied bit by bit.
+
+    Args:
+        checkpoint: Folder of a checkpoint.
+        output: Folder to write; must not exist.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or corrupt.
+        UnsupportedModelError: If its family is not supported.
+        ExportError: If its heads cannot be filled up, or the folder cannot be written.
+    """
+    config = load_config(checkpoint)
+    family, shapes, sizes = family_of(config), layer_shapes(config), model_shape(config)
+    plain = _plain_config(config, sizes)
+    uniform = layer_shapes(plain)[0]
+
+    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
+        for index, shape in enumerate(shapes):
+            prefix = f"{family.layers}.{index}"
+            layer = pad_layer(family, shape, reader.layer(prefix), uniform)
+            log.debug("layer %d of %d: %s", index + 1, len(shapes), shape)
+            yield {f"{prefix}.{name}": tensor for name, tensor in layer.items()}
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        outside = [n for n in reader.names() if not n.startswith(f"{family.layers}.") and n not in tied]
+        yield {name: reader.tensor(name) for name in outside}
+
+    with put_when_complete(output) as partial, CheckpointReader(checkpoint) as reader:
+        write_checkpoint(
+            partial,
+            plain,
+            parts(reader),
+            len(shapes) + 1,
+            companions=checkpoint,
+            provenance=_provenance(checkpoint, shapes),
+        )
+    params = model_shape(plain).num_params()
+    weight_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    size_bytes = size_of(output)
+    notes = _notes(sizes, uniform, params, weight_bytes, size_bytes)
+    return Exported(path=output, params=params, size_bytes=size_bytes, notes=notes)
+
+
+def pad_layer(
+    family: Family, layer: LayerShape, tensors: Mapping[str, Tensor], uniform: LayerShape
+) -> dict[str, Tensor]:
+    """Fill a decoder layer's tensors up with zeros to the sizes of a larger layer.
+
+    A query head reads the KV head of its group, so heads move to where their group lies in the larger layer.
+    Where a group is larger than those of the larger layer, its KV head is there more than once.
+
+    Args:
+        family: Says how groups lie in the tensors.
+        layer: Sizes of the layer.
+        tensors: Name within the layer to weight or bias.
+        uniform: Sizes to fill up to.
+
+    Returns:
+        The same names; tensors of no group are passed on as they are.
+    """
+    sources = _sources(layer, uniform)
+    padded = {}
+    for name, tensor in tensors.items():
+        slicing = family.slicings.get(name)
+        if slicing is not None:
+            axis, length = slicing.axis, tensor.shape[slicing.axis]
+            # A row of zeros behind the last one: slots without a source take that.
+            rows = [
+                torch.cat([unit_rows, torch.full_like(unit_rows[:1], length)])[sources[kind]].flatten()
+                for kind, unit_rows in slicing.unit_rows(layer, length)
+            ]
+            zero = torch.zeros_like(tensor.narrow(axis, 0, 1))
+            tensor = torch.cat([tensor, zero], axis).index_select(axis, torch.cat(rows))
+        padded[name] = tensor
+    return padded
+
+
+def _sources(layer: LayerShape, uniform: LayerShape) -> dict[Kind, Tensor]:
+    """Return for each slot of ``uniform`` which group of ``layer`` it holds, (units,) int64."""
+    query = torch.full((uniform.query_heads,), _NOWHERE)
+    kv = torch.full((uniform.kv_heads,), _NOWHERE)
+    mlp = torch.full((uniform.mlp_width,), _NOWHERE)
+    mlp[: layer.mlp_width] = torch.arange(layer.mlp_width)
+    per_slot, copies = uniform.heads_per_group, _copies(layer, uniform.heads_per_group)
+    for head in range(layer.query_heads):
+        group, place = divmod(head, layer.heads_per_group)
+        slot = group * copies + place // per_slot
+        kv[slot] = group
+        query[slot * per_slot + place % per_slot] = head
+    return {"query": query, "kv": kv, "mlp": mlp}
+
+
+def _copies(layer: LayerShape, per_slot: int) -> int:
+    """Return how often a KV head must be there if only ``per_slot`` query heads may read each."""
+    return -(-layer.heads_per_group // per_slot)
+
+
+def _plain_config(config: Any, sizes: ModelShape) -> Any:
+    """Return the config of equal layers, of the smallest sizes that hold every layer and that it accepts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = family_of(config)
+    heads = {(layer.query_heads, layer.kv_heads) for layer in sizes.layers}
+    if len(heads) > 1 and not family.prunes_heads:
+        raise ExportError(
+            f"layers of {family.model_type} with different head counts cannot be filled up: it normalises "
+            "queries and keys over all heads at once, and zeros would change the mean. Export another format."
+        )
+    for uniform in _candidates(sizes, config.hidden_size):
+        plain = config_with_layers(config, (uniform,) * len(sizes.layers))
+        if not plain.is_heterogeneous:
+            vars(plain).pop("auto_map", None)
+            plain.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
+            return plain
+    raise ExportError(
+        f"no head counts hold those of all layers ({sorted(heads)}) and suit {family.model_type} at hidden "
+        f"size {config.hidden_size}. Export another format."
+    )
+
+
+def _candidates(sizes: ModelShape, hidden_size: int) -> list[LayerShape]:
+    """Return sizes that hold every layer, those of the fewest parameters first, then of the fewest KV heads.
+
+    Layers may differ in how many query heads share a KV head. For each such number n the KV heads follow: a
+    group of more than n query heads takes several KV heads, all of them copies.
+    """
+    width = max(layer.mlp_width for layer in sizes.layers)
+    most = max(hidden_size, *(layer.query_heads for layer in sizes.layers))
+    found = []
+    for per_slot in range(1, most + 1):
+        least = max(layer.kv_heads * _copies(layer, per_slot) for layer in sizes.layers)
+        found += [
+            LayerShape(query_heads=kv_heads * per_slot, kv_heads=kv_heads, mlp_width=width)
+            for kv_heads in range(least, most // per_slot + 1)
+        ]
+    return sorted(found, key=lambda layer: (sizes.attention_params(layer), layer.kv_heads))
+
+
+def _provenance(checkpoint: Path, shapes: tuple[LayerShape, ...]) -> dict[str, Any]:
+    known = checkpoint / PROVENANCE
+    before = json.loads(known.read_text()) if known.is_file() else {}
+    return before | {"padded_from": [shape.to_dict() for shape in shapes]}
+
+
+def _notes(
+    sizes: ModelShape, uniform: LayerShape, params: int, weight_bytes: int, size_bytes: int
+) -> tuple[str, ...]:
+    before = sizes.num_params()
+    if all(layer == uniform for layer in sizes.layers):
+        return ("All layers are of the same size: nothing was added.",)
+    cost = (
+        f"Filled up with zeros from {before:,} to {params:,} parameters ({params / before:.2f} times; "
+        f"{weight_bytes:,} bytes of weights became a folder of {size_bytes:,}). Each layer is as large and "
+        f"as slow as the widest: {uniform.query_heads} query heads, {uniform.kv_heads} KV heads, MLP width "
+        f"{uniform.mlp_width:,}."
+    )
+    if all(layer.kv_heads == uniform.kv_heads for layer in sizes.layers):
+        return (cost,)
+    kv_heads = sum(layer.kv_heads for layer in sizes.layers)
+    ratio = uniform.kv_heads * len(sizes.layers) / kv_heads
+    return (cost, f"The KV cache grows with the KV heads, to {ratio:.2f} times.")
