@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from core.errors import AdaptPrunerError, SettingsError
-from pipelines.commands import models, recipes
+from pipelines.commands import models, recipes, sharing
 
 
 class _Commands(click.Group):
@@ -47,5 +47,6 @@ for _command in (
     models.benchmark,
     models.sensitivity,
     models.generate,
+    sharing.export,
 ):
     main.add_command(_command)

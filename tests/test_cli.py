@@ -19,7 +19,17 @@ from core.record import perplexity_text
 from pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run", "compile", "inspect", "evaluate", "sensitivity", "generate")
+COMMANDS = (
+    "run",
+    "compile",
+    "inspect",
+    "evaluate",
+    "benchmark",
+    "sensitivity",
+    "generate",
+    "export",
+    "push",
+)
 SIZES = ((4, 2, 24), (2, 1, 17), (4, 2, 9))
 WORDS = ["<eos>", "<user>", "<model>", "what", "is", "the", "capital", "of", "France", "Paris", "?", "."]
 RECIPE = {

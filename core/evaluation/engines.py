@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,5 +131,9 @@ def physical_cores() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory that this process ever held (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the most memory that this process ever held.
+
+    Linux's getrusage would not do: it counts in what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024

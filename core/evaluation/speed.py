@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -82,21 +82,29 @@ def compare(
             done = f"round {turn} of {workload.rounds}" if turn else "warmed up"
             log.info("%s on %s: %s", runtime, device, done)
         memory = (first.finish(), second.finish())
-    sizes = {f"{kind} {batch}": workload.tokens(kind, batch) for kind, batch in workload.jobs()}
+    tokens = {f"{kind} {batch}": workload.tokens(kind, batch) for kind, batch in workload.jobs()}
     return SpeedRecord(
         runtime=runtime,
         device=device,
-        tokens_per_s={
-            job: (
-                sizes[job] / statistics.median(pair[0] for pair in pairs),
-                sizes[job] / statistics.median(pair[1] for pair in pairs),
-            )
-            for job, pairs in seconds.items()
-        },
-        speedups={job: statistics.median(a / b for a, b in pairs) for job, pairs in seconds.items()},
+        tokens_per_s={job: median_rates(pairs, tokens[job]) for job, pairs in seconds.items()},
+        speedups={job: median_speedup(pairs) for job, pairs in seconds.items()},
         load_s=(first.load_s, second.load_s),
         memory_bytes=memory,
     )
+
+
+def median_rates(pairs: Sequence[tuple[float, float]], tokens: int) -> tuple[float, float]:
+    """Return the tokens a second of base and checkpoint from (base, checkpoint) seconds of each round."""
+    base, checkpoint = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return tokens / base, tokens / checkpoint
+
+
+def median_speedup(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return how many times faster the checkpoint is: the median of the rounds' own ratios.
+
+    A round in which the machine is slow is slow for both, and its ratio as good as any.
+    """
+    return statistics.median(base / checkpoint for base, checkpoint in pairs)
 
 
 def _pair(first: "_Model", second: "_Model", kind: Kind, batch: int, *, reverse: bool) -> tuple[float, float]:

@@ -11,9 +11,8 @@ from core.errors import SettingsError
 from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
 
 if TYPE_CHECKING:
-    from core.export.gguf_quantization import GgufDtype
-
     from core.evaluation.speed import Runtime
+    from core.export.gguf_quantization import GgufDtype
     from core.pruning.sensitivity import Part
 
 

@@ -1,0 +1,73 @@
+"""Commands that hand a model on: to another runtime's format, or to the Hugging Face hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from core.errors import SettingsError
+from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
+
+if TYPE_CHECKING:
+    from core.export.exported import Exported
+    from core.export.gguf_quantization import GgufDtype
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+@click.command(
+    epilog=example(
+        "adapt-pruner export output/model model.gguf --format gguf --dtype q8_0",
+        "adapt-pruner export output/model padded --format padded",
+    ),
+    help="Write MODEL to OUTPUT in the format of another runtime.\n\n"
+    f"{MODEL_HELP}. It stays as it is, and OUTPUT must not exist yet.\n\n"
+    "\b\n"
+    "gguf    one file for llama.cpp and what builds on it; Llama, Qwen2 and tied Qwen3\n"
+    "decilm  a folder for vLLM, SGLang, TensorRT-LLM and MLX; Llama pruned with\n"
+    "        prune.profile=portable\n"
+    "padded  a folder that any runtime loads: zeros make all layers as large as the largest,\n"
+    "        so the answers are those of MODEL, at the memory and speed of a larger one",
+)
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["gguf", "decilm", "padded"]),
+    required=True,
+    help="What to write.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Number format of the weights; gguf alone. Others keep MODEL's.  [default: f16]",
+)
+def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") -> None:
+    """Write a checkpoint in another format."""
+    if dtype is not None and format_ != "gguf":
+        keeps = f"{format_} keeps the number format of MODEL"
+        raise SettingsError([f"--dtype={dtype} is for --format=gguf; {keeps}. Leave it out."])
+    prepare_for(model)
+
+    from pipelines.models import local_checkpoint
+
+    with log_on_stderr(), local_checkpoint(model) as directory:
+        exported = _export(directory, output, format_, dtype or "f16")
+    click.echo(f"{exported.path}: {exported.params:,} parameters, {exported.size_bytes / 1e6:,.0f} MB")
+    for note in exported.notes:
+        click.echo(f"note: {note}")
+
+
+def _export(directory: Path, output: Path, format_: str, dtype: "GgufDtype") -> "Exported":
+    if format_ == "gguf":
+        from core.export.gguf import export_gguf
+
+        return export_gguf(directory, output, dtype=dtype)
+    if format_ == "decilm":
+        from core.export.decilm import export_decilm
+
+        return export_decilm(directory, output)
+    from core.export.padded import export_padded
+
+    return export_padded(directory, output)
