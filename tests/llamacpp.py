@@ -7,7 +7,7 @@ import xllamacpp
 
 
 class LlamaCpp:
-    """A GGUF file, loaded on one CPU thread, with a float32 cache of keys and values."""
+    """A GGUF file, loaded on one CPU thread, all of whose arithmetic is in float32."""
 
     def __init__(self, path, *, context=512):
         params = xllamacpp.CommonParams()
@@ -17,7 +17,16 @@ class LlamaCpp:
         params.warmup, params.ui, params.verbosity = False, False, -1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        # Flash attention on a CPU rounds queries to float16.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        # A server that a failed test's traceback keeps alive can hold up the end of the process.
+        self._server = None
 
     def tokenize(self, text, *, add_special=True):
         body = {"content": text, "parse_special": True, "add_special": add_special}
@@ -29,10 +38,12 @@ class LlamaCpp:
     def chat_prompt(self, messages):
         return self._post("/apply-template", {"messages": messages})["prompt"]
 
-    def generate(self, prompt, tokens, *, num_probs=0):
+    def generate(self, prompt, tokens, *, num_probs=0, banned=()):
         """Decode greedily; return the text, the tokens and for each the log-probabilities by token id.
 
-        The first comes out of the prompt's pass, all others out of passes of one token.
+        The first comes out of the prompt's pass, all others out of passes of one token. The server tells no
+        probabilities of tokens that are part of a character: they can be banned, which leaves the
+        probabilities as they are.
         """
         answer = self._post(
             "/completion",
@@ -43,7 +54,7 @@ class LlamaCpp:
                 "n_probs": num_probs,
                 "cache_prompt": False,
                 "return_tokens": True,
-                "ignore_eos": False,
+                "logit_bias": [[token, False] for token in banned],
             },
         )
         probabilities = [
