@@ -12,6 +12,7 @@ from core.export.gguf_quantization import quantization_notes, quantized_q8_0
 from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.model.shape import LayerShape
+from tests.llamacpp import LlamaCpp
 from tests.models import CONFIGS, UNEQUAL, random_tokens
 
 EQUAL = (LayerShape(query_heads=6, kv_heads=3, mlp_width=40),) * 3
@@ -20,7 +21,7 @@ LLAMA3 = dict(
     rope_theta=500.0,
     factor=4.0,
     low_freq_factor=1.0,
-    high_freq_factor=4.0,
+    high_freq_factor=2.0,
     original_max_position_embeddings=16,
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
@@ -92,13 +93,11 @@ CASES = {
 
 def log_probabilities(path, checkpoint, *, num_tokens):
     """Let llama.cpp decode some tokens; return (tokens, V) log-probabilities, its own and PyTorch's."""
-    from tests.llamacpp import LlamaCpp
-
     model = load_model(checkpoint)
     size, prompt = model.config.vocab_size, random_tokens(rows=1, length=40)[0].tolist()
-    with LlamaCpp(path) as llama:
-        parts = [i for i in range(size) if not llama.detokenize([i]).isascii()] + [0, 1, 2]
-        _, tokens, found = llama.generate(prompt, num_tokens, num_probs=size, banned=parts)
+    llama = LlamaCpp(path)
+    parts = [i for i in range(size) if not llama.detokenize([i]).isascii()] + [0, 1, 2]
+    _, tokens, found = llama.generate(prompt, num_tokens, num_probs=size, banned=parts)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)

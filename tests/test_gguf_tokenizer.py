@@ -12,6 +12,7 @@ from core.errors import ExportError
 from core.export.gguf import export_gguf
 from core.model.build import build_model, load_tokenizer
 from core.model.checkpoint import save_model
+from tests.llamacpp import LlamaCpp
 
 TEXTS = [
     "",
@@ -137,13 +138,10 @@ def write(tmp_path):
 
 
 def assert_same_tokens(folder, path, texts=TEXTS):
-    from tests.llamacpp import LlamaCpp
-
-    ours = load_tokenizer(folder)
-    with LlamaCpp(path) as theirs:
-        for text in texts:
-            expected = ours(text)["input_ids"]
-            assert theirs.tokenize(text) == expected, (text, ours.convert_ids_to_tokens(expected))
+    ours, theirs = load_tokenizer(folder), LlamaCpp(path)
+    for text in texts:
+        expected = ours(text)["input_ids"]
+        assert theirs.tokenize(text) == expected, (text, ours.convert_ids_to_tokens(expected))
 
 
 def pre_of(path):
@@ -338,8 +336,6 @@ def test_two_tokens_of_one_text_are_refused(write):
 
 
 def test_a_chat_reads_the_same(write, tmp_path):
-    from tests.llamacpp import LlamaCpp
-
     folder, _ = write(byte_level(BYTE_LEVEL))
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -353,6 +349,5 @@ def test_a_chat_reads_the_same(write, tmp_path):
     ]
     ours = load_tokenizer(folder)
     expected = ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    with LlamaCpp(exported.path) as llama:
-        assert llama.chat_prompt(messages) == expected
+    assert LlamaCpp(exported.path).chat_prompt(messages) == expected
     assert field(exported.path, "eot_token_id") == 2
