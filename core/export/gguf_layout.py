@@ -17,6 +17,7 @@ from core.errors import ExportError
 from core.model.build import head_dim
 from core.model.shape import LayerShape
 
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _TURNS_NEIGHBOURS = ("llama", "deci")
 """Architectures whose rotary embedding turns dimensions 2i and 2i+1 of a head, not i and i + A/2."""
 _READS_BIASES = {
@@ -92,42 +93,42 @@ def architecture_of(config: Any, layers: Sequence[LayerShape]) -> str:
         ExportError: If no architecture computes what the model does.
     """
     family, unequal = config.model_type, len(set(layers)) > 1
-    empty = [
-        i for i, layer in enumerate(layers) if not (layer.query_heads and layer.kv_heads and layer.mlp_width)
-    ]
-    if empty:
+    if family not in _FAMILIES:
         raise ExportError(
-            f"layer {empty[0]} has no attention heads or no MLP channels; llama.cpp drops the rest of such a "
-            "layer, or cannot read it. Keep one head and one channel a layer."
+            f"a {family} whose layers differ cannot be exported: no llama.cpp architecture reads sizes of "
+            "each layer together with what this family computes. Llama, Mistral, Qwen2 and Qwen3 can."
+            if unequal
+            else f"model family {family!r} is not exported here; as its layers are equal, llama.cpp's own "
+            "convert_hf_to_gguf.py reads it."
         )
+    _check_layers(layers)
     if config.hidden_act != "silu":
         raise ExportError(
             f"hidden_act={config.hidden_act!r}: llama.cpp computes silu in this model. It cannot be exported."
         )
     _check_windows(config)
-    if family in ("llama", "mistral"):
-        return "deci" if unequal else "llama"
+    if family == "qwen3":
+        if unequal and not config.tie_word_embeddings:
+            raise ExportError(
+                "a Qwen3 whose layers differ and whose embeddings are not tied cannot be exported: llama.cpp "
+                "has norms of queries together with sizes of each layer only in openelm, which has no output "
+                "head. Export a model of equal layers, or one with tied embeddings."
+            )
+        return "openelm" if unequal else "qwen3"
     if family == "qwen2":
         # qwen2 takes it for granted that all heads together are as wide as the hidden size.
         fits = layers[0].query_heads * head_dim(config) == config.hidden_size
         return "qwen2" if fits and not unequal else "deci"
-    if family == "qwen3":
-        if unequal and not config.tie_word_embeddings:
+    return "deci" if unequal else "llama"
+
+
+def _check_layers(layers: Sequence[LayerShape]) -> None:
+    for index, layer in enumerate(layers):
+        if not (layer.query_heads and layer.kv_heads and layer.mlp_width):
             raise ExportError(
-                "a Qwen3 whose layers differ and whose embeddings are not tied cannot be exported: of llama.cpp's "
-                "architectures only openelm has norms of queries and keys and sizes of each layer, and it has no "
-                "output head. Export a model of equal layers, or one with tied embeddings."
+                f"layer {index} has no attention heads or no MLP channels; llama.cpp drops the rest of such "
+                "a layer, or cannot read it. Keep one head and one channel a layer."
             )
-        return "openelm" if unequal else "qwen3"
-    if unequal:
-        raise ExportError(
-            f"a {family} whose layers differ cannot be exported: no llama.cpp architecture reads sizes of "
-            "each layer together with what this family computes. Llama, Mistral, Qwen2 and Qwen3 can."
-        )
-    raise ExportError(
-        f"model family {family!r} is not exported here; as its layers are equal, llama.cpp's own "
-        "convert_hf_to_gguf.py reads it."
-    )
 
 
 def _check_windows(config: Any) -> None:
