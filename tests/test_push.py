@@ -201,13 +201,17 @@ def test_a_commit_that_comes_between_is_not_undone(hub, published):
     assert files_of(hub) == goes_up(published) | {"notes.md": b"by somebody else"}
 
 
-def test_a_branch_is_made_where_main_is_and_main_stays(hub, published):
+def test_a_branch_is_made_where_main_is_and_main_stays(hub, published, checkpoint):
     hub.add_model(NAME, files={"LICENSE": b"free"})
     main = files_of(hub)
     url = push_checkpoint(published, NAME, revision="phase-2")
     assert url.endswith(hub.models[NAME].commit("phase-2"))
     assert files_of(hub) == main
     assert files_of(hub, "phase-2") == goes_up(published) | main
+    (checkpoint / "README.md").write_text(CARD + "More.\n")
+    push_checkpoint(checkpoint, NAME, revision="phase-2")
+    assert files_of(hub) == main
+    assert files_of(hub, "phase-2") == goes_up(checkpoint) | main
 
 
 def test_private_is_kept(hub, published):
