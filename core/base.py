@@ -5,26 +5,31 @@ network is needed no more.
 """
 
 import contextlib
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 
 from core.config import ModelSettings
 from core.data import locate
 from core.errors import CheckpointError
+from core.licence import LEGAL, card_facts, gguf_facts
 from core.model.build import build_model, load_config
-from core.model.checkpoint import CheckpointReader, save_model
+from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
+from core.record import public_path
 from core.storage.entries import FileEntry, Manifest
 from core.storage.manifest import publish, read_manifest
 from core.storage.store import file_sha256, join_uri
 
 log = logging.getLogger(__name__)
 
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+_CARD = "README.md"
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", *LEGAL)
 _HUB_TIMEOUT_S = 10
 
 
@@ -60,10 +65,9 @@ def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
             f"model.base={settings.base} is neither a .gguf file nor a folder with a config.json. "
             "Correct the path."
         )
-    paths = sorted(p for pattern in _PATTERNS for p in location.glob(pattern) if p.name != "MANIFEST.json")
-    files = tuple(FileEntry.of(location, path.name) for path in paths)
+    files = tuple(FileEntry.of(location, path.name) for path in _belonging(location))
     revision = Manifest(files=files).digest[:16]
-    return _publish_once(store, revision, settings.base, lambda: _checked(location, paths)), revision
+    return _publish_once(store, revision, settings.base, lambda: _checked(location, settings.base)), revision
 
 
 def _publish_once(
@@ -77,14 +81,33 @@ def _publish_once(
     return uri
 
 
+def _belonging(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint, without whatever else lies beside them."""
+    found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.name != "MANIFEST.json")
+
+
 @contextlib.contextmanager
-def _checked(location: Path, paths: Sequence[Path]) -> Iterator[Path]:
-    """Gather the files that belong to a checkpoint, leaving out whatever else lies beside them."""
+def _checked(location: Path, base: str) -> Iterator[Path]:
+    """Check a checkpoint, gather its files, and write down what it says of its licence."""
     _read_whole(location)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        for path in paths:
+        for path in _belonging(location):
             (Path(scratch) / path.name).symlink_to(path.resolve())
+        _write_facts(Path(scratch), card_facts(location / _CARD), base)
         yield Path(scratch)
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Any], base: str) -> None:
+    """Add what the base's card states of its licence to what is known of the checkpoint's making."""
+    if not facts:
+        return
+    own, before = folder / PROVENANCE, {"base": public_path(base)}
+    if own.exists():  # the base is a result of this package
+        with contextlib.suppress(ValueError, TypeError):
+            before = dict(json.loads(own.read_text()))
+        own.unlink()  # a link to the file of the base, which stays as it is
+    own.write_text(json.dumps({**before, **facts}, indent=1))
 
 
 def _read_whole(folder: Path) -> None:
@@ -126,7 +149,8 @@ def _dequantized(location: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         tokenizer.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
-        save_model(model, Path(scratch), companions=None, provenance={"base": location.name})
+        provenance = {"base": location.name, **gguf_facts(location)}
+        save_model(model, Path(scratch), companions=None, provenance=provenance)
         yield Path(scratch)
 
 
@@ -145,12 +169,13 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
 
     log.info("downloading %s at %s", name, commit)
     # The config first: it tells whether the rest is of use.
-    for patterns in (["config.json"], list(_PATTERNS)):
+    for patterns in (["config.json"], [*_PATTERNS, _CARD]):
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
         load_config(folder)
-    _read_whole(folder)
-    yield folder
+    # The client's folder also holds what others have downloaded of this commit.
+    with _checked(folder, name) as checked:
+        yield checked
 
 
 @contextlib.contextmanager

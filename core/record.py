@@ -238,6 +238,16 @@ def without_password(text: str) -> str:
     return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
+def public_path(path: str) -> str:
+    """Return what may be told of a path to strangers: the last part of an address or of a path from the root.
+
+    Anything else, such as an id on the hub or ``package:NAME/path``, stays as it is.
+    """
+    if "://" in path or path.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path):
+        return re.split(r"[/\\]", path.rstrip("/\\"))[-1].partition("?")[0]
+    return without_password(path)
+
+
 def _whole(value: float) -> int:
     if int(value) != value:
         raise ValueError(f"{value} is not a whole number")

@@ -1,8 +1,12 @@
-"""A stand-in for the Hugging Face hub on a loopback port: what its client asks for to read repositories."""
+"""A stand-in for the Hugging Face hub on a loopback port: what its client asks for to read repositories.
+
+What it asks for to write to them is in ``tests.hub_uploads``.
+"""
 
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import re
 import socket
@@ -11,10 +15,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_stand_in"
-"""Opens private repositories."""
+from tests.hub_uploads import (
+    READ_TOKEN,
+    TOKEN,
+    Cut,
+    Hook,
+    Lost,
+    Refuse,
+    Uploads,
+    blob,
+    is_large,
+    nothing,
+    object_id,
+)
 
-_API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_API = re.compile(
+    r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?"
+)
 _RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -28,10 +45,16 @@ class Repository:
     """Whether it takes ``TOKEN`` to see it."""
     gated: bool = False
     """Whether all see it, but only ``TOKEN`` reads its files."""
+    tags: tuple[str, ...] = ()
+    """Those of ``branches`` that are tags."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """Large files that have arrived, by sha256, whether a commit names them or not."""
+    summaries: list[str] = field(default_factory=list)
+    """Messages of the commits that were made."""
 
     def commit(self, branch: str = "main") -> str:
         """Return the commit hash of a branch."""
-        files = sorted((path, _blob(content)) for path, content in self.branches[branch].items())
+        files = sorted((path, blob(content)) for path, content in self.branches[branch].items())
         return hashlib.sha1(json.dumps(files).encode()).hexdigest()
 
     def at(self, revision: str) -> Mapping[str, bytes] | None:
@@ -40,11 +63,6 @@ class Repository:
             self.branches
         )
         return by_name.get(revision)
-
-
-def _blob(content: bytes) -> str:
-    """Hash as git does: the hub's ETag of a small file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -57,6 +75,9 @@ class Hub:
         datasets: Id to data set.
         models: Id to model.
         connections: All that were ever opened; ``/stop`` ends them.
+        received: sha256 of the large files that were sent, in order; one that is sent twice stands twice.
+        hook: Called with each request before it is answered; may raise ``Refuse``, ``Cut``
+            or ``Lost``.
     """
 
     endpoint: str = ""
@@ -64,6 +85,8 @@ class Hub:
     datasets: dict[str, Repository]
     models: dict[str, Repository]
     connections: list[socket.socket] = field(default_factory=list)
+    received: list[str] = field(default_factory=list)
+    hook: Hook = nothing
 
     def environment(self, cache: str) -> dict[str, str]:
         """Return the variables that lead a client here, and its cache into a folder of its own."""
@@ -74,11 +97,20 @@ class Hub:
             "NO_PROXY": "127.0.0.1,localhost",
         }
 
+    def add_model(
+        self, name: str, *, private: bool = False, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Make a repository, which starts with a commit of the hub's own."""
+        start = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", **(files or {})}
+        self.models[name] = Repository(branches={"main": start}, private=private)
+
 
 @contextlib.contextmanager
-def run_hub(*, datasets: Mapping[str, Repository], models: Mapping[str, Repository]) -> Iterator[Hub]:
+def run_hub(
+    *, datasets: Mapping[str, Repository] | None = None, models: Mapping[str, Repository] | None = None
+) -> Iterator[Hub]:
     """Serve repositories until the block ends, or until someone asks for ``/stop``."""
-    hub = Hub(datasets=dict(datasets), models=dict(models))
+    hub = Hub(datasets=dict(datasets or {}), models=dict(models or {}))
 
     class Handler(_Handler):
         served = hub
@@ -92,7 +124,7 @@ def run_hub(*, datasets: Mapping[str, Repository], models: Mapping[str, Reposito
             server.shutdown()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(Uploads, http.server.BaseHTTPRequestHandler):
     served: Hub
     protocol_version = "HTTP/1.1"
 
@@ -114,7 +146,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for connection in self.served.connections:
                 with contextlib.suppress(OSError):  # the client may have closed it
                     connection.shutdown(socket.SHUT_RDWR)
-        elif match := _API.fullmatch(address.path):
+            return
+        try:
+            self.served.hook(f"{self.command} {address.path}")
+        except Refuse as refusal:
+            self._refuse(refusal.status, refusal.code, str(refusal))
+            return
+        except Cut:
+            self.close_connection = True
+            return
+        except Lost:
+            self.close_connection, self.wfile = True, io.BytesIO()
+        if self.command == "POST" and self.write(address.path, body):
+            return
+        if match := _API.fullmatch(address.path):
             self._api(*match.groups(), query=parse_qs(address.query), form=parse_qs(body.decode()))
         elif match := _RESOLVE.fullmatch(address.path):
             self._resolve(*match.groups())
@@ -136,6 +181,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     ) -> None:
         repository = self._visible(kind, name)
         if repository is None:
+            return
+        if what == "refs":
+            refs = [
+                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": repository.commit(branch)}
+                for branch in repository.branches
+            ]
+            tags = [ref for ref in refs if ref["name"] in repository.tags]
+            branches = [ref for ref in refs if ref not in tags]
+            self._send_json({"branches": branches, "tags": tags, "converts": []})
             return
         files = self._files(repository, revision or "main")
         if files is None:
@@ -184,7 +238,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self._refuse(404, "EntryNotFound", "Entry not found", headers)
             return
-        headers |= {"ETag": f'"{_blob(content)}"', "Accept-Ranges": "bytes"}
+        headers |= {"ETag": f'"{blob(content)}"', "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             self._send(200, content, headers)
@@ -201,11 +255,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _visible(self, kind: str, name: str) -> Repository | None:
         """Find a repository; as the hub does, say 401 to who has no token, whether it is there or not."""
+        given = self.headers.get("Authorization")
+        if given not in (None, f"Bearer {TOKEN}", f"Bearer {READ_TOKEN}"):
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+            return None
         held = self.served.datasets if kind == "datasets" else self.served.models
         repository = held.get(name)
         if repository is not None and (self._authorized() or not repository.private):
             return repository
-        if self.headers.get("Authorization") is None:
+        if given is None:
             self._refuse(401, "RepoNotFound", "Invalid username or password.")
         else:
             self._refuse(404, "RepoNotFound", "Repository not found")
@@ -249,5 +307,8 @@ def _entries(files: Mapping[str, bytes], prefix: str, *, recursive: bool) -> lis
             oid = hashlib.sha1(folder.encode()).hexdigest()
             entries[folder] = {"type": "directory", "oid": oid, "size": 0, "path": folder}
         if recursive or not folders:
-            entries[path] = {"type": "file", "oid": _blob(content), "size": len(content), "path": path}
+            entries[path] = {"type": "file", "oid": blob(content), "size": len(content), "path": path}
+            if is_large(path, content):
+                pointer = {"oid": object_id(path, content), "size": len(content), "pointerSize": 134}
+                entries[path] |= {"oid": "0" * 40, "lfs": pointer}
     return list(entries.values())

@@ -24,6 +24,7 @@ HEIGHTS = {
     "core.model": 4,
     "core.storage": 4,
     "core.data": 4,
+    "core.licence": 4,
     "core.recipe": 3,
     "core.record": 3,
     "core.config": 2,

@@ -154,7 +154,11 @@ def seen(project, tmp_path_factory):
         "team/model": Repository(
             branches={
                 "main": {**main, "README.md": b"# Model\n", "pytorch_model.bin": b"never read"},
-                "v1": {**main, "LICENSE": b"free"},
+                "v1": {
+                    **main,
+                    "LICENSE": b"free",
+                    "README.md": b"---\nlicense: llama3.2\nlanguage: en\n---\n",
+                },
             }
         ),
         "team/other-family": Repository(
@@ -314,7 +318,10 @@ def test_a_token_opens_what_is_private(value, seen):
 def test_a_model_is_pinned_to_its_commit_and_published(value, seen, project):
     _, hub, folder = seen
     repository = hub.models["team/model"]
-    for name, branch, others in (("model", "main", set()), ("model v1", "v1", {"LICENSE"})):
+    for name, branch, others in (
+        ("model", "main", set()),
+        ("model v1", "v1", {"LICENSE", "adapt_pruner.json"}),
+    ):
         uri, revision = value(name)
         assert revision == repository.commit(branch)
         assert uri == str(folder / "store" / "bases" / revision)
@@ -325,6 +332,8 @@ def test_a_model_is_pinned_to_its_commit_and_published(value, seen, project):
         model, expected = load_model(Path(uri)).state_dict(), load_model(project / "base").state_dict()
         assert all(torch.equal(model[key], expected[key]) for key in expected)
     assert repository.commit("main") != repository.commit("v1")
+    provenance = json.loads((Path(value("model v1")[0]) / "adapt_pruner.json").read_text())
+    assert provenance == {"base": "team/model", "license": "llama3.2", "language": ["en"]}
 
 
 def test_a_model_that_was_taken_up_is_not_downloaded_again(value, seen):

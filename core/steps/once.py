@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.errors import StorageError
+from core.licence import card_facts, known_facts
+from core.record import public_path
 from core.run import Run
 from core.storage.entries import Manifest
 from core.storage.manifest import fetch, publish, read_manifest
@@ -18,6 +20,7 @@ from core.tracking.mlflow import ChildRun, Tracker, open_tracker
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
+CARD = "README.md"
 
 
 class Artifact(Protocol):
@@ -94,16 +97,33 @@ def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, 
         phase: The phase.
         source: Digest of the checkpoint that it was made from.
         step: The step that makes it.
+
+    Returns:
+        Where it comes from, and what the base model states of its licence.
     """
     return {
+        **base_facts(run),
         "run": run.key,
         "phase": phase,
         "step": step,
-        "base": run.settings.model.base,
+        "base": public_path(run.settings.model.base),  # a checkpoint is handed on
         "revision": run.revision,
         "source": source,
         "settings": run.settings.digest(),
     }
+
+
+def base_facts(run: Run) -> dict[str, Any]:
+    """Return what the base model of a run states of its licence and languages."""
+    from core.model.checkpoint import PROVENANCE  # torch
+
+    facts = known_facts(read_published(run.base_uri, PROVENANCE))
+    manifest = read_manifest(run.base_uri)
+    # A publication that was named as the base may have a card alone.
+    if not facts and manifest is not None and CARD in {entry.path for entry in manifest.files}:
+        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+            return card_facts(fetch(run.base_uri, Path(scratch), only=[CARD]) / CARD)
+    return facts
 
 
 def digest_of(uri: str) -> str:

@@ -1,6 +1,8 @@
 """Steps after the last phase: publish and finalize."""
 
+import contextlib
 import dataclasses
+import fnmatch
 import json
 import logging
 from collections.abc import Mapping
@@ -8,18 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.errors import ExportError
 from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accuracies
 from core.run import Run
 from core.steps.once import (
+    CARD,
     Artifact,
     Workspace,
+    base_facts,
     compute_once,
     describe_checkpoint,
     hand_over,
     read_published,
     tracker_of,
 )
-from core.storage.manifest import delete_publication, fetch
+from core.storage.manifest import delete_publication, fetch, read_manifest
 from core.storage.store import open_store
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,7 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
                 (work.out / path.relative_to(folder)).symlink_to(path.resolve())
         (work.out / RECORD).write_text(json.dumps(record.to_dict()))
         (work.out / HTML).write_text(build_report(record))
+        _write_card(this, record, work)
         tracker_of(this).log_report(work.out / HTML)
         return {"params": record.phases[-1].params}
 
@@ -66,6 +72,45 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         log.info("registered %s version %s", name, version)
     open_store(this.store).write_bytes(f"runs/{this.key}/DONE.json", json.dumps({"final": uri}).encode())
     return uri
+
+
+def _write_card(run: Run, record: RunRecord, work: Workspace) -> None:
+    """Write the model card, and put the base model's licence files beside it."""
+    from core.licence import LEGAL
+    from core.tracking.card import model_card
+
+    manifest = read_manifest(run.base_uri)
+    names = [entry.path for entry in manifest.files] if manifest else []
+    legal = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in LEGAL))
+    if legal:
+        base = fetch(run.base_uri, work.scratch / "legal", only=legal)
+        for name in legal:
+            if not (work.out / name).exists():
+                (work.out / name).symlink_to((base / name).resolve())
+    card = model_card(
+        record,
+        config=json.loads((work.out / "config.json").read_text()),
+        licence=base_facts(run),
+        legal_files=legal,
+        formats=_formats(work.out),
+    )
+    (work.out / CARD).write_text(card)
+
+
+def _formats(checkpoint: Path) -> list[str]:
+    """Return the formats of other runtimes that hold a checkpoint's sizes."""
+    from core.export.decilm import decilm_obstacle
+    from core.export.gguf_layout import architecture_of
+    from core.model.build import layer_shapes, load_config
+
+    config = load_config(checkpoint)
+    formats = ["padded"] if config.is_heterogeneous else []
+    if decilm_obstacle(config) is None:
+        formats.append("decilm")
+    with contextlib.suppress(ExportError):
+        architecture_of(config, layer_shapes(config))
+        formats.append("gguf")
+    return formats
 
 
 def _measure_speed(run: Run, checkpoint: Path, work: Workspace) -> tuple[SpeedRecord, ...]:

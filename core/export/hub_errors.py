@@ -1,0 +1,107 @@
+"""What the Hugging Face hub and its client complain of, in one line that says what to do."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from textwrap import shorten
+
+from core.errors import AdaptPrunerError, HubError
+from core.record import without_password
+
+_AGAIN = "Give the same command again: what has arrived is not sent again."
+_NEW_TOKEN = (
+    "Take one with write access from https://huggingface.co/settings/tokens as HF_TOKEN, "
+    "or run `hf auth login`."
+)
+_NO_ROOM = re.compile("storage|quota|too large|limit reached|payment", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def hub_errors(repository: str, when: str = "") -> Iterator[None]:
+    """Turn whatever the hub's client raises into a ``HubError``.
+
+    Args:
+        repository: Its id.
+        when: What was done, such as `` while config.json was sent``; "" before anything is sent.
+
+    Raises:
+        HubError: One line, without the token and without signatures of addresses.
+    """
+    try:
+        yield
+    except AdaptPrunerError:
+        raise
+    except Exception as error:  # of httpx or httpx2 by the client's version, of xet, or of the client itself
+        raise HubError(_sentence(error, repository, when)) from error
+
+
+def _sentence(error: Exception, repository: str, when: str) -> str:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    cause = _cause(error)
+    reason = _reason(cause)
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE keeps everything off the Hugging Face hub. Unset it to upload."
+    if isinstance(cause, GatedRepoError):
+        return f"{repository} is gated: {reason}. Ask its owners for access, or name another repository."
+    if not isinstance(cause, HfHubHTTPError):
+        if _is_network(cause):
+            return (
+                f"the Hugging Face hub cannot be reached{when}: {reason}. Check the network, proxies and "
+                f"HF_ENDPOINT. {_AGAIN}"
+            )
+        return f"the upload to {repository} has stopped{when}: {reason}. {_AGAIN}"
+    status = cause.response.status_code
+    if cause is not error and status < 429 and not _NO_ROOM.search(reason):
+        return f"the storage of the Hugging Face hub has refused{when} ({status}): {reason}. {_AGAIN}"
+    return _refusal(status, reason, repository, when)
+
+
+def _refusal(status: int, reason: str, repository: str, when: str) -> str:
+    if status in (402, 413, 507) or (status in (400, 403) and _NO_ROOM.search(reason)):
+        return (
+            f"the Hugging Face hub has no room for {repository}{when}: {reason}. "
+            f"Free some or raise the limit. {_AGAIN}"
+        )
+    if status == 401:
+        return f"the Hugging Face hub does not accept the token: {reason}. {_NEW_TOKEN}"
+    if status == 403:
+        return f"the token may not write to {repository}: {reason}. {_NEW_TOKEN} Or name another repository."
+    if status == 404:
+        return (
+            f"the Hugging Face hub does not find {repository}{when}, or hides it from this token: {reason}. "
+            "Correct the name or the revision, or take another token."
+        )
+    if status in (409, 412):
+        return f"{repository} has changed meanwhile: {reason}. {_AGAIN}"
+    if status == 429:
+        return f"the Hugging Face hub asks to wait{when}: {reason}. {_AGAIN}"
+    if status >= 500:
+        return f"the Hugging Face hub fails{when} ({status}): {reason}. Try later. {_AGAIN}"
+    return f"the Hugging Face hub refuses{when} ({status}): {reason}. Correct what it names."
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what an error of the client was raised from: the hub's answer, or a fault of the network."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, HfHubHTTPError) or _is_network(found):
+            return found
+        found = found.__cause__
+    return error
+
+
+def _is_network(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong, without advice that follows and without secrets."""
+    text = getattr(error, "server_message", None) or str(error)
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")][:2]
+    # Addresses of the storage are signed: whoever has one may write there.
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", without_password(" ".join(lines)))
+    text = re.sub(r"\bhf_\w+|(?<=Bearer )\S+", "***", text)
+    return shorten(text, 300, placeholder=" ...").rstrip(".:;, ") or type(error).__name__

@@ -1,0 +1,121 @@
+"""Which files of a checkpoint's folder go to the hub, and which there are left of another checkpoint."""
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Any
+
+from core.errors import CheckpointError
+from core.model.checkpoint import INDEX, PROVENANCE, CheckpointReader, is_companion
+from core.storage.manifest import MANIFEST, fetch, read_manifest
+from core.storage.store import is_temporary
+
+CARD = "README.md"
+
+_STAYS_HERE = (MANIFEST, "_CLAIM", "report.json", "record.json", "report.html")
+"""What belongs to the run; the report and the record name where it is stored and tracked."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_OF_A_CHECKPOINT = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "modeling_*.py",
+    "configuration_*.py",
+    PROVENANCE,
+)
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Check a checkpoint and return what goes up of it.
+
+    A publication is verified by its manifest, except for the model card: that may have been edited.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        Name in the repository to file, small files first, then the weights in order.
+
+    Raises:
+        CheckpointError: If it is no complete checkpoint, or holds pickles.
+        IntegrityError: If it is a publication, and a file is not what its manifest says.
+    """
+    manifest = read_manifest(str(folder)) if (folder / MANIFEST).is_file() else None
+    if manifest is not None:
+        names = [entry.path for entry in manifest.files]
+        folder = fetch(str(folder), folder, only=[name for name in names if name != CARD])
+    else:
+        paths = [path for path in folder.rglob("*") if path.is_file() and not is_temporary(path.name)]
+        names = [path.relative_to(folder).as_posix() for path in paths]
+    names = [name for name in names if name not in _STAYS_HERE and not _is_hidden(name)]
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickles, which can run code where they are loaded: {', '.join(pickles[:5])}. "
+            "Remove them."
+        )
+    _check_config(folder)
+    if CARD in names:
+        _check_card(folder / CARD)
+    _check_weights(folder, [name for name in names if name.endswith(".safetensors")])
+    return {name: folder / name for name in sorted(names, key=lambda n: (n.endswith(".safetensors"), n))}
+
+
+def is_stale(name: str) -> bool:
+    """Return whether a file of a repository is part of a checkpoint, and goes with it when another comes.
+
+    Loaders would take some of them for the new checkpoint's: a ``model.safetensors`` goes before all shards.
+    Whatever else its owner keeps there stays: the card, the licence, pictures, GGUF files, folders.
+    """
+    if "/" in name or name.upper().startswith(("LICENSE", "NOTICE")):
+        return False
+    return is_companion(name) or any(fnmatch.fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+
+
+def _check_config(folder: Path) -> None:
+    """Check that there is a config, and the code that it names."""
+    path = folder / "config.json"
+    try:
+        config: Any = json.loads(path.read_text())
+        code = {str(target).split(".")[0] for target in config.get("auto_map", {}).values()}
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no config.json. Give the folder of a Hugging Face checkpoint."
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a model's config. Write the checkpoint again.") from error
+    lacking = sorted(f"{module}.py" for module in code if not (folder / f"{module}.py").is_file())
+    if lacking:
+        raise CheckpointError(
+            f"{path} names code that is not there: {', '.join(lacking)}. Write the checkpoint again."
+        )
+
+
+def _check_card(path: Path) -> None:
+    """Check the card's front matter, which the hub would only look at once all else has been sent."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(path.read_text())
+    except Exception as error:  # of its YAML parser, or of its own
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"{path} has no valid front matter: {reason}. Correct it.") from error
+
+
+def _check_weights(folder: Path, shards: list[str]) -> None:
+    """Read every tensor that the index names, and see that there are no weights beside it."""
+    with CheckpointReader(folder) as reader:
+        for name in reader.names():
+            reader.tensor(name)
+    wanted = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    if others := sorted(set(shards) - wanted):
+        raise CheckpointError(
+            f"{folder} holds weights that its index does not name: {', '.join(others[:5])}. Remove them."
+        )

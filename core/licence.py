@@ -1,0 +1,71 @@
+"""What a base model says of its licence and its languages: facts that a smaller model carries on."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LEGAL = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+"""Files that go with a model wherever it goes."""
+
+FACTS = ("license", "license_name", "license_link", "language")
+"""Under the names that the hub's model cards use: licence id, its name and address if the id is ``other``,
+and language codes."""
+
+_LONGEST = 300
+
+
+def known_facts(stated: Any) -> dict[str, Any]:
+    """Return those of ``FACTS`` that are stated, and are what they should be.
+
+    Args:
+        stated: A model card's front matter, or what ``adapt_pruner.json`` holds; nothing in it is trusted.
+    """
+    if not isinstance(stated, Mapping):
+        return {}
+    facts: dict[str, Any] = {}
+    for name in FACTS:
+        value = stated.get(name)
+        # YAML reads the language code "no" as false.
+        items = ["no" if item is False else item for item in (value if isinstance(value, list) else [value])]
+        texts = [item.strip() for item in items if isinstance(item, str) and 0 < len(item) <= _LONGEST]
+        if len(texts) != len(items) or not all(text.isprintable() for text in texts):
+            continue
+        if name == "language":
+            facts[name] = texts
+        elif len(texts) == 1:
+            facts[name] = texts[0]
+    return facts
+
+
+def card_facts(card: Path) -> dict[str, Any]:
+    """Return what the front matter of a model card states; {} if there is none, or it says nothing."""
+    try:
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8"), re.DOTALL)
+        return known_facts(yaml.safe_load(match[1])) if match else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+
+
+def gguf_facts(file: Path) -> dict[str, Any]:
+    """Return what the metadata of a GGUF file states.
+
+    A licence that is no id as the hub has them, but a name, becomes ``other`` with that name.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    names = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+        "language": "general.languages",
+    }
+    facts = known_facts({name: fields[key].contents() for name, key in names.items() if key in fields})
+    licence = facts.get("license", "").lower()
+    if licence and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        facts.setdefault("license_name", re.sub(r"[^a-z0-9.]+", "-", licence).strip("-"))
+        licence = "other"
+    return facts | ({"license": licence} if licence else {})
