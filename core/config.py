@@ -15,6 +15,9 @@ from core.errors import refuse
 from core.placement import ClusterSettings, StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count
 
+WIDTH_MULTIPLE = 32
+"""What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
+
 PORTABLE_WIDTH = 256
 """MLP widths of the portable profile are multiples of this: the DeciLM format knows no others."""
 
@@ -51,7 +54,7 @@ class PruneSettings:
 
     target: str = "50%"
     """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
-    half an MLP channel, or half of ``width_multiple`` channels."""
+    half of ``width_multiple`` MLP channels, a share of about 0.0001."""
     method: Literal["adapt-pruner"] = "adapt-pruner"
     """The pruning method."""
     phases: int = 20
@@ -72,8 +75,9 @@ class PruneSettings:
     than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
     paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
     sparsity. ``none``: nothing."""
-    width_multiple: int = 1
-    """MLP widths are multiples of this."""
+    width_multiple: int = WIDTH_MULTIPLE
+    """MLP widths are multiples of this, and the target is met to within half of it in channels. 32 lets
+    llama.cpp quantize every layer; 1 comes closest to the target."""
     profile: Literal["free", "portable"] = "free"
     """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
     TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
@@ -115,7 +119,7 @@ class PruneSettings:
                 f"attention_unit={self.attention_unit} removes heads, but profile=portable leaves attention "
                 "whole. Leave attention_unit out, or set profile to free."
             )
-        if self.width_multiple > 1 and self.width_multiple % PORTABLE_WIDTH:
+        if self.width_multiple != WIDTH_MULTIPLE and self.width_multiple % PORTABLE_WIDTH:
             yield (
                 f"width_multiple={self.width_multiple} must be a multiple of {PORTABLE_WIDTH} under "
                 "profile=portable. Leave it out, or set profile to free."

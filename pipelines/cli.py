@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from core.errors import AdaptPrunerError, SettingsError
-from pipelines.commands import models, recipes, sharing
+from pipelines.commands import models, pushing, recipes, sharing
 
 
 class _Commands(click.Group):
@@ -48,5 +48,6 @@ for _command in (
     models.sensitivity,
     models.generate,
     sharing.export,
+    pushing.push,
 ):
     main.add_command(_command)

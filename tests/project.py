@@ -19,7 +19,7 @@ RECIPE = {
     "name": "trial",
     "seed": 7,
     "model": {"base": "base"},
-    "prune": {"target": "75%", "phases": 2, "amplitude": 0.01},
+    "prune": {"target": "75%", "phases": 2, "amplitude": 0.01, "width_multiple": 1},
     "calibration": {
         "source": {"path": "texts.jsonl"},
         "sequences": 12,

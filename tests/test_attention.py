@@ -58,7 +58,7 @@ def test_auto_takes_what_is_worth_least_a_parameter(seed, gone):
     now = LayerShape(query_heads=12 - 2 * gone[0], kv_heads=6 - gone[0], mlp_width=200 - gone[1])
     current = DENSE.with_layers((now, now))
     found = tuple(scores(seed + i, now) for i in range(2))
-    sizing = sizing_for(PruneSettings(attention_unit="auto"), DENSE, current, found)
+    sizing = sizing_for(PruneSettings(attention_unit="auto", width_multiple=1), DENSE, current, found)
     prunable = DENSE.prunable_params(DENSE.layers[0])
     lost = prunable - DENSE.prunable_params(now)
     for index in range(2):
@@ -77,7 +77,7 @@ def test_auto_takes_what_is_worth_least_a_parameter(seed, gone):
 def test_attention_that_is_worth_more_stays_whole_and_worthless_attention_goes_first():
     dear = tuple(scores(i, DENSE.layers[0], attention=100.0) for i in range(2))
     cheap = tuple(scores(i, DENSE.layers[0], attention=1e-9) for i in range(2))
-    settings = PruneSettings(attention_unit="auto")
+    settings = PruneSettings(attention_unit="auto", width_multiple=1)
     for found, kv_heads in ((dear, 6), (cheap, 1)):
         layer = sizes_at(sizing_for(settings, DENSE, DENSE, found), (0.3, 0.3))[0]
         assert layer.kv_heads == kv_heads
@@ -101,7 +101,7 @@ def test_auto_leaves_attention_whole_where_no_head_can_go():
     assert settings_for(PruneSettings(attention_unit="auto"), FAMILIES["llama"]).attention_unit == "auto"
 
 
-@pytest.mark.parametrize(("asked", "multiple"), [(1, 256), (256, 256), (512, 512)])
+@pytest.mark.parametrize(("asked", "multiple"), [(32, 256), (256, 256), (512, 512)])
 def test_the_portable_profile_leaves_attention_whole_and_cuts_widths_to_multiples_of_256(asked, multiple):
     settings = PruneSettings(profile="portable", width_multiple=asked)
     applied = settings_for(settings, FAMILIES["llama"])

@@ -179,7 +179,7 @@ def portable(project, tmp_path, monkeypatch):
         path.unlink()
     write(tmp_path / "project" / "base", (LAYERS[1],) * 3, vocab_size=vocabulary)
     return lambda **changes: recipe_with(
-        {"prune.profile": "portable", "prune.amplitude": 0.05}
+        {"prune.profile": "portable", "prune.width_multiple": 256, "prune.amplitude": 0.05}
         | {f"prune.{name}": value for name, value in changes.items()}
     )
 

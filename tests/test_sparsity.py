@@ -219,7 +219,7 @@ def test_a_phase_of_any_number_of_steps_lands_on_its_target(steps):
         current=dense,
         sparsity=(0.0,) * 6,
         target_params=target,
-        settings=PruneSettings(steps_per_phase=steps, amplitude=0.02),
+        settings=PruneSettings(steps_per_phase=steps, amplitude=0.02, width_multiple=1),
         checkpoint="c",
         statistics_digest="s",
         remeasure=remeasure,
@@ -247,7 +247,7 @@ def test_less_important_layers_lose_more():
         sparsity=(0.0,) * 4,
         target_params=round(dense.num_params() * 0.8),
         steps_left=1,
-        settings=PruneSettings(amplitude=0.02),
+        settings=PruneSettings(amplitude=0.02, width_multiple=1),
     )
     widths = [layer.mlp_width for layer in step.shape.layers]
     assert widths[0] < widths[2] < widths[3] < widths[1]

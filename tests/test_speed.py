@@ -110,7 +110,7 @@ def test_memory_is_that_of_the_model_alone(pair, tmp_path):
 
 def test_a_model_that_cannot_be_loaded_is_named(pair, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="empty cannot be measured: .*holds no config.json"):
+    with pytest.raises(CheckpointError, match=r"empty cannot be measured: .*holds no config\.json"):
         compare("torch", pair[0], tmp_path / "empty", BRIEF)
 
 

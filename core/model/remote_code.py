@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from core.model.families import FAMILIES
+
 MODULE = "modeling_unequal_layers"
 """The module beside this one that such a checkpoint carries; transformers runs it if it is trusted."""
 
@@ -27,12 +29,16 @@ def stock_classes(config: Any) -> dict[str, str]:
 def write_config(config: Any, directory: Path) -> None:
     """Write ``config.json``, and for unequal layers the code that builds them.
 
-    A model of equal layers is a plain checkpoint of its family: it carries no code.
+    A model of equal layers is a plain checkpoint of its family: it carries no code. The config of another
+    format is written as it is.
 
     Args:
         config: The transformers config; stays as it is.
         directory: The checkpoint's folder.
     """
+    if getattr(config, "model_type", None) not in FAMILIES:
+        config.save_pretrained(directory)
+        return
     config = copy.deepcopy(config)
     config.__dict__.pop("auto_map", None)
     stock = stock_classes(config)
