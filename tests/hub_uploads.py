@@ -5,6 +5,7 @@ the commit. As on the hub, a commit names its parent, and refuses large files th
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -216,6 +217,7 @@ def object_id(path: str, content: bytes) -> str:
     return blob(content)
 
 
+@functools.cache  # asked for with every request
 def blob(content: bytes) -> str:
     """Hash as git does: the hub's ETag of a small file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

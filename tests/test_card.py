@@ -162,7 +162,7 @@ def test_benchmarks_tell_their_limits_and_errors(record, config):
         *between,
         dataclasses.replace(last, tasks={**worse, "only here": {"acc": 0.1}}),
     )
-    for limit, items in ((50, "the first 50 items"), (0, "all items")):
+    for limit, items in ((50, "at most 50 items"), (0, "all items")):
         evaluation = record.settings["evaluation"] | {"limit": limit}
         changed = dataclasses.replace(
             record, phases=measured, settings=record.settings | {"evaluation": evaluation}

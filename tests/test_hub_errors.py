@@ -62,6 +62,15 @@ def test_addresses_of_the_storage_lose_their_signatures(hub, published):
     assert f"{hub.endpoint}/storage/{NAME}/" in text
 
 
+def test_a_hub_without_xet_storage_is_told_apart_from_one_that_is_not_there(hub, published, monkeypatch):
+    pytest.importorskip("hf_xet")  # which the client brings on common processors
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    text = refused(push_checkpoint, published, NAME)
+    assert "the storage of the Hugging Face hub has refused while model-00001-of-00004.safetensors" in text
+    assert "404 Not Found" in text
+    assert "A hub without xet storage needs HF_HUB_DISABLE_XET=1." in text
+
+
 def test_a_gated_repository_is_named(hub, published):
     hub.add_model(NAME)
 

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from core.errors import AdaptPrunerError, HubError
 from core.model.checkpoint import save_model
@@ -48,7 +49,9 @@ def hub_of_this_process(monkeypatch, tmp_path, caplog):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits before it tries again
         huggingface_hub.close_session()
+        disable_progress_bars()
         yield running
+        enable_progress_bars()
         huggingface_hub.close_session()
     assert TOKEN not in caplog.text
     assert READ_TOKEN not in caplog.text

@@ -13,6 +13,8 @@ _NEW_TOKEN = (
     "Take one with write access from https://huggingface.co/settings/tokens as HF_TOKEN, "
     "or run `hf auth login`."
 )
+_WITHOUT_XET = "A hub without xet storage needs HF_HUB_DISABLE_XET=1."
+_XET_STATUS = re.compile(r"HTTP status \w+ error \(\d+")
 _NO_ROOM = re.compile("storage|quota|too large|limit reached|payment", re.IGNORECASE)
 
 
@@ -45,6 +47,8 @@ def _sentence(error: Exception, repository: str, when: str) -> str:
     if isinstance(cause, GatedRepoError):
         return f"{repository} is gated: {reason}. Ask its owners for access, or name another repository."
     if not isinstance(cause, HfHubHTTPError):
+        if _XET_STATUS.search(reason):
+            return f"the storage of the Hugging Face hub has refused{when}: {reason}. {_WITHOUT_XET} {_AGAIN}"
         if _is_network(cause):
             return (
                 f"the Hugging Face hub cannot be reached{when}: {reason}. Check the network, proxies and "

@@ -153,7 +153,7 @@ def _numbers(record: RunRecord) -> str:
             )
         )
     limit = evaluation.get("limit")
-    items = f"the first {limit} items" if limit else "all items"
+    items = f"at most {limit} items" if limit else "all items"
     for task, metrics in final.tasks.items():
         headline = headline_metric(metrics)
         if headline is not None and task in dense.tasks:
