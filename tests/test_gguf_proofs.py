@@ -1,5 +1,8 @@
 """Long proofs on a real model, SmolLM2-135M-Instruct, and with llama.cpp's own quantizer."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -7,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformers import LlamaConfig
 
 from core.base import import_base
 from core.config import ModelSettings
 from core.export.gguf import export_gguf
-from core.model.build import load_model, load_tokenizer
+from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan
@@ -128,6 +132,42 @@ def test_the_real_tokenizer_cuts_texts_into_the_same_tokens(pruned, tmp_path, di
         assert theirs.tokenize(text) == ours(text)["input_ids"], text[:100]
 
 
+WITHIN = """
+import resource, sys
+from pathlib import Path
+from core.export.gguf import export_gguf
+from core.model.build import load_tokenizer
+
+source, out, allowed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+load_tokenizer(source)("What every process takes before it sees a weight is not at stake.")
+[size] = [line for line in open("/proc/self/status") if line.startswith("VmSize")]
+now = int(size.split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (now + allowed, now + allowed))
+export_gguf(source, out, dtype="f16")
+"""
+
+
+def test_a_model_is_exported_without_being_held_in_memory(tmp_path, tokenizer):
+    sizes = dict(hidden_size=1024, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=4)
+    config = LlamaConfig(**sizes, num_hidden_layers=20, vocab_size=411, tie_word_embeddings=True)
+    model = build_model(config)
+    save_model(model, tmp_path / "model", companions=None, provenance={})
+    tokenizer.save_pretrained(tmp_path / "model")
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    # The checkpoint's files are mapped, which takes addresses and no memory; what is written is half as large.
+    allowed = stored + stored // 8
+
+    def export(bytes_allowed):
+        command = [sys.executable, "-c", WITHIN, tmp_path / "model", tmp_path / "out.gguf", bytes_allowed]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+    assert export(stored // 2).returncode != 0
+    done = export(allowed)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out.gguf").stat().st_size > stored // 2
+
+
 def raw_logits(path, tokens, folder):
     llama_raw.run("logits", path=path, tokens=tokens, out=folder / "logits.npz")
     saved = np.load(folder / "logits.npz")
@@ -154,7 +194,7 @@ def test_raw_logits_of_the_pruned_model_are_the_same(pruned, tmp_path):
     with torch.no_grad():
         expected = load_model(pruned)(torch.tensor([tokens])).logits[0]
     for found in raw_logits(path, tokens, tmp_path):
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
 
 
 WIDE = dict(hidden_size=256, head_dim=32, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3)
