@@ -139,8 +139,8 @@ from core.export.gguf import export_gguf
 from core.model.build import load_tokenizer
 
 source, out, allowed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-load_tokenizer(source)("What every process takes before it sees a weight is not at stake.")
-[size] = [line for line in open("/proc/self/status") if line.startswith("VmSize")]
+load_tokenizer(source)("What every process takes is not at stake.")
+[size] = [l for l in open("/proc/self/status") if l.startswith("VmSize")]
 now = int(size.split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + allowed, now + allowed))
 export_gguf(source, out, dtype="f16")
@@ -154,7 +154,7 @@ def test_a_model_is_exported_without_being_held_in_memory(tmp_path, tokenizer):
     save_model(model, tmp_path / "model", companions=None, provenance={})
     tokenizer.save_pretrained(tmp_path / "model")
     stored = sum(parameter.nbytes for parameter in model.parameters())
-    # The checkpoint's files are mapped, which takes addresses and no memory; what is written is half as large.
+    # The checkpoint's files are mapped, which takes addresses alone; what is written is half as large.
     allowed = stored + stored // 8
 
     def export(bytes_allowed):
