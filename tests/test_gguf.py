@@ -327,6 +327,7 @@ def test_a_checkpoint_that_lacks_tensors_or_has_others_is_refused(make, tmp_path
         ("lacks", {"model.norm.weight": None}, r"lacks model\.norm\.weight"),
         ("more", {"model.layers.0.mlp.scale": torch.ones(3)}, r"does not read model\.layers\.0\.mlp\.scale"),
         ("other", {"model.norm.weight": torch.ones(47)}, r"model\.norm\.weight is \(47,\).*says \(48,\)"),
+        ("heads", {"model.layers.0.self_attn.k_proj.weight": torch.ones(20, 48)}, r"k_proj.*says \(30, 48\)"),
     ):
         folder = tmp_path / name
         folder.mkdir()

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _ANY = np.dtype(np.float32)
 def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> Exported:
     """Write a checkpoint as one GGUF file that llama.cpp loads, with its tokenizer and chat template.
 
-    Tensors are read, converted and written one at a time.
+    Tensors are read, converted and written one after the other; at most two are in memory.
 
     Args:
         checkpoint: Hugging Face directory with safetensors weights.
@@ -97,7 +98,7 @@ def _write(
     factors: torch.Tensor | None,
     dtype: GgufDtype,
 ) -> None:
-    """Write head, metadata and tensors, each tensor as soon as it is read.
+    """Write head, metadata and tensors: each is converted while the one before is written.
 
     Raises:
         ExportError: If a tensor is not of the shape that the config says, or the format cannot hold it.
@@ -114,17 +115,29 @@ def _write(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    for part in parts:
-        tensor = part.joined([reader.tensor(source) for source in part.sources])
-        if tuple(tensor.shape) != part.shape:
-            raise ExportError(
-                f"{part.sources[0]} is {tuple(tensor.shape)} where config.json says {part.shape}. "
-                "Fetch the checkpoint again."
-            )
-        try:
-            writer.write_tensor_data(encoded(tensor, format_of(part.shape, dtype)))
-        except ExportError as error:
-            raise ExportError(f"{part.sources[0]} {error}") from error
+    with ThreadPoolExecutor(max_workers=1) as disk:
+        written: Future[None] | None = None
+        for part in parts:
+            data = _data(reader, part, dtype)  # while the one before is written
+            if written is not None:
+                written.result()
+            written = disk.submit(writer.write_tensor_data, data)
+        if written is not None:
+            written.result()
+
+
+def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:
+    """Read a tensor and return its bytes.
+
+    Raises:
+        ExportError: If it is not of the shape that the config says, or the format cannot hold it.
+    """
+    try:
+        return encoded(part.read(reader), format_of(part.shape, dtype))
+    except OverflowError as error:
+        raise ExportError(
+            f"{part.sources[0][0]} holds values beyond {error}. Export as bf16 or f32."
+        ) from error
 
 
 def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dtype: GgufDtype) -> None:

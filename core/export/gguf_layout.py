@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.errors import ExportError
 from core.model.build import head_dim
+from core.model.checkpoint import CheckpointReader
 from core.model.shape import LayerShape
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,24 +47,39 @@ class Part:
 
     Attributes:
         name: Its name there.
-        sources: Tensors of the checkpoint that it is made of, one below the other.
-        shape: Its shape, as torch tells it.
+        sources: Names and shapes of the tensors of the checkpoint that it is made of, one below the other.
         heads: Into how many heads its rows fall, if they are put in the order of neighbouring pairs; else 0.
     """
 
     name: str
-    sources: tuple[str, ...]
-    shape: tuple[int, ...]
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
     heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, as torch tells it."""
+        return (sum(shape[0] for _, shape in self.sources), *self.sources[0][1][1:])
 
     @property
     def params(self) -> int:
         """Number of its elements."""
         return prod(self.shape)
 
-    def joined(self, sources: Sequence[Tensor]) -> Tensor:
-        """Return the tensor of the file, made of those of the checkpoint."""
-        tensor = sources[0] if len(sources) == 1 else torch.cat(list(sources))
+    def read(self, reader: CheckpointReader) -> Tensor:
+        """Return the tensor of the file, made of those of the checkpoint.
+
+        Raises:
+            ExportError: If one is not of the shape that the config says.
+        """
+        tensors = []
+        for name, shape in self.sources:
+            tensors.append(reader.tensor(name))
+            if tensors[-1].shape != shape:
+                raise ExportError(
+                    f"{name} is {tuple(tensors[-1].shape)} where config.json says {shape}. "
+                    "Fetch the checkpoint again."
+                )
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return neighbouring_pairs(tensor, self.heads) if self.heads else tensor
 
 
@@ -166,7 +182,7 @@ def parts_of(
         present.discard("lm_head.weight")
     else:
         parts.append(_whole("output.weight", "lm_head.weight", vocabulary, hidden))
-    wanted = {source for part in parts for source in part.sources}
+    wanted = {source for part in parts for source, _ in part.sources}
     if wanted - present:
         raise ExportError(f"the checkpoint lacks {', '.join(sorted(wanted - present)[:3])}. Fetch it again.")
     if present - wanted:
@@ -178,7 +194,7 @@ def parts_of(
 
 
 def _whole(name: str, source: str, *shape: int) -> Part:
-    return Part(name=name, sources=(source,), shape=shape)
+    return Part(name=name, sources=((source, shape),))
 
 
 def _layer_parts(
@@ -209,9 +225,7 @@ def _layer_parts(
         for kind, shape in shapes.items():
             source = f"{ours}{projection}.{kind}"
             if kind == "weight" or (source in present and name in _READS_BIASES[architecture]):
-                parts.append(
-                    Part(name=f"{prefix}{name}.{kind}", sources=(source,), shape=shape, heads=turned)
-                )
+                parts.append(Part(name=f"{prefix}{name}.{kind}", sources=((source, shape),), heads=turned))
     return _fused(parts, prefix) if architecture == "openelm" else parts
 
 
@@ -219,8 +233,6 @@ def _fused(parts: list[Part], prefix: str) -> list[Part]:
     """Put the projections to queries, keys and values into one tensor."""
     split = [part for part in parts if part.name in {f"{prefix}attn_{kind}.weight" for kind in "qkv"}]
     fused = Part(
-        name=f"{prefix}attn_qkv.weight",
-        sources=tuple(source for part in split for source in part.sources),
-        shape=(sum(part.shape[0] for part in split), split[0].shape[1]),
+        name=f"{prefix}attn_qkv.weight", sources=tuple(source for part in split for source in part.sources)
     )
     return [*(part for part in parts if part not in split), fused]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import ExportError
 from core.model.shape import LayerShape
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
@@ -30,8 +29,14 @@ _FORMATS = {
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (BLOCK + 2) / BLOCK}
-_CHUNK = 1 << 18
-"""Weights that are quantized at a time: few enough that all steps find them in the processor's cache."""
+_HALF_LIMIT = 65520.0
+"""From here on float16 rounds to infinity."""
+_ALMOST_HALF = torch.tensor(0.5).nextafter(torch.tensor(0.0))
+"""Added before what is behind the point is cut off, it rounds halves away from zero; 0.5 would round up what
+is just below a half."""
+_CHUNK = (1 << 15) - BLOCK
+"""Weights that are converted at a time: few enough that all steps find them in the processor's cache, and
+just below what torch would share among threads, which on a busy machine wait longer than they work."""
 
 
 def format_of(shape: Sequence[int], dtype: GgufDtype) -> GgufDtype:
@@ -66,7 +71,7 @@ def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
         A one-dimensional array to write out; its dtype means nothing.
 
     Raises:
-        ExportError: If float16 or the scale of a block cannot hold a value.
+        OverflowError: If float16 cannot hold a value.
     """
     tensor = tensor.contiguous()
     if dtype == "f32":
@@ -74,11 +79,31 @@ def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
     if dtype == "bf16":
         return tensor.to(torch.bfloat16).view(torch.int16).numpy().reshape(-1)
     if dtype == "f16":
-        halves = tensor.to(torch.float16)
-        if tensor.dtype != torch.float16 and not bool(torch.isfinite(halves).all()):
-            raise ExportError("holds values beyond float16's 65504. Export as bf16 or f32.")
-        return halves.numpy().reshape(-1)
+        return halves(tensor) if tensor.dtype != torch.float16 else tensor.numpy().reshape(-1)
     return quantized_q8_0(tensor)
+
+
+def halves(tensor: Tensor) -> np.ndarray:
+    """Round to float16, looking for values beyond it while they are at hand.
+
+    Args:
+        tensor: Contiguous weights.
+
+    Returns:
+        (number of weights,) float16.
+
+    Raises:
+        OverflowError: If a value would become infinite, or is no number.
+    """
+    flat = tensor.reshape(-1)
+    out = torch.empty(flat.shape, dtype=torch.float16)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].float()
+        low, high = chunk.aminmax()
+        if not (low > -_HALF_LIMIT and high < _HALF_LIMIT):
+            raise OverflowError("float16's 65504")
+        out[start : start + _CHUNK] = chunk
+    return out.numpy()
 
 
 def quantized_q8_0(tensor: Tensor) -> np.ndarray:
@@ -97,15 +122,11 @@ def quantized_q8_0(tensor: Tensor) -> np.ndarray:
     step = _CHUNK // BLOCK
     for start in range(0, blocks.shape[0], step):
         block = blocks[start : start + step].float()
-        sizes = block.abs()
-        scales = sizes.amax(dim=1, keepdim=True) / 127
-        inverse = torch.where(scales == 0, 0.0, 1 / scales)
-        sizes *= inverse
-        # Halves go away from zero, and what is just below one must not: adding 0.5 would round it up.
-        whole = sizes.floor()
-        whole += (sizes.sub_(whole).mul_(2)).floor_()
+        scales = block.abs().amax(dim=1, keepdim=True) / 127
+        steps = block * torch.where(scales == 0, 0.0, 1 / scales)
+        steps += torch.copysign(_ALMOST_HALF, steps)
         part = out[start : start + step]
-        part[:, 2:] = torch.copysign(whole, block)
+        part[:, 2:] = steps  # cut off towards zero
         part[:, :2] = scales.to(torch.float16).view(torch.int8)
     return out.view(torch.uint8).numpy().reshape(-1)
 

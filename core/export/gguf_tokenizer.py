@@ -18,6 +18,8 @@ from core.export.gguf_splitting import sentencepiece_rules, splitting_of
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 _KNOWN_ENDS = frozenset((*_TURN_ENDS[:4], "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>", "<eos>"))
 """Tokens at which llama.cpp stops by itself, known by their texts."""
+_NEVER_MERGED = -1e9
+"""Score of a token that comes of no merge: the last of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def add_tokenizer(
         vocabulary = _vocabulary(definition, vocab_size, unknown=model.get("unk_token"), has_bytes=True)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([rules.scores.get(text, 0.0) for text in vocabulary.texts])
+        writer.add_token_scores([rules.scores.get(text, _NEVER_MERGED) for text in vocabulary.texts])
         writer.add_add_space_prefix(rules.space_prefix)
         notes += rules.notes
     else:
