@@ -20,7 +20,7 @@ class _Commands(click.Group):
             ctx.exit(2 if isinstance(error, SettingsError) else 1)
         except KeyboardInterrupt:
             click.echo(
-                "error: interrupted; `adapt-pruner run` resumes after the last finished step.", err=True
+                "error: interrupted; run and push go on when the same command is given again.", err=True
             )
             ctx.exit(130)
 

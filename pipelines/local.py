@@ -22,6 +22,7 @@ from components.runtime import LOCAL
 from core.config import Settings
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.record import RunRecord
+from core.run import Run
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
@@ -86,16 +87,23 @@ def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
 def fetch_results(finished: LocalRun, output: Path) -> RunRecord:
     """Return what a finished run has measured.
 
-    ``output/report.html`` becomes a copy of its report, and ``output/model`` leads to its checkpoint where
-    the store is a folder.
+    ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads to
+    its checkpoint and ``output/base`` to the model that it was made of.
     """
     store, final = open_store(finished.store), f"runs/{finished.key}/final"
     store.download(f"{final}/report.html", output / "report.html")
-    checkpoint, link = store.local_path(final), output / "model"
-    if checkpoint is not None and (link.is_symlink() or not link.exists()):
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(checkpoint, output.resolve()), target_is_directory=True)
+    run = Run.load({"store": finished.store, "key": finished.key})
+    _link(output / "model", store.local_path(final))
+    if "://" not in run.base_uri or run.base_uri.startswith("file:"):
+        _link(output / "base", Path(run.base_uri.removeprefix("file://")))
     return RunRecord.from_dict(json.loads(store.read_bytes(f"{final}/record.json")))
+
+
+def _link(link: Path, folder: Path | None) -> None:
+    """Let ``link`` lead to a folder, unless something that is no link stands there."""
+    if folder is not None and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(folder, link.parent.resolve()), target_is_directory=True)
 
 
 def with_absolute_store(settings: Settings) -> Settings:

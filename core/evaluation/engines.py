@@ -1,6 +1,7 @@
 """The runtimes whose speed is measured; each runs in a process of its own."""
 
 import inspect
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -80,10 +81,12 @@ class LlamaCpp:
         """Load the model and note how long that took."""
         import xllamacpp
 
-        parallel, length = max(workload.batches), workload.prompt_tokens + workload.new_tokens
+        parallel = max(workload.batches)
+        # llama.cpp shares the context out among the sequences, in whole blocks.
+        length = 256 * math.ceil((workload.prompt_tokens + workload.new_tokens + 1) / 256)
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_parallel, params.n_ctx = parallel, parallel * (length + 8)
+        params.n_parallel, params.n_ctx = parallel, parallel * length
         threads = workload.threads or physical_cores()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup, params.ui, params.verbosity, params.fit_params = False, False, -1, False
