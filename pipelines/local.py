@@ -87,8 +87,8 @@ def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
 def fetch_results(finished: LocalRun, output: Path) -> RunRecord:
     """Return what a finished run has measured.
 
-    ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads to
-    its checkpoint and ``output/base`` to the model that it was made of.
+    ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads
+    to its checkpoint and ``output/base`` to the model that it was made of.
     """
     store, final = open_store(finished.store), f"runs/{finished.key}/final"
     store.download(f"{final}/report.html", output / "report.html")

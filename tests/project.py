@@ -60,7 +60,7 @@ def make_project(folder, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base"
     torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
     model = build_model(LlamaConfig(**sizes, tie_word_embeddings=False))
     with torch.no_grad():
         for parameter in model.parameters():

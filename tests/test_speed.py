@@ -4,7 +4,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from core.errors import CheckpointError, ExportError
+from core.errors import CheckpointError, ExportError, SettingsError
 from core.evaluation.engines import LlamaCpp, Torch
 from core.evaluation.speed import Workload, compare, median_rates, median_speedup
 from core.model.build import build_model, config_with_layers, load_model
@@ -112,6 +112,12 @@ def test_a_model_that_cannot_be_loaded_is_named(pair, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty cannot be measured: .*holds no config\.json"):
         compare("torch", pair[0], tmp_path / "empty", BRIEF)
+
+
+def test_a_prompt_that_is_longer_than_the_model_sees_is_refused_before_anything_is_loaded(pair):
+    long = Workload(prompt_tokens=250, new_tokens=6)
+    with pytest.raises(SettingsError, match=r"need 257 positions, but .*base has 256\. Shorten"):
+        compare_speed(*pair, long)
 
 
 def test_a_family_that_llama_cpp_cannot_read_is_left_out_unless_it_was_asked_for(pair, tmp_path):

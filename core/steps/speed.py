@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import ExportError, UnsupportedModelError
+from core.errors import ExportError, SettingsError, UnsupportedModelError
 from core.evaluation.speed import Runtime, Workload, compare
 from core.export.gguf import export_gguf
 from core.export.gguf_quantization import GgufDtype
+from core.model.build import load_config
 from core.record import SpeedRecord
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ def compare_speed(
 
     Raises:
         ExportError: If a runtime that was asked for cannot read such models.
+        SettingsError: If the prompt and the answer are longer than one of the models can see.
     """
+    for folder in (base, checkpoint):
+        _check_length(folder, workload)
     found = []
     for runtime in runtimes or installed_runtimes():
         if runtime == "torch":
@@ -62,3 +66,15 @@ def compare_speed(
                 continue
             found.append(compare(runtime, base_file, file, workload, device=device))
     return tuple(found)
+
+
+def _check_length(folder: Path, workload: Workload) -> None:
+    positions = getattr(load_config(folder), "max_position_embeddings", None)
+    length = workload.prompt_tokens + workload.new_tokens + 1
+    if positions is not None and length > positions:
+        raise SettingsError(
+            [
+                f"prompts of {workload.prompt_tokens} tokens and answers of {workload.new_tokens} need "
+                f"{length:,} positions, but {folder} has {positions:,}. Shorten one of them."
+            ]
+        )
