@@ -44,11 +44,12 @@ class Runtime:
         shapes = {entry.name: entry.shape for entry in self.session.get_inputs()}
         self.past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
 
-    def step(self, tokens, mask, past=None):
+    def step(self, tokens, mask, past=None, positions=None):
         """Logits of ``tokens``, the last ones of ``mask``, and the cache for the next step."""
         if past is None:
             past = [np.zeros((len(tokens), k, 0, a), np.float32) for _, k, _, a in self.past.values()]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if positions is None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
         feeds = {name: tensor.numpy() for name, tensor in feeds.items()}
         logits, *present = self.session.run(None, feeds | dict(zip(self.past, past, strict=True)))
@@ -122,6 +123,16 @@ def test_padding_on_the_left_changes_nothing_then_or_later(exported):
         alone = torch.cat([tokens[row, count:], following[row]])[None]
         found = torch.cat([first[row, count:], second[row]])[None]
         assert_equal(found, logits_of(model, alone))
+
+
+def test_positions_are_those_that_the_caller_gives(exported):
+    model, result = exported
+    tokens, positions = random_tokens(2, 8), torch.tensor([[0, 1, 2, 3, 10, 11, 12, 30]]).repeat(2, 1)
+    found, _ = Runtime(result.path).step(tokens, torch.ones_like(tokens), positions=positions)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
+    assert_equal(found, expected)
+    assert not torch.allclose(expected, logits_of(model, tokens), atol=1e-2)
 
 
 def test_each_layer_keeps_its_own_number_of_kv_heads(exported):
