@@ -1,0 +1,179 @@
+"""Export to ONNX with a KV cache, for ONNX Runtime GenAI and whatever else runs ONNX.
+
+The graph takes the cache as inputs and returns it grown by the new tokens. Each layer's keys and values are
+of that layer's own number of heads, so layers may differ in all their sizes.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from core.errors import ExportError
+from core.export.exported import Exported, put_when_complete, size_of
+from core.export.onnx_genai import genai_config
+from core.model.build import head_dim, layer_shapes, load_config, load_model, model_shape
+from core.model.checkpoint import is_companion
+from core.model.shape import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+GRAPH = "model.onnx"
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary scaling whose frequencies do not change with the length of the text: a trace keeps them."""
+
+
+def export_onnx(checkpoint: Path, output: Path) -> Exported:
+    """Write a checkpoint as a folder with an ONNX graph of one step of generation, in float32.
+
+    Inputs are ``input_ids`` and ``position_ids`` (B, T), ``attention_mask`` (B, P+T), 0 at padding, and
+    ``past_key_values.<layer>.key`` and ``.value`` (B, K, P, A), where K is the layer's own and P, the tokens
+    seen before, may be 0. Outputs are ``logits`` (B, T, V) and ``present.<layer>.key`` and ``.value``
+    (B, K, P+T, A). B, T and P are free in each call. Weights lie beside the graph in ``model.onnx_data``.
+
+    Args:
+        checkpoint: Folder of a checkpoint.
+        output: Folder to write; must not exist.
+
+    Returns:
+        The folder, and notes on which runtimes read it.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or corrupt.
+        UnsupportedModelError: If its family is not supported.
+        ExportError: If the packages that write ONNX are missing, the graph could not compute what the model
+            does, or the folder cannot be written.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"an ONNX export needs the Python package {' and '.join(missing)}. Run "
+            "pip install 'adapt-pruner[onnx]', or export another format."
+        )
+    config = load_config(checkpoint)
+    _refuse_moving_frequencies(config)
+    with put_when_complete(output) as partial:
+        partial.mkdir()
+        _write_graph(load_model(checkpoint, dtype=torch.float32), partial / GRAPH)
+        for path in checkpoint.iterdir():
+            if path.is_file() and is_companion(path.name):
+                shutil.copyfile(path, partial / path.name)
+        vars(config).pop("auto_map", None)
+        config.save_pretrained(partial)
+        (partial / "genai_config.json").write_text(
+            json.dumps(genai_config(checkpoint, config, GRAPH), indent=1)
+        )
+    params = model_shape(config).num_params()
+    log.info("wrote %s: ONNX, %d parameters", output, params)
+    notes = _notes(layer_shapes(config))
+    return Exported(path=output, params=params, size_bytes=size_of(output), notes=notes)
+
+
+def _refuse_moving_frequencies(config: Any) -> None:
+    rope = config.rope_parameters
+    kinds = {part["rope_type"] for part in ([rope] if "rope_type" in rope else rope.values())}
+    for kind in sorted(kinds - set(_ROPE_TYPES)):
+        raise ExportError(
+            f"its rotary scaling is {kind}, whose frequencies may change with the length of the text, and a "
+            f"traced graph does not follow that (only {', '.join(_ROPE_TYPES)}). Export another format."
+        )
+
+
+class _Step(torch.nn.Module):
+    """A model as a function of tensors alone: the cache comes and goes as keys and values."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        from transformers import DynamicCache
+
+        # Made without the config, it keeps all tokens in layers of sliding windows too, where the mask hides
+        # them: a cache that drops tokens counts them in Python, out of a trace's sight.
+        cache = DynamicCache(past)
+        # By place: transformers has renamed the last.
+        logits = self.model(input_ids, attention_mask, position_ids, cache).logits
+        layers: Any = cache.layers
+        return logits, [(layer.keys, layer.values) for layer in layers]
+
+
+def _write_graph(model: "PreTrainedModel", path: Path) -> None:
+    """Trace one step and write the graph, with the weights in a file beside it."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    layers, size = layer_shapes(model.config), head_dim(model.config)
+    # Sizes to trace with: no 0 or 1, which a trace may take for constants, and no two alike.
+    batch, new, seen = 2, 3, 5
+    keys = [torch.zeros(batch, layer.kv_heads, seen, size) for layer in layers]
+    example = (
+        torch.zeros(batch, new, dtype=torch.long),
+        torch.ones(batch, seen + new, dtype=torch.long),
+        torch.arange(seen, seen + new).repeat(batch, 1),
+        [(key, key.clone()) for key in keys],
+    )
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    cache = {0: "batch_size", 2: "past_sequence_length"}
+    with _without_warnings():
+        program = torch.onnx.export(
+            _Step(model).eval(),
+            example,
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask", "position_ids", *_names("past_key_values", layers)],
+            output_names=["logits", *_names("present", layers)],
+            dynamic_shapes={
+                "input_ids": tokens,
+                "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+                "position_ids": tokens,
+                "past": [(cache, cache) for _ in layers],
+            },
+        )
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces, with paths of this machine
+    onnx_ir.save(program.model, path, external_data=f"{path.name}_data")
+
+
+def _names(prefix: str, layers: Sequence[LayerShape]) -> list[str]:
+    return [f"{prefix}.{index}.{kind}" for index in range(len(layers)) for kind in ("key", "value")]
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence PyTorch on operators that are not there and names that several inputs share on purpose."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _notes(layers: Sequence[LayerShape]) -> tuple[str, ...]:
+    if len({layer.kv_heads for layer in layers}) == 1:
+        return ()
+    return (
+        "Layers differ in KV heads, which ONNX Runtime GenAI reads from the graph. Runtimes that shape the "
+        "first, empty cache by one number in config.json (Optimum, Transformers.js) do not run it.",
+    )
