@@ -24,6 +24,7 @@ DTYPES = ("f32", "f16", "bf16", "q8_0")
     f"{MODEL_HELP}. It stays as it is, and OUTPUT must not exist yet.\n\n"
     "\b\n"
     "gguf    one file for llama.cpp and what builds on it; Llama, Qwen2 and tied Qwen3\n"
+    "onnx    a folder for ONNX Runtime and its GenAI: one step of generation, in float32\n"
     "decilm  a folder for vLLM, SGLang, TensorRT-LLM and MLX; Llama pruned with\n"
     "        prune.profile=portable\n"
     "padded  a folder that any runtime loads: zeros make all layers as large as the largest,\n"
@@ -34,20 +35,19 @@ DTYPES = ("f32", "f16", "bf16", "q8_0")
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["gguf", "decilm", "padded"]),
+    type=click.Choice(["gguf", "onnx", "decilm", "padded"]),
     required=True,
     help="What to write.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Number format of the weights; gguf alone. Others keep MODEL's.  [default: f16]",
+    help="Number format of the weights, for gguf alone.  [default: f16]",
 )
 def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") -> None:
     """Write a checkpoint in another format."""
     if dtype is not None and format_ != "gguf":
-        keeps = f"{format_} keeps the number format of MODEL"
-        raise SettingsError([f"--dtype={dtype} is for --format=gguf; {keeps}. Leave it out."])
+        raise SettingsError([f"--dtype={dtype} is for --format=gguf, not {format_}. Leave it out."])
     prepare_for(model)
 
     from pipelines.models import local_checkpoint
@@ -64,6 +64,10 @@ def _export(directory: Path, output: Path, format_: str, dtype: "GgufDtype") -> 
         from core.export.gguf import export_gguf
 
         return export_gguf(directory, output, dtype=dtype)
+    if format_ == "onnx":
+        from core.export.onnx import export_onnx
+
+        return export_onnx(directory, output)
     if format_ == "decilm":
         from core.export.decilm import export_decilm
 
