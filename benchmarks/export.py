@@ -1,7 +1,8 @@
 """What an export costs beside writing as many bytes: a random Llama of a billion parameters, unequal layers.
 
-Each round exports in every format, and after each export writes a file of the same size from memory; the ratio is
-the median over the rounds. Needs 10 GB of disk. Sizes are those of Llama-3.2-1B, weights bfloat16.
+Each round exports in every format, and after each export writes a file of the same size from memory, both
+until the bytes are on the disk; the ratio is the median over the rounds. The sizes are about those of
+Llama-3.2-1B, the weights bfloat16. Needs 10 GB of disk.
 
     python benchmarks/export.py --companions output/demo/base
 """
@@ -103,6 +104,8 @@ def write_seconds(size_bytes: int, path: Path) -> float:
         for _ in range(size_bytes // BLOCK):
             file.write(block)
         file.write(block[: size_bytes % BLOCK])
+        file.flush()
+        os.fsync(file.fileno())
     seconds = time.perf_counter() - start
     path.unlink()
     return seconds

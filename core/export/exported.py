@@ -1,6 +1,7 @@
 """What an export leaves behind, and how it is put in its place."""
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Exported:
 def put_when_complete(output: Path) -> Iterator[Path]:
     """Give a name beside ``output`` to write to, a file or a folder; it becomes ``output`` at the end.
 
-    Nothing stands under the final name until all is written, and nothing is left after a failure.
+    Nothing stands under the final name until all is on the disk, and nothing is left after a failure.
 
     Raises:
         ExportError: If ``output`` exists already, or the disk refuses (full, read-only).
@@ -42,6 +43,9 @@ def put_when_complete(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        for file in _files(partial):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         partial.rename(output)
     except OSError as error:
         raise ExportError(f"{output} cannot be written: {error.strerror or error}.") from error
@@ -54,5 +58,8 @@ def put_when_complete(output: Path) -> Iterator[Path]:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder."""
-    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]

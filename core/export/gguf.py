@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ from core.model.shape import LayerShape
 
 log = logging.getLogger(__name__)
 
+_LARGE = 2**24
 _ANY = np.dtype(np.float32)
 """The writer asks for numpy's idea of a tensor's format, though the raw one says it all."""
 
@@ -121,9 +123,18 @@ def _write(
             data = _data(reader, part, dtype)  # while the one before is written
             if written is not None:
                 written.result()
-            written = disk.submit(writer.write_tensor_data, data)
+            written = disk.submit(_store, writer, data)
         if written is not None:
             written.result()
+
+
+def _store(writer: gguf.GGUFWriter, data: np.ndarray) -> None:
+    """Write a tensor, and a large one through to the disk: it need not be waited for at the end."""
+    writer.write_tensor_data(data)
+    if data.nbytes >= _LARGE:
+        file = (writer.fout or [])[0]
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:

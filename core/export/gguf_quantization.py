@@ -84,7 +84,7 @@ def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
 
 
 def halves(tensor: Tensor) -> np.ndarray:
-    """Round to float16, looking for values beyond it while they are at hand.
+    """Round to float16.
 
     Args:
         tensor: Contiguous weights.
@@ -95,15 +95,10 @@ def halves(tensor: Tensor) -> np.ndarray:
     Raises:
         OverflowError: If a value would become infinite, or is no number.
     """
-    flat = tensor.reshape(-1)
-    out = torch.empty(flat.shape, dtype=torch.float16)
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].float()
-        low, high = chunk.aminmax()
-        if not (low > -_HALF_LIMIT and high < _HALF_LIMIT):
-            raise OverflowError("float16's 65504")
-        out[start : start + _CHUNK] = chunk
-    return out.numpy()
+    low, high = tensor.aminmax()
+    if not (low > -_HALF_LIMIT and high < _HALF_LIMIT):
+        raise OverflowError("float16's 65504")
+    return tensor.to(torch.float16).numpy().reshape(-1)
 
 
 def quantized_q8_0(tensor: Tensor) -> np.ndarray:
