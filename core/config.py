@@ -54,7 +54,7 @@ class PruneSettings:
 
     target: str = "50%"
     """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
-    half of ``width_multiple`` MLP channels, a share of about 0.0001."""
+    half of ``width_multiple`` MLP channels."""
     method: Literal["adapt-pruner"] = "adapt-pruner"
     """The pruning method."""
     phases: int = 20

@@ -59,6 +59,15 @@ def test_the_code_is_refused_to_those_who_do_not_trust_it(tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
+def test_a_version_that_loses_tied_weights_is_refused(tmp_path, modules_cache, monkeypatch):
+    tied = write(unequal("llama-tied"), tmp_path / "tied")
+    untied = write(unequal("llama"), tmp_path / "untied")
+    monkeypatch.setattr(transformers, "__version__", "5.3.1")
+    with pytest.raises(ImportError, match="install 5.4 or newer"):
+        AutoModelForCausalLM.from_pretrained(tied, trust_remote_code=True)
+    AutoModelForCausalLM.from_pretrained(untied, trust_remote_code=True)
+
+
 def test_this_package_needs_no_flag_and_runs_no_code_of_the_checkpoint(tmp_path):
     model, tokens = unequal("llama"), random_tokens()
     folder = write(model, tmp_path / "model")
