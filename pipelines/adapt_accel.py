@@ -83,7 +83,7 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
         method: str = settings.prune.method,
         recipe: dict = recipe_parameter(settings),  # noqa: B008 (computed once a build, which is what is wanted)
     ):
-        """Prune a language model to exactly the size asked for, a little at a time, with training in between.
+        """Prune a language model to the size asked for, a little at a time, with training in between.
 
         Args:
             base_model: The model to prune: a Hugging Face id, s3://bucket/prefix, or a folder in all pods.

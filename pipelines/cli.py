@@ -30,7 +30,7 @@ class _Commands(click.Group):
 )
 @click.version_option(package_name="adapt-pruner")
 def main() -> None:
-    """Turn a large language model into a smaller one of exactly the size you ask for.
+    """Turn a large language model into a smaller one of the size you ask for.
 
     A recipe (a YAML file) names the model, the target size, the texts and the number of phases; each phase
     prunes a little and trains a little.

@@ -63,7 +63,7 @@ def test_a_version_that_loses_tied_weights_is_refused(tmp_path, modules_cache, m
     tied = write(unequal("llama-tied"), tmp_path / "tied")
     untied = write(unequal("llama"), tmp_path / "untied")
     monkeypatch.setattr(transformers, "__version__", "5.3.1")
-    with pytest.raises(ImportError, match="install 5.4 or newer"):
+    with pytest.raises(ImportError, match=r"install 5\.4 or newer"):
         AutoModelForCausalLM.from_pretrained(tied, trust_remote_code=True)
     AutoModelForCausalLM.from_pretrained(untied, trust_remote_code=True)
 
