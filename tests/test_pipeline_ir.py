@@ -1,6 +1,7 @@
 """The compiled pipeline, checked without a cluster: strict parsing, edges, executors, size and order."""
 
 import copy
+import dataclasses
 
 import pytest
 import yaml
@@ -235,6 +236,12 @@ def test_only_tasks_that_compute_on_the_model_ask_for_gpus(ir):
 def test_scoring_asks_for_gpus_if_it_measures_again(tmp_path):
     compile_pipeline(settings(1, steps_per_phase=3), tmp_path / "p.yaml")
     assert "exec-score-layers" in gpus(parse(tmp_path / "p.yaml")[0])
+
+
+def test_publish_asks_for_gpus_if_it_measures_the_speed(tmp_path):
+    measured = dataclasses.replace(settings(1), evaluation=EvaluationSettings(speed=True))
+    compile_pipeline(measured, tmp_path / "p.yaml")
+    assert "exec-publish" in gpus(parse(tmp_path / "p.yaml")[0])
 
 
 def test_no_gpus_no_secret_and_no_config_map_leave_no_trace(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from core.evaluation.speed import Workload, compare, median_rates, median_speedu
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
-from core.record import SpeedRecord
+from core.record import RunRecord, SpeedRecord
 from core.steps.speed import compare_speed, installed_runtimes
+from core.tracking.client import connect
 from core.tracking.report import build_report
 from pipelines.cli import main
 from tests.models import tiny
+from tests.project import recipe_with, run_all
 from tests.test_report import make_record
 
 BRIEF = Workload(prompt_tokens=7, new_tokens=5, batches=(1, 3), rounds=2, threads=1)
@@ -126,6 +130,27 @@ def test_a_family_that_llama_cpp_cannot_read_is_left_out_unless_it_was_asked_for
     assert [record.runtime for record in compare_speed(folder, folder, BRIEF)] == ["torch"]
     with pytest.raises(ExportError, match="granite"):
         compare_speed(folder, folder, BRIEF, runtimes=["llama.cpp"])
+
+
+def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(project, tmp_path, monkeypatch):
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "model_name": "small"}
+    recipe = recipe_with(
+        {"evaluation.speed": True, "training.tokens": "0", "prune.phases": 1, "tracking": tracking}
+    )
+    _, final = run_all(recipe, tmp_path / "artifacts")
+    record = RunRecord.from_dict(json.loads(Path(final, "record.json").read_text()))
+    assert [speed.runtime for speed in record.speed] == ["torch", "llama.cpp"]
+    figures = {name: value for speed in record.speed for name, value in speed.figures().items()}
+    assert len(figures) == 2 * 6
+    client = connect(tracking["uri"])
+    parent = client.get_run(record.tracking_run)
+    assert figures.items() <= parent.data.metrics.items()
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert figures.items() <= {metric.key: metric.value for metric in model.metrics}.items()
+    for file in ("README.md", "report.html"):
+        assert "writing answers, 4 together" in Path(final, file).read_text()
 
 
 def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
