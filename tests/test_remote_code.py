@@ -62,7 +62,8 @@ def test_the_code_is_refused_to_those_who_do_not_trust_it(tmp_path):
 def test_a_version_that_loses_tied_weights_is_refused(tmp_path, modules_cache, monkeypatch):
     tied = write(unequal("llama-tied"), tmp_path / "tied")
     untied = write(unequal("llama"), tmp_path / "untied")
-    monkeypatch.setattr(transformers, "__version__", "5.3.1")
+    # What an import gives now; transformers puts another object in its place while it is first imported.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.1")
     with pytest.raises(ImportError, match=r"install 5\.4 or newer"):
         AutoModelForCausalLM.from_pretrained(tied, trust_remote_code=True)
     AutoModelForCausalLM.from_pretrained(untied, trust_remote_code=True)
