@@ -88,6 +88,16 @@ def test_layers_of_equal_size_make_a_plain_checkpoint(tmp_path):
     assert torch.equal(stock(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_no_runtime_takes_unequal_layers_for_a_model_that_it_knows(name, tmp_path):
+    config = json.loads((write(unequal(name), tmp_path / "model") / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    assert not hasattr(transformers, architecture)
+    # vLLM looks for all three, and builds the model by the second.
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["auto_map"]["AutoModelForCausalLM"] == f"{MODULE}.{architecture}"
+
+
 def test_code_that_a_base_model_brought_along_goes(tmp_path):
     folder = write(tiny("phi3"), tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())

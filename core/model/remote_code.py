@@ -40,7 +40,6 @@ def write_config(config: Any, directory: Path) -> None:
         config.save_pretrained(directory)
         return
     config = copy.deepcopy(config)
-    config.__dict__.pop("auto_map", None)
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]
     if config.is_heterogeneous:
