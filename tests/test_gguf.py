@@ -242,7 +242,13 @@ def test_the_order_of_rows_is_undone_by_its_inverse():
 def test_the_description_tells_what_the_model_is(make, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     checkpoint = make("llama")
-    provenance = {"base": "org/Tiny-Chat", "revision": "abc123", "phase": 3}
+    provenance = {
+        "base": "org/Tiny-Chat",
+        "revision": "abc123",
+        "phase": 3,
+        "license": "mit",
+        "language": ["en"],
+    }
     (checkpoint / "adapt_pruner.json").write_text(json.dumps(provenance))
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\ntags: [pruned]\n---\n# Tiny\n")
     exported, reader = export(checkpoint)
@@ -251,7 +257,8 @@ def test_the_description_tells_what_the_model_is(make, tokenizer):
     described = {
         "general.name": f"Tiny-Chat pruned to {size}",
         "general.size_label": size,
-        "general.license": "apache-2.0",
+        "general.license": "apache-2.0",  # the card's, which may have been corrected
+        "general.languages": ["en"],
         "general.base_model.0.name": "Tiny-Chat",
         "general.base_model.0.version": "abc123",
         "general.file_type": 1,

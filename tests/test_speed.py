@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -116,6 +117,13 @@ def test_a_model_that_cannot_be_loaded_is_named(pair, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty cannot be measured: .*holds no config\.json"):
         compare("torch", pair[0], tmp_path / "empty", BRIEF)
+
+
+def test_a_runtime_that_is_not_installed_is_refused_before_anything_is_loaded(pair, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert installed_runtimes() == ("torch",)
+    with pytest.raises(SettingsError, match="pip install"):
+        compare_speed(*pair, BRIEF, runtimes=["llama.cpp"])
 
 
 def test_a_prompt_that_is_longer_than_the_model_sees_is_refused_before_anything_is_loaded(pair):

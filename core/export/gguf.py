@@ -11,7 +11,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-import yaml
 from gguf.utility import size_label
 
 from core.errors import ExportError
@@ -28,6 +27,7 @@ from core.export.gguf_quantization import (
 )
 from core.export.gguf_rope import FACTORS, add_rope, frequency_factors
 from core.export.gguf_tokenizer import add_tokenizer
+from core.licence import card_facts, known_facts
 from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
 from core.model.checkpoint import PROVENANCE, CheckpointReader
 from core.model.shape import LayerShape
@@ -162,7 +162,10 @@ def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dty
         f"{base_name} pruned to {label}" if provenance.get("phase") else base_name or checkpoint.name
     )
     writer.add_size_label(label)
-    writer.add_license(_licence(checkpoint))
+    facts = known_facts(provenance) | card_facts(checkpoint / "README.md")
+    writer.add_license(facts.get("license", ""))
+    if facts.get("language"):
+        writer.add_languages(facts["language"])
     if provenance.get("phase") and base_name:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base_name)
@@ -170,19 +173,6 @@ def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dty
     writer.add_file_type(FILE_TYPES[dtype])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _licence(checkpoint: Path) -> str:
-    """Return the licence that a model card names in its head, or nothing."""
-    card = checkpoint / "README.md"
-    if not card.is_file():
-        return ""
-    _, *rest = card.read_text(encoding="utf-8").split("---\n", 2)
-    try:
-        head = yaml.safe_load(rest[0]) if len(rest) == 2 else None
-    except yaml.YAMLError:
-        return ""
-    return str(head.get("license", "")) if isinstance(head, dict) else ""
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any, layers: Sequence[LayerShape]) -> None:

@@ -45,8 +45,12 @@ def compare_speed(
 
     Raises:
         ExportError: If a runtime that was asked for cannot read such models.
-        SettingsError: If the prompt and the answer are longer than one of the models can see.
+        SettingsError: If one of them is not installed, or prompt and answer are longer than a model can see.
     """
+    if "llama.cpp" in runtimes and "llama.cpp" not in installed_runtimes():
+        raise SettingsError(
+            ["llama.cpp takes the package xllamacpp. Run: pip install 'adapt-pruner[llamacpp]'"]
+        )
     for folder in (base, checkpoint):
         _check_length(folder, workload)
     found = []
