@@ -8,7 +8,7 @@ import torch
 
 from core.base import import_base
 from core.config import ModelSettings
-from core.errors import ExportError
+from core.errors import CheckpointError, ExportError
 from core.export.exported import size_of
 from core.export.onnx import export_onnx
 from core.export.onnx_genai import genai_config
@@ -240,7 +240,7 @@ def test_the_end_tokens_and_the_sampling_are_the_generation_configs(tmp_path):
     }
     assert described["search"]["max_length"] == 64
     (tmp_path / "pruned" / "generation_config.json").write_text("{")
-    with pytest.raises(ExportError, match=r"generation_config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not a JSON object"):
         genai_config(tmp_path / "pruned", model.config, "model.onnx")
 
 

@@ -7,7 +7,6 @@ knows no width but multiples of 256, and one count of query heads for all layers
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from core.config import PORTABLE_WIDTH
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
 from core.model.build import head_dim, layer_shapes, load_config, model_shape
-from core.model.checkpoint import PROVENANCE, CheckpointReader, write_checkpoint
+from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
 from core.model.families import family_of
 from core.model.shape import LayerShape
 
@@ -55,15 +54,16 @@ def export_decilm(checkpoint: Path, output: Path) -> Exported:
             yield {name: reader.tensor(name) for name in names if name.startswith(prefix)}
         yield {name: reader.tensor(name) for name in names if not name.startswith(f"{layers}.")}
 
-    known = checkpoint / PROVENANCE
+    provenance = read_json(checkpoint / PROVENANCE)
     with put_when_complete(output) as partial, CheckpointReader(checkpoint) as reader:
         write_checkpoint(
             partial,
-            _Config(entries=decilm_config(config)),
+            decilm_config(config),
             parts(reader),
             len(shapes) + 1,
             companions=checkpoint,
-            provenance=json.loads(known.read_text()) if known.is_file() else {},
+            provenance=provenance,
+            config_writer=_write_config,
         )
     notes = [
         f"Runtimes that read configs through transformers run {_CODE}, which lies beside the weights: start "
@@ -165,12 +165,7 @@ def _block(layer: LayerShape, hidden_size: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    """A config.json that is written as it is, with the code that reads it."""
-
-    entries: dict[str, Any]
-
-    def save_pretrained(self, directory: Path) -> None:
-        (directory / "config.json").write_text(json.dumps(self.entries, indent=2, sort_keys=True))
-        shutil.copyfile(Path(__file__).with_name(_CODE), directory / _CODE)
+def _write_config(entries: dict[str, Any], directory: Path) -> None:
+    """Write a config.json, and the code that reads it."""
+    (directory / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True))
+    shutil.copyfile(Path(__file__).with_name(_CODE), directory / _CODE)

@@ -1,6 +1,5 @@
 """One GGUF file of a checkpoint whose layers may differ in size, for stock llama.cpp."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from gguf.utility import size_label
 
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
+from core.export.generation import end_ids, generation_config
 from core.export.gguf_layout import Part, architecture_of, parts_of
 from core.export.gguf_quantization import (
     FILE_TYPES,
@@ -29,7 +29,7 @@ from core.export.gguf_rope import FACTORS, add_rope, frequency_factors
 from core.export.gguf_tokenizer import add_tokenizer
 from core.licence import card_facts, known_facts
 from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
-from core.model.checkpoint import PROVENANCE, CheckpointReader
+from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json
 from core.model.shape import LayerShape
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> 
                 writer,
                 load_tokenizer(checkpoint),
                 vocab_size=config.vocab_size,
-                end_ids=_end_ids(checkpoint, config),
+                end_ids=end_ids(generation_config(checkpoint), config),
             )
             factors = frequency_factors(config, architecture)
             _write(writer, reader, parts, factors, dtype)
@@ -153,7 +153,7 @@ def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:
 
 def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dtype: GgufDtype) -> None:
     """Write what the file is and what it was made of."""
-    provenance = _json(checkpoint / PROVENANCE)
+    provenance = read_json(checkpoint / PROVENANCE)
     base = str(provenance.get("base", ""))
     base_name = Path(base).name.removesuffix(".gguf")
     label = size_label(params, params, 0, 0)
@@ -193,26 +193,6 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any, layers: Sequence[LayerShape
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     add_rope(writer, config)
-
-
-def _end_ids(checkpoint: Path, config: Any) -> list[int]:
-    """Return all tokens that end a text, by the generation config and the model's."""
-    named = [_json(checkpoint / "generation_config.json").get("eos_token_id"), config.eos_token_id]
-    return [
-        i for entry in named if entry is not None for i in (entry if isinstance(entry, list) else [entry])
-    ]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that may be missing.
-
-    Raises:
-        ExportError: If it cannot be read.
-    """
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.") from error
 
 
 def _kept_notes(parts: Sequence[Part], dtype: GgufDtype) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
 """The description that ONNX Runtime GenAI reads beside an ONNX graph."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from core.errors import ExportError
+from core.export.generation import end_ids, generation_config
 from core.model.build import head_dim, layer_shapes
 
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -22,9 +21,9 @@ def genai_config(checkpoint: Path, config: Any, graph: str) -> dict[str, Any]:
         graph: File name of the graph.
 
     Raises:
-        ExportError: If the generation config cannot be read.
+        CheckpointError: If the generation config is damaged.
     """
-    generation, layers = _generation_config(checkpoint), layer_shapes(config)
+    generation, layers = generation_config(checkpoint), layer_shapes(config)
     decoder = {
         "filename": graph,
         "session_options": {"provider_options": []},
@@ -65,11 +64,8 @@ def genai_config(checkpoint: Path, config: Any, graph: str) -> dict[str, Any]:
 
 def _special_tokens(generation: dict[str, Any], config: Any) -> dict[str, Any]:
     """Return the tokens that begin, end and pad a text; without one to pad, an end token does it."""
-    named = [generation.get("eos_token_id"), config.eos_token_id]
-    ends = [
-        i for entry in named if entry is not None for i in (entry if isinstance(entry, list) else [entry])
-    ]
-    tokens: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
+    ends = end_ids(generation, config)
+    tokens: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     for name in ("bos_token_id", "pad_token_id"):
         token = generation.get(name, getattr(config, name, None))
         if token is not None:
@@ -77,11 +73,3 @@ def _special_tokens(generation: dict[str, Any], config: Any) -> dict[str, Any]:
     if ends:
         tokens.setdefault("pad_token_id", ends[0])
     return tokens
-
-
-def _generation_config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "generation_config.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {error}.") from error

@@ -1,6 +1,5 @@
 """Zero-padding of unequal layers to a plain checkpoint of the family, which any tool loads."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
 from core.model.build import config_with_layers, layer_shapes, load_config, model_shape
-from core.model.checkpoint import PROVENANCE, CheckpointReader, write_checkpoint
+from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
 from core.model.families import Family, Kind, family_of
 from core.model.shape import LayerShape, ModelShape
 
@@ -41,7 +40,7 @@ def export_padded(checkpoint: Path, output: Path) -> Exported:
     """
     config = load_config(checkpoint)
     family, shapes, sizes = family_of(config), layer_shapes(config), model_shape(config)
-    plain = _plain_config(config, sizes)
+    plain, provenance = _plain_config(config, sizes), read_json(checkpoint / PROVENANCE)
     uniform = layer_shapes(plain)[0]
 
     def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
@@ -61,7 +60,7 @@ def export_padded(checkpoint: Path, output: Path) -> Exported:
             parts(reader),
             len(shapes) + 1,
             companions=checkpoint,
-            provenance=_provenance(checkpoint, shapes),
+            provenance=provenance | {"padded_from": [shape.to_dict() for shape in shapes]},
         )
     params = model_shape(plain).num_params()
     weight_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
@@ -126,8 +125,6 @@ def _copies(layer: LayerShape, per_slot: int) -> int:
 
 def _plain_config(config: Any, sizes: ModelShape) -> Any:
     """Return the config of equal layers, of the smallest sizes that hold every layer and that it accepts."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     family = family_of(config)
     heads = {(layer.query_heads, layer.kv_heads) for layer in sizes.layers}
     if len(heads) > 1 and not family.prunes_heads:
@@ -138,8 +135,6 @@ def _plain_config(config: Any, sizes: ModelShape) -> Any:
     for uniform in _candidates(sizes, config.hidden_size):
         plain = config_with_layers(config, (uniform,) * len(sizes.layers))
         if not plain.is_heterogeneous:
-            vars(plain).pop("auto_map", None)
-            plain.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
             return plain
     raise ExportError(
         f"no head counts hold those of all layers ({sorted(heads)}) and suit {family.model_type} at hidden "
@@ -163,12 +158,6 @@ def _candidates(sizes: ModelShape, hidden_size: int) -> list[LayerShape]:
             for kv_heads in range(least, most // per_slot + 1)
         ]
     return sorted(found, key=lambda layer: (sizes.attention_params(layer), layer.kv_heads))
-
-
-def _provenance(checkpoint: Path, shapes: tuple[LayerShape, ...]) -> dict[str, Any]:
-    known = checkpoint / PROVENANCE
-    before = json.loads(known.read_text()) if known.is_file() else {}
-    return before | {"padded_from": [shape.to_dict() for shape in shapes]}
 
 
 def _notes(

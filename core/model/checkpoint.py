@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,18 @@ def write_checkpoint(
     *,
     companions: Path | None,
     provenance: Mapping[str, Any],
+    config_writer: Callable[[Any, Path], None] = write_config,
 ) -> None:
     """Write a checkpoint, one shard a part, holding no more than one part at a time.
 
     Args:
         directory: Where it goes; created if missing.
-        config: The transformers config that describes it.
+        config: The transformers config that describes it, or what ``config_writer`` takes for one.
         parts: Full tensor names to tensors: one part a decoder layer, then one with the rest.
         num_parts: How many parts there are (shards carry it in their names).
         companions: Checkpoint whose tokenizer, chat template and generation config are copied along.
         provenance: What is known of the checkpoint's making; written to ``adapt_pruner.json``.
+        config_writer: Writes ``config.json`` and the code that it names into a folder.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -152,12 +154,24 @@ def write_checkpoint(
         total_bytes += sum(t.numel() * t.element_size() for t in part.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
-    write_config(config, directory)
+    config_writer(config, directory)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1))
     if companions is not None:
         for path in companions.iterdir():
             if path.is_file() and is_companion(path.name):
                 shutil.copyfile(path, directory / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object that lies beside the weights; {} if there is no such file.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} is not a JSON object. Fetch it again, or remove it.") from error
 
 
 def save_model(

@@ -4,8 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from core.model.families import FAMILIES
-
 MODULE = "modeling_unequal_layers"
 """The module beside this one that such a checkpoint carries; transformers runs it if it is trusted."""
 
@@ -29,16 +27,12 @@ def stock_classes(config: Any) -> dict[str, str]:
 def write_config(config: Any, directory: Path) -> None:
     """Write ``config.json``, and for unequal layers the code that builds them.
 
-    A model of equal layers is a plain checkpoint of its family: it carries no code. The config of another
-    format is written as it is.
+    A model of equal layers is a plain checkpoint of its family: it carries no code.
 
     Args:
         config: The transformers config; stays as it is.
         directory: The checkpoint's folder.
     """
-    if getattr(config, "model_type", None) not in FAMILIES:
-        config.save_pretrained(directory)
-        return
     config = copy.deepcopy(config)
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]

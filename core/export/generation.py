@@ -1,0 +1,24 @@
+"""What a checkpoint says of generation, for runtimes that must be told: which tokens end a text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.model.checkpoint import read_json
+
+
+def generation_config(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's generation config; {} if it has none.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    return read_json(checkpoint / "generation_config.json")
+
+
+def end_ids(generation: Mapping[str, Any], config: Any) -> list[int]:
+    """Return all tokens that end a text, each once: by the generation config, then by the model's."""
+    found: list[int] = []
+    for named in (generation.get("eos_token_id"), config.eos_token_id):
+        found += named if isinstance(named, list) else [] if named is None else [named]
+    return list(dict.fromkeys(found))
