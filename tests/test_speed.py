@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from core.errors import CheckpointError, ExportError, SettingsError
 from core.evaluation.engines import LlamaCpp, Torch
-from core.evaluation.speed import Workload, compare, median_rates, median_speedup
+from core.evaluation.speed import Workload, compare, median_rates, median_speedup, time_pair
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
@@ -65,6 +65,25 @@ def test_a_machine_that_is_slow_for_a_while_does_not_change_the_ratio():
     assert median_speedup(even) == pytest.approx(1.25)
     assert median_speedup(slow) == pytest.approx(1.25)
     assert median_rates(even, 20) == pytest.approx((20.0, 25.0))
+
+
+class Timed:
+    """A model that takes a known time, and tells whose turn it was."""
+
+    def __init__(self, seconds, turns):
+        self.seconds, self.turns = seconds, turns
+
+    def time(self, kind, batch):
+        self.turns.append(self.seconds)
+        return self.seconds
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_seconds_are_those_of_base_and_checkpoint_whoever_went_first(reverse):
+    turns = []
+    base, checkpoint = Timed(2.0, turns), Timed(1.0, turns)
+    assert time_pair(base, checkpoint, "decode", 1, reverse=reverse) == (2.0, 1.0)
+    assert turns == ([1.0, 2.0] if reverse else [2.0, 1.0])
 
 
 def test_mlflow_gets_ratios_that_are_above_1_where_the_checkpoint_is_better():

@@ -76,7 +76,7 @@ def compare(
         seconds: dict[str, list[tuple[float, float]]] = {}
         for turn in range(workload.rounds + 1):
             for kind, batch in workload.jobs():
-                took = _pair(first, second, kind, batch, reverse=bool(turn % 2))
+                took = time_pair(first, second, kind, batch, reverse=bool(turn % 2))
                 if turn:
                     seconds.setdefault(f"{kind} {batch}", []).append(took)
             done = f"round {turn} of {workload.rounds}" if turn else "warmed up"
@@ -107,8 +107,10 @@ def median_speedup(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.median(base / checkpoint for base, checkpoint in pairs)
 
 
-def _pair(first: "_Model", second: "_Model", kind: Kind, batch: int, *, reverse: bool) -> tuple[float, float]:
-    """Time both; who goes first changes, since neither should always run right after the same thing."""
+def time_pair(
+    first: "_Model", second: "_Model", kind: Kind, batch: int, *, reverse: bool
+) -> tuple[float, float]:
+    """Return the seconds of both; ``reverse`` times the second first: neither always follows the same."""
     if reverse:
         seconds = second.time(kind, batch)
         return first.time(kind, batch), seconds
