@@ -23,8 +23,9 @@ from core.model.build import build_model, load_config
 from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
 from core.record import public_path
 from core.storage.entries import FileEntry, Manifest
+from core.storage.hashing import file_sha256
 from core.storage.manifest import publish, read_manifest
-from core.storage.store import file_sha256, join_uri
+from core.storage.store import join_uri
 
 log = logging.getLogger(__name__)
 

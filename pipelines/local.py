@@ -23,6 +23,7 @@ from core.config import Settings
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.record import RunRecord
 from core.run import Run
+from core.storage.manifest import fetch
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
@@ -90,13 +91,15 @@ def fetch_results(finished: LocalRun, output: Path) -> RunRecord:
     ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads
     to its checkpoint and ``output/base`` to the model that it was made of.
     """
-    store, final = open_store(finished.store), f"runs/{finished.key}/final"
-    store.download(f"{final}/report.html", output / "report.html")
     run = Run.load({"store": finished.store, "key": finished.key})
-    _link(output / "model", store.local_path(final))
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        folder = fetch(run.uri("final"), Path(scratch), only=["report.html", "record.json"])
+        shutil.copyfile(folder / "report.html", output / "report.html")
+        record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
+        _link(output / "model", folder if folder != Path(scratch) else None)
     if "://" not in run.base_uri or run.base_uri.startswith("file:"):
         _link(output / "base", Path(run.base_uri.removeprefix("file://")))
-    return RunRecord.from_dict(json.loads(store.read_bytes(f"{final}/record.json")))
+    return record
 
 
 def _link(link: Path, folder: Path | None) -> None:

@@ -17,7 +17,7 @@ def published(tmp_path_factory):
 @pytest.fixture
 def checkpoint(published, tmp_path):
     """A copy that the test may change, without a manifest."""
-    own = shutil.ignore_patterns("MANIFEST.json", "_CLAIM")
+    own = shutil.ignore_patterns("MANIFEST.json")
     shutil.copytree(published, tmp_path / "checkpoint", ignore=own)
     return tmp_path / "checkpoint"
 

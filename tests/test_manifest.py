@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import IntegrityError, StorageError
-from core.storage.manifest import Manifest, delete_publication, fetch, publish, read_manifest
+from core.storage.manifest import OWN, Manifest, delete_publication, fetch, publish, read_manifest
 from core.storage.store import join_uri, open_store
 from tests.servers import Reply, Request, s3_proxy
 
@@ -49,7 +50,16 @@ def read(directory: Path) -> dict[str, bytes]:
     """All files, less the two that the storage itself keeps beside them."""
     paths = [path for path in directory.rglob("*") if path.is_file()]
     content = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-    return {path: data for path, data in content.items() if path not in ("MANIFEST.json", "_CLAIM")}
+    return {path: data for path, data in content.items() if path not in OWN}
+
+
+@contextlib.contextmanager
+def behind(s3_server, spoil, monkeypatch, attempts=8):
+    """Let all that the block asks of the S3 server pass by ``spoil``."""
+    with s3_proxy(s3_server, spoil) as proxy, monkeypatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        environment.setenv("AWS_MAX_ATTEMPTS", str(attempts))
+        yield
 
 
 def die_before_the_manifest(uri: str) -> None:
@@ -144,8 +154,9 @@ def test_of_eight_publishers_one_wins_and_readers_see_it_whole(uri, tmp_path, a_
         watcher.result()
     winner = manifests[0]
     assert all(manifest == winner for manifest in manifests)
-    kept = {"MANIFEST.json", "_CLAIM", *(winner.key(entry) for entry in winner.files)}
-    assert kept | ({"a", "d"} if a_dead_publisher_was_first else set()) == set(open_store(uri).list())
+    left = set(open_store(uri).list()) - {"MANIFEST.json", *(winner.key(entry) for entry in winner.files)}
+    assert left <= {"a", "b", "c", "d", "_UPLOADED.json"}, "losers remove the folders that only they know"
+    assert read(fetch(uri, tmp_path / "fetched")) in [dict(content) for content in contents]
 
 
 def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
@@ -159,10 +170,8 @@ def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
         return forward()
 
     rival = write(tmp_path / "rival", RIVAL)
-    with s3_proxy(s3_server, hold_manifests) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            one, two = pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival])
+    with behind(s3_server, hold_manifests, monkeypatch), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival])
     assert one == two
     assert read(fetch(s3_store_uri, tmp_path / "fetched")) in (CONTENT, RIVAL)
 
@@ -182,15 +191,46 @@ def count_requests(seen: list[tuple[str, str]]) -> Callable[[Request, Callable[[
     return count
 
 
+def interrupt(s3_server, uri, checkpoint, monkeypatch, last):
+    """Let a publication fail when it comes to the file ``last``."""
+
+    def fail_at_last(request, forward):
+        return Reply(status=500) if request.path.endswith(last) else forward()
+
+    match = f"{last} cannot be"
+    with behind(s3_server, fail_at_last, monkeypatch, attempts=1), pytest.raises(StorageError, match=match):
+        publish(checkpoint, uri)
+    assert read_manifest(uri) is None
+
+
 def test_an_interrupted_publication_goes_on(s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch):
-    publish(checkpoint, s3_store_uri)
-    die_before_the_manifest(s3_store_uri)
-    open_store(s3_store_uri).delete("model-00002.safetensors")
+    interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
     seen: list[tuple[str, str]] = []
-    with s3_proxy(s3_server, count_requests(seen)) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        publish(checkpoint, s3_store_uri)
-    assert [name for method, name in seen if method == "PUT"] == ["model-00002.safetensors", "MANIFEST.json"]
+    with behind(s3_server, count_requests(seen), monkeypatch):
+        manifest = publish(checkpoint, s3_store_uri)
+    moved = [name for method, name in seen if method in ("PUT", "GET") and name not in OWN]
+    assert moved == ["vocab.txt"]
+    assert manifest.folder == ""
+    assert sorted(open_store(s3_store_uri).list()) == sorted(["MANIFEST.json", *CONTENT])
+    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"config.json": 7}', '{"config.json": "00"}'])
+def test_a_damaged_record_of_an_interrupted_publication_does_no_harm(
+    s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch, damage
+):
+    interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
+    open_store(s3_store_uri).write_bytes("_UPLOADED.json", damage.encode())
+    publish(checkpoint, s3_store_uri)
+    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+
+
+def test_what_an_interrupted_publication_has_lost_since_is_uploaded_again(
+    s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch
+):
+    interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
+    open_store(s3_store_uri).delete("model-00002.safetensors")
+    publish(checkpoint, s3_store_uri)
     assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
 
 
@@ -198,12 +238,56 @@ def test_an_interrupted_publication_in_a_folder_goes_on(checkpoint, tmp_path):
     uri = str(tmp_path / "store")
     publish(checkpoint, uri)
     die_before_the_manifest(uri)
-    (tmp_path / "store/config.json").write_bytes(b"damaged")
-    before = {path: (tmp_path / "store" / path).stat().st_ino for path in CONTENT}
+    (tmp_path / "store/config.json").unlink()
+    before = {path: (tmp_path / "store" / path).stat().st_ino for path in CONTENT if path != "config.json"}
     publish(checkpoint, uri)
-    changed = [path for path in CONTENT if (tmp_path / "store" / path).stat().st_ino != before[path]]
-    assert changed == ["config.json"]
+    assert before == {path: (tmp_path / "store" / path).stat().st_ino for path in before}
     assert read(tmp_path / "store") == CONTENT
+
+
+def test_what_was_damaged_before_the_manifest_was_put_is_not_published(uri, checkpoint, tmp_path):
+    publish(checkpoint, uri)
+    die_before_the_manifest(uri)
+    open_store(uri).write_bytes("config.json", b"damaged")
+    assert publish(checkpoint, uri).folder
+    assert read(fetch(uri, tmp_path / "fetched")).items() >= CONTENT.items()
+
+
+@pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "refused"])
+def test_where_a_server_knows_no_conditions_no_publisher_replaces_what_another_has_stored(
+    s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch, ignored
+):
+    both_have_uploaded = threading.Barrier(2, timeout=30)
+
+    def without_conditions(request, forward):
+        if request.method == "PUT" and request.path.endswith("MANIFEST.json"):
+            both_have_uploaded.wait()
+        if "If-None-Match" in request.headers:
+            if not ignored:
+                return Reply(status=501, body=b"<Error><Code>NotImplemented</Code></Error>")
+            direct.delete(request.path.partition(prefix)[2])  # the header is signed: it cannot be taken away
+        return forward()
+
+    rival, direct = write(tmp_path / "rival", RIVAL), open_store(s3_store_uri)
+    prefix = f"{s3_store_uri.removeprefix('s3://')}/"
+    pool = concurrent.futures.ThreadPoolExecutor(2)
+    with behind(s3_server, without_conditions, monkeypatch), pool:
+        list(pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival]))
+    assert read(fetch(s3_store_uri, tmp_path / "fetched")) in (CONTENT, RIVAL)
+
+
+def test_a_publication_is_read_once(uri, tmp_path):
+    """Of a big file and a small one, the kernel counts the bytes that this process reads."""
+    size = 40_000_000
+    checkpoint = write(tmp_path / "big", {"model.safetensors": os.urandom(size), "config.json": b"{}"})
+    before = read_bytes()
+    publish(checkpoint, uri)
+    assert size <= read_bytes() - before < 1.2 * size
+
+
+def read_bytes() -> int:
+    """Return how many bytes this process has read so far, from files and sockets."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_an_interrupted_fetch_goes_on_without_the_files_that_verify(
@@ -215,17 +299,14 @@ def test_an_interrupted_fetch_goes_on_without_the_files_that_verify(
     def fail_one_file(request, forward):
         return Reply(status=500) if request.path.endswith(broken) else forward()
 
-    with s3_proxy(s3_server, fail_one_file) as proxy, monkeypatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        environment.setenv("AWS_MAX_ATTEMPTS", "2")
-        with pytest.raises(StorageError, match=f"{broken} cannot be read.* 500"):
-            fetch(s3_store_uri, tmp_path / "fetched")
+    error = pytest.raises(StorageError, match=f"{broken} cannot be read.* 500")
+    with behind(s3_server, fail_one_file, monkeypatch, attempts=2), error:
+        fetch(s3_store_uri, tmp_path / "fetched")
     assert read(tmp_path / "fetched") == {path: data for path, data in CONTENT.items() if path != broken}
 
     (tmp_path / "fetched/config.json").write_bytes(b"{")  # a file that does not verify is fetched again
     seen: list[tuple[str, str]] = []
-    with s3_proxy(s3_server, count_requests(seen)) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, count_requests(seen), monkeypatch):
         fetch(s3_store_uri, tmp_path / "fetched")
     assert sorted(name for method, name in seen if method == "GET") == [
         "MANIFEST.json",
@@ -243,8 +324,7 @@ def test_files_are_uploaded_in_parallel(s3_server, s3_store_uri, checkpoint, mon
             two_at_once.wait()
         return forward()
 
-    with s3_proxy(s3_server, wait_for_another) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, wait_for_another, monkeypatch):
         publish(checkpoint, s3_store_uri)
 
 
@@ -293,10 +373,9 @@ def test_bytes_that_change_on_the_way_are_not_used(
             return Reply(status=reply.status, headers=headers, body=reply.body.replace(b"0", b"1"))
         return reply
 
-    with s3_proxy(s3_server, change) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        with pytest.raises(IntegrityError, match=r"model-00001\.safetensors"):
-            fetch(s3_store_uri, tmp_path / "fetched")
+    error = pytest.raises(IntegrityError, match=r"model-00001\.safetensors")
+    with behind(s3_server, change, monkeypatch), error:
+        fetch(s3_store_uri, tmp_path / "fetched")
     assert not (tmp_path / "fetched/model-00001.safetensors").exists()
 
 
@@ -382,7 +461,7 @@ def test_a_directory_without_files_is_not_published(uri, tmp_path):
 def test_what_is_not_kept_loses_its_files_but_stays_done(uri, checkpoint, tmp_path):
     manifest = publish(checkpoint, uri)
     delete_publication(uri, keep_manifest=True)
-    assert sorted(open_store(uri).list()) == ["MANIFEST.json", "_CLAIM"]
+    assert sorted(open_store(uri).list()) == ["MANIFEST.json"]
     assert publish(checkpoint, uri) == manifest
     with pytest.raises(IntegrityError, match="it is missing"):
         fetch(uri, tmp_path / "fetched")

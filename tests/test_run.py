@@ -200,7 +200,7 @@ def test_a_killed_run_ends_at_the_same_bits_as_an_undisturbed_one_in_another_sto
 ):
     run, folder = undisturbed
     assert run.key == finished.key
-    timed = {"record.json", "report.html", "report.json", "MANIFEST.json", "_CLAIM"}
+    timed = {"record.json", "report.html", "report.json", "MANIFEST.json"}
     names = {path.name for path in folder.iterdir()} - timed
     assert {"config.json", "tokenizer.json", "adapt_pruner.json", "model-00001-of-00004.safetensors"} <= names
     assert names == {path.name for path in checkpoint.iterdir()} - timed
@@ -255,7 +255,7 @@ def test_every_step_has_published_and_only_the_final_checkpoint_is_kept(place, f
             assert not files & names
         else:
             assert files <= names
-        names -= files | {f"{run}/{folder}/MANIFEST.json", f"{run}/{folder}/_CLAIM"}
+        names -= files | {f"{run}/{folder}/MANIFEST.json"}
     assert {name for name in names if name.startswith("runs/")} == {f"{run}/run.json", f"{run}/DONE.json"}
 
 

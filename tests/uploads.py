@@ -18,7 +18,7 @@ from tests.hub_uploads import READ_TOKEN, SIGNATURE, TOKEN
 from tests.models import UNEQUAL, tiny
 
 NAME = "team/pruned"
-OWN = {"MANIFEST.json", "_CLAIM", "report.json", "record.json", "report.html"}
+OWN = {"MANIFEST.json", "report.json", "record.json", "report.html"}
 SHARDS = [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
 CARD = "---\nlibrary_name: transformers\n---\n# A pruned model\n"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PROVENANCE, CheckpointReader, is_companion
-from core.storage.manifest import MANIFEST, fetch, read_manifest
+from core.storage.manifest import MANIFEST, OWN, fetch, read_manifest
 from core.storage.store import is_temporary
 
 CARD = "README.md"
 
-_STAYS_HERE = (MANIFEST, "_CLAIM", "report.json", "record.json", "report.html")
+_STAYS_HERE = (*OWN, "report.json", "record.json", "report.html")
 """What belongs to the run; the report and the record name where it is stored and tracked."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OF_A_CHECKPOINT = (

@@ -66,7 +66,7 @@ def run_score_layers(
         from core.model.families import family_of
         from core.pruning.adapt import plan_phase, settings_for
         from core.pruning.importance import Statistics
-        from core.storage.store import file_sha256
+        from core.storage.hashing import file_sha256
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
             return _measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import IntegrityError, StorageError
-from core.storage.store import check_key, file_sha256, join_uri, local_errors
+from core.storage.hashing import file_sha256
+from core.storage.store import check_key, join_uri, local_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +28,22 @@ class FileEntry:
     @classmethod
     def of(cls, directory: Path, path: str) -> "FileEntry":
         """Describe the file ``path`` of ``directory``, which is read once."""
-        check_key(path)
         file = directory / path
-        try:
-            with local_errors(file):
-                return cls(path=path, size=file.stat().st_size, sha256=file_sha256(file))
-        except FileNotFoundError as error:
-            raise StorageError(f"{file} is gone, or a link that leads nowhere. Make it again.") from error
+        with local_errors(file):
+            return cls(path=path, size=file.stat().st_size, sha256=file_sha256(file))
 
     def fault_of(self, file: Path) -> str:
         """Return how ``file`` differs from this entry; "" if it does not."""
         with local_errors(file):
             if not file.exists():
                 return "it is missing"
-            if (size := file.stat().st_size) != self.size:
-                return f"{self.size} bytes expected, {size} found"
-            sha256 = file_sha256(file)
+            size = file.stat().st_size
+            return self.fault(size, file_sha256(file) if size == self.size else "")
+
+    def fault(self, size: int, sha256: str) -> str:
+        """Return how a file of ``size`` bytes with this sha256 differs from this entry; "" if it does not."""
+        if size != self.size:
+            return f"{self.size} bytes expected, {size} found"
         return "" if sha256 == self.sha256 else f"sha256 {self.sha256} expected, {sha256} found"
 
 

@@ -4,36 +4,49 @@ A directory without a manifest is not published, and is not read. A publication 
 publishers one wins, and all of them return its manifest.
 """
 
-import dataclasses
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from core.errors import IntegrityError, StorageError
+from core.errors import StorageError
 from core.storage.entries import FileEntry, Manifest
-from core.storage.store import Store, is_temporary, join_uri, local_errors, open_store, replacing
+from core.storage.store import is_temporary, join_uri, local_errors, open_store
+from core.storage.transfer import (
+    UPLOADED,
+    OccupiedError,
+    download,
+    in_parallel,
+    upload_apart,
+    upload_beside,
+    verify_in_place,
+)
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "delete_publication", "fetch", "publish", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "OWN",
+    "FileEntry",
+    "Manifest",
+    "delete_publication",
+    "fetch",
+    "publish",
+    "read_manifest",
+]
 
 MANIFEST = "MANIFEST.json"
-_CLAIM = "_CLAIM"
-_THREADS = 8
+
+OWN = (MANIFEST, UPLOADED)
+"""What this module keeps beside the files of a publication; never part of one."""
 
 log = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None) -> Manifest:
     """Copy every file of ``directory`` to ``uri``, then put the manifest, which makes them readable.
 
-    Each file is read once to hash it and once to copy it. After a crash the same call goes on: what is there
-    already is not copied again.
+    Each file is read once, and hashed on its way. After a crash the same call goes on: what is there already
+    is not copied again.
 
     Args:
         directory: Holds at least one file; nothing in it changes meanwhile.
@@ -50,25 +63,27 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
     published = read_manifest(uri)
     if published is not None:
         return published
-    start = time.monotonic()
-    files = _in_parallel(functools.partial(FileEntry.of, directory), _files(directory))
-    manifest, is_new = _claim(store, Manifest(files=tuple(files), metadata=metadata or {}))
+    start, paths, folder = time.monotonic(), _files(directory), ""
+    try:
+        files = upload_beside(directory, paths, store)
+    except OccupiedError:
+        published = read_manifest(uri)
+        if published is not None:
+            return published
+        files, folder = upload_apart(directory, paths, store)
+    manifest = Manifest(
+        files=tuple(sorted(files, key=lambda entry: entry.path)), metadata=metadata or {}, folder=folder
+    )
     content = manifest.to_json().encode()
-
-    def upload(entry: FileEntry) -> None:
-        key = manifest.key(entry)
-        if is_new or store.sha256(key) != entry.sha256:
-            store.upload(directory / entry.path, key, sha256=entry.sha256)
-
-    _in_parallel(upload, files)
     if store.write_bytes(MANIFEST, content, if_absent=True):
+        store.delete(UPLOADED)
         _log_rate("published", store.uri, [entry.size for entry in files], start)
         return Manifest.from_json(content)
     published = read_manifest(uri)
     if published is None:
         raise StorageError(f"{store.uri} was removed while it was published. Run the step again.")
-    if published.folder != manifest.folder:
-        _in_parallel(store.delete, [manifest.key(entry) for entry in files])
+    if folder:
+        in_parallel(store.delete, [manifest.key(entry) for entry in files])
     return published
 
 
@@ -114,9 +129,9 @@ def fetch(uri: str, directory: Path, *, only: Sequence[str] | None = None) -> Pa
     start = time.monotonic()
     folder = store.local_path(manifest.folder)
     if folder is not None:
-        _in_parallel(functools.partial(_verify, folder, where=join_uri(store.uri, manifest.folder)), entries)
+        verify_in_place(folder, join_uri(store.uri, manifest.folder), entries)
         return folder
-    moved = _in_parallel(functools.partial(_download, store, manifest, directory), entries)
+    moved = download(store, manifest, directory, entries)
     if any(moved):
         _log_rate("fetched", store.uri, [size for size in moved if size], start)
     return directory
@@ -131,66 +146,19 @@ def delete_publication(uri: str, *, keep_manifest: bool) -> None:
     if not keep_manifest:
         store.delete(MANIFEST)  # first: a manifest promises its files
     if manifest is not None:
-        _in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files])
-    if not keep_manifest:
-        store.delete(_CLAIM)
-
-
-def _claim(store: Store, manifest: Manifest) -> tuple[Manifest, bool]:
-    """Choose where the files go; also return whether nothing can be there yet.
-
-    The first publisher claims the names beside the manifest for its content. Other content, of a rival or of
-    a rerun after a crash, goes to a folder named by its digest: no stored file is replaced by other bytes.
-    """
-    is_new = store.write_bytes(_CLAIM, manifest.digest.encode(), if_absent=True)
-    if store.read_bytes(_CLAIM) != manifest.digest.encode():
-        return dataclasses.replace(manifest, folder=manifest.digest[:16]), False
-    return manifest, is_new
+        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files])
+    store.delete(UPLOADED)
 
 
 def _files(directory: Path) -> list[str]:
-    own = (MANIFEST, _CLAIM)
+    """Return the paths of the files to publish, the largest first: what is small is lost least by a kill."""
     with local_errors(directory):
         paths = [path for path in directory.rglob("*") if not path.is_dir() and not is_temporary(path.name)]
-    names = sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) not in own)
+        sizes = {path.relative_to(directory).as_posix(): path.lstat().st_size for path in paths}
+    names = sorted((name for name in sizes if name not in OWN), key=lambda name: (-sizes[name], name))
     if not names:
         raise StorageError(f"{directory} holds no file to publish. Correct the path.")
     return names
-
-
-def _verify(folder: Path, entry: FileEntry, *, where: str) -> None:
-    path = folder / entry.path
-    leads_elsewhere = path.resolve() != folder.resolve() / entry.path
-    fault = "a file expected, a link found" if leads_elsewhere else entry.fault_of(path)
-    if fault:
-        raise _unlike(where, entry, fault)
-
-
-def _download(store: Store, manifest: Manifest, directory: Path, entry: FileEntry) -> int:
-    """Bring one file to ``directory`` unless it is there; return the bytes moved."""
-    path = directory / entry.path
-    if not entry.fault_of(path):
-        return 0
-    with replacing(path) as temporary:
-        try:
-            store.download(manifest.key(entry), temporary)
-            fault = entry.fault_of(temporary)
-        except FileNotFoundError:
-            fault = "it is missing"
-        if fault:
-            raise _unlike(join_uri(store.uri, manifest.folder), entry, fault)
-    return entry.size
-
-
-def _unlike(where: str, entry: FileEntry, fault: str) -> IntegrityError:
-    problem = f"{join_uri(where, entry.path)} is not what its manifest says: {fault}"
-    return IntegrityError(f"{problem}. It is not used; delete the publication and rerun its step.")
-
-
-def _in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return the results in order; after an error nothing more is begun."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, items))
 
 
 def _log_rate(action: str, uri: str, sizes: Sequence[int], start: float) -> None:

@@ -1,6 +1,7 @@
 """The S3 store: boto3 with its transfer manager, parallel and multipart, with retries and backoff."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import os
@@ -23,13 +24,29 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError
 
 from core.errors import StorageError
-from core.storage.store import check_key, join_uri, local_errors, replacing
+from core.storage.hashing import HashedStream
+from core.storage.store import check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
 _DENIED = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+# Pauses between attempts while another writer is at the same key (status 409).
+_PAUSES_S = (0.1, 0.2, 0.4, 0.8, None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Connection:
+    """What one environment of AWS variables leads to."""
+
+    client: Any
+    transfers: Any
+    """A transfer manager."""
+    transfers_if_absent: Any
+    """A transfer manager that replaces no object."""
+    writes_once: dict[str, bool]
+    """Bucket to whether the server was seen to keep what is there."""
 
 
 class S3Store:
@@ -44,7 +61,7 @@ class S3Store:
         self.uri = join_uri(f"s3://{bucket}", prefix)
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         try:
-            self._client, self._transfers = _connect(
+            self._connection = _connect(
                 frozenset(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
             )
         except (BotoCoreError, ValueError) as error:
@@ -52,12 +69,13 @@ class S3Store:
             raise StorageError(
                 f"{self.uri} cannot be opened: {problem}. Correct the AWS_ variables."
             ) from error
+        self._client = self._connection.client
 
     def read_bytes(self, key: str) -> bytes:
         """See ``Store``."""
         content = io.BytesIO()
         with self._errors(key, "read"):
-            self._transfers.download(self._bucket, self._key(key), content).result()
+            self._connection.transfers.download(self._bucket, self._key(key), content).result()
         return content.getvalue()
 
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
@@ -87,23 +105,56 @@ class S3Store:
         with self._errors(key, "deleted"):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
 
-    def upload(self, path: Path, key: str, *, sha256: str = "") -> None:
-        """See ``Store``; ``sha256`` is kept in the object's metadata."""
-        metadata = {"Metadata": {"sha256": sha256}} if sha256 else {}
-        with self._errors(key, "written"), local_errors(path):
-            self._transfers.upload(str(path), self._bucket, self._key(key), metadata).result()
-
-    def download(self, key: str, path: Path) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False) -> str | None:
         """See ``Store``."""
-        with replacing(path) as temporary, temporary.open("wb") as file, self._errors(key, "read"):
-            self._transfers.download(self._bucket, self._key(key), file).result()
+        connection = self._connection
+        transfers = connection.transfers_if_absent if if_absent else connection.transfers
+        with self._errors(key, "written"), local_errors(path):
+            for pause_s in _PAUSES_S:
+                try:
+                    with path.open("rb") as file:
+                        stream = HashedStream(file)
+                        size = _Size(os.fstat(file.fileno()).st_size)
+                        transfers.upload(stream, self._bucket, self._key(key), subscribers=[size]).result()
+                    return stream.sha256
+                except ClientError as error:
+                    status = _status(error)
+                    if if_absent and status == 412:
+                        return None
+                    if status != 409 or pause_s is None:
+                        raise
+                    time.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def download(self, key: str, path: Path) -> str:
+        """See ``Store``."""
+        with local_errors(path), path.open("wb") as file, self._errors(key, "read"):
+            stream = HashedStream(file)
+            self._connection.transfers.download(self._bucket, self._key(key), stream).result()
+        return stream.sha256
 
     def sha256(self, key: str) -> str | None:
-        """See ``Store``; what ``upload`` was told, not read from the bytes."""
-        with self._errors(key, "read"):
-            head = self._head(key) or {}
-        metadata = {name.lower(): value for name, value in head.get("Metadata", {}).items()}
-        return metadata.get("sha256")
+        """See ``Store``."""
+        try:
+            return self.download(key, Path(os.devnull))
+        except FileNotFoundError:
+            return None
+
+    def writes_once(self, key: str) -> bool:
+        """See ``Store``; tried once a bucket: some servers ignore conditions, others refuse them."""
+        known = self._connection.writes_once
+        if self._bucket not in known:
+            at = {"Bucket": self._bucket, "Key": self._key(key), "Body": b"{}", "IfNoneMatch": "*"}
+            with self._errors(key, "written"):
+                try:
+                    for _ in range(2):  # the second finds what the first has written, if nothing else
+                        self._client.put_object(**at)
+                    known[self._bucket] = False
+                except ClientError as error:
+                    if _status(error) not in (409, 412, 501):
+                        raise
+                    known[self._bucket] = _status(error) != 501
+        return known[self._bucket]
 
     def local_path(self, key: str) -> Path | None:
         """See ``Store``."""
@@ -125,7 +176,7 @@ class S3Store:
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         at = {"Bucket": self._bucket, "Key": self._key(key), "Body": data}
-        for pause_s in (0.1, 0.2, 0.4, 0.8, None):
+        for pause_s in _PAUSES_S:
             try:
                 self._client.put_object(**at, IfNoneMatch="*")
                 return True
@@ -189,9 +240,19 @@ def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+class _Size:
+    """A subscriber that tells a transfer the size of its stream, by which it chooses the size of parts."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        future.meta.provide_transfer_size(self._size)
+
+
 @functools.lru_cache(maxsize=4)
-def _connect(environment: frozenset[tuple[str, str]]) -> tuple[Any, Any]:
-    """Return a client and a transfer manager for these variables; cached, as making them takes 0.2 s."""
+def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
+    """Return clients and transfer managers for these variables; cached, as making them takes 0.2 s."""
     variables = dict(environment)
     own_endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
     config = Config(
@@ -204,5 +265,20 @@ def _connect(environment: frozenset[tuple[str, str]]) -> tuple[Any, Any]:
         },
         s3={"addressing_style": "path" if own_endpoint else "auto"},
     )
-    client = boto3.Session().client("s3", config=config)
-    return client, create_transfer_manager(client, TransferConfig(max_concurrency=_CONNECTIONS))
+    session = boto3.Session()
+    client, careful = session.client("s3", config=config), session.client("s3", config=config)
+    for operation in ("PutObject", "CompleteMultipartUpload"):
+        careful.meta.events.register(f"provide-client-params.s3.{operation}", _if_absent)
+    return _Connection(
+        client=client,
+        transfers=create_transfer_manager(client, TransferConfig(max_concurrency=_CONNECTIONS)),
+        # The CRT, which boto3 prefers on some machines, would not ask this client: it knows no conditions.
+        transfers_if_absent=create_transfer_manager(
+            careful, TransferConfig(max_concurrency=_CONNECTIONS, preferred_transfer_client="classic")
+        ),
+        writes_once={},
+    )
+
+
+def _if_absent(params: dict[str, Any], **_: Any) -> None:
+    params["IfNoneMatch"] = "*"

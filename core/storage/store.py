@@ -7,17 +7,16 @@ What goes wrong is a ``StorageError`` of one line: what, where, what to do. Read
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from core.errors import StorageError
+from core.storage.hashing import copy_hashed, file_sha256
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _MISSING = (FileNotFoundError, NotADirectoryError)
@@ -46,14 +45,25 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove ``key`` if it is there."""
 
-    def upload(self, path: Path, key: str, *, sha256: str = "") -> None:
-        """Copy the file ``path`` into the store; ``sha256`` is what the method of that name then returns."""
+    def upload(self, path: Path, key: str, *, if_absent: bool = False) -> str | None:
+        """Copy the file ``path`` into the store and return the sha256 of what was copied.
 
-    def download(self, key: str, path: Path) -> None:
-        """Copy ``key`` to the file ``path``."""
+        With ``if_absent``, return None and change nothing if ``key`` is there; only for a store that
+        ``writes_once``.
+        """
+
+    def download(self, key: str, path: Path) -> str:
+        """Copy ``key`` to the file ``path`` and return the sha256; not atomic (see ``replacing``)."""
 
     def sha256(self, key: str) -> str | None:
-        """Return the sha256 of ``key``; None if it is unknown or ``key`` is not there."""
+        """Return the sha256 of the bytes of ``key``, which are all read; None if it is not there."""
+
+    def writes_once(self, key: str) -> bool:
+        """Return whether the store keeps its word not to replace what is there.
+
+        Args:
+            key: Where that may be tried: it is there afterwards, and its content may be lost.
+        """
 
     def local_path(self, key: str) -> Path | None:
         """Return the real path of ``key`` ("" for the whole store), or None if the store is not a folder."""
@@ -87,12 +97,6 @@ def join_uri(base: str | os.PathLike[str], *parts: str) -> str:
     return "/".join([os.fspath(base).rstrip("/"), *(part.strip("/") for part in parts if part.strip("/"))])
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of the file ``path`` in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_key(key: str) -> None:
     """Raise a StorageError unless ``key`` is a relative path that cannot leave the folder it is joined to."""
     if any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or not key.isprintable():
@@ -119,8 +123,11 @@ def local_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, if_absent: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, if_absent: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary file beside ``path`` that takes the name ``path`` if the block succeeds.
+
+    Unless it need not be ``durable``, the bytes are on the disk before the name is: a power cut could leave
+    the name alone otherwise.
 
     Raises:
         FileExistsError: If ``if_absent`` and ``path`` is there.
@@ -130,8 +137,9 @@ def replacing(path: Path, *, if_absent: bool = False) -> Iterator[Path]:
         temporary = _temporary_beside(path)
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
+            if durable:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
             (_link if if_absent else os.replace)(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -218,22 +226,31 @@ class LocalStore:
             while (path := path.parent) != self._root:
                 path.rmdir()
 
-    def upload(self, path: Path, key: str, *, sha256: str = "") -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False) -> str | None:
         """See ``Store``; no hard link, as writing to ``path`` later must not change the stored file."""
-        with replacing(self._at(key)) as temporary:
-            shutil.copyfile(path, temporary)
+        if if_absent and self.exists(key):
+            return None
+        try:
+            with replacing(self._at(key), if_absent=if_absent) as temporary:
+                return copy_hashed(path, temporary)
+        except FileExistsError:
+            return None
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         """See ``Store``."""
         source = self._file(key)
-        with replacing(path) as temporary:
-            shutil.copyfile(source, temporary)
+        with local_errors(path):
+            return copy_hashed(source, path)
 
     def sha256(self, key: str) -> str | None:
-        """See ``Store``; read from the bytes themselves."""
+        """See ``Store``."""
         path = self._at(key)
         with local_errors(path):
             return file_sha256(path) if path.is_file() else None
+
+    def writes_once(self, key: str) -> bool:
+        """See ``Store``; a hard link never replaces a file."""
+        return True
 
     def local_path(self, key: str) -> Path:
         """See ``Store``."""
