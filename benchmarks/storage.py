@@ -1,0 +1,152 @@
+"""What the store's promises cost: publishing and fetching, beside a plain loop over boto3's file transfers.
+
+Each round uploads and downloads the same files both ways, to the same server, in turns at who goes first.
+The plain loop hashes nothing, verifies nothing and flushes nothing to the disk; the ratio is its seconds by
+ours, the median over the rounds: 1 means as fast, 0.5 half as fast. Without --store it starts SeaweedFS on
+this machine, which then shares the processor with both.
+
+    python benchmarks/storage.py --gigabytes 2 --rounds 3
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import boto3
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the server that the tests use
+
+from core.storage.manifest import delete_publication, fetch, publish  # noqa: E402
+from core.storage.store import join_uri  # noqa: E402
+from tests.servers import BUCKET, s3_server  # noqa: E402
+
+SHARD_BYTES = 400_000_000
+"""About the size of a decoder layer of an 8B model."""
+
+
+def main() -> None:
+    """Measure, show a table, and print the ratios as one JSON object on the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--store", default="", help="s3://bucket/prefix on a server of yours, for a trial")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch, _store(arguments.store) as store:
+        folder = Path(scratch, "checkpoint")
+        paths = _write_shards(folder, round(arguments.gigabytes * 1e9))
+        seconds: dict[str, list[float]] = {name: [] for name in ("up", "plain up", "down", "plain down")}
+        reads = [
+            _round(folder, paths, store, Path(scratch), seconds, ours_first=bool(number % 2))
+            for number in range(arguments.rounds)
+        ]
+    _show(seconds, arguments.gigabytes)
+    result = {
+        "gigabytes": arguments.gigabytes,
+        "rounds": arguments.rounds,
+        "up_ratio": _ratio(seconds, "up"),
+        "down_ratio": _ratio(seconds, "down"),
+        "reads_of_a_publish": round(statistics.median(reads) / (arguments.gigabytes * 1e9), 3),
+    }
+    print(json.dumps(result))
+
+
+@contextlib.contextmanager
+def _store(uri: str) -> Iterator[str]:
+    if uri:
+        yield join_uri(uri, f"benchmark-{os.getpid()}")
+        return
+    with s3_server() as server:
+        os.environ.update(server.environment())
+        yield f"s3://{BUCKET}/benchmark"
+
+
+def _write_shards(folder: Path, size: int) -> list[Path]:
+    """Write random bytes: some stores would compress others."""
+    folder.mkdir()
+    paths = []
+    for start in range(0, size, SHARD_BYTES):
+        paths.append(folder / f"model-{len(paths) + 1:05d}.safetensors")
+        paths[-1].write_bytes(os.urandom(min(SHARD_BYTES, size - start)))
+    return paths
+
+
+def _round(
+    folder: Path,
+    paths: list[Path],
+    store: str,
+    scratch: Path,
+    seconds: dict[str, list[float]],
+    *,
+    ours_first: bool,
+) -> int:
+    """Move the checkpoint up and down both ways; return how many bytes publishing has read."""
+    ours, plain, reads = join_uri(store, "ours"), join_uri(store, "plain"), 0
+    bucket, prefix = urlsplit(plain).netloc, urlsplit(plain).path.strip("/")
+    client = boto3.client("s3")
+
+    def publish_it() -> None:
+        nonlocal reads
+        before = _bytes_read()
+        publish(folder, ours)
+        reads = _bytes_read() - before
+
+    def upload_plainly() -> None:
+        for path in paths:
+            client.upload_file(str(path), bucket, f"{prefix}/{path.name}")
+
+    def download_plainly() -> None:
+        (scratch / "plain").mkdir()
+        for path in paths:
+            client.download_file(bucket, f"{prefix}/{path.name}", str(scratch / "plain" / path.name))
+
+    jobs: list[tuple[str, Callable[[], object]]] = [
+        ("up", publish_it),
+        ("plain up", upload_plainly),
+        ("down", lambda: fetch(ours, scratch / "ours")),
+        ("plain down", download_plainly),
+    ]
+    for pair in (jobs[:2], jobs[2:]):
+        for name, job in pair if ours_first else reversed(pair):
+            started = time.monotonic()
+            job()
+            seconds[name].append(time.monotonic() - started)
+    delete_publication(ours, keep_manifest=False)
+    for path in paths:
+        client.delete_object(Bucket=bucket, Key=f"{prefix}/{path.name}")
+    for name in ("ours", "plain"):
+        shutil.rmtree(scratch / name)
+    return reads
+
+
+def _bytes_read() -> int:
+    """Return what this process has read so far from files; Linux alone tells."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def _ratio(seconds: dict[str, list[float]], way: str) -> float:
+    pairs = zip(seconds[f"plain {way}"], seconds[way], strict=True)
+    return round(statistics.median(plain / own for plain, own in pairs), 3)
+
+
+def _show(seconds: dict[str, list[float]], gigabytes: float) -> None:
+    table = Table("", "seconds of each round", "MB/s, median")
+    for name, values in seconds.items():
+        rate = gigabytes * 1000 / statistics.median(values)
+        table.add_row(name, ", ".join(f"{value:.1f}" for value in values), f"{rate:.0f}")
+    Console(stderr=True).print(table)
+
+
+if __name__ == "__main__":
+    main()
