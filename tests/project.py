@@ -161,20 +161,21 @@ def run_all(recipe, folder, *, job="job"):
     """Call all steps of a run in this process, in the pipeline's order; return its handle and final URI."""
     from core import steps
 
-    run, checkpoint_uri = resolve(recipe, job=job)
-    assert steps.run_needs_run(run=run)
-    data_uri = steps.run_prepare_data(run=run, base_uri=checkpoint_uri)
-    evaluate(run, 0, checkpoint_uri, data_uri, folder)
-    for phase in range(1, recipe["prune"]["phases"] + 1):
-        checkpoint_uri = run_phase(run, phase, checkpoint_uri, data_uri, folder)
-    final = steps.run_publish(
-        run=run,
-        checkpoint_uri=checkpoint_uri,
-        report=Artifact(folder / "report"),
-        model=Artifact(folder / "model"),
-    )
+    run, base_uri = resolve(recipe, job=job)
+    if steps.run_needs_run(run=run):
+        data_uri = steps.run_prepare_data(run=run, base_uri=base_uri)
+        evaluate(run, 0, base_uri, data_uri, folder)
+        checkpoint_uri = base_uri
+        for phase in range(1, recipe["prune"]["phases"] + 1):
+            checkpoint_uri = run_phase(run, phase, checkpoint_uri, data_uri, folder)
+        steps.run_publish(
+            run=run,
+            checkpoint_uri=checkpoint_uri,
+            report=Artifact(folder / "report"),
+            model=Artifact(folder / "model"),
+        )
     steps.run_finalize(store=recipe["storage"]["store"], job=job, succeeded=True)
-    return run, final
+    return run, f"{run['store']}/runs/{run['key']}/final"
 
 
 def kept_groups(run, phase):

@@ -61,6 +61,7 @@ def compute_once(
     if manifest is not None:
         log.info("already done")
         return manifest
+    log.debug("computing %s", uri)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
