@@ -13,6 +13,7 @@ import pytest
 from core.errors import IntegrityError, StorageError
 from core.storage.manifest import OWN, Manifest, delete_publication, fetch, publish, read_manifest
 from core.storage.store import join_uri, open_store
+from tests.evidence import note
 from tests.servers import Reply, Request, s3_proxy
 
 CONTENT = {
@@ -65,6 +66,10 @@ def behind(s3_server, spoil, monkeypatch, attempts=8):
 def die_before_the_manifest(uri: str) -> None:
     """Bring ``uri`` to the state that a publisher leaves who dies at the last moment."""
     open_store(uri).delete("MANIFEST.json")
+
+
+def backend(uri: str) -> str:
+    return " (s3)" if uri.startswith("s3:") else " (folder)"
 
 
 def edit_manifest(uri: str, edit: Callable[[dict], object]) -> None:
@@ -154,6 +159,13 @@ def test_of_eight_publishers_one_wins_and_readers_see_it_whole(uri, tmp_path, a_
         watcher.result()
     winner = manifests[0]
     assert all(manifest == winner for manifest in manifests)
+    note(
+        "Publishing",
+        "eight publishers of four contents at once"
+        + (", after one that died" if a_dead_publisher_was_first else "")
+        + backend(uri),
+        "one won, all returned its manifest, and every reader saw one whole content",
+    )
     left = set(open_store(uri).list()) - {"MANIFEST.json", *(winner.key(entry) for entry in winner.files)}
     assert left <= {"a", "b", "c", "d", "_UPLOADED.json"}, "losers remove the folders that only they know"
     assert read(fetch(uri, tmp_path / "fetched")) in [dict(content) for content in contents]
@@ -174,6 +186,9 @@ def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
         one, two = pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival])
     assert one == two
     assert read(fetch(s3_store_uri, tmp_path / "fetched")) in (CONTENT, RIVAL)
+    note(
+        "Publishing", "two publishers have stored all files when the first puts its manifest (s3)", "one won"
+    )
 
 
 def test_a_rerun_after_a_crash_publishes_what_it_has(uri, checkpoint, tmp_path):
@@ -210,6 +225,11 @@ def test_an_interrupted_publication_goes_on(s3_server, s3_store_uri, checkpoint,
         manifest = publish(checkpoint, s3_store_uri)
     moved = [name for method, name in seen if method in ("PUT", "GET") and name not in OWN]
     assert moved == ["vocab.txt"]
+    note(
+        "Publishing",
+        "a publication cut short, and started again (s3)",
+        "only the file that was missing moved",
+    )
     assert manifest.folder == ""
     assert sorted(open_store(s3_store_uri).list()) == sorted(["MANIFEST.json", *CONTENT])
     assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
@@ -257,23 +277,34 @@ def test_what_was_damaged_before_the_manifest_was_put_is_not_published(uri, chec
 def test_where_a_server_knows_no_conditions_no_publisher_replaces_what_another_has_stored(
     s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch, ignored
 ):
-    both_have_uploaded = threading.Barrier(2, timeout=30)
+    direct, prefix = open_store(s3_store_uri), f"{s3_store_uri.removeprefix('s3://')}/"
+    rivals, at_work = [write(tmp_path / "rival", RIVAL)], threading.Event()
 
     def without_conditions(request, forward):
-        if request.method == "PUT" and request.path.endswith("MANIFEST.json"):
-            both_have_uploaded.wait()
-        if "If-None-Match" in request.headers:
-            if not ignored:
-                return Reply(status=501, body=b"<Error><Code>NotImplemented</Code></Error>")
+        name = request.path.rpartition("/")[2] if request.method == "PUT" else ""
+        is_condition = "If-None-Match" in request.headers
+        if at_work.is_set() and name == "MANIFEST.json":
+            return Reply(status=403)  # the rival does not come to an end
+        # At the worst moment: a file is stored, and no record says so yet.
+        if rivals and (name == "MANIFEST.json" or (name == "_UPLOADED.json" and not is_condition)):
+            at_work.set()
+            with pytest.raises(StorageError, match="MANIFEST"):
+                publish(rivals.pop(), s3_store_uri)
+            at_work.clear()
+        if is_condition and not ignored:
+            return Reply(status=501, body=b"<Error><Code>NotImplemented</Code></Error>")
+        if is_condition:
             direct.delete(request.path.partition(prefix)[2])  # the header is signed: it cannot be taken away
         return forward()
 
-    rival, direct = write(tmp_path / "rival", RIVAL), open_store(s3_store_uri)
-    prefix = f"{s3_store_uri.removeprefix('s3://')}/"
-    pool = concurrent.futures.ThreadPoolExecutor(2)
-    with behind(s3_server, without_conditions, monkeypatch), pool:
-        list(pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival]))
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) in (CONTENT, RIVAL)
+    with behind(s3_server, without_conditions, monkeypatch):
+        publish(checkpoint, s3_store_uri)
+    assert rivals == []
+    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+    tried = (
+        f"a server that {'ignores' if ignored else 'refuses'} If-None-Match, and a rival at the worst moment"
+    )
+    note("Publishing", tried, "each publisher kept to a folder of its own; nothing was replaced")
 
 
 def test_a_publication_is_read_once(uri, tmp_path):
@@ -282,7 +313,13 @@ def test_a_publication_is_read_once(uri, tmp_path):
     checkpoint = write(tmp_path / "big", {"model.safetensors": os.urandom(size), "config.json": b"{}"})
     before = read_bytes()
     publish(checkpoint, uri)
-    assert size <= read_bytes() - before < 1.2 * size
+    share = (read_bytes() - before) / size
+    assert 1 <= share < 1.2
+    note(
+        "Publishing",
+        "the bytes that a publication of 40 MB reads" + backend(uri),
+        f"{share:.1f} times its size",
+    )
 
 
 def read_bytes() -> int:
@@ -308,6 +345,11 @@ def test_an_interrupted_fetch_goes_on_without_the_files_that_verify(
     seen: list[tuple[str, str]] = []
     with behind(s3_server, count_requests(seen), monkeypatch):
         fetch(s3_store_uri, tmp_path / "fetched")
+    note(
+        "Publishing",
+        "a fetch cut short, and started again (s3)",
+        "only the missing and the damaged file moved",
+    )
     assert sorted(name for method, name in seen if method == "GET") == [
         "MANIFEST.json",
         "config.json",
@@ -342,15 +384,19 @@ def swap(store, path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "found"),
+    ("name", "damage", "found"),
     [
-        (flip, f"sha256 {LAYER_0_SHA256} expected, [0-9a-f]{{64}} found"),
-        (lambda store, path: store.write_bytes(path, b"x" * 17), "18 bytes expected, 17 found"),
-        (lambda store, path: store.delete(path), "it is missing"),
-        (swap, "18 bytes expected, 18000 found"),
+        ("a flipped bit", flip, f"sha256 {LAYER_0_SHA256} expected, [0-9a-f]{{64}} found"),
+        (
+            "a file cut short",
+            lambda store, path: store.write_bytes(path, b"x" * 17),
+            "18 bytes expected, 17 found",
+        ),
+        ("a deleted file", lambda store, path: store.delete(path), "it is missing"),
+        ("two shards exchanged", swap, "18 bytes expected, 18000 found"),
     ],
 )
-def test_damage_is_detected_and_named_and_not_used(uri, checkpoint, tmp_path, damage, found):
+def test_damage_is_detected_and_named_and_not_used(uri, checkpoint, tmp_path, name, damage, found):
     publish(checkpoint, uri)
     path = "model-00001.safetensors"
     damage(open_store(uri), path)
@@ -359,6 +405,7 @@ def test_damage_is_detected_and_named_and_not_used(uri, checkpoint, tmp_path, da
     assert not (tmp_path / "fetched" / path).exists()
     assert not list((tmp_path / "fetched").rglob(".*")), "no temporary file is left"
     fetch(uri, tmp_path / "fetched", only=["config.json"])
+    note("Integrity", f"{name} in a store{backend(uri)}", "IntegrityError named the file; it was not used")
 
 
 def test_bytes_that_change_on_the_way_are_not_used(
@@ -404,6 +451,11 @@ def test_an_edited_manifest_is_refused(uri, checkpoint, tmp_path, edit, problem)
     with pytest.raises(IntegrityError, match=rf"{uri}/MANIFEST.json is damaged: {problem}"):
         fetch(uri, tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()
+    note(
+        "Integrity",
+        f"an edited manifest{backend(uri)}",
+        "IntegrityError named the manifest; nothing was used",
+    )
 
 
 def test_a_manifest_of_another_publication_does_not_fit(uri, checkpoint, tmp_path):
@@ -413,6 +465,7 @@ def test_a_manifest_of_another_publication_does_not_fit(uri, checkpoint, tmp_pat
     store.write_bytes("MANIFEST.json", store.read_bytes("rival/MANIFEST.json"))
     with pytest.raises(IntegrityError, match="model-0000"):
         fetch(uri, tmp_path / "fetched")
+    note("Integrity", f"the manifest of another publication{backend(uri)}", "IntegrityError named a file")
 
 
 @pytest.mark.parametrize(
@@ -431,6 +484,7 @@ def test_a_link_in_the_place_of_a_file_is_refused(checkpoint, tmp_path):
     (store / "tokenizer").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(IntegrityError, match=r"tokenizer/vocab\.txt.*a file expected, a link found"):
         fetch(str(store), tmp_path / "fetched")
+    note("Integrity", "a link in the place of a folder (folder)", "IntegrityError named the file behind it")
     (tmp_path / "link").symlink_to(tmp_path)  # a store that is itself reached by a link is none of this
     publish(checkpoint, f"{tmp_path}/link/other")
     assert read(fetch(f"{tmp_path}/link/other", tmp_path / "fetched")) == CONTENT

@@ -120,6 +120,22 @@ def test_of_many_writers_if_absent_exactly_one_wins(store):
     assert list(store.list()) == ["lock"]
 
 
+def test_of_many_uploads_if_absent_exactly_one_wins(store, tmp_path):
+    start = threading.Barrier(8)
+
+    def upload(writer: int) -> str | None:
+        path = tmp_path / f"writer-{writer}"
+        path.write_bytes(bytes([writer]) * 3_000_000)
+        start.wait()
+        return store.upload(path, "file", if_absent=True)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        won = [sha256 for sha256 in pool.map(upload, range(8)) if sha256]
+    assert won == [store.sha256("file")]
+    assert store.upload(tmp_path / "writer-0", "file", if_absent=True) is None
+    assert store.upload(tmp_path / "writer-0", "file") == store.sha256("file")
+
+
 def test_readers_never_see_half_a_file(store, tmp_path):
     contents = [bytes([letter]) * 300_000 for letter in b"ab"]
     store.write_bytes("file", contents[0])
