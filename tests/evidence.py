@@ -1,7 +1,7 @@
 """What the reliability tests try, how often, and what happens: the tables of docs/reliability.md.
 
-A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there, and
-``python -m tests.evidence NOTES docs/reliability.md`` writes them into the document's tables.
+A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
+and ``python -m tests.evidence NOTES docs/reliability.md`` writes them into the document's tables.
 """
 
 import datetime

@@ -269,13 +269,13 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
     client, careful = session.client("s3", config=config), session.client("s3", config=config)
     for operation in ("PutObject", "CompleteMultipartUpload"):
         careful.meta.events.register(f"provide-client-params.s3.{operation}", _if_absent)
+    # On some machines boto3 would prefer the CRT, if that is installed: it knows no conditions, no endpoints
+    # without TLS, and errors of its own.
+    transfers = TransferConfig(max_concurrency=_CONNECTIONS, preferred_transfer_client="classic")
     return _Connection(
         client=client,
-        transfers=create_transfer_manager(client, TransferConfig(max_concurrency=_CONNECTIONS)),
-        # The CRT, which boto3 prefers on some machines, would not ask this client: it knows no conditions.
-        transfers_if_absent=create_transfer_manager(
-            careful, TransferConfig(max_concurrency=_CONNECTIONS, preferred_transfer_client="classic")
-        ),
+        transfers=create_transfer_manager(client, transfers),
+        transfers_if_absent=create_transfer_manager(careful, transfers),
         writes_once={},
     )
 
