@@ -1,5 +1,6 @@
 # make demo        prune a real model on this machine and show the result
 # make test        the quick tests          make test-slow   the long ones, on the real model
+# make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (half an hour)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
 # make clean       remove what was made here, except output/
 #
@@ -24,7 +25,7 @@ LOCK ?= docker/requirements.lock
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test test-slow lint lock clean
+.PHONY: install demo test test-slow torture lint lock clean
 
 install: $(INSTALLED)
 
@@ -32,10 +33,16 @@ demo: $(INSTALLED)
 	$(BIN)/adapt-pruner run recipes/demo.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not torture and not gpu" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/pytest -m "slow and not torture and not gpu" $(PYTEST_FLAGS)
+
+torture: $(INSTALLED)
+	mkdir -p output && rm -f output/evidence.jsonl
+	OMP_NUM_THREADS=1 ADAPT_PRUNER_EVIDENCE=output/evidence.jsonl $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
+		-m "not gpu" $$(grep -l "^from tests.evidence" tests/test_*.py) $(PYTEST_FLAGS)
+	$(BIN)/python -m tests.evidence output/evidence.jsonl docs/reliability.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
