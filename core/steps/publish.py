@@ -15,6 +15,7 @@ from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accurac
 from core.run import Run
 from core.steps.once import (
     CARD,
+    REPORT,
     Artifact,
     Workspace,
     base_facts,
@@ -47,9 +48,10 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
         speed = _measure_speed(this, folder, work)
         record = dataclasses.replace(collect_record(this, uri), speed=speed)
-        for path in folder.rglob("*"):
-            if path.is_file() and path.name not in ("MANIFEST.json", "_CLAIM", "report.json"):
-                (work.out / path.relative_to(folder)).symlink_to(path.resolve())
+        manifest = read_manifest(checkpoint_uri)
+        for entry in manifest.files if manifest else ():  # the folder may hold what is no part of it
+            if entry.path != REPORT:
+                (work.out / entry.path).symlink_to((folder / entry.path).resolve())
         (work.out / RECORD).write_text(json.dumps(record.to_dict()))
         (work.out / HTML).write_text(build_report(record))
         _write_card(this, record, work)
