@@ -51,6 +51,10 @@ def _steps(run: Run) -> tuple[int, ...]:
     return phase_steps(run.settings.training.total_steps, run.settings.prune.phases)
 
 
+def _first_step(run: Run, phase: int) -> int:
+    return sum(_steps(run)[: phase - 1])
+
+
 def _states_uri(run: Run, phase: int) -> str:
     return join_uri(run.phase_uri(phase, "recovered"), "_resume")
 
@@ -70,7 +74,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         every=parse_interval(run.settings.training.save_every),
         belongs_to={"checkpoint": source, "data": digest_of(data_uri), "settings": run.settings.digest()},
     ) as states:
-        state = states.newest(network)
+        state = states.newest(network, first_step=_first_step(run, phase))
         if state is None:
             # In the evaluation's precision, so that it compares with the perplexity after recovery.
             precision = dtype_of(run.settings.evaluation.precision)
@@ -120,7 +124,7 @@ def _train(
         data["input_ids"],
         data["trained"],
         run.settings.training,
-        first_step=sum(_steps(run)[: phase - 1]),
+        first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,
         save=save,

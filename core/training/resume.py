@@ -60,19 +60,27 @@ class SavedStates:
         self._publisher.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def newest(self, model: "PreTrainedModel") -> "TrainingState | None":
-        """Return the newest state that verifies and fits, until the next is saved; None if there is none.
+    def newest(self, model: "PreTrainedModel", *, first_step: int) -> "TrainingState | None":
+        """Return the newest state that verifies and fits; its files stay until the next state is saved.
 
         What is damaged or belongs to another training is removed: this one will need the name.
+
+        Args:
+            model: The model that is to be trained, whatever its weights.
+            first_step: Global step at which its training begins.
+
+        Returns:
+            None if there is no such state.
 
         Raises:
             StorageError: If the store cannot be read.
         """
         for step in reversed(_published(self._uri)):
             try:
-                state = self._fetch(step, model)
+                state = self._fetch(step, model, first_step)
             except (IntegrityError, CheckpointError) as error:
-                log.warning("the training state of step %d is not used: %s", step, error)
+                problem = str(error).partition(". ")[0].rstrip(".")  # what to do about it is done here
+                log.warning("the training state of step %d is removed, not used: %s", step, problem)
                 remove_states(self._uri, steps=range(step, step + 1))
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
@@ -80,12 +88,14 @@ class SavedStates:
                 return state
         return None
 
-    def _fetch(self, step: int, model: "PreTrainedModel") -> "TrainingState":
+    def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
         from core.training.state import STATE, check_fits, read_state
 
         uri, folder = _place(self._uri, step), self._folder / "fetched"
         state = read_state(fetch(uri, folder, only=[STATE]))
-        if state.belongs_to != self._belongs_to or state.progress.next_step != step:
+        progress = state.progress
+        steps = progress.losses[0][0], progress.next_step
+        if state.belongs_to != self._belongs_to or steps != (first_step, step):
             raise CheckpointError(f"{uri} belongs to another training.")
         fetch(uri, folder)
         check_fits(state, model)

@@ -141,7 +141,7 @@ def read_state(directory: Path) -> TrainingState:
             raise ValueError(f"format {data['format']}, not {_FORMAT}")
         progress = data["progress"]
         losses = [(int(step), float(loss), float(rate)) for step, loss, rate in progress["losses"]]
-        if not losses or [step for step, *_ in losses] != list(range(losses[0][0], losses[-1][0] + 1)):
+        if not losses or any(step != losses[0][0] + i for i, (step, *_) in enumerate(losses)):
             raise ValueError("its steps do not follow each other")
         return TrainingState(
             directory=directory,
@@ -154,7 +154,7 @@ def read_state(directory: Path) -> TrainingState:
             belongs_to=dict(data["belongs_to"]),
             facts=dict(data["facts"]),
         )
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is no state of a training: {error}.") from error
 
 
