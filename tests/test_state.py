@@ -1,6 +1,7 @@
 """A training that stops and goes on from a written state equals one that never stopped, to the last bit."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -290,14 +291,18 @@ def test_what_is_no_state_file_is_refused(content, tmp_path):
 
 def test_a_disk_that_takes_no_state_is_a_storage_error(tmp_path):
     model = unequal("llama")(0)
+    optimizer, progress = torch.optim.AdamW(model.parameters()), Progress(losses=[(0, 1.0, 0.1)])
+
+    def write(folder):
+        with pytest.raises(StorageError, match=r"cannot be (read or )?written: ") as caught:
+            write_state(folder, model, optimizer, progress, belongs_to={}, facts={})
+        return str(caught.value)
+
     (tmp_path / "file").touch()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(StorageError, match="cannot be read or written"):
-        write_state(
-            tmp_path / "file" / "state",
-            model,
-            optimizer,
-            Progress(losses=[(0, 1.0, 0.1)]),
-            belongs_to={},
-            facts={},
-        )
+    assert "not a directory" in write(tmp_path / "file" / "state")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a disk that fills up on the way
+    try:
+        assert "File too large" in write(tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
