@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from core.errors import refuse
 from core.placement import ClusterSettings, StorageSettings, TrackingSettings
-from core.quantities import in_range, is_share, parse_bytes, parse_count
+from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
 
 WIDTH_MULTIPLE = 32
 """What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
@@ -247,6 +247,9 @@ class TrainingSettings:
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: str = "10min"
+    """How often the state of training (12 bytes a parameter) goes to the store, so that a task that is killed
+    goes on from there: ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
@@ -274,6 +277,13 @@ class TrainingSettings:
             yield (
                 f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. "
                 "Change one."
+            )
+        try:
+            parse_interval(self.save_every)
+        except ValueError:
+            yield (
+                f"save_every={self.save_every} is no interval. Give one such as 10min, 90s, 2h or 200 steps, "
+                "or 0 to save nothing."
             )
         if tokens and not self.sources:
             yield f"tokens={self.tokens} needs sources. Name at least one text source, or set tokens to 0."
@@ -387,4 +397,5 @@ class Settings:
         kept["model"] = {"dtype": self.model.dtype}
         for name in ("weights", "state_memory"):
             del kept["calibration"][name]
+        del kept["training"]["save_every"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,26 @@
-"""Counts, shares and sizes as people write them: ``3.87B`` tokens, ``80%`` of the parameters, ``16GB``."""
+"""Quantities as people write them: ``3.87B`` tokens, ``80%`` of the parameters, ``16GB``, ``10min``."""
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 _NUMBER = r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]+)?)\s*"
 _LARGEST = 10**18
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _BYTE_PREFIXES = "kmgt"
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """How often something happens: every so many steps or seconds; never if both are 0."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def is_over(self, steps: int, seconds: float) -> bool:
+        """Return whether it is time again, so many steps and seconds after the last time."""
+        return 0 < self.steps <= steps or 0 < self.seconds <= seconds
 
 
 def parse_count(value: int | float | str) -> int:
@@ -39,6 +53,22 @@ def parse_bytes(value: int | float | str) -> int:
     if size > _LARGEST:
         raise ValueError(f"{value!r} is beyond any memory")
     return round(size)
+
+
+def parse_interval(value: int | float | str) -> Interval:
+    """Read an interval such as ``10min``, ``90s``, ``1.5h`` or ``200 steps``; ``0`` is never.
+
+    Raises:
+        ValueError: If ``value`` is none of them.
+    """
+    match = re.fullmatch(rf"{_NUMBER}(s|min|h|steps?)?\s*", str(value), re.IGNORECASE)
+    number, unit = (_number(match[1]), (match[2] or "").lower()) if match else (1.0, "")
+    in_steps = unit.startswith("step")
+    if isinstance(value, bool) or (number and not unit) or (in_steps and not number.is_integer()):
+        raise ValueError(f"{value!r} is not an interval such as 10min, 90s, 2h or 200 steps")
+    if number > _LARGEST:
+        raise ValueError(f"{value!r} is beyond any training")
+    return Interval(steps=int(number)) if in_steps else Interval(seconds=number * _SECONDS.get(unit, 0))
 
 
 def is_share(value: str) -> bool:

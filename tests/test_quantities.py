@@ -1,6 +1,6 @@
 import pytest
 
-from core.quantities import is_share, parse_bytes, parse_count
+from core.quantities import Interval, is_share, parse_bytes, parse_count, parse_interval
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,53 @@ def test_what_is_beyond_all_measure(parse, text):
 @pytest.mark.parametrize(("text", "share"), [("80%", True), (" 12.5 % ", True), ("80", False), ("%", False)])
 def test_shares(text, share):
     assert is_share(text) is share
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("10min", Interval(seconds=600)),
+        ("90s", Interval(seconds=90)),
+        ("2h", Interval(seconds=7200)),
+        (" 1.5 H ", Interval(seconds=5400)),
+        ("200 steps", Interval(steps=200)),
+        ("1 step", Interval(steps=1)),
+        ("1_000steps", Interval(steps=1000)),
+        ("0", Interval()),
+        (0, Interval()),
+        (0.0, Interval()),
+        ("0 steps", Interval()),
+        ("0min", Interval()),
+    ],
+)
+def test_intervals(text, interval):
+    assert parse_interval(text) == interval
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "min", "10", "-1s", "10m", "1 day", "1.5 steps", "1h30min", "often", "80%", True, False, "nan s"],
+)
+def test_what_is_no_interval(text):
+    with pytest.raises(ValueError, match="is not an interval such as 10min, 90s, 2h or 200 steps"):
+        parse_interval(text)
+
+
+@pytest.mark.parametrize("text", ["1e400h", "1e19 s", "1e300 steps"])
+def test_an_interval_beyond_all_measure(text):
+    with pytest.raises(ValueError, match="is beyond any training"):
+        parse_interval(text)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "seconds", "over"),
+    [
+        (Interval(), 10**9, 1e9, False),
+        (Interval(steps=3), 2, 1e9, False),
+        (Interval(steps=3), 3, 0.0, True),
+        (Interval(seconds=5), 10**9, 4.9, False),
+        (Interval(seconds=5), 0, 5.0, True),
+    ],
+)
+def test_when_an_interval_is_over(interval, steps, seconds, over):
+    assert interval.is_over(steps, seconds) is over

@@ -175,6 +175,8 @@ def test_a_wrong_type_is_named_with_its_value(name, value, problem):
         ("training__tokens", "lots", "is not a count"),
         ("training__learning_rate", 2.0, "0 and 1"),
         ("training__min_learning_rate", 1e-3, "0 and 2e-05"),
+        ("training__save_every", "sometimes", "10min, 90s, 2h or 200 steps, or 0"),
+        ("training__save_every", 10, "10min, 90s, 2h or 200 steps, or 0"),
         ("evaluation__perplexity_windows", 0, "1 and 1,000,000"),
         ("evaluation__limit", -1, "0 and 1,000,000,000"),
         ("storage__keep", "some", "all, last, best or a number k"),
@@ -396,6 +398,7 @@ def test_where_a_run_is_kept_and_shown_does_not_change_its_digest():
         "cluster": ClusterSettings(gpus=8, memory="1Ti"),
         "model": dataclasses.replace(settings.model, base="copy/of/m", revision="v2"),
         "calibration": dataclasses.replace(settings.calibration, weights="streamed", state_memory="1GB"),
+        "training": dataclasses.replace(settings.training, save_every="0"),
     }
     for name, value in same.items():
         assert dataclasses.replace(settings, **{name: value}).digest() == settings.digest(), name

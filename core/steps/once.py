@@ -55,7 +55,8 @@ def compute_once(
         uri: Where the result goes.
         phase: Phase of the step, 0 for the dense model and for what comes before all phases.
         step: Name of the step.
-        compute: Fills ``out`` and returns figures to keep beside it in ``report.json``.
+        compute: Fills ``out`` and returns figures to keep beside it in ``report.json``; ``seconds`` are what
+            earlier attempts have given to the result.
     """
     manifest = read_manifest(uri)
     if manifest is not None:
@@ -69,7 +70,7 @@ def compute_once(
         scratch.mkdir()
         with tracker_of(run).child(phase, step) as child:
             report = compute(Workspace(out=out, scratch=scratch, child=child))
-            report["seconds"] = time.monotonic() - started
+            report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
             (out / REPORT).write_text(json.dumps(report))
             child.log_metrics({"seconds": report["seconds"]})
             return publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})

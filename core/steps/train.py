@@ -1,13 +1,25 @@
 """The step that trains: recover-train."""
 
+import functools
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from core.pruning.phases import phase_steps
+from core.quantities import parse_interval
 from core.run import Run
 from core.steps.evaluate import measure_perplexity
 from core.steps.once import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
 from core.storage.manifest import fetch
+from core.storage.store import join_uri
+from core.training.resume import SavedStates, remove_states
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from core.training.recover import TrainingReport
+    from core.training.state import Progress, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -17,61 +29,103 @@ def run_recover_train(
 ) -> str:
     """Train the pruned checkpoint on the phase's slice of the mixture.
 
+    A task that was killed and is started again goes on from the last state of the training that was saved.
+
     Returns:
         URI of the recovered checkpoint; the pruned one's where the recipe asks for no training.
     """
-    from core.pruning.phases import phase_steps
-
     this = Run.load(run)
-    training = this.settings.training
-    steps = phase_steps(training.total_steps, this.settings.prune.phases)
-    if not steps[phase - 1]:
-        log.info("training.tokens=%s: nothing to train", training.tokens)
+    if not _steps(this)[phase - 1]:
+        log.info("training.tokens=%s: nothing to train", this.settings.training.tokens)
         describe_checkpoint(checkpoint_uri, model)
         return checkpoint_uri
-
-    def compute(work: Workspace) -> dict[str, Any]:
-        import torch
-        from safetensors.torch import load_file
-
-        from core.model.build import dtype_of, load_model, pick_device
-        from core.model.checkpoint import CheckpointReader, save_model
-        from core.training.mixture import slice_name
-        from core.training.recover import recover
-
-        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-        # In the evaluation's precision, so that it compares with the perplexity after recovery.
-        precision = dtype_of(this.settings.evaluation.precision)
-        network = load_model(folder, dtype=precision, device=pick_device())
-        report: dict[str, Any] = {
-            "perplexity_pruned": measure_perplexity(this, network, data_uri, work.scratch)
-        }
-        data = load_file(fetch(data_uri, work.scratch, only=[slice_name(phase)]) / slice_name(phase))
-        network = load_model(folder, dtype=torch.float32, device=pick_device())
-        torch.manual_seed(this.settings.seed + phase)
-        trained = recover(
-            network,
-            data["input_ids"],
-            data["trained"],
-            training,
-            first_step=sum(steps[: phase - 1]),
-            total_steps=training.total_steps,
-        )
-        with CheckpointReader(folder) as reader:
-            dtype = dtype_of(this.settings.model.dtype) or reader.dtype()
-        provenance = provenance_of(this, phase, digest_of(checkpoint_uri), step="recover-train")
-        save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
-        work.child.log_series("loss", [(step, loss) for step, loss, _ in trained.losses])
-        work.child.log_series("learning_rate", [(step, rate) for step, _, rate in trained.losses])
-        work.child.log_metrics({"tokens": trained.tokens, "tokens_per_s": trained.tokens_per_s})
-        return report | {
-            "losses": trained.losses,
-            "tokens": trained.tokens,
-            "trained_tokens": trained.trained_tokens,
-            "tokens_per_s": trained.tokens_per_s,
-        }
-
     uri = this.phase_uri(phase, "recovered")
+    compute = functools.partial(_compute, this, phase, checkpoint_uri, data_uri)
     compute_once(this, uri, phase=phase, step="recover-train", compute=compute)
+    remove_states(_states_uri(this, phase))
     describe_checkpoint(uri, model)
     return uri
+
+
+def _steps(run: Run) -> tuple[int, ...]:
+    return phase_steps(run.settings.training.total_steps, run.settings.prune.phases)
+
+
+def _first_step(run: Run, phase: int) -> int:
+    return sum(_steps(run)[: phase - 1])
+
+
+def _states_uri(run: Run, phase: int) -> str:
+    return join_uri(run.phase_uri(phase, "recovered"), "_resume")
+
+
+def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Workspace) -> dict[str, Any]:
+    import torch
+
+    from core.model.build import dtype_of, load_model, pick_device
+    from core.model.checkpoint import CheckpointReader, save_model
+
+    folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
+    network = load_model(folder, dtype=torch.float32, device=pick_device())
+    source = digest_of(checkpoint_uri)
+    with SavedStates(
+        _states_uri(run, phase),
+        work.scratch / "states",
+        every=parse_interval(run.settings.training.save_every),
+        belongs_to={"checkpoint": source, "data": digest_of(data_uri), "settings": run.settings.digest()},
+    ) as states:
+        state = states.newest(network, first_step=_first_step(run, phase))
+        if state is None:
+            # In the evaluation's precision, so that it compares with the perplexity after recovery.
+            precision = dtype_of(run.settings.evaluation.precision)
+            pruned = load_model(folder, dtype=precision, device=pick_device())
+            facts = {"perplexity_pruned": measure_perplexity(run, pruned, data_uri, work.scratch)}
+            del pruned
+        else:
+            facts = state.facts
+        save = functools.partial(states.save, network, facts=facts)
+        trained = _train(run, phase, network, data_uri, work, state, save)
+    with CheckpointReader(folder) as reader:
+        dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
+    provenance = provenance_of(run, phase, source, step="recover-train")
+    save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
+    work.child.log_series("loss", [(step, loss) for step, loss, _ in trained.losses])
+    work.child.log_series("learning_rate", [(step, rate) for step, _, rate in trained.losses])
+    work.child.log_metrics({"tokens": trained.tokens, "tokens_per_s": trained.tokens_per_s})
+    return facts | {
+        "losses": trained.losses,
+        "tokens": trained.tokens,
+        "trained_tokens": trained.trained_tokens,
+        "tokens_per_s": trained.tokens_per_s,
+        "seconds": state.progress.seconds if state else 0.0,
+    }
+
+
+def _train(
+    run: Run,
+    phase: int,
+    network: "PreTrainedModel",
+    data_uri: str,
+    work: Workspace,
+    state: "TrainingState | None",
+    save: "Callable[[Optimizer, Progress], None]",
+) -> "TrainingReport":
+    import torch
+    from safetensors.torch import load_file
+
+    from core.training.mixture import slice_name
+    from core.training.recover import recover
+
+    name = slice_name(phase)
+    data = load_file(fetch(data_uri, work.scratch, only=[name]) / name)
+    torch.manual_seed(run.settings.seed + phase)
+    return recover(
+        network,
+        data["input_ids"],
+        data["trained"],
+        run.settings.training,
+        first_step=_first_step(run, phase),
+        total_steps=run.settings.training.total_steps,
+        resume_from=state,
+        save=save,
+    )

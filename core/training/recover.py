@@ -2,15 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.config import TrainingSettings
+from core.training.state import Progress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class TrainingReport:
         losses: (global step, loss in nats a trained token, learning rate) of each optimizer step.
         tokens: Tokens that passed through the model.
         trained_tokens: Tokens among them that counted in the loss (prompts do not).
-        tokens_per_s: Rate over the whole phase.
+        tokens_per_s: Rate over the whole phase, all attempts together.
     """
 
     losses: tuple[tuple[int, float, float], ...]
@@ -43,6 +45,8 @@ def recover(
     *,
     first_step: int,
     total_steps: int,
+    resume_from: TrainingState | None = None,
+    save: Callable[[Optimizer, Progress], None] | None = None,
 ) -> TrainingReport:
     """Train a pruned model on its phase's slice, in place.
 
@@ -53,6 +57,9 @@ def recover(
         settings: Batch, learning rate and precision.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
+        resume_from: What an earlier attempt has left, which fits the model: training goes on as if it had
+            never stopped.
+        save: Called between two steps; may write the state, and decides by itself whether to.
 
     Returns:
         Losses and rates.
@@ -64,42 +71,32 @@ def recover(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    losses: list[tuple[int, float, float]] = []
-    trained_tokens = 0
-    started = last_log = time.monotonic()
-    for local_step in range(steps):
-        step = first_step + local_step
-        rate = wsd_learning_rate(
-            step,
-            total_steps,
-            peak=settings.learning_rate,
-            floor=settings.min_learning_rate,
-            warmup_share=settings.warmup_share,
-            decay_share=settings.decay_share,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = slice(local_step * settings.global_batch, (local_step + 1) * settings.global_batch)
+    done = Progress()
+    if resume_from is not None:
+        done = restore_state(resume_from, model, optimizer)
+        log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+    losses, trained_tokens = list(done.losses), done.trained_tokens
+    last_log = time.monotonic()
+    started = last_log - done.seconds
+    while len(losses) < steps:
+        step = first_step + len(losses)
+        rate = _set_learning_rate(optimizer, step, total_steps, settings)
+        rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
         loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append((step, loss, rate))
         trained_tokens += counted
-        now = time.monotonic()
-        if now - last_log > _LOG_EVERY_S or local_step == steps - 1:
+        now, left = time.monotonic(), steps - len(losses)
+        if now - last_log > _LOG_EVERY_S or not left:
             last_log = now
-            done = (local_step + 1) * settings.global_batch * input_ids.shape[1]
-            left = (now - started) / (local_step + 1) * (steps - local_step - 1)
-            log.info(
-                "step %d of %d, loss %.3f, lr %.2g, %.0f tokens/s, %.0f s left",
-                step + 1,
-                total_steps,
-                loss,
-                rate,
-                done / (now - started),
-                left,
+            step_s = (now - started) / len(losses)
+            _log_step(
+                losses[-1], total_steps, settings.global_batch * input_ids.shape[1] / step_s, left * step_s
             )
+        if save is not None and left:
+            save(optimizer, Progress(losses=losses, trained_tokens=trained_tokens, seconds=now - started))
     tokens = steps * settings.global_batch * input_ids.shape[1]
     model.eval()
     return TrainingReport(
@@ -108,6 +105,28 @@ def recover(
         trained_tokens=trained_tokens,
         tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
     )
+
+
+def _set_learning_rate(
+    optimizer: Optimizer, step: int, total_steps: int, settings: TrainingSettings
+) -> float:
+    rate = wsd_learning_rate(
+        step,
+        total_steps,
+        peak=settings.learning_rate,
+        floor=settings.min_learning_rate,
+        warmup_share=settings.warmup_share,
+        decay_share=settings.decay_share,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _log_step(done: tuple[int, float, float], total_steps: int, tokens_per_s: float, left_s: float) -> None:
+    step, loss, rate = done
+    progress = "step %d of %d, loss %.3f, lr %.2g, %.0f tokens/s, %.0f s left"
+    log.info(progress, step + 1, total_steps, loss, rate, tokens_per_s, left_s)
 
 
 def _accumulate(

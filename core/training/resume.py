@@ -1,0 +1,184 @@
+"""Training states in the store: published while training goes on, found again by the next attempt.
+
+Each is a publication of its own, named by its step, so it is there whole and verified or not at all. The last
+one stays until a newer one is published.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
+from core.quantities import Interval
+from core.storage.manifest import MANIFEST, fetch, publish
+from core.storage.store import join_uri, open_store
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from core.training.state import Progress, TrainingState
+
+log = logging.getLogger(__name__)
+
+_NOT_SAVED = (
+    "the training state of step %d is not saved: %s Training goes on; the next one is tried as usual."
+)
+
+
+class SavedStates:
+    """The states of one training: their place in the store, and a thread that publishes them there.
+
+    The end of a ``with`` block waits for the state that is under way.
+    """
+
+    def __init__(self, uri: str, folder: Path, *, every: Interval, belongs_to: Mapping[str, str]) -> None:
+        """Use the place ``uri``; nothing is contacted yet.
+
+        Args:
+            uri: Holds states of this training alone.
+            folder: Takes one state, 12 bytes a parameter; removed at the end.
+            every: How often a state is saved.
+            belongs_to: What the training follows from. A state that follows from other things is not used.
+        """
+        self._uri, self._folder = uri, folder
+        self._every, self._belongs_to = every, dict(belongs_to)
+        self._last = (0, time.monotonic())
+        self._publisher = ThreadPoolExecutor(1, "training-state")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> "SavedStates":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the state that is under way."""
+        self._publisher.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def newest(self, model: "PreTrainedModel", *, first_step: int) -> "TrainingState | None":
+        """Return the newest state that verifies and fits; its files stay until the next state is saved.
+
+        What is damaged or belongs to another training is removed: this one will need the name.
+
+        Args:
+            model: The model that is to be trained, whatever its weights.
+            first_step: Global step at which its training begins.
+
+        Returns:
+            None if there is no such state.
+
+        Raises:
+            StorageError: If the store cannot be read.
+        """
+        for step in reversed(_published(self._uri)):
+            try:
+                state = self._fetch(step, model, first_step)
+            except (IntegrityError, CheckpointError) as error:
+                problem = str(error).partition(". ")[0].rstrip(".")  # what to do about it is done here
+                log.warning("the training state of step %d is removed, not used: %s", step, problem)
+                remove_states(self._uri, steps=range(step, step + 1))
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                self._last = (len(state.progress.losses), time.monotonic())
+                return state
+        return None
+
+    def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
+        from core.training.state import STATE, check_fits, read_state
+
+        uri, folder = _place(self._uri, step), self._folder / "fetched"
+        state = read_state(fetch(uri, folder, only=[STATE]))
+        progress = state.progress
+        steps = progress.losses[0][0], progress.next_step
+        if state.belongs_to != self._belongs_to or steps != (first_step, step):
+            raise CheckpointError(f"{uri} belongs to another training.")
+        fetch(uri, folder)
+        check_fits(state, model)
+        return state
+
+    def save(
+        self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "Progress", facts: Mapping[str, Any]
+    ) -> None:
+        """Save the state if it is time to and the one before is up; what goes wrong is logged.
+
+        It is on the local disk when this returns, and published while training goes on.
+
+        Args:
+            model: See ``write_state``.
+            optimizer: See ``write_state``.
+            progress: See ``write_state``.
+            facts: See ``write_state``.
+        """
+        from core.training.state import write_state
+
+        now, done = time.monotonic(), len(progress.losses)
+        if not self._every.is_over(done - self._last[0], now - self._last[1]):
+            return
+        if self._under_way is not None and not self._under_way.done():
+            return
+        self._last = (done, now)
+        folder, step = self._folder / "saved", progress.next_step
+        try:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            write_state(folder, model, optimizer, progress, belongs_to=self._belongs_to, facts=facts)
+        except StorageError as error:
+            log.warning(_NOT_SAVED, step, error)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            self._under_way = self._publisher.submit(self._publish, folder, step, now)
+
+    def _publish(self, folder: Path, step: int, started: float) -> None:
+        try:
+            size = publish(folder, _place(self._uri, step)).total_bytes
+        except Exception as error:  # whatever it is, it must not end hours of training
+            log.warning(_NOT_SAVED, step, error, exc_info=not isinstance(error, AdaptPrunerError))
+            superseded = range(step, step + 1)  # half of a state only takes space
+        else:
+            seconds = time.monotonic() - started
+            log.info("saved the training state of step %d (%.1f MB, %.1f s)", step, size / 1e6, seconds)
+            superseded = range(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        remove_states(self._uri, steps=superseded)
+
+
+def remove_states(uri: str, *, steps: range | None = None) -> None:
+    """Remove states, half-published ones too; what goes wrong is logged, as nothing depends on it.
+
+    Args:
+        uri: Where they are.
+        steps: Which of them; None for all.
+    """
+    store = open_store(uri)
+    try:
+        keys = [key for key in store.list() if steps is None or _step_of(key) in steps]
+        for key in sorted(keys, key=lambda key: not key.endswith(MANIFEST)):  # it promises the other files
+            store.delete(key)
+    except StorageError as error:
+        log.warning("training states that are no longer needed stay: %s", error)
+    folder = store.local_path("")
+    if steps is None and folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted write leaves files that no list shows
+
+
+def _published(uri: str) -> list[int]:
+    steps = [_step_of(key) for key in open_store(uri).list() if key.partition("/")[2] == MANIFEST]
+    return sorted(step for step in steps if step >= 0)
+
+
+def _place(uri: str, step: int) -> str:
+    return join_uri(uri, _name(step))
+
+
+def _name(step: int) -> str:
+    return f"{step:06d}"
+
+
+def _step_of(key: str) -> int:
+    """Return the step of the state that a key belongs to, -1 if it belongs to none."""
+    name = key.partition("/")[0]
+    return int(name) if name.isdecimal() and name == _name(int(name)) else -1

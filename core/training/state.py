@@ -1,0 +1,223 @@
+"""The state of a training between two optimizer steps: written to a folder, and put back bit for bit.
+
+The learning rate and the place in the data follow from the step, so they are no part of it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from core.errors import CheckpointError, StorageError
+from core.storage.store import local_errors
+
+STATE = "state.json"
+
+_FORMAT = 1
+_SHARD_BYTES = 2**28
+_WEIGHT, _RNG = "weight", "rng"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a training has come."""
+
+    losses: Sequence[tuple[int, float, float]] = ()
+    """(global step, loss, learning rate) of each optimizer step that is done."""
+    trained_tokens: int = 0
+    """Tokens that counted in the loss."""
+    seconds: float = 0.0
+    """Time that these steps took, over all attempts."""
+
+    @property
+    def next_step(self) -> int:
+        """The global step that comes next."""
+        return self.losses[-1][0] + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """A state on disk."""
+
+    directory: Path
+    """Holds ``state.json`` and the shards."""
+    shards: int
+    """How many files the tensors are in."""
+    progress: Progress
+    """What has been done."""
+    belongs_to: dict[str, Any]
+    """What the training follows from."""
+    facts: dict[str, Any]
+    """What else the writer keeps beside it."""
+
+
+def write_state(
+    directory: Path,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    progress: Progress,
+    *,
+    belongs_to: Mapping[str, str],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the state between two optimizer steps: 12 bytes a parameter.
+
+    Args:
+        directory: Where it goes; created if missing.
+        model: Its parameters are written, tied ones once.
+        optimizer: AdamW over the model's parameters.
+        progress: What has been done.
+        belongs_to: What the training follows from, such as the digest of its data.
+        facts: JSON-able values to keep beside it.
+
+    Raises:
+        StorageError: If the folder cannot be written.
+    """
+    content = {"format": _FORMAT, "shards": 0, "progress": asdict(progress)}
+    try:
+        with local_errors(directory):
+            directory.mkdir(parents=True)
+            for number, shard in enumerate(_in_shards(_tensors(model, optimizer)), start=1):
+                save_file(shard, directory / _shard_name(number))
+                content["shards"] = number
+            content |= {"belongs_to": dict(belongs_to), "facts": dict(facts)}
+            (directory / STATE).write_text(json.dumps(content))
+    except SafetensorError as error:
+        raise StorageError(f"{directory} cannot be written: {error}. Free space.") from error
+
+
+def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield f"{_WEIGHT}.{name}", parameter.detach()
+        moments = optimizer.state.get(parameter, {})
+        yield from ((f"{moment}.{name}", moments[moment]) for moment in _MOMENTS if moment in moments)
+    yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
+
+
+def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(model.device)
+    return states
+
+
+def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Join tensors to parts of a limited size; only one part at a time is copied off the device."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+    yield shard
+
+
+def _shard_name(number: int) -> str:
+    return f"state-{number:05d}.safetensors"
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Read the small part of a state, ``state.json``.
+
+    Raises:
+        CheckpointError: If it is not what ``write_state`` writes.
+    """
+    path = directory / STATE
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format {data['format']}, not {_FORMAT}")
+        progress = data["progress"]
+        losses = [(int(step), float(loss), float(rate)) for step, loss, rate in progress["losses"]]
+        if not losses or any(step != losses[0][0] + i for i, (step, *_) in enumerate(losses)):
+            raise ValueError("its steps do not follow each other")
+        return TrainingState(
+            directory=directory,
+            shards=int(data["shards"]),
+            progress=Progress(
+                losses=losses,
+                trained_tokens=int(progress["trained_tokens"]),
+                seconds=float(progress["seconds"]),
+            ),
+            belongs_to=dict(data["belongs_to"]),
+            facts=dict(data["facts"]),
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is no state of a training: {error}.") from error
+
+
+def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
+    """Check that a state has the very tensors that training the model has, by name, shape and number format.
+
+    Raises:
+        CheckpointError: If it has not, or a shard cannot be read.
+    """
+    wanted = {f"{_RNG}.{name}": _like(random) for name, random in _random_states(model).items()}
+    for name, parameter in model.named_parameters():
+        like = _like(parameter)
+        wanted |= {f"{_WEIGHT}.{name}": like, f"exp_avg.{name}": like, f"exp_avg_sq.{name}": like}
+        wanted[f"step.{name}"] = [], _DTYPES[torch.float32]
+    found = {}
+    for name, shard in _stored(state):
+        tensor = shard.get_slice(name)
+        found[name] = tensor.get_shape(), tensor.get_dtype()
+    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if differing:
+        raise CheckpointError(
+            f"{state.directory} is the state of another model: {', '.join(differing[:3])} differ."
+        )
+
+
+def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optimizer) -> Progress:
+    """Put a state that ``check_fits`` into a model and its optimizer, a tensor at a time.
+
+    Args:
+        state: Where it lies.
+        model: Its parameters are overwritten in place.
+        optimizer: AdamW over the model's parameters that has made no step yet.
+
+    Returns:
+        What has been done.
+    """
+    parameters = dict(model.named_parameters())
+    for key, shard in _stored(state):
+        kind, _, name = key.partition(".")
+        tensor = shard.get_tensor(key)
+        if kind == _WEIGHT:
+            parameters[name].detach().copy_(tensor)
+        elif kind in _MOMENTS:
+            # A copy, as the file will go.
+            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
+        elif name == "cpu":
+            torch.set_rng_state(tensor)
+        else:
+            torch.cuda.set_rng_state(tensor, model.device)
+    return state.progress
+
+
+def _like(tensor: Tensor) -> tuple[list[int], str]:
+    return list(tensor.shape), _DTYPES[tensor.dtype]
+
+
+def _stored(state: TrainingState) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each tensor with the open file that it is in."""
+    for number in range(1, state.shards + 1):
+        path = state.directory / _shard_name(number)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                names = shard.keys()
+                yield from ((name, shard) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
