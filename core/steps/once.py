@@ -50,12 +50,17 @@ def compute_once(
 ) -> Manifest:
     """Compute and publish a step's result, unless it is published already.
 
+    While it computes it holds the run's lease.
+
     Args:
         run: The run.
         uri: Where the result goes.
         phase: Phase of the step, 0 for the dense model and for what comes before all phases.
         step: Name of the step.
         compute: Fills ``out`` and returns figures to keep beside it in ``report.json``.
+
+    Raises:
+        LeaseError: If another execution works on the run.
     """
     manifest = read_manifest(uri)
     if manifest is not None:
@@ -63,7 +68,7 @@ def compute_once(
         return manifest
     log.debug("computing %s", uri)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
+    with run.working() as renew_lease, tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()
         scratch.mkdir()
@@ -72,6 +77,7 @@ def compute_once(
             report["seconds"] = time.monotonic() - started
             (out / REPORT).write_text(json.dumps(report))
             child.log_metrics({"seconds": report["seconds"]})
+            renew_lease()  # what a machine has computed before it was asleep may be another's by now
             return publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
 
 
