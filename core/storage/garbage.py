@@ -200,6 +200,8 @@ class _Search:
                 loose.append(("not listed by the manifest beside it", file))
         if all(_is_old(file, patience_s) for _, file in loose):
             self._add(place, loose)
+        else:
+            self.found.spared[place] = "it was written to less than a day ago"
 
     def _look_at_pointers(self, files: list[StoredFile]) -> None:
         """Find what points to runs that are done or that nobody works on."""
