@@ -166,6 +166,17 @@ def test_what_is_written_while_the_question_stands_is_not_removed(store):
     assert snapshot(store) == before
 
 
+def test_only_what_was_shown_is_removed(store):
+    run = make_run(store, KEY, done=True)
+    shown, later = (f"{run}/final/{name}/model.safetensors" for name in ("shown", "later"))
+    store.write_bytes(shown, b"1")
+    found = find_garbage(store)
+    store.write_bytes(later, b"1")
+    (removed,) = clean(store, found.garbage, CLEANER)
+    assert removed.key == shown
+    assert keys_of(find_garbage(store)) == {later}
+
+
 def test_cleaning_keeps_executions_out_meanwhile(store, monkeypatch):
     run = make_run(store, KEY)
     leave_orphans(store, run)

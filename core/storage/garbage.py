@@ -221,11 +221,8 @@ class _Search:
             if folder_of(f"{run}/run.json") != run:
                 self.found.foreign.append(file.key)
                 continue
-            if (
-                self.run not in ("", run)
-                or run in self.found.spared
-                or file.key == pointer_of(self.job or "")
-            ):
+            is_own = self.job is not None and file.key == pointer_of(self.job)
+            if is_own or run in self.found.spared or self.run not in ("", run):
                 continue
             if self.store.exists(f"{run}/run.json"):
                 self._add("jobs", [("points to a run that is done or that nobody works on", file)], run)
