@@ -16,11 +16,9 @@ from types import TracebackType
 
 from core.errors import AdaptPrunerError
 from core.record import seconds_text
+from core.storage.owner import LOCAL
 
 log = logging.getLogger(__name__)
-
-LOCAL = "ADAPT_PRUNER_LOCAL"
-"""Environment variable that a local run sets for its tasks."""
 
 _QUIET = {
     # Bars rewrite their line; in a log every rewrite would be a line of its own.

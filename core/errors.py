@@ -59,6 +59,10 @@ class StorageError(AdaptPrunerError):
     """The store cannot be reached, read or written."""
 
 
+class LeaseError(StorageError):
+    """Another execution works on the run."""
+
+
 class IntegrityError(StorageError):
     """A stored file is not, byte for byte, what its manifest says."""
 

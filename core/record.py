@@ -211,6 +211,14 @@ def count_text(count: int) -> str:
     return str(count)
 
 
+def bytes_text(size: int) -> str:
+    """Write a number of bytes for people: 512 B, 49.2 kB, 269.0 MB, 16.1 GB."""
+    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= 0.99995 * factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
 def seconds_text(seconds: float) -> str:
     """Write a duration for people: 0.4 s, 41 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:

@@ -1,8 +1,9 @@
 """A run: its settings, its base model and where its files stand. Every step starts by loading it."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from core.config import Settings
 from core.errors import StorageError
 from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
+from core.storage.layout import pointer_of
+from core.storage.lease import Lease, holding_lease, release_lease
+from core.storage.owner import Owner
 from core.storage.store import join_uri, open_store
 
 
@@ -25,6 +29,7 @@ class Run:
         base_uri: Publication of the base model.
         dense: Sizes of the base model.
         phase_params: Parameters that each phase ends at.
+        job: The execution that asks; of no concern to ``run.json``.
     """
 
     store: str
@@ -34,6 +39,7 @@ class Run:
     base_uri: str
     dense: ModelShape
     phase_params: tuple[int, ...]
+    job: str
 
     @staticmethod
     def key_of(revision: str, settings: Settings) -> str:
@@ -45,7 +51,7 @@ class Run:
         """Load the run that a task was handed.
 
         Args:
-            handle: ``store`` and ``key``.
+            handle: ``store``, ``key`` and, for steps that compute, ``job``.
 
         Raises:
             StorageError: If the store does not hold the run, or cannot be reached.
@@ -65,6 +71,7 @@ class Run:
                 **data["dense"] | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
             ),
             phase_params=tuple(data["phase_params"]),
+            job=str(handle.get("job", "")),
         )
 
     @staticmethod
@@ -79,12 +86,38 @@ class Run:
         have been corrected, such as where it is tracked.
         """
         data = asdict(self) | {"settings": self.settings.to_dict()}
+        del data["job"]
         text = json.dumps(data, indent=1)
-        open_store(self.store).write_bytes(f"runs/{self.key}/run.json", text.encode())
+        open_store(self.store).write_bytes(f"{self.folder}/run.json", text.encode())
 
     def handle(self) -> dict[str, str]:
         """Return what tasks are handed."""
-        return {"store": self.store, "key": self.key}
+        return {"store": self.store, "key": self.key, "job": self.job}
+
+    @property
+    def folder(self) -> str:
+        """Where the run stands in the store."""
+        return f"runs/{self.key}"
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Callable[[], Lease]]:
+        """Hold the run's lease while the block runs, and let finalize find the run by its job.
+
+        Yields:
+            A function that makes sure that the lease is still held.
+
+        Raises:
+            LeaseError: If another execution works on the run, or takes it over meanwhile.
+        """
+        store = open_store(self.store)
+        with holding_lease(store, self.folder, Owner.of(self.job)) as renew:
+            # Cleaning may have removed this, if the lease had expired while a task waited for a machine.
+            store.write_bytes(pointer_of(self.job), json.dumps(self.handle()).encode(), if_absent=True)
+            yield renew
+
+    def release(self) -> None:
+        """Give the lease back, if this execution holds it."""
+        release_lease(open_store(self.store), self.folder, self.job)
 
     def uri(self, *parts: str) -> str:
         """Return the URI of ``parts`` within the run."""

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from core.errors import AdaptPrunerError, SettingsError
-from pipelines.commands import models, pushing, recipes, sharing
+from pipelines.commands import models, pushing, recipes, sharing, stores
 
 
 class _Commands(click.Group):
@@ -42,6 +42,8 @@ def main() -> None:
 for _command in (
     recipes.run,
     recipes.compile_,
+    stores.runs,
+    stores.clean,
     models.inspect,
     models.evaluate,
     models.benchmark,

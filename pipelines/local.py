@@ -18,12 +18,12 @@ from kfp.dsl.base_component import BaseComponent
 from rich.console import Console
 
 import core
-from components.runtime import LOCAL
 from core.config import Settings
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.record import RunRecord
 from core.run import Run
 from core.storage.manifest import fetch
+from core.storage.owner import LOCAL
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
@@ -179,7 +179,7 @@ def _task_environment() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
         os.environ["PYTHONSAFEPATH"] = "1"  # python -m would look into the current directory first
-        os.environ[LOCAL] = "1"
+        os.environ[LOCAL] = str(os.getpid())
         os.environ["TMPDIR"] = scratch  # each task leaves a copy of its component's source behind
         try:
             yield

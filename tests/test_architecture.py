@@ -19,6 +19,7 @@ HEIGHTS = {
     "core.evaluation": 6,
     "core.tracking": 6,
     "core.export": 6,
+    "core.overview": 6,
     "core.base": 5,
     "core.run": 5,
     "core.model": 4,

@@ -16,8 +16,9 @@ from kfp import dsl
 from rich.console import Console
 
 from components.decorator import component
-from components.runtime import LOCAL, task
+from components.runtime import task
 from core.errors import AdaptPrunerError, TargetError
+from core.storage.owner import LOCAL
 from pipelines.local import RunError, run_pipeline
 from pipelines.progress import RunProgress
 

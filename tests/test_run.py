@@ -184,6 +184,7 @@ def test_a_killed_run_goes_on_where_it_was_killed(place, killed, finished):
     assert killed.status == -signal.SIGKILL
     assert f"{run}/{published_key(2, 'pruned')}" in killed.objects
     assert f"{run}/{published_key(2, 'recovered')}" not in killed.objects
+    assert f"{run}/_lease/0001.json" in killed.objects  # still young when the same command came again
     found = {"prepare-data", "phase 0 evaluate", *(f"phase 1 {step}" for step in PHASE_STEPS)}
     found |= {f"phase 2 {step}" for step in PHASE_STEPS[:3]}
     assert sorted(finished.said("already done")) == sorted(found)

@@ -50,6 +50,8 @@ def compute_once(
 ) -> Manifest:
     """Compute and publish a step's result, unless it is published already.
 
+    While it computes it holds the run's lease.
+
     Args:
         run: The run.
         uri: Where the result goes.
@@ -57,6 +59,9 @@ def compute_once(
         step: Name of the step.
         compute: Fills ``out`` and returns figures to keep beside it in ``report.json``; ``seconds`` are what
             earlier attempts have given to the result.
+
+    Raises:
+        LeaseError: If another execution works on the run.
     """
     manifest = read_manifest(uri)
     if manifest is not None:
@@ -64,7 +69,7 @@ def compute_once(
         return manifest
     log.debug("computing %s", uri)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
+    with run.working() as renew_lease, tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()
         scratch.mkdir()
@@ -73,6 +78,7 @@ def compute_once(
             report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
             (out / REPORT).write_text(json.dumps(report))
             child.log_metrics({"seconds": report["seconds"]})
+            renew_lease()  # what a machine has computed before it was asleep may be another's by now
             return publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
 
 

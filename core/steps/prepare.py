@@ -12,6 +12,7 @@ from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
+from core.storage.layout import pointer_of
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
 
@@ -51,6 +52,7 @@ def run_resolve_base(
         CheckpointError: If there is no such base model.
         UnsupportedModelError: If its family is not supported, or does not lose what the settings ask for.
         TargetError: If the target cannot be reached.
+        LeaseError: If another execution works on the run.
     """
     from core.base import import_base
     from core.model.build import load_config
@@ -73,11 +75,13 @@ def run_resolve_base(
         base_uri=base_uri,
         dense=dense,
         phase_params=phase_params,
+        job=job,
     )
     done = Run.is_done(run.handle())
     if not done:
-        run.save()
-    open_store(run.store).write_bytes(f"jobs/{job}.json", json.dumps(run.handle()).encode())
+        with run.working():
+            run.save()
+    open_store(run.store).write_bytes(pointer_of(job), json.dumps(run.handle()).encode())
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
     if not done:

@@ -1,4 +1,4 @@
-"""Steps after the last phase: publish and finalize."""
+"""The step after the last phase: publish."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from core.steps.once import (
     read_published,
     tracker_of,
 )
-from core.storage.manifest import delete_publication, fetch, read_manifest
+from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,23 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
     record = RunRecord.from_dict(read_published(uri, RECORD))
     speedups = {name: value for speed in record.speed for name, value in speed.figures().items()}
     tracker_of(this).log_phase(phases, speedups)
-    name = this.settings.tracking.model_name
-    if name:
-        last = record.phases[-1]
-        figures = {"params": float(last.params), **accuracies(last), **speedups}
-        if last.perplexity is not None:
-            figures["perplexity"] = last.perplexity
-        version = tracker_of(this).register(name, uri, {"base": record.base, "run": this.key}, figures)
-        log.info("registered %s version %s", name, version)
-    open_store(this.store).write_bytes(f"runs/{this.key}/DONE.json", json.dumps({"final": uri}).encode())
+    with this.working():
+        _register(this, uri, record, speedups)
+        open_store(this.store).write_bytes(f"{this.folder}/DONE.json", json.dumps({"final": uri}).encode())
     return uri
+
+
+def _register(run: Run, uri: str, record: RunRecord, speedups: Mapping[str, float]) -> None:
+    """Register the final checkpoint as a version of ``tracking.model_name``, if the settings name one."""
+    name = run.settings.tracking.model_name
+    if not name:
+        return
+    last = record.phases[-1]
+    figures = {"params": float(last.params), **accuracies(last), **speedups}
+    if last.perplexity is not None:
+        figures["perplexity"] = last.perplexity
+    version = tracker_of(run).register(name, uri, {"base": record.base, "run": run.key}, figures)
+    log.info("registered %s version %s", name, version)
 
 
 def _write_card(run: Run, record: RunRecord, work: Workspace) -> None:
@@ -126,46 +133,6 @@ def _measure_speed(run: Run, checkpoint: Path, work: Workspace) -> tuple[SpeedRe
 
     base = fetch(run.base_uri, work.scratch / "base")
     return compare_speed(base, checkpoint, BRIEF, device=pick_device().type)
-
-
-def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
-    """Close an execution, whether it succeeded or not: its status, and the checkpoints that need not stay.
-
-    Args:
-        store: URI of the store.
-        job: The execution that resolve-base has noted the run of.
-        succeeded: How it ended.
-    """
-    key = f"jobs/{job}.json"
-    try:
-        handle = json.loads(open_store(store).read_bytes(key))
-    except FileNotFoundError:
-        log.info("no run was opened")
-        return
-    run = Run.load(handle)
-    tracker_of(run).finish("FINISHED" if succeeded else "FAILED")
-    if Run.is_done(handle):
-        for phase in _phases_to_drop(run):
-            for step in ("pruned", "recovered"):
-                delete_publication(run.phase_uri(phase, step), keep_manifest=True)
-    open_store(store).delete(key)
-
-
-def _phases_to_drop(run: Run) -> list[int]:
-    """Return the phases whose checkpoints ``storage.keep`` does not ask for; the final one is kept apart."""
-    keep, phases = run.settings.storage.keep, range(1, len(run.phase_params) + 1)
-    if keep == "all":
-        return []
-    if keep == "last":
-        return list(phases)
-    if keep == "best":
-        perplexities = {
-            p: read_published(run.phase_uri(p, "evaluated"), "report.json").get("perplexity") for p in phases
-        }
-        measured = {p: value for p, value in perplexities.items() if value is not None}
-        best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]
-        return [phase for phase in phases if phase != best]
-    return [phase for phase in phases if phase % int(keep)]
 
 
 def collect_record(run: Run, checkpoint_uri: str) -> RunRecord:

@@ -25,7 +25,7 @@ from s3transfer.exceptions import RetriesExceededError
 
 from core.errors import StorageError
 from core.storage.hashing import HashedStream
-from core.storage.store import check_key, join_uri, local_errors
+from core.storage.store import StoredFile, check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
@@ -93,12 +93,45 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ``Store``."""
+        return (file.key for file in self.stored(prefix))
+
+    def stored(self, prefix: str = "") -> Iterator[StoredFile]:
+        """See ``Store``."""
         with self._errors(prefix, "listed"):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix + prefix
+            for entry in self._entries("list_objects_v2", "Contents", prefix):
+                yield StoredFile(
+                    key=entry["Key"].removeprefix(self._prefix),
+                    size=entry["Size"],
+                    modified_s=entry["LastModified"].timestamp(),
+                )
+
+    def unfinished(self, prefix: str = "") -> Iterator[StoredFile]:
+        """See ``Store``; the key is that of the file that was to be."""
+        with self._errors(prefix, "listed"):
+            for entry in self._entries("list_multipart_uploads", "Uploads", prefix):
+                key = entry["Key"].removeprefix(self._prefix)
+                upload = {"Bucket": self._bucket, "Key": entry["Key"], "UploadId": entry["UploadId"]}
+                pages = self._client.get_paginator("list_parts").paginate(**upload)
+                try:
+                    size = sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+                except ClientError as error:
+                    if _status(error) != 404:
+                        raise
+                    continue  # completed meanwhile
+                yield StoredFile(
+                    key=key,
+                    size=size,
+                    modified_s=entry["Initiated"].timestamp(),
+                    upload=entry["UploadId"],
+                )
+
+    def discard(self, unfinished: StoredFile) -> None:
+        """See ``Store``."""
+        key = unfinished.key
+        with contextlib.suppress(FileNotFoundError), self._errors(key, "deleted"):
+            self._client.abort_multipart_upload(
+                Bucket=self._bucket, Key=self._key(key), UploadId=unfinished.upload
             )
-            for page in pages:
-                yield from (entry["Key"].removeprefix(self._prefix) for entry in page.get("Contents", ()))
 
     def delete(self, key: str) -> None:
         """See ``Store``."""
@@ -159,6 +192,14 @@ class S3Store:
     def local_path(self, key: str) -> Path | None:
         """See ``Store``."""
         return None
+
+    def _entries(self, operation: str, name: str, prefix: str) -> Iterator[dict[str, Any]]:
+        """Yield what all pages of a listing below ``prefix`` hold under ``name``."""
+        pages = self._client.get_paginator(operation).paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
+        for page in pages:
+            yield from page.get(name, ())
 
     def _key(self, key: str) -> str:
         check_key(key)

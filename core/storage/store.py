@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -22,6 +23,20 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _MISSING = (FileNotFoundError, NotADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file of a store, as a listing tells of it."""
+
+    key: str
+    """Where it is; of an incomplete upload, where it was to be."""
+    size: int
+    """Bytes."""
+    modified_s: float
+    """When it was written, in seconds since 1970 (UTC)."""
+    upload: str = ""
+    """What the server calls an incomplete upload."""
 
 
 class Store(Protocol):
@@ -41,6 +56,18 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield every key that starts with ``prefix``."""
+
+    def stored(self, prefix: str = "") -> Iterator[StoredFile]:
+        """Yield every file whose key starts with ``prefix``, sorted by key."""
+
+    def unfinished(self, prefix: str = "") -> Iterator[StoredFile]:
+        """Yield what writes below ``prefix`` that are interrupted, or still going on, have put aside.
+
+        These are temporary files in a folder, and incomplete multipart uploads on S3. No listing shows them.
+        """
+
+    def discard(self, unfinished: StoredFile) -> None:
+        """Remove what ``unfinished`` has named, if it is there."""
 
     def delete(self, key: str) -> None:
         """Remove ``key`` if it is there."""
@@ -208,14 +235,19 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ``Store``."""
-        folder = self.local_path(prefix.rpartition("/")[0])
-        with local_errors(folder):
-            walk = os.walk(folder, onerror=_raise_unless_missing)
-            paths = [
-                Path(place, name) for place, _, names in walk for name in names if not is_temporary(name)
-            ]
-        keys = (path.relative_to(self._root).as_posix() for path in paths)
-        yield from sorted(key for key in keys if key.startswith(prefix))
+        return (file.key for file in self.stored(prefix))
+
+    def stored(self, prefix: str = "") -> Iterator[StoredFile]:
+        """See ``Store``."""
+        return self._walk(prefix, temporary=False)
+
+    def unfinished(self, prefix: str = "") -> Iterator[StoredFile]:
+        """See ``Store``; the key is that of the temporary file."""
+        return self._walk(prefix, temporary=True)
+
+    def discard(self, unfinished: StoredFile) -> None:
+        """See ``Store``."""
+        self.delete(unfinished.key)
 
     def delete(self, key: str) -> None:
         """See ``Store``; folders that are empty then go too."""
@@ -255,6 +287,22 @@ class LocalStore:
     def local_path(self, key: str) -> Path:
         """See ``Store``."""
         return self._at(key) if key else self._root
+
+    def _walk(self, prefix: str, *, temporary: bool) -> Iterator[StoredFile]:
+        folder = self.local_path(prefix.rpartition("/")[0])
+        with local_errors(folder):
+            walk = os.walk(folder, onerror=_raise_unless_missing)
+            paths = [
+                Path(place, name)
+                for place, _, names in walk
+                for name in names
+                if is_temporary(name) == temporary
+            ]
+        keys = {path.relative_to(self._root).as_posix(): path for path in paths}
+        for key in sorted(key for key in keys if key.startswith(prefix)):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                stat = keys[key].lstat()
+                yield StoredFile(key=key, size=stat.st_size, modified_s=stat.st_mtime)
 
     def _at(self, key: str) -> Path:
         check_key(key)

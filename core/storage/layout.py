@@ -1,0 +1,42 @@
+"""Where things stand in a store; what this module does not know is not ours."""
+
+import re
+
+from core.errors import StorageError
+from core.storage.store import check_key
+
+STEPS = {
+    "calibrated": "calibrate",
+    "scored": "score-layers",
+    "pruned": "prune-step",
+    "recovered": "recover-train",
+    "evaluated": "evaluate",
+}
+"""Folder of a phase to the step that publishes it, in their order."""
+
+_FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
+_PUBLICATION = re.compile(rf"(runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)})))/.+")
+_POINTER = re.compile(r"jobs/[^/]+")
+
+
+def pointer_of(job: str) -> str:
+    """Return the key of the file that tells finalize which run an execution works on."""
+    return f"jobs/{job}.json"
+
+
+def folder_of(key: str) -> str:
+    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs`` or "" for none of them."""
+    try:
+        check_key(key)
+    except StorageError:
+        return ""
+    if _POINTER.fullmatch(key):
+        return "jobs"
+    match = _FOLDER.fullmatch(key)
+    return match[1] if match else ""
+
+
+def publication_of(key: str) -> str:
+    """Return the folder of the run's publication that a key belongs to; "" if it belongs to none."""
+    match = _PUBLICATION.fullmatch(key)
+    return match[1] if match else ""

@@ -1,0 +1,211 @@
+"""The lease of a run: at most one execution works on it at a time, and a dead one stops nobody for long.
+
+``runs/<key>/_lease/0001.json`` names the owner and when it spoke last; the highest number counts. The owner
+overwrites its own file every two minutes. Whoever takes over an expired lease creates the next number, which
+only one of many can; the old owner then finds a higher number than its own and stops. Nothing but the store
+is asked, and of a local run on this machine whether its process still lives: it need not expire then.
+
+The clocks of machines may differ by ``TTL_S - RENEW_S``, eight minutes: beyond that an owner whose clock is
+behind seems dead between two renewals. A second execution costs time and no results then: publications are
+written once.
+"""
+
+import _thread
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from core.errors import LeaseError, StorageError
+from core.storage.owner import Owner
+from core.storage.store import Store, join_uri
+
+TTL_S = 600.0
+"""How long a lease holds after it was renewed."""
+RENEW_S = 120.0
+"""How often its owner renews it while it computes."""
+
+_NUMBER = re.compile(r"[0-9]{4,9}\.json")
+_NOBODY = Owner(job="unknown", host="unknown", machine="")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """What stands in a file of ``_lease``."""
+
+    number: int
+    """Generation: how often the lease was taken over, from 1."""
+    owner: Owner
+    """Who holds it."""
+    renewed_s: float
+    """When the owner spoke last, in seconds since 1970 (UTC)."""
+    ttl_s: float = TTL_S
+    """How long it holds from then on."""
+
+    @property
+    def expires_s(self) -> float:
+        """When it ends if it is not renewed, in seconds since 1970 (UTC)."""
+        return self.renewed_s + self.ttl_s
+
+    def is_live(self) -> bool:
+        """Return whether it keeps others out: it has not expired, and its process is not known to be gone."""
+        return time.time() < self.expires_s and not self.owner.is_gone()
+
+    def to_json(self) -> bytes:
+        """Return the file's content."""
+        times = {"renewed": time_text(self.renewed_s), "renewed_s": self.renewed_s, "ttl_s": self.ttl_s}
+        return (json.dumps({**dataclasses.asdict(self.owner), **times}, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, number: int, content: bytes) -> "Lease":
+        """Read a file; one that is damaged has expired, as its owner would have written it anew."""
+        try:
+            data = dict(json.loads(content))
+            renewed_s, ttl_s = float(data["renewed_s"]), float(data["ttl_s"])
+            time_text(renewed_s), time_text(renewed_s + ttl_s)  # refuse what is no time
+            owner = Owner.from_dict(data)
+        except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
+            return cls(number=number, owner=_NOBODY, renewed_s=0.0)
+        return cls(number=number, owner=owner, renewed_s=renewed_s, ttl_s=ttl_s)
+
+
+def time_text(seconds: float) -> str:
+    """Return seconds since 1970 as UTC in ISO 8601."""
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} is no time")
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def lease_number(name: str) -> int | None:
+    """Return the generation that a file ``name`` of ``_lease`` is for; None if it is none."""
+    return int(name.removesuffix(".json")) if _NUMBER.fullmatch(name) else None
+
+
+def read_lease(store: Store, run: str) -> Lease | None:
+    """Return the lease that counts, live or not; None if nobody has taken any.
+
+    Args:
+        store: The store.
+        run: The run's folder, ``runs/<key>``.
+    """
+    while numbers := _numbers(store, run):
+        with contextlib.suppress(FileNotFoundError):  # it was released meanwhile
+            return Lease.from_json(numbers[-1], store.read_bytes(_key(run, numbers[-1])))
+    return None
+
+
+def take_lease(store: Store, run: str, owner: Owner, *, ttl_s: float = TTL_S) -> Lease:
+    """Take a lease, renew one's own, or take over one that has expired.
+
+    Args:
+        store: The store.
+        run: The run's folder.
+        owner: Who takes it; of equal ``job`` it is the same owner.
+        ttl_s: How long it holds unless it is renewed.
+
+    Raises:
+        LeaseError: If another owner holds a live one.
+        StorageError: If the store cannot be reached or written.
+    """
+    while True:
+        before = read_lease(store, run)
+        now = time.time()
+        if before is not None and before.owner.job == owner.job:
+            renewed = Lease(number=before.number, owner=owner, renewed_s=now, ttl_s=ttl_s)
+            store.write_bytes(_key(run, renewed.number), renewed.to_json())
+            return renewed
+        if before is not None and before.is_live():
+            raise LeaseError(
+                f"{join_uri(store.uri, run)} is worked on by {before.owner}, which renewed its lease at "
+                f"{time_text(before.renewed_s)} and holds it until {time_text(before.expires_s)}. Wait until "
+                "then, or end that execution first."
+            )
+        number = before.number + 1 if before else 1
+        taken = Lease(number=number, owner=owner, renewed_s=now, ttl_s=ttl_s)
+        if not store.write_bytes(_key(run, number), taken.to_json(), if_absent=True):
+            continue  # another one was quicker
+        if before is not None:
+            log.info("taken over from %s, last heard of at %s", before.owner, time_text(before.renewed_s))
+            _delete_up_to(store, run, before.number)
+        return taken
+
+
+def release_lease(store: Store, run: str, job: str) -> None:
+    """Remove the lease if ``job`` is its owner."""
+    lease = read_lease(store, run)
+    if lease is not None and lease.owner.job == job:
+        _delete_up_to(store, run, lease.number)
+
+
+@contextlib.contextmanager
+def holding_lease(
+    store: Store, run: str, owner: Owner, *, ttl_s: float = TTL_S, renew_s: float = RENEW_S
+) -> Iterator[Callable[[], Lease]]:
+    """Hold the lease while the block runs; it is not released afterwards.
+
+    A thread renews it. If another owner has taken it over, since this machine was asleep for example, the
+    block is interrupted where it stands.
+
+    Yields:
+        A function that renews the lease at once, and so makes sure that it is still held.
+
+    Raises:
+        LeaseError: If another owner holds it, before the block or while it runs.
+        StorageError: If the store cannot be reached at the start. Later on that is logged and tried again.
+    """
+    renew = functools.partial(take_lease, store, run, owner, ttl_s=ttl_s)
+    renew()
+    ended, lost = threading.Event(), list[LeaseError]()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def keep() -> None:
+        while not ended.wait(renew_s):
+            try:
+                renew()
+            except LeaseError as error:
+                lost.append(error)
+                if in_main_thread and not ended.is_set():
+                    _thread.interrupt_main()
+                return
+            except StorageError as error:
+                log.warning("the lease was not renewed: %s", error)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        try:
+            yield renew
+        finally:
+            ended.set()
+            keeper.join()
+    except KeyboardInterrupt:
+        if not lost:
+            raise
+    if lost:
+        raise lost[0]
+
+
+def _key(run: str, number: int) -> str:
+    return f"{run}/_lease/{number:04d}.json"
+
+
+def _numbers(store: Store, run: str) -> list[int]:
+    prefix = f"{run}/_lease/"
+    found = (lease_number(key.removeprefix(prefix)) for key in store.list(prefix))
+    return sorted(number for number in found if number is not None)
+
+
+def _delete_up_to(store: Store, run: str, number: int) -> None:
+    for old in _numbers(store, run):
+        if old <= number:  # upwards: an old one must never be the highest again
+            store.delete(_key(run, old))
