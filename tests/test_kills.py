@@ -24,7 +24,7 @@ from tests.project import command_line, recipe_with, run_all, write_recipe
 
 CHANGES = {
     "training.tokens": "2304",
-    # SAVE
+    "training.save_every": "1 steps",
     "prune.attention_unit": "kv_group",
 }
 """Twelve optimizer steps in two phases: kills shall meet the training too."""
