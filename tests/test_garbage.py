@@ -11,11 +11,12 @@ import pytest
 from core.steps import run_finalize, run_prepare_data
 from core.storage.garbage import PATIENCE_S, clean, find_garbage
 from core.storage.lease import read_lease, take_lease
-from core.storage.manifest import MANIFEST
+from core.storage.manifest import MANIFEST, fetch, publish
 from core.storage.owner import Owner
-from core.storage.store import open_store
+from core.storage.store import join_uri, open_store
 from tests.evidence import note
 from tests.project import recipe_with, resolve, run_all, run_phase
+from tests.publications import read, write
 from tests.runs import claimed, make_run, put, snapshot
 from tests.servers import Reply, s3_proxy
 
@@ -109,6 +110,20 @@ def test_a_run_that_is_done_loses_all_that_no_manifest_claims(store):
     assert claimed(store) | {f"{run}/run.json", f"{run}/DONE.json"} == set(before)
     assert find_garbage(store).garbage == []
     note(TABLE, "files of rivals, states and half a transfer in a run that is done, then clean", "all gone")
+
+
+def test_a_publication_whose_files_stand_in_a_folder_of_their_own_keeps_them(store, tmp_path):
+    run = make_run(store, KEY, done=True)
+    at = f"{run}/phases/03/calibrated"
+    store.write_bytes(f"{at}/model.safetensors", b"of a rival that died")
+    mine = write(tmp_path / "mine", {"model.safetensors": b"mine"})
+    manifest = publish(mine, join_uri(store.uri, at))
+    assert manifest.folder
+    found = find_garbage(store)
+    assert keys_of(found) == {f"{at}/model.safetensors"}
+    clean(store, found.garbage, CLEANER)
+    assert read(fetch(join_uri(store.uri, at), tmp_path / "fetched")) == {"model.safetensors": b"mine"}
+    note(TABLE, "a publication beside the files of a rival that died, then clean", "it stays, the rest goes")
 
 
 def test_what_an_interrupted_run_needs_to_go_on_stays(store):

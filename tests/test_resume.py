@@ -338,6 +338,22 @@ def test_all_that_is_left_of_states_is_removed(uri, tmp_path):
     remove_states(uri)  # again is no error
 
 
+def test_of_a_state_that_is_removed_the_manifest_goes_first(s3_server, s3_store_uri, tmp_path, monkeypatch):
+    stopped_attempt(s3_store_uri, tmp_path / "work", 2)
+    deleted = []
+
+    def watch(request, forward):
+        if request.method == "DELETE":
+            deleted.append(request.path.rpartition("/")[2])
+        return forward()
+
+    with s3_proxy(s3_server, watch) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        remove_states(s3_store_uri)
+    assert deleted[0] == "MANIFEST.json", "a kill half-way would leave one that promises what is gone"
+    assert len(deleted) > 1
+
+
 def test_states_that_cannot_be_removed_are_told(s3_server, s3_store_uri, tmp_path, told, monkeypatch):
     stopped_attempt(s3_store_uri, tmp_path / "work", 2)
     refused = lambda request, forward: Reply(status=403) if request.method == "DELETE" else forward()  # noqa: E731
