@@ -6,6 +6,7 @@ import functools
 import http.client
 import http.server
 import importlib.metadata
+import io
 import os
 import socket
 import struct
@@ -194,17 +195,15 @@ def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], R
             body = functools.cache(lambda: self.rfile.read(length))
             headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
             request = Request(method=self.command, path=self.path, headers=headers)
-            with contextlib.suppress(ConnectionError):  # the client has gone
-                try:
-                    reply = spoil(request, lambda: _forward(server, request, body()))
-                except HangUp as hang_up:
-                    self.rfile.read(min(hang_up.after, length))
-                    self.end(reset=True)
-                else:
-                    body()
-                    self.send(reply)
-                return
-            self.close_connection = True
+            try:
+                reply = spoil(request, lambda: _forward(server, request, body()))
+                body()
+                self.send(reply)
+            except HangUp as hang_up:
+                self.rfile.read(min(hang_up.after, length))
+                self.end(reset=True)
+            except ConnectionError:  # the client has gone
+                self.close_connection = True
 
         def send(self, reply: Reply) -> None:
             self.send_response_only(reply.status)
@@ -223,15 +222,11 @@ def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], R
 
         def end(self, *, reset: bool) -> None:
             self.close_connection = True
-            if reset:  # the kernel sends RST for a socket that does not linger; some readers hold it open
+            if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()
-                self.wfile.close()
-                self.connection.close()
-
-        def finish(self) -> None:
-            with contextlib.suppress(ConnectionError, ValueError):  # closed before
-                super().finish()
+                for user in (self.rfile, self.wfile, self.connection):
+                    user.close()
+                self.wfile = io.BytesIO()  # is flushed once more
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 

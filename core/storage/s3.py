@@ -17,20 +17,27 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
 )
-from s3transfer.exceptions import RetriesExceededError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
 
 from core.errors import StorageError
 from core.storage.hashing import HashedStream
+from core.storage.retries import retry
 from core.storage.store import StoredFile, check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
-_DENIED = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired")
+_DENIED = ("InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 # Pauses between attempts while another writer is at the same key (status 409).
 _PAUSES_S = (0.1, 0.2, 0.4, 0.8, None)
@@ -154,6 +161,8 @@ class S3Store:
                     status = _status(error)
                     if if_absent and status == 412:
                         return None
+                    if _code(error) == "NoSuchUpload" and self.sha256(key) == stream.sha256:
+                        return stream.sha256  # it was completed, and the reply was lost
                     if status != 409 or pause_s is None:
                         raise
                     time.sleep(pause_s)
@@ -241,7 +250,7 @@ class S3Store:
             yield
         except RetriesExceededError as error:
             raise self._explained(error.last_exception, key, action) from error
-        except (BotoCoreError, ClientError) as error:
+        except (BotoCoreError, ClientError, S3DownloadFailedError, S3ValidationError) as error:
             raise self._explained(error, key, action) from error
 
     def _explained(self, error: Exception, key: str, action: str) -> OSError | StorageError:
@@ -249,25 +258,31 @@ class S3Store:
         where = join_uri(self.uri, key)
         parts = urlsplit(self._client.meta.endpoint_url)
         endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        status = _status(error) if isinstance(error, ClientError) else 0
-        if status == 404 and code != "NoSuchBucket" and self._has_bucket():
-            return FileNotFoundError(where)
-        if status == 404:
-            problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
-        elif code == "RequestTimeTooSkewed":
-            problem = f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
-        elif status in (401, 403) or code in _DENIED:
-            problem = f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
-        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
-            problem = f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
-        elif isinstance(error, ParamValidationError):
-            problem = f"{self._bucket} is no name for a bucket. Correct the URI"
-        elif status:
-            problem = f"{endpoint} answers {status} {code}. Check the server, then rerun to go on"
+        if isinstance(error, ClientError):
+            error = self._in_words(error, key)
+            status, code = _status(error), _code(error)
+            is_missing = status == 404 and code != "NoSuchBucket" and self._has_bucket()
+            if is_missing and action != "written":
+                return FileNotFoundError(where)
+            if status == 404 and not is_missing:
+                problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
+            else:
+                problem = _answer(endpoint, status, code)
         else:
-            problem = f"{endpoint} cannot be reached ({code}). Check AWS_ENDPOINT_URL_S3 and the network"
+            problem = _failure(endpoint, self._bucket, error)
         return StorageError(f"{where} cannot be {action}: {problem}.")
+
+    def _in_words(self, error: ClientError, key: str) -> ClientError:
+        """Return the same error with its code: a reply to HEAD has none, so the server is asked by GET."""
+        if key and _code(error) == str(_status(error)) and _status(error) in (400, 403):
+            try:
+                reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range="bytes=0-0")
+                reply["Body"].close()
+            except ClientError as told:
+                return told if _status(told) == _status(error) else error
+            except BotoCoreError:
+                return error
+        return error
 
     def _has_bucket(self) -> bool:
         try:
@@ -279,6 +294,41 @@ class S3Store:
 
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response["Error"]["Code"])
+
+
+def _answer(endpoint: str, status: int, code: str) -> str:
+    """Say what an error that a server answers with means, and what to do."""
+    if code == "RequestTimeTooSkewed":
+        return f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
+    if code in _EXPIRED:
+        return f"the credentials for {endpoint} have expired ({code}). Get new ones, then rerun to go on"
+    if status == 507 or code in _FULL:
+        return f"{endpoint} has no space left ({code}). Free space there, then rerun to go on"
+    if status in (401, 403) or code in _DENIED:
+        return f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
+    return f"{endpoint} answers {status} {code}. Check the server, then rerun to go on"
+
+
+def _failure(endpoint: str, bucket: str, error: Exception) -> str:
+    """Say what it means that no server has answered, or not in full, and what to do."""
+    kind = type(error).__name__
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
+    if isinstance(error, ParamValidationError):
+        return f"{bucket} is no name for a bucket. Correct the URI"
+    if isinstance(error, S3DownloadFailedError):
+        return "it was replaced while it was read. Rerun to go on"
+    if isinstance(error, S3ValidationError | FlexibleChecksumError):
+        return f"{endpoint} sends other bytes than it says ({kind}). Check the server, then rerun to go on"
+    if isinstance(error, BotoConnectionError):
+        return f"{endpoint} cannot be reached ({kind}). Check AWS_ENDPOINT_URL_S3 and the network"
+    if isinstance(error, HTTPClientError | IncompleteReadError | OSError):
+        return f"the connection to {endpoint} breaks off ({kind}). Check the network, then rerun to go on"
+    return f"{endpoint} cannot be used ({kind}). Check the AWS_ variables"
 
 
 class _Size:
@@ -296,23 +346,25 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
     """Return clients and transfer managers for these variables; cached, as making them takes 0.2 s."""
     variables = dict(environment)
     own_endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    attempts = int(variables.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
     config = Config(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
         max_pool_connections=2 * _CONNECTIONS,
-        retries={
-            "mode": variables.get("AWS_RETRY_MODE", "standard"),
-            "total_max_attempts": int(variables.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
-        },
+        retries={"mode": "standard", "total_max_attempts": 1},  # we make our own
         s3={"addressing_style": "path" if own_endpoint else "auto"},
     )
     session = boto3.Session()
     client, careful = session.client("s3", config=config), session.client("s3", config=config)
+    for one in (client, careful):
+        retry(one, attempts=attempts)
     for operation in ("PutObject", "CompleteMultipartUpload"):
         careful.meta.events.register(f"provide-client-params.s3.{operation}", _if_absent)
     # On some machines boto3 would prefer the CRT, if that is installed: it knows no conditions, no endpoints
     # without TLS, and errors of its own.
-    transfers = TransferConfig(max_concurrency=_CONNECTIONS, preferred_transfer_client="classic")
+    transfers = TransferConfig(
+        max_concurrency=_CONNECTIONS, num_download_attempts=attempts, preferred_transfer_client="classic"
+    )
     return _Connection(
         client=client,
         transfers=create_transfer_manager(client, transfers),
