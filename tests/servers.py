@@ -212,7 +212,7 @@ def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], R
             if "Content-Length" not in reply.headers:
                 self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
-            body = reply.body[: reply.cut]
+            body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
             size = reply.piece_bytes or max(len(body), 1)
             for start in range(0, len(body), size):
                 self.wfile.write(body[start : start + size])
