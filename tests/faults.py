@@ -1,4 +1,4 @@
-"""What goes wrong between boto3 and an S3 server: faults for ``tests.servers.s3_proxy``, and when they strike."""
+"""Faults for ``tests.servers.s3_proxy``, between boto3 and an S3 server, and when they strike."""
 
 import dataclasses
 import random
@@ -11,9 +11,7 @@ from tests.servers import HangUp, Reply
 
 def error(status, code, message="Told by the test."):
     """Return a fault: the error of an S3 server."""
-    body = (
-        f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
-    )
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
 
     def answer(request, forward):
         return Reply(status=status, headers={"Content-Type": "application/xml"}, body=body.encode())

@@ -183,8 +183,8 @@ class HangUp(Exception):
 def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], Reply]) -> Iterator[S3Server]:
     """Run a proxy before ``server``; ``spoil(request, forward)`` returns ``forward()`` or a reply of its own.
 
-    It may also raise ``HangUp``. The body of the request is read by ``forward()``, or after ``spoil``. The Host
-    header passes unchanged, so that signatures stay valid.
+    It may also raise ``HangUp``. The body of the request is read by ``forward()``, or after ``spoil``. The
+    Host header passes unchanged, so that signatures stay valid.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):

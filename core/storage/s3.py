@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import os
 import time
 from collections.abc import Iterator
@@ -14,31 +13,20 @@ from urllib.parse import urlsplit
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+from urllib3.exceptions import HTTPError
 
 from core.errors import StorageError
 from core.storage.hashing import HashedStream
-from core.storage.retries import retry
+from core.storage.s3_errors import BROKEN_OFF, answer_text, code_of, failure_text, status_of
+from core.storage.s3_retries import retry
 from core.storage.store import StoredFile, check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
-_EXPIRED = ("ExpiredToken", "TokenRefreshRequired")
-_DENIED = ("InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_UNTOLD = (BotoCoreError, ClientError, S3DownloadFailedError, S3ValidationError, HTTPError)
 # Pauses between attempts while another writer is at the same key (status 409).
 _PAUSES_S = (0.1, 0.2, 0.4, 0.8, None)
 
@@ -52,6 +40,10 @@ class _Connection:
     """A transfer manager."""
     transfers_if_absent: Any
     """A transfer manager that replaces no object."""
+    downloads: Any
+    """A transfer manager that asks for ranges alone."""
+    attempts: int
+    """How often a request is made at most."""
     writes_once: dict[str, bool]
     """Bucket to whether the server was seen to keep what is there."""
 
@@ -80,10 +72,19 @@ class S3Store:
 
     def read_bytes(self, key: str) -> bytes:
         """See ``Store``."""
-        content = io.BytesIO()
         with self._errors(key, "read"):
-            self._connection.transfers.download(self._bucket, self._key(key), content).result()
-        return content.getvalue()
+            problem: Exception = AssertionError("there is at least one attempt")
+            for _ in range(self._connection.attempts):
+                try:
+                    body = self._client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"]
+                except HTTPError as error:  # the text of an error breaks off: botocore does not expect that
+                    problem = error
+                    continue
+                try:
+                    return bytes(body.read())
+                except BROKEN_OFF as error:
+                    problem = error
+            raise RetriesExceededError(problem)
 
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """See ``Store``."""
@@ -122,7 +123,7 @@ class S3Store:
                 try:
                     size = sum(part["Size"] for page in pages for part in page.get("Parts", ()))
                 except ClientError as error:
-                    if _status(error) != 404:
+                    if status_of(error) != 404:
                         raise
                     continue  # completed meanwhile
                 yield StoredFile(
@@ -149,7 +150,8 @@ class S3Store:
         """See ``Store``."""
         connection = self._connection
         transfers = connection.transfers_if_absent if if_absent else connection.transfers
-        with self._errors(key, "written"), local_errors(path):
+        # What boto3 raises when a server keeps silent is an OSError, too, which is not about the file.
+        with local_errors(path), self._errors(key, "written"):
             for pause_s in _PAUSES_S:
                 try:
                     with path.open("rb") as file:
@@ -158,10 +160,10 @@ class S3Store:
                         transfers.upload(stream, self._bucket, self._key(key), subscribers=[size]).result()
                     return stream.sha256
                 except ClientError as error:
-                    status = _status(error)
+                    status = status_of(error)
                     if if_absent and status == 412:
                         return None
-                    if _code(error) == "NoSuchUpload" and self.sha256(key) == stream.sha256:
+                    if code_of(error) == "NoSuchUpload" and self.sha256(key) == stream.sha256:
                         return stream.sha256  # it was completed, and the reply was lost
                     if status != 409 or pause_s is None:
                         raise
@@ -172,7 +174,7 @@ class S3Store:
         """See ``Store``."""
         with local_errors(path), path.open("wb") as file, self._errors(key, "read"):
             stream = HashedStream(file)
-            self._connection.transfers.download(self._bucket, self._key(key), stream).result()
+            self._connection.downloads.download(self._bucket, self._key(key), stream).result()
         return stream.sha256
 
     def sha256(self, key: str) -> str | None:
@@ -193,9 +195,9 @@ class S3Store:
                         self._client.put_object(**at)
                     known[self._bucket] = False
                 except ClientError as error:
-                    if _status(error) not in (409, 412, 501):
+                    if status_of(error) not in (409, 412, 501):
                         raise
-                    known[self._bucket] = _status(error) != 501
+                    known[self._bucket] = status_of(error) != 501
         return known[self._bucket]
 
     def local_path(self, key: str) -> Path | None:
@@ -219,7 +221,7 @@ class S3Store:
             head: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
             return head
         except ClientError as error:
-            if _status(error) != 404:
+            if status_of(error) != 404:
                 raise
             self._client.head_bucket(Bucket=self._bucket)  # a HEAD does not say which of the two is missing
             return None
@@ -231,7 +233,7 @@ class S3Store:
                 self._client.put_object(**at, IfNoneMatch="*")
                 return True
             except ClientError as error:
-                status = _status(error)
+                status = status_of(error)
                 if status == 412:
                     # If the reply to a first attempt was lost, its retry meets what that attempt has written.
                     retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
@@ -250,7 +252,7 @@ class S3Store:
             yield
         except RetriesExceededError as error:
             raise self._explained(error.last_exception, key, action) from error
-        except (BotoCoreError, ClientError, S3DownloadFailedError, S3ValidationError) as error:
+        except _UNTOLD as error:
             raise self._explained(error, key, action) from error
 
     def _explained(self, error: Exception, key: str, action: str) -> OSError | StorageError:
@@ -260,26 +262,26 @@ class S3Store:
         endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         if isinstance(error, ClientError):
             error = self._in_words(error, key)
-            status, code = _status(error), _code(error)
+            status, code = status_of(error), code_of(error)
             is_missing = status == 404 and code != "NoSuchBucket" and self._has_bucket()
             if is_missing and action != "written":
                 return FileNotFoundError(where)
             if status == 404 and not is_missing:
                 problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
             else:
-                problem = _answer(endpoint, status, code)
+                problem = answer_text(endpoint, status, code)
         else:
-            problem = _failure(endpoint, self._bucket, error)
+            problem = failure_text(endpoint, self._bucket, error)
         return StorageError(f"{where} cannot be {action}: {problem}.")
 
     def _in_words(self, error: ClientError, key: str) -> ClientError:
         """Return the same error with its code: a reply to HEAD has none, so the server is asked by GET."""
-        if key and _code(error) == str(_status(error)) and _status(error) in (400, 403):
+        if key and code_of(error) == str(status_of(error)) and status_of(error) in (400, 403):
             try:
                 reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range="bytes=0-0")
                 reply["Body"].close()
             except ClientError as told:
-                return told if _status(told) == _status(error) else error
+                return told if status_of(told) == status_of(error) else error
             except BotoCoreError:
                 return error
         return error
@@ -288,47 +290,8 @@ class S3Store:
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (BotoCoreError, ClientError) as error:
-            return not (isinstance(error, ClientError) and _status(error) == 404)
+            return not (isinstance(error, ClientError) and status_of(error) == 404)
         return True
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response["Error"]["Code"])
-
-
-def _answer(endpoint: str, status: int, code: str) -> str:
-    """Say what an error that a server answers with means, and what to do."""
-    if code == "RequestTimeTooSkewed":
-        return f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
-    if code in _EXPIRED:
-        return f"the credentials for {endpoint} have expired ({code}). Get new ones, then rerun to go on"
-    if status == 507 or code in _FULL:
-        return f"{endpoint} has no space left ({code}). Free space there, then rerun to go on"
-    if status in (401, 403) or code in _DENIED:
-        return f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
-    return f"{endpoint} answers {status} {code}. Check the server, then rerun to go on"
-
-
-def _failure(endpoint: str, bucket: str, error: Exception) -> str:
-    """Say what it means that no server has answered, or not in full, and what to do."""
-    kind = type(error).__name__
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
-    if isinstance(error, ParamValidationError):
-        return f"{bucket} is no name for a bucket. Correct the URI"
-    if isinstance(error, S3DownloadFailedError):
-        return "it was replaced while it was read. Rerun to go on"
-    if isinstance(error, S3ValidationError | FlexibleChecksumError):
-        return f"{endpoint} sends other bytes than it says ({kind}). Check the server, then rerun to go on"
-    if isinstance(error, BotoConnectionError):
-        return f"{endpoint} cannot be reached ({kind}). Check AWS_ENDPOINT_URL_S3 and the network"
-    if isinstance(error, HTTPClientError | IncompleteReadError | OSError):
-        return f"the connection to {endpoint} breaks off ({kind}). Check the network, then rerun to go on"
-    return f"{endpoint} cannot be used ({kind}). Check the AWS_ variables"
 
 
 class _Size:
@@ -362,13 +325,20 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
         careful.meta.events.register(f"provide-client-params.s3.{operation}", _if_absent)
     # On some machines boto3 would prefer the CRT, if that is installed: it knows no conditions, no endpoints
     # without TLS, and errors of its own.
-    transfers = TransferConfig(
-        max_concurrency=_CONNECTIONS, num_download_attempts=attempts, preferred_transfer_client="classic"
+    choose = functools.partial(
+        TransferConfig,
+        max_concurrency=_CONNECTIONS,
+        num_download_attempts=attempts,
+        preferred_transfer_client="classic",
     )
+    # Where a reply breaks off, a download that is not made of ranges would write its beginning once more.
+    ranges = choose(multipart_threshold=1)
     return _Connection(
         client=client,
-        transfers=create_transfer_manager(client, transfers),
-        transfers_if_absent=create_transfer_manager(careful, transfers),
+        transfers=create_transfer_manager(client, choose()),
+        transfers_if_absent=create_transfer_manager(careful, choose()),
+        downloads=create_transfer_manager(client, ranges),
+        attempts=attempts,
         writes_once={},
     )
 
