@@ -1,12 +1,26 @@
 """Faults for ``tests.servers.s3_proxy``, between boto3 and an S3 server, and when they strike."""
 
 import dataclasses
+import json
 import random
 import re
 import threading
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
+
+from core.errors import StorageError
+from core.storage.manifest import OWN, fetch
+from core.storage.store import open_store
+from tests.publications import read
 from tests.servers import HangUp, Reply
+
+BIG = "model.safetensors"
+CONTENT = {
+    "config.json": b"{}",
+    BIG: random.Random(0).randbytes(9_000_000),  # two parts
+    "tokenizer/vocab.txt": b"a\nb\n" * 1000,
+}
 
 
 def error(status, code, message="Told by the test."):
@@ -148,3 +162,40 @@ class Striking:
             strikes &= self._share is None or self._random.random() < self._share
             (self.struck if strikes else self.passed).append(asked)
         return self._fault(request, forward) if strikes else forward()
+
+
+def refused(call, match, kind=StorageError):
+    """Return the one line that ``call`` fails with."""
+    with pytest.raises(kind, match=match) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert "test-secret-key" not in message
+    return message
+
+
+def error_of(call):
+    """Return the text of the StorageError that ``call`` raises, "" if it raises none."""
+    try:
+        call()
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def moved(striking):
+    """Return the names of files whose bytes have passed a proxy, less those of the storage itself."""
+    names = {name for method, name, _ in striking.passed if method in ("GET", "PUT")}
+    return names - {*OWN, ""}
+
+
+def recorded(uri):
+    """Return the files of which a publication that was cut short has noted that they are stored."""
+    store = open_store(uri)
+    return set(json.loads(store.read_bytes("_UPLOADED.json"))) if store.exists("_UPLOADED.json") else set()
+
+
+def check_published(uri, folder):
+    assert read(fetch(uri, folder)) == CONTENT
+    assert {key for key in open_store(uri).list() if "/" not in key} <= {"MANIFEST.json", *CONTENT}
