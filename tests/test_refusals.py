@@ -115,7 +115,7 @@ def test_what_is_refused_is_one_line_that_says_what_to_do(
 def test_credentials_that_expire_in_the_middle_stop_a_publication_at_once(
     s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch
 ):
-    """After every third of the requests that a publication makes."""
+    """After every fifth of the requests that a publication makes."""
     times, done = 0, False
     while not done:
         uri = f"{s3_store_uri}/{times}"
@@ -136,10 +136,10 @@ def test_credentials_that_expire_in_the_middle_stop_a_publication_at_once(
                 publish(checkpoint, uri)
             assert not moved(again) & {name.rpartition("/")[2] for name in stored}
             check_published(uri, tmp_path / "fetched")
-            times += 3
+            times += 5
     assert times >= 12
     tried = "credentials that expire after some number of requests of a publication"
-    note("Faults", tried, "one line, without retries; the rerun went on", times // 3)
+    note("Faults", tried, "one line, without retries; the rerun went on", times // 5)
 
 
 def test_credentials_that_expire_in_the_middle_stop_a_fetch_at_once(
@@ -162,10 +162,10 @@ def test_credentials_that_expire_in_the_middle_stop_a_fetch_at_once(
                 fetch(s3_store_uri, target)
             assert not moved(again) & {name.rpartition("/")[2] for name in there}
             assert read(target) == CONTENT
-            times += 3
+            times += 5
     assert times >= 8
     tried = "credentials that expire after some number of requests of a fetch"
-    note("Faults", tried, "one line, no half file; the rerun fetched the rest", times // 3)
+    note("Faults", tried, "one line, no half file; the rerun fetched the rest", times // 5)
 
 
 @pytest.mark.parametrize("hours", [-1, 1], ids=["behind", "ahead"])
