@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from core.errors import AdaptPrunerError
+from core.errors import AdaptPrunerError, full_disk
 from core.record import seconds_text
 from core.storage.owner import LOCAL
 
@@ -87,6 +87,7 @@ def _log_to_stderr(where: str) -> Iterator[None]:
 
 
 def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    error = full_disk(error) or error
     if isinstance(error, AdaptPrunerError):
         lines = str(error).splitlines()
     else:

@@ -1,6 +1,10 @@
 """Every error that a user can cause, and what it should tell: what, where, the limit, and what to do."""
 
+import re
+import tempfile
 from collections.abc import Iterable
+
+_FULL = re.compile("no space left on device|disk quota exceeded|file too large|disk is full", re.IGNORECASE)
 
 
 class AdaptPrunerError(Exception):
@@ -69,3 +73,20 @@ class IntegrityError(StorageError):
 
 class TrackingError(AdaptPrunerError):
     """The MLflow server cannot be reached or refuses what is logged."""
+
+
+def full_disk(error: BaseException) -> StorageError | None:
+    """Return what to tell the user of an error that comes of a full disk, whichever library raises it.
+
+    Returns:
+        None if it is another error.
+    """
+    reason = _FULL.search(str(error))
+    if reason is None or isinstance(error, AdaptPrunerError):
+        return None
+    place = getattr(error, "filename", None)
+    where = f"{place} cannot be written" if place else "a file cannot be written"
+    return StorageError(
+        f"{where}: {reason[0].lower()}. Free space there, and in {tempfile.gettempdir()} for what is "
+        "temporary, or set TMPDIR to another folder; then rerun to go on."
+    )

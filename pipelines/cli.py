@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from core.errors import AdaptPrunerError, SettingsError
+from core.errors import AdaptPrunerError, SettingsError, full_disk
 from pipelines.commands import models, pushing, recipes, sharing, stores
 
 
@@ -14,7 +14,10 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except AdaptPrunerError as error:
+        except (AdaptPrunerError, OSError) as raised:
+            error = full_disk(raised) or raised
+            if not isinstance(error, AdaptPrunerError):
+                raise
             for line in str(error).splitlines():
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2 if isinstance(error, SettingsError) else 1)

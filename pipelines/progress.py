@@ -88,8 +88,14 @@ class RunProgress(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Take what kfp or a task prints."""
-        self._log.write(text)
-        self._log.flush()
+        try:
+            self._log.write(text)
+            self._log.flush()
+        except OSError as error:  # of a full disk; raised here, kfp's logger would print it at every line
+            self._console.print(
+                Text(f"the log is not written any more: {error}", style="yellow"), soft_wrap=True
+            )
+            self._log = io.StringIO()
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._read(line)

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import http.client
 import http.server
 import importlib.metadata
+import io
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -154,30 +157,76 @@ class Reply:
     status: int
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     body: bytes = b""
+    cut: int | None = None
+    """How many bytes of the body are sent before the connection ends; None for all, and it goes on."""
+    reset: bool = False
+    """Whether a connection that ends is reset (RST) rather than closed."""
+    piece_bytes: int = 0
+    """How many bytes are sent at a time, with a pause after each; 0 for all at once."""
+    pause_s: float = 0.0
+    """The pause."""
+
+
+class HangUp(Exception):
+    """Raised by ``spoil``: the connection is reset without a reply.
+
+    Attributes:
+        after: How many bytes of the request's body are read before.
+    """
+
+    def __init__(self, after: int = 0) -> None:
+        super().__init__()
+        self.after = after
 
 
 @contextlib.contextmanager
 def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], Reply]) -> Iterator[S3Server]:
     """Run a proxy before ``server``; ``spoil(request, forward)`` returns ``forward()`` or a reply of its own.
 
-    The Host header passes unchanged, so that signatures stay valid.
+    It may also raise ``HangUp``. The body of the request is read by ``forward()``, or after ``spoil``. The
+    Host header passes unchanged, so that signatures stay valid.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            body = functools.cache(lambda: self.rfile.read(length))
             headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
             request = Request(method=self.command, path=self.path, headers=headers)
-            reply = spoil(request, lambda: _forward(server, request, body))
+            try:
+                reply = spoil(request, lambda: _forward(server, request, body()))
+                body()
+                self.send(reply)
+            except HangUp as hang_up:
+                self.rfile.read(min(hang_up.after, length))
+                self.end(reset=True)
+            except ConnectionError:  # the client has gone
+                self.close_connection = True
+
+        def send(self, reply: Reply) -> None:
             self.send_response_only(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
             if "Content-Length" not in reply.headers:
                 self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
-            self.wfile.write(reply.body)
+            body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
+            size = reply.piece_bytes or max(len(body), 1)
+            for start in range(0, len(body), size):
+                self.wfile.write(body[start : start + size])
+                time.sleep(reply.pause_s)
+            if reply.cut is not None:
+                self.end(reset=reply.reset)
+
+        def end(self, *, reset: bool) -> None:
+            self.close_connection = True
+            if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                for user in (self.rfile, self.wfile, self.connection):
+                    user.close()
+                self.wfile = io.BytesIO()  # is flushed once more
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
 

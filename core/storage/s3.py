@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import os
 import time
 from collections.abc import Iterator
@@ -14,24 +13,20 @@ from urllib.parse import urlsplit
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
-from s3transfer.exceptions import RetriesExceededError
+from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
+from urllib3.exceptions import HTTPError
 
 from core.errors import StorageError
 from core.storage.hashing import HashedStream
+from core.storage.s3_errors import BROKEN_OFF, answer_text, code_of, failure_text, status_of
+from core.storage.s3_retries import retry
 from core.storage.store import StoredFile, check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
-_DENIED = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_UNTOLD = (BotoCoreError, ClientError, S3DownloadFailedError, S3ValidationError, HTTPError)
 # Pauses between attempts while another writer is at the same key (status 409).
 _PAUSES_S = (0.1, 0.2, 0.4, 0.8, None)
 
@@ -45,6 +40,10 @@ class _Connection:
     """A transfer manager."""
     transfers_if_absent: Any
     """A transfer manager that replaces no object."""
+    downloads: Any
+    """A transfer manager that asks for ranges alone."""
+    attempts: int
+    """How often a request is made at most."""
     writes_once: dict[str, bool]
     """Bucket to whether the server was seen to keep what is there."""
 
@@ -73,10 +72,19 @@ class S3Store:
 
     def read_bytes(self, key: str) -> bytes:
         """See ``Store``."""
-        content = io.BytesIO()
         with self._errors(key, "read"):
-            self._connection.transfers.download(self._bucket, self._key(key), content).result()
-        return content.getvalue()
+            problem: Exception = AssertionError("there is at least one attempt")
+            for _ in range(self._connection.attempts):
+                try:
+                    body = self._client.get_object(Bucket=self._bucket, Key=self._key(key))["Body"]
+                except HTTPError as error:  # the text of an error breaks off: botocore does not expect that
+                    problem = error
+                    continue
+                try:
+                    return bytes(body.read())
+                except BROKEN_OFF as error:
+                    problem = error
+            raise RetriesExceededError(problem)
 
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """See ``Store``."""
@@ -115,7 +123,7 @@ class S3Store:
                 try:
                     size = sum(part["Size"] for page in pages for part in page.get("Parts", ()))
                 except ClientError as error:
-                    if _status(error) != 404:
+                    if status_of(error) != 404:
                         raise
                     continue  # completed meanwhile
                 yield StoredFile(
@@ -142,7 +150,8 @@ class S3Store:
         """See ``Store``."""
         connection = self._connection
         transfers = connection.transfers_if_absent if if_absent else connection.transfers
-        with self._errors(key, "written"), local_errors(path):
+        # What boto3 raises when a server keeps silent is an OSError, too, which is not about the file.
+        with local_errors(path), self._errors(key, "written"):
             for pause_s in _PAUSES_S:
                 try:
                     with path.open("rb") as file:
@@ -151,9 +160,11 @@ class S3Store:
                         transfers.upload(stream, self._bucket, self._key(key), subscribers=[size]).result()
                     return stream.sha256
                 except ClientError as error:
-                    status = _status(error)
+                    status = status_of(error)
                     if if_absent and status == 412:
                         return None
+                    if code_of(error) == "NoSuchUpload" and self.sha256(key) == stream.sha256:
+                        return stream.sha256  # it was completed, and the reply was lost
                     if status != 409 or pause_s is None:
                         raise
                     time.sleep(pause_s)
@@ -163,7 +174,7 @@ class S3Store:
         """See ``Store``."""
         with local_errors(path), path.open("wb") as file, self._errors(key, "read"):
             stream = HashedStream(file)
-            self._connection.transfers.download(self._bucket, self._key(key), stream).result()
+            self._connection.downloads.download(self._bucket, self._key(key), stream).result()
         return stream.sha256
 
     def sha256(self, key: str) -> str | None:
@@ -184,9 +195,9 @@ class S3Store:
                         self._client.put_object(**at)
                     known[self._bucket] = False
                 except ClientError as error:
-                    if _status(error) not in (409, 412, 501):
+                    if status_of(error) not in (409, 412, 501):
                         raise
-                    known[self._bucket] = _status(error) != 501
+                    known[self._bucket] = status_of(error) != 501
         return known[self._bucket]
 
     def local_path(self, key: str) -> Path | None:
@@ -210,7 +221,7 @@ class S3Store:
             head: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
             return head
         except ClientError as error:
-            if _status(error) != 404:
+            if status_of(error) != 404:
                 raise
             self._client.head_bucket(Bucket=self._bucket)  # a HEAD does not say which of the two is missing
             return None
@@ -222,7 +233,7 @@ class S3Store:
                 self._client.put_object(**at, IfNoneMatch="*")
                 return True
             except ClientError as error:
-                status = _status(error)
+                status = status_of(error)
                 if status == 412:
                     # If the reply to a first attempt was lost, its retry meets what that attempt has written.
                     retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
@@ -241,7 +252,7 @@ class S3Store:
             yield
         except RetriesExceededError as error:
             raise self._explained(error.last_exception, key, action) from error
-        except (BotoCoreError, ClientError) as error:
+        except _UNTOLD as error:
             raise self._explained(error, key, action) from error
 
     def _explained(self, error: Exception, key: str, action: str) -> OSError | StorageError:
@@ -249,36 +260,38 @@ class S3Store:
         where = join_uri(self.uri, key)
         parts = urlsplit(self._client.meta.endpoint_url)
         endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        status = _status(error) if isinstance(error, ClientError) else 0
-        if status == 404 and code != "NoSuchBucket" and self._has_bucket():
-            return FileNotFoundError(where)
-        if status == 404:
-            problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
-        elif code == "RequestTimeTooSkewed":
-            problem = f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
-        elif status in (401, 403) or code in _DENIED:
-            problem = f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
-        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
-            problem = f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
-        elif isinstance(error, ParamValidationError):
-            problem = f"{self._bucket} is no name for a bucket. Correct the URI"
-        elif status:
-            problem = f"{endpoint} answers {status} {code}. Check the server, then rerun to go on"
+        if isinstance(error, ClientError):
+            error = self._in_words(error, key)
+            status, code = status_of(error), code_of(error)
+            is_missing = status == 404 and code != "NoSuchBucket" and self._has_bucket()
+            if is_missing and action != "written":
+                return FileNotFoundError(where)
+            if status == 404 and not is_missing:
+                problem = f"there is no bucket {self._bucket} at {endpoint}. Create it, or correct the URI"
+            else:
+                problem = answer_text(endpoint, status, code)
         else:
-            problem = f"{endpoint} cannot be reached ({code}). Check AWS_ENDPOINT_URL_S3 and the network"
+            problem = failure_text(endpoint, self._bucket, error)
         return StorageError(f"{where} cannot be {action}: {problem}.")
+
+    def _in_words(self, error: ClientError, key: str) -> ClientError:
+        """Return the same error with its code: a reply to HEAD has none, so the server is asked by GET."""
+        if key and code_of(error) == str(status_of(error)) and status_of(error) in (400, 403):
+            try:
+                reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), Range="bytes=0-0")
+                reply["Body"].close()
+            except ClientError as told:
+                return told if status_of(told) == status_of(error) else error
+            except BotoCoreError:
+                return error
+        return error
 
     def _has_bucket(self) -> bool:
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except (BotoCoreError, ClientError) as error:
-            return not (isinstance(error, ClientError) and _status(error) == 404)
+            return not (isinstance(error, ClientError) and status_of(error) == 404)
         return True
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 class _Size:
@@ -296,27 +309,36 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
     """Return clients and transfer managers for these variables; cached, as making them takes 0.2 s."""
     variables = dict(environment)
     own_endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    attempts = int(variables.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
     config = Config(
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=_READ_TIMEOUT_S,
         max_pool_connections=2 * _CONNECTIONS,
-        retries={
-            "mode": variables.get("AWS_RETRY_MODE", "standard"),
-            "total_max_attempts": int(variables.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)),
-        },
+        retries={"mode": "standard", "total_max_attempts": 1},  # we make our own
         s3={"addressing_style": "path" if own_endpoint else "auto"},
     )
     session = boto3.Session()
     client, careful = session.client("s3", config=config), session.client("s3", config=config)
+    for one in (client, careful):
+        retry(one, attempts=attempts)
     for operation in ("PutObject", "CompleteMultipartUpload"):
         careful.meta.events.register(f"provide-client-params.s3.{operation}", _if_absent)
     # On some machines boto3 would prefer the CRT, if that is installed: it knows no conditions, no endpoints
     # without TLS, and errors of its own.
-    transfers = TransferConfig(max_concurrency=_CONNECTIONS, preferred_transfer_client="classic")
+    choose = functools.partial(
+        TransferConfig,
+        max_concurrency=_CONNECTIONS,
+        num_download_attempts=attempts,
+        preferred_transfer_client="classic",
+    )
+    # Where a reply breaks off, a download that is not made of ranges would write its beginning once more.
+    ranges = choose(multipart_threshold=1)
     return _Connection(
         client=client,
-        transfers=create_transfer_manager(client, transfers),
-        transfers_if_absent=create_transfer_manager(careful, transfers),
+        transfers=create_transfer_manager(client, choose()),
+        transfers_if_absent=create_transfer_manager(careful, choose()),
+        downloads=create_transfer_manager(client, ranges),
+        attempts=attempts,
         writes_once={},
     )
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from core.errors import StorageError
 from core.storage.hashing import copy_hashed, file_sha256
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 _MISSING = (FileNotFoundError, NotADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -145,7 +145,9 @@ def local_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         advice = "Free space" if error.errno in _FULL else "Check its owner and permissions"
-        problem = f"{path} cannot be read or written: {reason}"
+        temporary = _TEMPORARY.fullmatch(path.name)
+        shown = path.with_name(temporary[1]) if temporary else path
+        problem = f"{shown} cannot be read or written: {reason}"
         raise StorageError(f"{problem}. {advice}, or use another folder.") from error
 
 
