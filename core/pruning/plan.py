@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import PlanError
 from core.model.shape import LayerShape
 from core.pruning.importance import LayerScores
+from core.untrusted import parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +98,9 @@ class Plan:
             PlanError: If the file is not a plan.
         """
         try:
-            data = json.loads(path.read_text())
+            data = parse_object(path.read_bytes())
             return cls(**data | _tuples(data))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan ({error}). Run score-layers again.") from error
 
     def check(self, checkpoint: str, layers: Sequence[LayerShape]) -> None:
