@@ -130,9 +130,9 @@ def _read_whole(folder: Path) -> None:
     """
     config = load_config(folder)
     with CheckpointReader(folder) as reader:
-        check_fit(folder, config, reader)
         for name in reader.names():
             reader.tensor(name)
+        check_fit(folder, config, reader)
 
 
 @contextlib.contextmanager

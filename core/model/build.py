@@ -245,8 +245,8 @@ def check_fit(directory: Path, config: PreTrainedConfig, reader: CheckpointReade
         shape = reader.shape(name)
         if shape != wanted[name]:
             raise CheckpointError(
-                f"{directory}: weights do not fit config.json: {name} is of shape {shape}, not {wanted[name]}. "
-                "Take both from the same checkpoint."
+                f"{directory}: weights do not fit config.json: {name} is of shape {shape}, not "
+                f"{wanted[name]}. Take both from the same checkpoint."
             )
 
 

@@ -25,8 +25,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Ends of the names of files that can run code where they are loaded."""
 
 _CONVERT = (
-    "convert it where its pickles are trusted, with transformers' from_pretrained and save_pretrained, or choose "
-    "another revision."
+    "convert it where its pickles are trusted, with transformers' from_pretrained and save_pretrained, or "
+    "choose another revision."
 )
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,8 @@ def _no_weights(directory: Path) -> str:
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
     held = f"holds only pickles ({', '.join(pickles[:3])}), which can run code where they are loaded"
     problem = held if pickles else f"holds no model.safetensors or {INDEX}"
-    return f"{directory} {problem}. Give a checkpoint with safetensors weights (pickles are never read): {_CONVERT}"
+    advice = f"Give a checkpoint with safetensors weights (pickles are never read): {_CONVERT}"
+    return f"{directory} {problem}. {advice}"
 
 
 class CheckpointReader:
@@ -143,8 +144,8 @@ class CheckpointReader:
             tensor: Tensor = self._shard(self._shard_of[name]).get_tensor(name)
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.directory / self._shard_of[name]}: {name} is of format {tensor.dtype}, but weights must "
-                "be float64, float32, bfloat16 or float16. Give a checkpoint that is not quantized."
+                f"{self.directory / self._shard_of[name]}: {name} is of format {tensor.dtype}, but weights "
+                "must be float64, float32, bfloat16 or float16. Give a checkpoint that is not quantized."
             )
         return tensor
 

@@ -1,6 +1,7 @@
 """The header of a GGUF file, read with limits before any library gets the file.
 
-The libraries allocate what a header asks for. Here no count is believed that the rest of the file cannot hold.
+The libraries allocate what a header asks for. Here no count is believed that the rest of the file cannot
+hold.
 """
 
 import struct
@@ -142,9 +143,9 @@ def _check(header: GgufHeader) -> None:
     sizes = {name: header.values.get(f"{architecture}.{name}") for name in _MAX_SIZES}
     for name, limit in _MAX_SIZES.items():
         value = sizes[name]
-        if value is not None and not isinstance(value, list):
-            if type(value) is not int or not 0 < value <= limit:
-                raise ValueError(f"{architecture}.{name}={str(value)[:40]} must be from 1 to {limit:,}")
+        stated = value is not None and not isinstance(value, list)
+        if stated and (type(value) is not int or not 0 < value <= limit):
+            raise ValueError(f"{architecture}.{name}={str(value)[:40]} must be from 1 to {limit:,}")
     layers = len(
         {name.split(".")[1] for name in header.tensors if name.startswith("blk.") and "." in name[4:]}
     )

@@ -44,10 +44,9 @@ def check_complete(config: Any) -> None:
     for name in _OF_THE_WHOLE:
         _check_size(name, getattr(config, name, None), _MAX[name])
     for index, layer in enumerate(config.per_layer_config):
-        sizes = {name: getattr(layer, name, None) for name in _OF_A_LAYER[:3]}
-        for name, value in sizes.items():
-            _check_size(f"layer {index}: {name}", value, _MAX[name])
-        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        for name in _OF_A_LAYER[:3]:
+            _check_size(f"layer {index}: {name}", getattr(layer, name, None), _MAX[name])
+        if layer.num_attention_heads % layer.num_key_value_heads:
             raise ValueError(f"layer {index}: num_attention_heads is no multiple of num_key_value_heads")
 
 
