@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.config import Settings
-from core.errors import StorageError
+from core.errors import SettingsError, StorageError
 from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
 from core.storage.layout import pointer_of
@@ -80,8 +80,9 @@ class Run:
                 phase_params=tuple(data["phase_params"]),
                 job=str(handle.get("job", "")),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StorageError(f"{store}/runs/{key}/run.json is no run's: {error}. {_ANEW}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            raise StorageError(f"{store}/runs/{key}/run.json is no run's: {said}. {_ANEW}") from error
 
     @staticmethod
     def is_done(handle: Mapping[str, Any]) -> bool:

@@ -96,7 +96,7 @@ def foreign_errors(explain: Callable[[str], AdaptPrunerError]) -> Iterator[None]
     """
     try:
         yield
-    except (AdaptPrunerError, MemoryError):
+    except AdaptPrunerError:
         raise
     except BaseException as error:
         # What Rust calls a panic is no Exception in Python.

@@ -78,6 +78,8 @@ def rewrite_base(base, changes):
     """Change the base model's config, and give it random weights that fit."""
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for old in base.glob("*.safetensors*"):
+        old.unlink()
     build_model(load_config(base)).save_pretrained(base)
 
 

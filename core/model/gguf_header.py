@@ -16,10 +16,19 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_NAME_BYTES, _MAX_TEXT_BYTES, _MAX_DIMENSIONS = 2**16, 2**24, 4
 _MAX_ENTRIES, _MAX_TENSORS, _MAX_ITEMS = 10_000, 100_000, 2**23
-_MAX_SIZES = {"block_count": 1000, "embedding_length": 2**18, "feed_forward_length": 2**21} | dict.fromkeys(
-    ("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    2**14,
-)
+_MAX_SIZES = {
+    "block_count": 1000,
+    "embedding_length": 2**18,
+    "feed_forward_length": 2**21,
+    "vocab_size": 2**23,
+    "context_length": 2**40,
+    "attention.head_count": 2**14,
+    "attention.head_count_kv": 2**14,
+    "attention.key_length": 2**14,
+    "attention.value_length": 2**14,
+    "rope.dimension_count": 2**14,
+}
+"""The largest value of each size, as in ``core.model.limits``; some may also be lists, by layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

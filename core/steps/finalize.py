@@ -23,13 +23,14 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
         succeeded: How it ended.
     """
     try:
-        handle = parse_object(open_store(store).read_bytes(pointer_of(job)))
+        pointer = parse_object(open_store(store).read_bytes(pointer_of(job)))
+        handle = {"store": store, "key": str(pointer["key"]), "job": job}
     except FileNotFoundError:
         log.info("no run was opened")
         return
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise StorageError(f"{store}/{pointer_of(job)} is damaged: {error}. Remove it.") from error
-    run = Run.load({**handle, "job": job})
+    run = Run.load(handle)
     try:
         with run.working():
             done = Run.is_done(handle)
