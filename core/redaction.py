@@ -49,8 +49,8 @@ def passwords_in(data: Any, name: str = "") -> Iterator[str]:
     elif isinstance(data, str) and holds_password(data):
         shown = without_password(data)
         yield (
-            f"{name}={shown} holds a password or a token, which would be stored with the run. Leave it out, and "
-            "set it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for a store, "
+            f"{name}={shown} holds a password or a token, which would be stored with the run. Leave it out, "
+            "and set it in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for a store, "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or the whole MLFLOW_TRACKING_URI) for "
             "MLflow."
         )

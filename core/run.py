@@ -67,6 +67,11 @@ class Run:
         except ValueError as error:
             raise StorageError(f"{store}/runs/{key}/run.json is damaged: {error}. {_ANEW}") from error
         try:
+            texts, params = (data["revision"], data["base_uri"]), tuple(data["phase_params"])
+            if any(type(text) is not str for text in texts) or any(
+                type(count) is not int for count in params
+            ):
+                raise ValueError("revision, base_uri or phase_params are of a wrong type")
             return cls(
                 store=store,
                 key=key,
@@ -77,7 +82,7 @@ class Run:
                     **data["dense"]
                     | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
                 ),
-                phase_params=tuple(data["phase_params"]),
+                phase_params=params,
                 job=str(handle.get("job", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:

@@ -268,12 +268,12 @@ def test_changed_run_files_are_read_or_refused(run_file):
 def test_changed_job_files_are_read_or_refused(run_file):
     store, seen = run_file[0].parents[2], []
     path = store / "jobs" / "j.json"
-    path.parent.mkdir(exist_ok=True)
     document = {"store": str(store), "key": "key", "job": "j"}
 
     @fuzzed()
     @given(FILES)
     def attempt(how):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(variant(document, how))
         seen.append(outcome(lambda: run_finalize(store=str(store), job="j", succeeded=False)))
 
