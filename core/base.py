@@ -147,13 +147,16 @@ def _dequantized(location: Path) -> Iterator[Path]:
         return CheckpointError(f"{location} cannot be read as GGUF: {said}. Fetch it again.")
 
     log.info("dequantizing %s (once; about half a minute)", location.name)
-    with foreign_errors(unreadable):
-        quantized = AutoModelForCausalLM.from_pretrained(
-            location.parent, gguf_file=location.name, dtype=torch.float32, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            location.parent, gguf_file=location.name, trust_remote_code=False
-        )
+    # Alone in a folder: the library would also read what lies beside the file, adapters and code among it.
+    with foreign_errors(unreadable), tempfile.TemporaryDirectory(prefix="adapt-pruner-") as alone:
+        (Path(alone) / "model.gguf").symlink_to(location.resolve())
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": alone,
+            "gguf_file": "model.gguf",
+            "trust_remote_code": False,
+        }
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
         # The loaded model calls itself quantized and refuses to be saved: move its weights into a clean one.
         data = quantized.config.to_dict()
         data.pop("quantization_config", None)
