@@ -130,6 +130,14 @@ COMMANDS = {
 }
 
 
+SLOW = ("benchmark", "export onnx")
+
+
+def commands(*without):
+    names = [name for name in COMMANDS if name not in without]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+
+
 def write_tasks(folder):
     item = {
         "id": "1",
