@@ -28,7 +28,7 @@ from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
 from core.storage.manifest import MANIFEST, publish, read_manifest
 from core.storage.store import join_uri
-from core.untrusted import files_of, foreign_errors, parse_object, read_limited
+from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,14 @@ def _belonging(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If one is no regular file, or leads out of the folder.
     """
-    return files_of(folder, _is_wanted)
+    found = files_of(folder, _is_wanted)
+    for path in found:
+        if path.suffix != ".safetensors" and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{path} is larger than {MAX_TOKENIZER_BYTES / 1e6:.0f} MB, which no file beside the weights "
+                "is. Fetch it again, or remove it."
+            )
+    return found
 
 
 def _is_wanted(name: str) -> bool:
