@@ -1,7 +1,7 @@
 """Nothing that a run leaves or says holds a credential of its environment: every byte is searched.
 
-The credentials are canaries, values that occur nowhere else: those of a real S3 server, by which the run gets at
-its store, of an MLflow server, and of the Hugging Face hub.
+The credentials are canaries, values that occur nowhere else: those of a real S3 server, by which the run gets
+at its store, of an MLflow server, and of the Hugging Face hub.
 """
 
 import base64
@@ -192,7 +192,7 @@ def test_a_whole_run_leaves_no_credential_anywhere(folder, tmp_path, s3_server, 
     assert leaks(searched, canaries) == []
     note(
         "Security",
-        "credentials of S3, MLflow and the hub in what a run prints, logs, stores, tracks, compiles and exports",
+        "credentials of S3, MLflow and the hub, in what a run prints, logs, stores, tracks and exports",
         "found in none",
         len(searched),
     )

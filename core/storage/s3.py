@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,8 @@ class S3Store:
                 frozenset(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
             )
         except (BotoCoreError, ValueError) as error:
-            problem = " ".join(str(error).split()).rstrip(".")
+            # An endpoint without a scheme may hold a password all the same.
+            problem = re.sub(r"\S+@", "***@", " ".join(str(error).split())).rstrip(".")
             raise StorageError(
                 f"{self.uri} cannot be opened: {problem}. Correct the AWS_ variables."
             ) from error
