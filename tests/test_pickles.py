@@ -240,6 +240,7 @@ def test_a_tokenizer_with_code_of_its_own_does_not_run_it(folder, canary):
     plant_code(folder / "base", canary)
     edit(folder / "base" / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
     outcome(lambda: load_tokenizer(folder / "base"))
+    call(COMMANDS["generate"])
     (folder / "base" / "tokenizer.json").unlink()
     assert "no tokenizer that can be loaded" in outcome(lambda: load_tokenizer(folder / "base"))
     note("Security", "a tokenizer with code of its own", "it did not run")
