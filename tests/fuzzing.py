@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from core.errors import AdaptPrunerError
+from tests.evidence import note
 
 EXAMPLES = int(os.environ.get("ADAPT_PRUNER_EXAMPLES", "60"))
 """Tries of each test; the same ones every time, unless there are more than usual."""
@@ -75,6 +76,13 @@ def outcome(call, *, may_run_out=False):
         assert may_run_out or not re.search("allocate|MemoryError", text), "it was tried to take much memory"
         return text
     return ""
+
+
+def tell(tried, seen, share=1.0):
+    """Note what a fuzz test has seen: the outcomes of its examples, some of which were refusals."""
+    assert any(seen), "something was refused"
+    assert len(seen) >= examples(share)
+    note("Security", tried, "read, or refused with one line", examples(share))
 
 
 # Sizes that overflow, or ask for all the memory there is.
