@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from core.base import import_base
 from core.config import ModelSettings
@@ -138,6 +139,15 @@ def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
 def test_hostile_safetensors_are_refused(checkpoint, header, data):
     (checkpoint / WEIGHTS).write_bytes(with_header(header, data))
     assert outcome(lambda: read_and_load(checkpoint))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_plain_floats_are_refused(checkpoint, dtype):
+    tensors = load_file(checkpoint / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, checkpoint / WEIGHTS)
+    for read in (lambda: read_all(checkpoint), lambda: load_model(checkpoint)):
+        assert f"model.norm.weight is of format {dtype}, but weights must be float64" in outcome(read)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**27, 2**31, 2**63, 2**64 - 1])
