@@ -16,6 +16,7 @@ from types import TracebackType
 
 from core.errors import AdaptPrunerError, full_disk
 from core.record import seconds_text
+from core.redaction import one_line
 from core.storage.owner import LOCAL
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _print_error(kind: type[BaseException], error: BaseException, traceback: Tra
         lines = str(error).splitlines()
     else:
         sys.__excepthook__(kind, error, traceback)
-        lines = [f"{kind.__name__}: {' '.join(str(error).split())}"]
+        lines = [one_line(f"{kind.__name__}: {' '.join(str(error).split())}")]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
 

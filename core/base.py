@@ -5,6 +5,7 @@ network is needed no more.
 """
 
 import contextlib
+import fnmatch
 import json
 import logging
 import tempfile
@@ -19,13 +20,15 @@ from core.config import ModelSettings
 from core.data import locate
 from core.errors import CheckpointError
 from core.licence import LEGAL, card_facts, gguf_facts
-from core.model.build import build_model, load_config
+from core.model.build import build_model, check_fit, load_config
 from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
+from core.model.gguf_header import read_gguf_header
 from core.record import public_path
 from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
-from core.storage.manifest import publish, read_manifest
+from core.storage.manifest import MANIFEST, publish, read_manifest
 from core.storage.store import join_uri
+from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +86,23 @@ def _publish_once(
 
 
 def _belonging(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint, without whatever else lies beside them."""
-    found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.name != "MANIFEST.json")
+    """Return the files of a checkpoint, without whatever else lies beside them.
+
+    Raises:
+        CheckpointError: If one is no regular file, or leads out of the folder.
+    """
+    found = files_of(folder, _is_wanted)
+    for path in found:
+        if path.suffix != ".safetensors" and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{path} is larger than {MAX_TOKENIZER_BYTES / 1e6:.0f} MB, which no file beside the weights "
+                "is. Fetch it again, or remove it."
+            )
+    return found
+
+
+def _is_wanted(name: str) -> bool:
+    return name != MANIFEST and any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
 
 
 @contextlib.contextmanager
@@ -105,8 +122,8 @@ def _write_facts(folder: Path, facts: Mapping[str, Any], base: str) -> None:
         return
     own, before = folder / PROVENANCE, {"base": public_path(base)}
     if own.exists():  # the base is a result of this package
-        with contextlib.suppress(ValueError, TypeError):
-            before = dict(json.loads(own.read_text()))
+        with contextlib.suppress(ValueError):
+            before = parse_object(read_limited(own))
         own.unlink()  # a link to the file of the base, which stays as it is
     own.write_text(json.dumps({**before, **facts}, indent=1))
 
@@ -118,10 +135,11 @@ def _read_whole(folder: Path) -> None:
         CheckpointError: If there are no weights, or one cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
-    load_config(folder)
+    config = load_config(folder)
     with CheckpointReader(folder) as reader:
         for name in reader.names():
             reader.tensor(name)
+        check_fit(folder, config, reader)
 
 
 @contextlib.contextmanager
@@ -130,27 +148,35 @@ def _dequantized(location: Path) -> Iterator[Path]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
+    read_gguf_header(location)
+
+    def unreadable(said: str) -> CheckpointError:
+        return CheckpointError(f"{location} cannot be read as GGUF: {said}. Fetch it again.")
+
     log.info("dequantizing %s (once; about half a minute)", location.name)
-    try:
-        quantized = AutoModelForCausalLM.from_pretrained(
-            location.parent, gguf_file=location.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(location.parent, gguf_file=location.name)
-    except (ValueError, OSError, KeyError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{location} cannot be read as GGUF: {message}") from error
-    # The loaded model calls itself quantized and refuses to be saved: move its weights into a clean one.
-    data = quantized.config.to_dict()
-    data.pop("quantization_config", None)
-    config = type(quantized.config).from_dict(data | {"dtype": "float32"})
-    with no_init_weights():
-        model = build_model(config)
-    model.load_state_dict(quantized.state_dict(), assign=True)
-    model.tie_weights()
+    # Alone in a folder: the library would also read what lies beside the file, adapters and code among it.
+    with foreign_errors(unreadable), tempfile.TemporaryDirectory(prefix="adapt-pruner-") as alone:
+        (Path(alone) / "model.gguf").symlink_to(location.resolve())
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": alone,
+            "gguf_file": "model.gguf",
+            "trust_remote_code": False,
+        }
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # The loaded model calls itself quantized and refuses to be saved: move its weights into a clean one.
+        data = quantized.config.to_dict()
+        data.pop("quantization_config", None)
+        config = type(quantized.config).from_dict(data | {"dtype": "float32"})
+        with no_init_weights():
+            model = build_model(config)
+        model.load_state_dict(quantized.state_dict(), assign=True)
+        model.tie_weights()
+        facts = gguf_facts(location)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         tokenizer.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
-        provenance = {"base": location.name, **gguf_facts(location)}
+        provenance = {"base": location.name, **facts}
         save_model(model, Path(scratch), companions=None, provenance=provenance)
         yield Path(scratch)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from core.errors import refuse
 from core.placement import ClusterSettings, StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
+from core.redaction import passwords_in
 
 WIDTH_MULTIPLE = 32
 """What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
@@ -368,7 +369,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what must be set in every run."""
-        problems = [*in_range("seed", self.seed, 0, 2**31 - 1)]
+        problems = [*in_range("seed", self.seed, 0, 2**31 - 1), *passwords_in(dataclasses.asdict(self))]
         if not self.model.base:
             problems.append("model.base is empty. Name the model to prune.")
         if self.calibration.source is None:
@@ -391,9 +392,8 @@ class Settings:
         Where a run is stored, tracked and run does not count, nor how its base model is named: its revision
         does.
         """
-        kept = {
-            k: v for k, v in self.to_dict().items() if k not in ("name", "storage", "tracking", "cluster")
-        }
+        left_out = ("name", "storage", "tracking", "cluster")
+        kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
         kept["model"] = {"dtype": self.model.dtype}
         for name in ("weights", "state_memory"):
             del kept["calibration"][name]

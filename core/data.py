@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.archives import check_compressed
 from core.config import TextSource
 from core.errors import DataError
 
@@ -173,6 +174,8 @@ def _load_files(source: TextSource, location: Path, scratch: str) -> "datasets.D
             f"{source.path} holds {', '.join(sorted({file.suffix or 'unnamed' for file in files}))} files. "
             f"Name files of one of the kinds {', '.join(_BUILDERS)}."
         )
+    for file in files:
+        check_compressed(file)
     builder = builders.pop()
     split = f"train{bracket}{rest}"  # the file builders call everything they read "train"
     if builder == "text":

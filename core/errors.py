@@ -4,11 +4,21 @@ import re
 import tempfile
 from collections.abc import Iterable
 
+from core.redaction import one_line
+
 _FULL = re.compile("no space left on device|disk quota exceeded|file too large|disk is full", re.IGNORECASE)
 
 
 class AdaptPrunerError(Exception):
-    """Base of all errors whose text is meant for the user: one ``error:`` line on the command line."""
+    """Base of all errors whose text is meant for the user: one ``error:`` line on the command line.
+
+    Names from untrusted files may be part of it: control characters are written out. So may URIs: passwords
+    are hidden.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        """Take the text; several lines for several problems."""
+        super().__init__("\n".join(map(one_line, lines)))
 
 
 class SettingsError(AdaptPrunerError):
@@ -20,8 +30,8 @@ class SettingsError(AdaptPrunerError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         """Join ``problems`` into the message."""
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
+        self.problems = tuple(map(one_line, problems))
+        super().__init__(*self.problems)
 
 
 def refuse(problems: Iterable[str]) -> None:

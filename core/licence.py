@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from core.untrusted import read_limited
+
 LEGAL = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 """Files that go with a model wherever it goes."""
 
@@ -15,6 +17,7 @@ FACTS = ("license", "license_name", "license_link", "language")
 and language codes."""
 
 _LONGEST = 300
+_LONGEST_FRONT_MATTER = 100_000
 
 
 def known_facts(stated: Any) -> dict[str, Any]:
@@ -43,9 +46,11 @@ def known_facts(stated: Any) -> dict[str, Any]:
 def card_facts(card: Path) -> dict[str, Any]:
     """Return what the front matter of a model card states; {} if there is none, or it says nothing."""
     try:
-        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8"), re.DOTALL)
-        return known_facts(yaml.safe_load(match[1])) if match else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", read_limited(card).decode(), re.DOTALL)
+        if match is None or len(match[1]) > _LONGEST_FRONT_MATTER:
+            return {}
+        return known_facts(yaml.safe_load(match[1]))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from core.redaction import without_password
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
@@ -239,11 +241,6 @@ def perplexity_text(value: float | None) -> str:
     if math.isinf(value):
         return "infinite"
     return f"{value:.2f}" if value < 99.995 else f"{value:.0f}" if value < 99_999.5 else f"{value:.1e}"
-
-
-def without_password(text: str) -> str:
-    """Hide the password of a URI, for messages, parameters and reports."""
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def public_path(path: str) -> str:

@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.config import Settings
-from core.errors import StorageError
+from core.errors import SettingsError, StorageError
 from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.store import join_uri, open_store
+from core.untrusted import parse_object
+
+_ANEW = "Start the run again with its recipe."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +61,33 @@ class Run:
         """
         store, key = str(handle["store"]), str(handle["key"])
         try:
-            data = json.loads(open_store(store).read_bytes(f"runs/{key}/run.json"))
+            data = parse_object(open_store(store).read_bytes(f"runs/{key}/run.json"))
         except FileNotFoundError:
             raise StorageError(f"{store} holds no run {key}. Start it again with its recipe.") from None
-        return cls(
-            store=store,
-            key=key,
-            settings=settings_from_dict(data["settings"]),
-            revision=data["revision"],
-            base_uri=data["base_uri"],
-            dense=ModelShape(
-                **data["dense"] | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
-            ),
-            phase_params=tuple(data["phase_params"]),
-            job=str(handle.get("job", "")),
-        )
+        except ValueError as error:
+            raise StorageError(f"{store}/runs/{key}/run.json is damaged: {error}. {_ANEW}") from error
+        try:
+            texts, params = (data["revision"], data["base_uri"]), tuple(data["phase_params"])
+            if any(type(text) is not str for text in texts) or any(
+                type(count) is not int for count in params
+            ):
+                raise ValueError("revision, base_uri or phase_params are of a wrong type")
+            return cls(
+                store=store,
+                key=key,
+                settings=settings_from_dict(data["settings"]),
+                revision=data["revision"],
+                base_uri=data["base_uri"],
+                dense=ModelShape(
+                    **data["dense"]
+                    | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
+                ),
+                phase_params=params,
+                job=str(handle.get("job", "")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            raise StorageError(f"{store}/runs/{key}/run.json is no run's: {said}. {_ANEW}") from error
 
     @staticmethod
     def is_done(handle: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TextStreamer
 
 from core.config import EvaluationSettings
+from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
@@ -19,6 +20,7 @@ from core.record import SpeedRecord, perplexity_text
 from core.storage.manifest import fetch
 from core.tracking.report import speed_rows
 from core.training.mixture import write_perplexity_windows
+from core.untrusted import foreign_errors
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def stream_answer(
     model.generate(
         **_prompt_tokens(tokenizer, prompt).to(device),
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=_Printable(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
@@ -132,6 +134,19 @@ def _prompt_tokens(tokenizer: Any, prompt: str) -> Any:
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+
+    def failed(said: str) -> CheckpointError:
+        return CheckpointError(f"the chat template of MODEL fails: {said}. Correct or remove it.")
+
+    with foreign_errors(failed):
+        return tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+
+class _Printable(TextStreamer):
+    """Prints an answer without what would steer a terminal: a model may write anything."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+        super().on_finalized_text(shown, stream_end)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from core.redaction import one_line
+
 _TASK_LINE = re.compile(r" *\d\d:\d\d:\d\d ([A-Z]+) (?:phase (\d+) )?([a-z-]+): (.*)")
 _KFP_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d{3} - ")
 _KFP_FAILURE = re.compile(r"Task \S*'(\S+)'\S* finished with status \S*FAILURE")
@@ -129,7 +131,8 @@ class RunProgress(io.TextIOBase):
         elif message == "already done":
             self._found = True
             self.found_done += 1
-        text = Text.assemble((f"{label:<{self._width}}", "cyan"), "  ", (message, _STYLES.get(level, "")))
+        shown = (one_line(message), _STYLES.get(level, ""))
+        text = Text.assemble((f"{label:<{self._width}}", "cyan"), "  ", shown)
         self._console.print(text, soft_wrap=True)
 
     def _fail(self, step: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from core.model.build import build_model
+from core.model.build import build_model, load_config
 from tests.models import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +72,15 @@ def make_project(folder, tokenizer):
     (folder / "held-out.txt").write_text("\n\n".join(texts[30:32]))
     write_recipe(folder / "recipe.yaml")
     return folder
+
+
+def rewrite_base(base, changes):
+    """Change the base model's config, and give it random weights that fit."""
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for old in base.glob("*.safetensors*"):
+        old.unlink()
+    build_model(load_config(base)).save_pretrained(base)
 
 
 def recipe_with(changes):

@@ -22,7 +22,7 @@ from core.errors import (
 from core.steps import run_calibrate, run_prepare_data
 from core.storage.store import open_store
 from pipelines.cli import main
-from tests.project import Artifact, command_line, recipe_with, resolve
+from tests.project import Artifact, command_line, recipe_with, resolve, rewrite_base
 from tests.servers import BUCKET
 
 
@@ -206,9 +206,7 @@ def test_a_family_that_is_not_supported_is_named_before_it_is_taken_up(folder):
 
 
 def test_heads_that_hang_together_are_not_pruned(folder):
-    config = json.loads((folder / "base" / "config.json").read_text())
-    config |= {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
-    (folder / "base" / "config.json").write_text(json.dumps(config))
+    rewrite_base(folder / "base", {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]})
     text = refused(resolve_with({"prune.attention_unit": "kv_group"}), UnsupportedModelError)
     assert text == (
         "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so none "
@@ -223,7 +221,10 @@ def test_a_hub_repository_of_pickles_alone_is_refused_before_it_is_taken_up(fold
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: commit)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder / "base"))
     text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
-    assert "with safetensors weights (pickles are never read)." in text
+    assert "holds only pickles (pytorch_model.bin), which can run code where they are loaded. Give a " in text
+    assert (
+        "with safetensors weights (pickles are never read): convert it where its pickles are trusted" in text
+    )
     assert not taken_up(folder)
 
 

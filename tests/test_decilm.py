@@ -22,7 +22,7 @@ from core.model.shape import LayerShape
 from core.run import Run
 from core.storage.manifest import fetch
 from tests.models import CONFIGS, SIZES, random_tokens
-from tests.project import recipe_with, resolve, run_all
+from tests.project import recipe_with, resolve, rewrite_base, run_all
 
 WIDE = SIZES | {"head_dim": 8, "intermediate_size": 1024}
 """Sizes of a base model for the portable profile: 6 heads of 8 dimensions make its 48."""
@@ -225,8 +225,7 @@ def test_the_size_that_widths_of_256_reach_is_told_at_the_start(portable, caplog
 def test_a_base_model_that_the_format_does_not_hold_is_refused_before_anything_is_computed(
     portable, changes, reason
 ):
-    config = json.loads(Path("base/config.json").read_text()) | changes
-    Path("base/config.json").write_text(json.dumps(config))
+    rewrite_base(Path("base"), changes)
     with pytest.raises(UnsupportedModelError) as raised:
         resolve(portable())
     assert str(raised.value).startswith(

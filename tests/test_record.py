@@ -11,8 +11,8 @@ from core.record import (
     headline_metric,
     perplexity_text,
     seconds_text,
-    without_password,
 )
+from core.redaction import without_password
 
 
 @pytest.fixture
@@ -189,3 +189,17 @@ def test_passwords_in_uris_are_hidden():
         == "postgresql+psycopg2://u:***@h/db, s3://b/k"
     )
     assert without_password("http://host:5000/a@b") == "http://host:5000/a@b"
+    for password in ("p@ss", "p/ss", "12345", "p:ss", ""):
+        assert without_password(f"http://me:{password}@host/x") == "http://me:***@host/x"
+    assert without_password("https://hf_token@host/x") == "https://***@host/x"
+    assert (
+        without_password("pg://host/db?user=me&password=s3cret&x=1")
+        == "pg://host/db?user=me&password=***&x=1"
+    )
+    for harmless in (
+        "s3://bucket/a@b",
+        "file:///home/me@work/x",
+        "sqlite:////tmp/a@b/x.db",
+        "http://h:1?a=b@c",
+    ):
+        assert without_password(harmless) == harmless

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from textwrap import shorten
 
 from core.errors import AdaptPrunerError, HubError
-from core.record import without_password
+from core.redaction import without_password
 
 _AGAIN = "Give the same command again: what has arrived is not sent again."
 _NEW_TOKEN = (

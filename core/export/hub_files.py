@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import CheckpointError
-from core.model.checkpoint import INDEX, PROVENANCE, CheckpointReader, is_companion
+from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
 from core.storage.manifest import MANIFEST, OWN, fetch, read_manifest
 from core.storage.store import is_temporary
+from core.untrusted import check_file, parse_object, read_limited
 
 CARD = "README.md"
 
 _STAYS_HERE = (*OWN, "report.json", "record.json", "report.html")
 """What belongs to the run; the report and the record name where it is stored and tracked."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _OF_A_CHECKPOINT = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -46,10 +46,12 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         names = [entry.path for entry in manifest.files]
         folder = fetch(str(folder), folder, only=[name for name in names if name != CARD])
     else:
-        paths = [path for path in folder.rglob("*") if path.is_file() and not is_temporary(path.name)]
+        paths = [path for path in folder.rglob("*") if not path.is_dir() and not is_temporary(path.name)]
         names = [path.relative_to(folder).as_posix() for path in paths]
     names = [name for name in names if name not in _STAYS_HERE and not _is_hidden(name)]
-    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
+    for name in names:
+        check_file(folder / name, folder)
+    pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickles, which can run code where they are loaded: {', '.join(pickles[:5])}. "
@@ -81,7 +83,9 @@ def _check_config(folder: Path) -> None:
     """Check that there is a config, and the code that it names."""
     path = folder / "config.json"
     try:
-        config: Any = json.loads(path.read_text())
+        config: Any = parse_object(read_limited(path)) if path.exists() else None
+        if config is None:
+            raise FileNotFoundError
         code = {str(target).split(".")[0] for target in config.get("auto_map", {}).values()}
     except FileNotFoundError:
         raise CheckpointError(

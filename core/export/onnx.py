@@ -23,6 +23,7 @@ from core.export.onnx_genai import genai_config
 from core.model.build import head_dim, layer_shapes, load_config, load_model, model_shape
 from core.model.checkpoint import is_companion
 from core.model.shape import LayerShape
+from core.untrusted import files_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,9 +67,8 @@ def export_onnx(checkpoint: Path, output: Path) -> Exported:
     with put_when_complete(output) as partial:
         partial.mkdir()
         _write_graph(load_model(checkpoint, dtype=torch.float32), partial / GRAPH)
-        for path in checkpoint.iterdir():
-            if path.is_file() and is_companion(path.name):
-                shutil.copyfile(path, partial / path.name)
+        for path in files_of(checkpoint, is_companion):
+            shutil.copyfile(path, partial / path.name)
         vars(config).pop("auto_map", None)
         config.save_pretrained(partial)
         (partial / "genai_config.json").write_text(

@@ -5,7 +5,6 @@ built with the config's global sizes, then each layer is built anew from its own
 """
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,9 +18,11 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from core.errors import CheckpointError
-from core.model.checkpoint import CheckpointReader
+from core.model.checkpoint import CheckpointReader, is_companion
 from core.model.families import Kind, family_of, under_its_family
+from core.model.limits import check_complete, check_sizes
 from core.model.shape import LayerShape, ModelShape
+from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,7 @@ def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32)
 
     Raises:
         UnsupportedModelError: If the family is not supported.
+        CheckpointError: If the family's class refuses the config.
     """
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import local_torch_dtype
@@ -102,12 +104,17 @@ def build_model(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        with local_torch_dtype(dtype, type(model).__name__):
-            build_unequal_layers(model)
+        with foreign_errors(_no_model):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            with local_torch_dtype(dtype, type(model).__name__):
+                build_unequal_layers(model)
     finally:
         transformers_logging.set_verbosity(verbosity)
     return model.eval()
+
+
+def _no_model(said: str) -> CheckpointError:
+    return CheckpointError(f"config.json describes no model that can be built: {said}. Correct it.")
 
 
 def build_empty(config: PreTrainedConfig) -> "PreTrainedModel":
@@ -164,20 +171,20 @@ def load_config(directory: Path) -> PreTrainedConfig:
         )
     # It warns of every read of a global size, which stands beside the sizes of the layers on purpose.
     logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
-    try:
-        content = json.loads((directory / "config.json").read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object.")
-        data = under_its_family(content)
+    where = directory / "config.json"
+
+    def unreadable(said: str) -> CheckpointError:
+        return CheckpointError(f"{where} cannot be read: {said}. Fetch it again, or correct it.")
+
+    with foreign_errors(unreadable):  # transformers' classes raise whatever a wrong type leads to
+        data = under_its_family(parse_object(read_limited(where)))
         data.pop("auto_map", None)  # code is never run from a checkpoint
         # Before transformers, which does not know all families, sees it.
         family_of(SimpleNamespace(**data))
+        check_sizes(data)
         config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
-    except (ValueError, TypeError, OSError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
-    family_of(config)
+        family_of(config)
+        check_complete(config)
     return config
 
 
@@ -203,24 +210,48 @@ def load_model(
     config = load_config(directory)
     state = {}
     with CheckpointReader(directory) as reader:
+        check_fit(directory, config, reader)
         for name in reader.names():
             tensor = reader.tensor(name)
             state[name] = tensor.to(dtype) if dtype is not None else tensor
     stored = next(iter(state.values())).dtype
     with no_init_weights():
         model = build_model(config, dtype=dtype or stored)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{directory}: weights do not fit config.json: {' '.join(str(error).split())[:300]}"
-        ) from error
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert not unexpected, "the names have been compared"
+    assert set(missing) <= _tied_names(model), "the names have been compared"
     model.tie_weights()
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    lost = sorted((set(missing) | set(unexpected)) - tied)
-    if lost:
-        raise CheckpointError(f"{directory}: weights and config.json disagree on {', '.join(lost[:5])}.")
     return torch.nn.Module.to(model, device).eval()
+
+
+def check_fit(directory: Path, config: PreTrainedConfig, reader: CheckpointReader) -> None:
+    """Compare the tensors of a checkpoint with its config, by name and shape; nothing is built or read.
+
+    A wrong config could else ask for any amount of memory.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    model = build_empty(config)
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = set(reader.names())
+    lost = sorted((wanted.keys() ^ found) - _tied_names(model))
+    if lost:
+        raise CheckpointError(
+            f"{directory}: weights and config.json disagree on {', '.join(lost[:5])}. "
+            "Take both from the same checkpoint."
+        )
+    for name in sorted(found & wanted.keys()):
+        shape = reader.shape(name)
+        if shape != wanted[name]:
+            raise CheckpointError(
+                f"{directory}: weights do not fit config.json: {name} is of shape {shape}, not "
+                f"{wanted[name]}. Take both from the same checkpoint."
+            )
+
+
+def _tied_names(model: "PreTrainedModel") -> set[str]:
+    return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -229,14 +260,21 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: If the directory holds none.
     """
-    config = load_config(directory)  # or a config with code of its own would ask whether to run it
-    try:
-        return AutoTokenizer.from_pretrained(directory, config=config)
-    except (ValueError, OSError, KeyError) as error:
-        message = " ".join(str(error).split())[:200]
+    config = load_config(directory)
+    for path in files_of(directory, is_companion):
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{path} is larger than {MAX_TOKENIZER_BYTES / 1e6:.0f} MB. Fetch it again."
+            )
+
+    def unreadable(said: str) -> CheckpointError:
         if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
-            message += " A tokenizer.model alone is read by the package sentencepiece: install it."
-        raise CheckpointError(f"{directory} holds no tokenizer that can be loaded: {message}") from error
+            said += ". A tokenizer.model alone is read by the package sentencepiece: install it"
+        return CheckpointError(f"{directory} holds no tokenizer that can be loaded: {said}. Fetch it again.")
+
+    with foreign_errors(unreadable):
+        # Without the word on code transformers would ask on the terminal whether to run it.
+        return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
 
 
 def pick_device() -> torch.device:

@@ -4,21 +4,32 @@ import fnmatch
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import CheckpointError
 from core.model.families import family_of
 from core.model.remote_code import write_config
+from core.untrusted import files_of, foreign_errors, parse_object, read_limited
 
 INDEX = "model.safetensors.index.json"
 PROVENANCE = "adapt_pruner.json"
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Ends of the names of files that can run code where they are loaded."""
+
+_CONVERT = (
+    "convert it where its pickles are trusted, with transformers' from_pretrained and save_pretrained, or "
+    "choose another revision."
+)
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _COMPANIONS = (
     "tokenizer*",
@@ -39,6 +50,35 @@ def is_companion(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in _COMPANIONS)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return what an index says: the name of each tensor, and which file beside the index it is in.
+
+    Raises:
+        CheckpointError: If it is damaged, or names what is no safetensors file beside it.
+    """
+    try:
+        shard_of = parse_object(read_limited(index))["weight_map"]
+        if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise ValueError("its weight_map is no object of file names")
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index: {error}. Fetch it again.") from error
+    for shard in sorted(set(shard_of.values())):
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names {shard[:100]}, which is no safetensors file (pickles are never read). "
+                f"{_CONVERT}"
+            )
+    return shard_of
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    held = f"holds only pickles ({', '.join(pickles[:3])}), which can run code where they are loaded"
+    problem = held if pickles else f"holds no model.safetensors or {INDEX}"
+    advice = f"Give a checkpoint with safetensors weights (pickles are never read): {_CONVERT}"
+    return f"{directory} {problem}. {advice}"
+
+
 class CheckpointReader:
     """Reads tensors of a safetensors checkpoint by name, without holding the others in memory."""
 
@@ -51,24 +91,21 @@ class CheckpointReader:
         self.directory = directory
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
+        self._shard_of: dict[str, str]
         if (directory / INDEX).is_file():
-            try:
-                self._shard_of: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"{directory / INDEX} is not a safetensors index. Fetch it again."
-                ) from error
+            self._shard_of = _weight_map(directory / INDEX)
         elif (directory / "model.safetensors").is_file():
             self._shard_of = dict.fromkeys(self._shard("model.safetensors").keys(), "model.safetensors")
         else:
-            raise CheckpointError(
-                f"{directory} holds no model.safetensors or {INDEX}. "
-                "Give a Hugging Face checkpoint with safetensors weights (pickles are never read)."
-            )
+            raise CheckpointError(_no_weights(directory))
         # Checkpoints of 2023 store rotary frequencies, which models now compute from the config.
         self._shard_of = {
             name: shard for name, shard in self._shard_of.items() if not name.endswith("rotary_emb.inv_freq")
         }
+        if not self._shard_of:
+            raise CheckpointError(
+                f"{directory} holds no weights: its safetensors file is empty. Fetch it again."
+            )
 
     def __enter__(self) -> "CheckpointReader":
         """Return itself."""
@@ -85,12 +122,12 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{path} is missing, but the index names it. Fetch the checkpoint again."
                 )
-            try:
+            with foreign_errors(
+                lambda said: CheckpointError(
+                    f"{path} is not a valid safetensors file ({said}). Fetch it again."
+                )
+            ):
                 self._open[name] = self._files.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a valid safetensors file ({error}). Fetch it again."
-                ) from error
         return self._open[name]
 
     def names(self) -> list[str]:
@@ -103,13 +140,29 @@ class CheckpointReader:
         Raises:
             CheckpointError: If its shard is missing or corrupt.
         """
-        shard = self._shard_of[name]
-        try:
-            return self._shard(shard).get_tensor(name)
-        except SafetensorError as error:
+        with self._errors(name):
+            tensor: Tensor = self._shard(self._shard_of[name]).get_tensor(name)
+        if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.directory / shard}: {name} cannot be read ({error}). Fetch it again."
-            ) from error
+                f"{self.directory / self._shard_of[name]}: {name} is of format {tensor.dtype}, but weights "
+                "must be float64, float32, bfloat16 or float16. Give a checkpoint that is not quantized."
+            )
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of one tensor, which is not read.
+
+        Raises:
+            CheckpointError: If its shard is missing or corrupt.
+        """
+        with self._errors(name):
+            return list(self._shard(self._shard_of[name]).get_slice(name).get_shape())
+
+    def _errors(self, name: str) -> AbstractContextManager[None]:
+        where = f"{self.directory / self._shard_of[name]}: {name}"
+        return foreign_errors(
+            lambda said: CheckpointError(f"{where} cannot be read ({said}). Fetch it again.")
+        )
 
     def dtype(self) -> torch.dtype:
         """Return the number format of the first tensor, which stands for all."""
@@ -157,9 +210,8 @@ def write_checkpoint(
     config_writer(config, directory)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1))
     if companions is not None:
-        for path in companions.iterdir():
-            if path.is_file() and is_companion(path.name):
-                shutil.copyfile(path, directory / path.name)
+        for path in files_of(companions, is_companion):
+            shutil.copyfile(path, directory / path.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -169,9 +221,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is damaged.
     """
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} is not a JSON object. Fetch it again, or remove it.") from error
+        return parse_object(read_limited(path)) if path.exists() else {}
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a JSON object: {error}. Fetch it again, or remove it."
+        ) from error
 
 
 def save_model(

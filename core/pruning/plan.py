@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import PlanError
 from core.model.shape import LayerShape
 from core.pruning.importance import LayerScores
+from core.untrusted import parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,25 @@ class Plan:
             PlanError: If the file is not a plan.
         """
         try:
-            data = json.loads(path.read_text())
-            return cls(**data | _tuples(data))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            data = parse_object(path.read_bytes())
+            plan = cls(**data | _tuples(data))
+            plan._check_types()
+            return plan
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan ({error}). Run score-layers again.") from error
+
+    def _check_types(self) -> None:
+        kept = [number for layer in self.layers for group in astuple(layer) for number in group]
+        sizes = [number for shape in self.before for number in astuple(shape)]
+        params = [self.params_before, self.params_after, self.target_params]
+        if any(type(number) is not int for number in (*kept, *sizes, *params)) or min(sizes, default=1) < 1:
+            raise ValueError("its groups and sizes are no whole numbers")
+        if any(type(number) not in (int, float) for number in (*self.importance, *self.sparsity)):
+            raise ValueError("its importances are no numbers")
+        if not isinstance(self.checkpoint, str) or not isinstance(self.statistics, str):
+            raise ValueError("its digests are no text")
+        if len(self.layers) != len(self.before):
+            raise ValueError(f"it plans {len(self.layers)} of {len(self.before)} layers")
 
     def check(self, checkpoint: str, layers: Sequence[LayerShape]) -> None:
         """Refuse a checkpoint that the plan was not made for.

@@ -1,15 +1,15 @@
 """The last step of every execution, whether it succeeded or not: finalize."""
 
-import json
 import logging
 
-from core.errors import LeaseError
+from core.errors import LeaseError, StorageError
 from core.run import Run
 from core.steps.once import read_published, tracker_of
 from core.storage.garbage import find_garbage, remove
 from core.storage.layout import pointer_of
 from core.storage.manifest import delete_publication
 from core.storage.store import open_store
+from core.untrusted import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,14 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
         succeeded: How it ended.
     """
     try:
-        handle = json.loads(open_store(store).read_bytes(pointer_of(job)))
+        pointer = parse_object(open_store(store).read_bytes(pointer_of(job)))
+        handle = {"store": store, "key": str(pointer["key"]), "job": job}
     except FileNotFoundError:
         log.info("no run was opened")
         return
-    run = Run.load({**handle, "job": job})
+    except (ValueError, KeyError) as error:
+        raise StorageError(f"{store}/{pointer_of(job)} is damaged: {error}. Remove it.") from error
+    run = Run.load(handle)
     try:
         with run.working():
             done = Run.is_done(handle)

@@ -16,6 +16,7 @@ from core.run import Run
 from core.storage.entries import Manifest
 from core.storage.manifest import fetch, publish, read_manifest
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
+from core.untrusted import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,10 @@ def read_published(uri: str, name: str) -> dict[str, Any]:
         return {}
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
-    return dict(json.loads(content))
+    try:
+        return parse_object(content)
+    except ValueError as error:
+        raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
 
 
 def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:

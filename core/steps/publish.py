@@ -12,6 +12,7 @@ from typing import Any
 
 from core.errors import ExportError
 from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accuracies
+from core.redaction import without_password
 from core.run import Run
 from core.steps.once import (
     CARD,
@@ -155,7 +156,7 @@ def collect_record(run: Run, checkpoint_uri: str) -> RunRecord:
             for phase in range(len(run.phase_params) + 1)
         ),
         checkpoint_uri=checkpoint_uri,
-        tracking_uri=tracker.uri,
+        tracking_uri=without_password(tracker.uri),  # a record is handed on
         tracking_run=tracker.parent_run_id,
     )
 

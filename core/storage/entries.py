@@ -35,8 +35,8 @@ class FileEntry:
     def fault_of(self, file: Path) -> str:
         """Return how ``file`` differs from this entry; "" if it does not."""
         with local_errors(file):
-            if not file.exists():
-                return "it is missing"
+            if not file.is_file():
+                return "a file expected, something else found" if file.exists() else "it is missing"
             size = file.stat().st_size
             return self.fault(size, file_sha256(file) if size == self.size else "")
 

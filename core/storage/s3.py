@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,8 @@ class S3Store:
                 frozenset(pair for pair in os.environ.items() if pair[0].startswith("AWS_"))
             )
         except (BotoCoreError, ValueError) as error:
-            problem = " ".join(str(error).split()).rstrip(".")
+            # An endpoint without a scheme may hold a password all the same.
+            problem = re.sub(r"\S+@", "***@", " ".join(str(error).split())).rstrip(".")
             raise StorageError(
                 f"{self.uri} cannot be opened: {problem}. Correct the AWS_ variables."
             ) from error

@@ -150,7 +150,7 @@ class _Progress:
             try:
                 stored = json.loads(store.read_bytes(UPLOADED))
                 self.stored = {path: sha256 for path, sha256 in stored.items() if isinstance(sha256, str)}
-            except (FileNotFoundError, ValueError, AttributeError):
+            except (FileNotFoundError, ValueError, AttributeError, RecursionError):
                 log.debug("%s: no file is known to be stored", store.uri)
 
     def add(self, path: str, sha256: str) -> None:

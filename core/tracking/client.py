@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AdaptPrunerError, TrackingError
-from core.record import without_password
+from core.redaction import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,8 +13,8 @@ from core.record import (
     headline_metric,
     perplexity_text,
     seconds_text,
-    without_password,
 )
+from core.redaction import without_password
 from core.tracking.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
 from core.tracking.page import bars, cards, code_blocks, details, page, phase_rows, section
 

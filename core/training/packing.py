@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from core.data import Message
 from core.errors import DataError
+from core.untrusted import foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +99,12 @@ def tokenize_conversations(
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, which cannot mask prompts. Provide a tokenizer.json.")
     template = _fixed_template(tokenizer)
-    rendered = [_render_replies(turns, tokenizer, template) for turns in conversations]
+
+    def failed(said: str) -> DataError:
+        return DataError(f"the tokenizer's chat template fails: {said}. Correct or remove it.")
+
+    with foreign_errors(failed):  # it is a program, though in a sandbox
+        rendered = [_render_replies(turns, tokenizer, template) for turns in conversations]
     found = [conversation for conversation in rendered if conversation is not None and conversation[1]]
     if len(found) < len(rendered):
         log.debug("%d of %d conversations left out", len(rendered) - len(found), len(rendered))

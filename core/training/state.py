@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.store import local_errors
+from core.untrusted import parse_object
 
 STATE = "state.json"
 
@@ -136,7 +137,7 @@ def read_state(directory: Path) -> TrainingState:
     """
     path = directory / STATE
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_object(path.read_bytes())
         if data["format"] != _FORMAT:
             raise ValueError(f"format {data['format']}, not {_FORMAT}")
         progress = data["progress"]
@@ -154,7 +155,7 @@ def read_state(directory: Path) -> TrainingState:
             belongs_to=dict(data["belongs_to"]),
             facts=dict(data["facts"]),
         )
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path} is no state of a training: {error}.") from error
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from core.errors import SettingsError
+from core.redaction import one_line
 from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") ->
         exported = _export(directory, output, format_, dtype or "f16")
     click.echo(f"{exported.path}: {exported.params:,} parameters, {exported.size_bytes / 1e6:,.0f} MB")
     for note in exported.notes:
-        click.echo(f"note: {note}")
+        click.echo(f"note: {one_line(note)}")
 
 
 def _export(directory: Path, output: Path, format_: str, dtype: "GgufDtype") -> "Exported":
