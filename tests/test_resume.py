@@ -15,6 +15,7 @@ from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
 from tests.evidence import note
 from tests.models import UNEQUAL, random_tokens, tiny
+from tests.publications import behind
 from tests.servers import Reply, s3_proxy
 
 TABLE = "Resumed training"
@@ -286,8 +287,7 @@ def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_pa
             assert "saved the training state" not in told.text
             release.set()
 
-    with s3_proxy(s3_server, slow) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, slow, monkeypatch):
         attempt(s3_store_uri, tmp_path / "work", at_step=at_step)
         assert all("/000011/" in path for path in puts)
         # One at a time. The end of training waits for it, and for the next if that has begun.
@@ -312,8 +312,7 @@ def test_an_upload_that_fails_half_way_leaves_the_state_before(
         return Reply(status=403) if refused else forward()
 
     stopped_attempt(s3_store_uri, tmp_path / "work", 2)
-    with s3_proxy(s3_server, without_manifests) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, without_manifests, monkeypatch):
         result = attempt(s3_store_uri, tmp_path / "work", settled=True)
     assert told.text.count("denies access") == told.text.count("is not saved") == 3
     assert states_at(s3_store_uri) == ["000012"]
@@ -347,8 +346,7 @@ def test_of_a_state_that_is_removed_the_manifest_goes_first(s3_server, s3_store_
             deleted.append(request.path.rpartition("/")[2])
         return forward()
 
-    with s3_proxy(s3_server, watch) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, watch, monkeypatch):
         remove_states(s3_store_uri)
     assert deleted[0] == "MANIFEST.json", "a kill half-way would leave one that promises what is gone"
     assert len(deleted) > 1
@@ -357,8 +355,7 @@ def test_of_a_state_that_is_removed_the_manifest_goes_first(s3_server, s3_store_
 def test_states_that_cannot_be_removed_are_told(s3_server, s3_store_uri, tmp_path, told, monkeypatch):
     stopped_attempt(s3_store_uri, tmp_path / "work", 2)
     refused = lambda request, forward: Reply(status=403) if request.method == "DELETE" else forward()  # noqa: E731
-    with s3_proxy(s3_server, refused) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+    with behind(s3_server, refused, monkeypatch):
         remove_states(s3_store_uri)
     assert "training states that are no longer needed stay: " in told.text
     assert states_at(s3_store_uri) == ["000012"]

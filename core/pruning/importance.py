@@ -77,5 +77,5 @@ class Statistics:
                     loss=float(metadata["loss"]),
                     tokens=int(metadata["tokens"]),
                 )
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"{path} is not a statistics file ({error}). Run calibrate again.") from error
