@@ -112,12 +112,12 @@ def _named_by_head(base: str) -> str:
     elif is_local and line.startswith(("file:///", "/")):
         target = _in_reach(line)
     else:
+        if ":" in line:
+            raise _useless(base, line, "an address that is not followed from there")
         try:
             check_key(line)
         except StorageError:
             raise _useless(base, line, "which leaves its folder") from None
-        if ":" in line:
-            raise _useless(base, line, "an address of an unknown kind")
         target = join_uri(folder, line)
         target = _in_reach(target) if is_local else target
     if is_head(target):
