@@ -69,3 +69,7 @@ class IntegrityError(StorageError):
 
 class TrackingError(AdaptPrunerError):
     """The MLflow server cannot be reached or refuses what is logged."""
+
+
+class ClusterError(AdaptPrunerError):
+    """Kubeflow Pipelines cannot be reached, refuses what it is asked for, or a run there has failed."""

@@ -1,4 +1,4 @@
-"""Base models whose address may move: the hub, MLflow's registry and HEAD files, and what a run makes of it."""
+"""Base models whose address may move: on the hub, in MLflow, by a HEAD file; and what runs make of them."""
 
 import dataclasses
 import os
