@@ -27,7 +27,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         _IMAGE,
         "its image cannot be pulled",
-        "Correct cluster.image, push the image, or give the namespace's service account the registry's secret.",
+        "Correct cluster.image, push it, or give the namespace's service account the registry's secret.",
     ),
     (QUOTA.pattern, "a quota is used up", quota_advice()),
     (
@@ -38,7 +38,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         "OOMKilled|exit code:? ?137|out of memory",
         "it ran out of memory",
-        "Raise cluster.memory, or lower the micro_batch settings; the next run goes on where this one stopped.",
+        "Raise cluster.memory or lower micro_batch; submitted again, the run goes on where it stopped.",
     ),
     (
         "CreateContainerConfigError|(secret|configmap) .*not found",
@@ -114,8 +114,8 @@ def follow(
         How it ended.
 
     Raises:
-        ClusterError: If the cluster cannot be asked any more, an image cannot be pulled, or time is up. The run
-            goes on then.
+        ClusterError: If the cluster cannot be asked any more, an image cannot be pulled, or time is up. The
+            run goes on then.
     """
     started, stuck_since = time.monotonic(), None
     while True:
@@ -189,8 +189,11 @@ def _when(moment: datetime | None) -> float:
 
 
 def _reason(detail: Any) -> str:
-    """Return what is said of a task or run: beside it, or last in its history."""
-    found = [detail.error] + [status.error for status in reversed(detail.state_history or ())]
+    """Return what is said of a task or run: beside it, or in its history."""
+    history = list(detail.state_history or ())
+    if detail.state != "FAILED":
+        history = history[-1:]  # what a task has waited for before is over
+    found = [detail.error] + [status.error for status in reversed(history)]
     return next((one_line(error.message) for error in found if error and error.message), "")
 
 

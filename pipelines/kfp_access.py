@@ -65,7 +65,13 @@ class Access:
 
 
 class Client(kfp_client.Client):
-    """kfp's client with time limits, a single try where it asks five times, and no trace in the home."""
+    """kfp's client with time limits, a single try where it asks five times, and no trace in the home.
+
+    Attributes:
+        namespace: The user's, None where Kubeflow serves one user.
+    """
+
+    namespace: str | None = None
 
     def _load_config(self, *args: Any, **options: Any) -> kfp_server_api.Configuration:
         config = super()._load_config(*args, **options)
@@ -124,7 +130,8 @@ def connect(access: Access) -> Client:
         rest = client._run_api.api_client.rest_client  # all of the client's APIs share it
         rest.request = _limited(rest.request)
         health = client.get_kfp_healthz()
-    if health.multi_user and not (access.namespace or client.get_user_namespace()):
+    client.namespace = access.namespace or (client.get_user_namespace() if health.multi_user else None)
+    if health.multi_user and not client.namespace:
         raise SettingsError(["--namespace is missing: this Kubeflow serves several users. Give yours."])
     return client
 

@@ -202,13 +202,12 @@ def hints(settings: Settings) -> Iterator[str]:
             yield f"{name}={path} lies on this machine. Pods find it only if their image holds it, too."
 
 
-def upload(client: Client, package: Package, namespace: str = "") -> tuple[str, str, bool]:
+def upload(client: Client, package: Package) -> tuple[str, str, bool]:
     """Make sure that the version is there.
 
     Args:
         client: The connection.
         package: What to upload.
-        namespace: Whose pipeline it is; "" for one that all share.
 
     Returns:
         Ids of the pipeline and of the version, and whether it had to be uploaded.
@@ -217,7 +216,7 @@ def upload(client: Client, package: Package, namespace: str = "") -> tuple[str, 
         ClusterError: If the cluster cannot be reached or refuses it.
     """
     with explained(client.place()), quiet():
-        pipeline = _pipeline_id(client, namespace, create=True)
+        pipeline = _pipeline_id(client, create=True)
         version = _version_id(client, pipeline, package.version)
         if version:
             return pipeline, version, False
@@ -239,15 +238,15 @@ def upload(client: Client, package: Package, namespace: str = "") -> tuple[str, 
     return pipeline, version, False
 
 
-def find_pipeline(client: Client, namespace: str = "") -> str:
+def find_pipeline(client: Client) -> str:
     """Return the id of our pipeline, "" if nothing was ever submitted."""
     with explained(client.place()), quiet():
-        return _pipeline_id(client, namespace, create=False)
+        return _pipeline_id(client, create=False)
 
 
-def _pipeline_id(client: Client, namespace: str, *, create: bool) -> str:
+def _pipeline_id(client: Client, *, create: bool) -> str:
     def find() -> str:
-        found = pages(client.list_pipelines, "pipelines", filter=named(PIPELINE), namespace=namespace or None)
+        found = pages(client.list_pipelines, "pipelines", filter=named(PIPELINE), namespace=client.namespace)
         ours = [pipeline for pipeline in found if pipeline.display_name == PIPELINE]
         # Of several, as a server of old may hold them, always the same one.
         return (
@@ -263,7 +262,7 @@ def _pipeline_id(client: Client, namespace: str, *, create: bool) -> str:
         display_name=PIPELINE,
         name=PIPELINE,
         description="Prunes a language model a little at a time, with training in between.",
-        namespace=namespace or None,
+        namespace=client.namespace,
     )
     try:
         # Uploading to a pipeline that is not there would call its first version after the pipeline.
@@ -281,15 +280,15 @@ def _version_id(client: Client, pipeline: str, name: str) -> str:
     return next((str(version.pipeline_version_id) for version in found if version.display_name == name), "")
 
 
-def experiment_id(client: Client, name: str, namespace: str = "") -> str:
+def experiment_id(client: Client, name: str) -> str:
     """Return the id of an experiment, which is created where it is missing."""
     with explained(client.place()), quiet():
         try:
-            return str(client.create_experiment(name, namespace=namespace or None).experiment_id)
+            return str(client.create_experiment(name, namespace=client.namespace).experiment_id)
         except kfp_server_api.ApiException as error:
             if error.status != 409:
                 raise
-            found = client.get_experiment(experiment_name=name, namespace=namespace or None)
+            found = client.get_experiment(experiment_name=name, namespace=client.namespace)
             return str(found.experiment_id)  # somebody else was faster
 
 
@@ -304,17 +303,15 @@ class StartedRun:
     """Whether the version was new."""
 
 
-def start(
-    client: Client, submission: Submission, *, run_name: str, experiment: str, namespace: str = ""
-) -> StartedRun:
+def start(client: Client, submission: Submission, *, run_name: str, experiment: str) -> StartedRun:
     """Upload what is missing, and start a run.
 
     Raises:
         ClusterError: If the cluster cannot be reached or refuses it.
     """
     package = submission.package
-    pipeline, version, uploaded = upload(client, package, namespace)
-    place = experiment_id(client, experiment, namespace)
+    pipeline, version, uploaded = upload(client, package)
+    place = experiment_id(client, experiment)
     with explained(client.place()), quiet():
         run = client.run_pipeline(
             experiment_id=place,

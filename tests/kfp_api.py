@@ -1,7 +1,8 @@
 """A stand-in for the API of Kubeflow Pipelines (v2beta1) on a loopback port.
 
 It keeps what kfp's own client uploads and creates, and is as strict as the real one, or stricter: bodies are
-read by the models of ``kfp_server_api``, pipelines by the protocol buffers of the IR, parameters by the pipeline.
+read by the models of ``kfp_server_api``, pipelines by the protocol buffers of the IR, and parameters by the
+pipeline.
 """
 
 import contextlib
