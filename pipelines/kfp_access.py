@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import kfp_server_api
@@ -73,8 +72,10 @@ class Client(kfp_client.Client):
 
     namespace: str | None = None
 
-    def _load_config(self, *args: Any, **options: Any) -> kfp_server_api.Configuration:
-        config = super()._load_config(*args, **options)
+    def _load_config(self, host: str | None, *args: Any, **options: Any) -> kfp_server_api.Configuration:
+        config = super()._load_config(host, *args, **options)
+        if not host and config.host == kfp_server_api.Configuration().host:
+            raise SettingsError(["--kube-context is not in the kubeconfig. Name another, or give --host."])
         # A request that may have arrived is not sent again, and no redirect followed with a token.
         config.retries = urllib3.Retry(
             total=2, connect=1, read=1, status=0, redirect=0, raise_on_redirect=False, backoff_factor=0.2
@@ -106,7 +107,7 @@ def connect(access: Access) -> Client:
         ClusterError: If the host cannot be reached, is another server, or denies access.
     """
     _check(access)
-    with explained(access.host or "Kubeflow Pipelines"), warnings.catch_warnings(), quiet() as printed:
+    with explained(access.host or "Kubeflow Pipelines"), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         client = Client(
             host=access.host or None,
@@ -123,10 +124,6 @@ def connect(access: Access) -> Client:
             kube_context=access.kube_context or None,
             verify_ssl=access.verify_tls,
         )
-        if "Failed to load kube config" in printed.getvalue():
-            raise SettingsError(
-                [f"--kube-context={access.kube_context} is not in the kubeconfig. Name another, or a --host."]
-            )
         rest = client._run_api.api_client.rest_client  # all of the client's APIs share it
         rest.request = _limited(rest.request)
         health = client.get_kfp_healthz()
@@ -137,15 +134,15 @@ def connect(access: Access) -> Client:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[io.StringIO]:
+def quiet() -> Iterator[None]:
     """Keep from the terminal what kfp's client prints and logs."""
     root, loud = logging.getLogger(), logging.getLogger("urllib3.connectionpool")
     levels = root.level, loud.level
     root.setLevel(logging.CRITICAL)
     loud.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            yield printed
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         root.setLevel(levels[0])
         loud.setLevel(levels[1])
@@ -246,7 +243,8 @@ def _message(error: kfp_server_api.ApiException) -> tuple[str, bool]:
 def one_line(text: str, width: int = 300) -> str:
     """Return what a stranger has said in one line that steers no terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in without_password(text))
-    return shorten(text, width, placeholder=" ...").rstrip(". ")
+    text = " ".join(text.split())
+    return (text if len(text) <= width else f"{text[:width]} ...").rstrip(". ")
 
 
 def _limited(send: Callable[..., Any]) -> Callable[..., Any]:
