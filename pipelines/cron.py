@@ -78,7 +78,7 @@ def _values(field: str, name: str, low: int, high: int) -> set[int]:
             last = _number(last_text, name) if dash else high if slash else first
             outside = [number for number in (first, last) if not low <= number <= high]
             if outside:
-                sunday = " Sunday is 0." if outside == [7] and high == 6 else ""
+                sunday = " Sunday is 0." if set(outside) == {7} and high == 6 else ""
                 raise ValueError(f"must lie between {low} and {high}.{sunday} Correct it.")
             if first > last:
                 raise ValueError("runs backwards. Write it as two ranges with a comma.")

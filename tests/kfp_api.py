@@ -30,12 +30,8 @@ _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 429: 8, 500: 13, 503: 14}
 _LISTS = {"page_token", "page_size", "sort_by", "filter", "namespace"}
 _CRON = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 _NAMES = {
-    name: str(number)
-    for names, first in (
-        ("JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC", 1),
-        ("SUN MON TUE WED THU FRI SAT", 0),
-    )
-    for number, name in enumerate(names.split(), first)
+    4: ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"],
+    5: ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"],
 }
 _FITS: dict[int, Callable[[Any], bool]] = {
     pipeline_spec_pb2.ParameterType.STRING: lambda value: isinstance(value, str),
@@ -351,10 +347,11 @@ def is_cron(text: str) -> bool:
     fields = text.upper().split(" ")
     if len(fields) != len(_CRON):
         return False
-    for field_, (low, high) in zip(fields, _CRON, strict=True):
-        for part in field_.split(","):
+    for index, (low, high) in enumerate(_CRON):
+        names = {name: str(number) for number, name in enumerate(_NAMES.get(index, ()), low)}
+        for part in fields[index].split(","):
             span, slash, step = part.partition("/")
-            first, dash, last = (_NAMES.get(bound, bound) for bound in span.partition("-"))
+            first, dash, last = (names.get(bound, bound) for bound in span.partition("-"))
             numbers = [first, *([last] if dash else []), *([step] if slash else [])]
             if span in ("*", "?"):
                 numbers = numbers[1:]
