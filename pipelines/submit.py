@@ -24,9 +24,6 @@ from pipelines.kfp_access import Client, explained, named, pages, quiet
 PIPELINE = "adapt-pruner"
 """Name of the pipeline on the cluster; each recipe and number of phases is a version of it."""
 
-EXPERIMENT = "adapt-pruner"
-"""Where runs go, unless another experiment is named."""
-
 _SETTING_OF = {
     "base_model": ("model", "base"),
     "revision": ("model", "revision"),

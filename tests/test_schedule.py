@@ -1,12 +1,10 @@
 """Recurring runs: a real client against a strict stand-in of the API of Kubeflow Pipelines."""
 
 import itertools
-import os
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from core.errors import ClusterError, SettingsError
@@ -18,24 +16,19 @@ from pipelines.schedule import change, list_schedules, schedule_name, set_schedu
 from pipelines.submit import prepare
 from tests.evidence import note
 from tests.kfp_api import Refused, frame, is_cron, run_kfp_api
-from tests.test_submit import RECIPE
+from tests.kfp_trial import error_of, forget_kfp, write_trial
 
 NIGHTLY = "0 0 2 * * *"
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("KF_PIPELINES", "KFP_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    forget_kfp(monkeypatch)
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    changes = {"model": {"base": "models:/tiny@prod"}}
-    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(RECIPE | changes))
-    return Path("trial.yaml")
+    return Path(write_trial(tmp_path, monkeypatch, model={"base": "models:/tiny@prod"}))
 
 
 @pytest.fixture
@@ -57,13 +50,6 @@ def create(api, recipe, *arguments, cron=NIGHTLY):
     result = schedule(api, recipe, "--cron", cron, *arguments)
     assert result.exit_code == 0, result.output
     return result
-
-
-def error_of(result, status=1):
-    assert result.exit_code == status, result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 def only(kept):
