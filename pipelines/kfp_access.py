@@ -110,7 +110,7 @@ def connect(access: Access) -> Client:
     with explained(access.host or "Kubeflow Pipelines"), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         client = Client(
-            host=access.host or None,
+            host=access.host.rstrip("/") or None,
             # kfp takes this name for "no namespace": it is that of the installation
             namespace=access.namespace or "kubeflow",
             client_id=access.client_id or None,
@@ -269,7 +269,9 @@ def _check(access: Access) -> None:
         problems.append(
             "--host is missing. Give the address of Kubeflow Pipelines, or KF_PIPELINES_ENDPOINT."
         )
-    if access.host and not re.fullmatch(r"(https?://)?[^/\s:@]+(:\d+)?(/\S*)?", access.host):
+    if access.host and not re.fullmatch(
+        r"(https?://)?([^/\s:@]+|\[[0-9a-fA-F:]+\])(:\d+)?(/\S*)?", access.host
+    ):
         problems.append(
             f"--host={without_password(access.host)} is no address. Write it as http://host:port or "
             "https://host/path, without a name and password."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from core.addresses import base_name
 from core.base import import_base
 from core.config import ModelSettings
 from core.errors import CheckpointError, SettingsError, StorageError, TrackingError
@@ -17,6 +18,7 @@ from core.pointer import current_base
 from core.recipe import settings_from_dict
 from core.run import Run
 from core.steps import run_needs_run
+from core.steps.once import provenance_of
 from core.storage.manifest import publish, read_manifest
 from core.storage.store import join_uri, open_store
 from core.tracking.mlflow import open_tracker
@@ -248,6 +250,16 @@ def test_a_hub_address_is_the_repository_at_its_revision(folder, project, tmp_pa
             [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
         )
     assert result.stdout.split() == [repository.commit(name) for name in ("main", "v1", "v1", "v1")]
+
+
+def test_what_is_made_of_a_hub_address_names_the_repository(folder):
+    """A checkpoint is handed on: its card links to the base by this name."""
+    run = Run.load(resolve(recipe_with({}))[0])
+    for base, name in {"hf://team/model@v1": "team/model", "models:/x@y": "models:/x@y"}.items():
+        model = dataclasses.replace(run.settings.model, base=base)
+        changed = dataclasses.replace(run, settings=dataclasses.replace(run.settings, model=model))
+        assert provenance_of(changed, 0, "", step="test")["base"] == name
+        assert base_name(base) == name
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,18 @@ def test_tokens_and_cookies_go_to_the_host(recipe, tmp_path, monkeypatch):
     note("Faults", "a login that has run out", "one line says so and how to give a new one")
 
 
+@pytest.mark.parametrize("address", ["{}", "{}/", "{}//"])
+def test_a_slash_too_many_does_no_harm(api, recipe, address):
+    result = submit(None, "--host", address.format(api.endpoint))
+    assert result.stdout.startswith(f"{api.endpoint}/#/runs/details/0")
+
+
+def test_addresses_of_all_kinds_are_tried(recipe, monkeypatch):
+    monkeypatch.setattr("pipelines.kfp_access._TIMEOUT_S", (0.2, 0.2))
+    for host in ("http://[::1]:9", "http://127.0.0.1:9/pipeline", "127.0.0.1:9"):
+        assert f"{host} cannot be " in error_of(submit(None, "--host", host))
+
+
 def test_secrets_are_shown_nowhere(recipe, monkeypatch):
     monkeypatch.setenv("KFP_EXISTING_TOKEN", "very-secret")
     with run_kfp_api(tokens=("other",)) as api:
