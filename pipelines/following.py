@@ -19,6 +19,11 @@ _ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
 _WAITS = {"", "PENDING", "RUNNING", "RUNTIME_STATE_UNSPECIFIED"}
 _TRIES = 8
 _LONGEST_PAUSE_S = 60.0
+_LATE_S = 300.0
+_PENDING = (
+    "it has waited for over five minutes, and the API does not say why. See `kubectl describe pod`: mostly "
+    "an image that cannot be pulled, a secret that is missing, or no node with room."
+)
 
 _IMAGE = "ImagePull|ErrImage|InvalidImageName|pull access denied|manifest unknown|failed to pull"
 _NODES = "Unschedulable|nodes are available|Insufficient|FailedScheduling"
@@ -173,19 +178,22 @@ def _states(details: list[Any], tasks: Mapping[str, str]) -> Iterator[TaskState]
         if name not in tasks:
             continue
         counts[name] += 1
-        end = detail.end_time if _when(detail.end_time) > 0 else None
-        begin = detail.start_time or detail.create_time
-        seconds = _when(end) - _when(begin) if end else time.time() - _when(begin)
         yield TaskState(
             name=tasks[name].format(counts[name]),
             state=detail.state or "",
             reason=_reason(detail),
-            seconds=max(seconds, 0.0) if begin else 0.0,
+            seconds=_seconds(detail),
         )
 
 
 def _when(moment: datetime | None) -> float:
-    return moment.timestamp() if moment else 0.0
+    """Return a time in seconds since 1970; 0 for none, which the API writes as the year 1."""
+    return max(moment.timestamp(), 0.0) if moment else 0.0
+
+
+def _seconds(detail: Any) -> float:
+    begin = _when(detail.start_time) or _when(detail.create_time)
+    return max((_when(detail.end_time) or time.time()) - begin, 0.0) if begin else 0.0
 
 
 def _reason(detail: Any) -> str:
@@ -211,7 +219,8 @@ def _trouble(run: Any, details: list[Any], states: tuple[TaskState, ...]) -> str
     if run.state == "CANCELED":
         return "the run was cancelled. Submit it again: it goes on where it stopped."
     if not failed:
-        return ""
+        late = [detail for detail in details if detail.state == "PENDING" and _seconds(detail) > _LATE_S]
+        return f"{_task_of(late[0])}: {_PENDING}" if late else ""
     name, reason = next(iter([*named, *((n, r) for n, r in others if r), *said, ("the run", _reason(run))]))
     return f"{name} failed{f': {reason}' if reason else ''}. Its log is in the UI."
 

@@ -1,5 +1,6 @@
 """Following a run on Kubeflow Pipelines to its end."""
 
+import datetime
 import io
 import os
 import re
@@ -185,6 +186,25 @@ def test_a_task_that_found_no_room_and_runs_now_is_no_trouble(api, recipe):
     result = submit(api, "--wait", "--every", "0.01s")
     assert result.exit_code == 0
     assert result.stderr.count("no node has room for it") == 1
+
+
+def test_a_pod_that_does_not_start_is_told_even_if_the_api_does_not_say_why(api, recipe):
+    now, zero = datetime.datetime.now(datetime.UTC), "0001-01-01T00:00:00Z"
+    early, late = ((now - datetime.timedelta(seconds=s)).isoformat() for s in (30, 3000))
+    for name, created, told in (
+        ("executor", late, "a task: it has waited for over five minutes"),
+        ("publish-driver", late, "publish: it has waited for over five minutes"),
+        ("executor", early, ""),
+        ("executor", zero, ""),
+    ):
+        pending = task(name, "PENDING", create_time=created, start_time=zero, end_time=zero)
+        running = task("publish", "RUNNING", create_time=late)
+        api.frames = [*[frame("RUNNING", running, pending)] * 3, frame("SUCCEEDED")]
+        result = submit(api, "--wait", "--every", "0.01s")
+        assert result.exit_code == 0
+        assert result.stderr.count("it has waited") == bool(told)
+        assert told in result.stderr
+    note("Faults", "a pod does not start, and the API does not say why", "one line says where to look", 2)
 
 
 def test_what_passes_is_waited_for(api, recipe):

@@ -205,6 +205,16 @@ def test_several_users_have_namespaces(recipe):
         assert "In single-user mode" in error_of(submit(api, "--namespace", "team"))
 
 
+def test_a_pod_of_the_cluster_has_the_namespace_that_it_runs_in(recipe, tmp_path, monkeypatch):
+    (tmp_path / "namespace").write_text("team")
+    monkeypatch.setattr("kfp.client.Client._NAMESPACE_PATH", str(tmp_path / "namespace"))
+    monkeypatch.setattr("kfp.client.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "home" / "context.json"))
+    with run_kfp_api(multi_user=True) as api:
+        assert submit(api).exit_code == 0
+        assert [experiment["namespace"] for experiment in api.experiments.values()] == ["team"]
+    assert not (tmp_path / "home").exists()
+
+
 REFUSALS = {
     "a quota": (
         403,
@@ -256,3 +266,14 @@ def test_a_request_that_may_have_arrived_is_not_sent_again(api, recipe):
     assert "cannot be reached" in text or "does not answer" in text
     assert api.asked("POST /runs") == 1
     note("Faults", "the connection ends while a run is started", "one line; no second run is started")
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(api, recipe, monkeypatch):
+    monkeypatch.setattr("pipelines.kfp_access._TIMEOUT_S", (0.5, 0.5))
+    stop = threading.Event()
+    api.hook = lambda request: request == "POST /runs" and stop.wait(20)
+    text = error_of(submit(api))
+    stop.set()
+    assert text == f"{api.endpoint} does not answer. Look in its UI whether it was done, and try again later."
+    assert api.asked("POST /runs") == 1
+    note("Faults", "the API does not answer while a run is started", "one line; no second run is started")
