@@ -183,9 +183,10 @@ def test_a_task_that_found_no_room_and_runs_now_is_no_trouble(api, recipe):
         frame("RUNNING", running),
         frame("SUCCEEDED", task("calibrate", "SUCCEEDED")),
     ]
-    result = submit(api, "--wait", "--every", "0.01s")
-    assert result.exit_code == 0
-    assert result.stderr.count("no node has room for it") == 1
+    submission, client, seen = prepare(load_recipe(Path(recipe))), connect(Access(host=api.endpoint)), []
+    run = start(client, submission, run_name="x", experiment="e")
+    follow(client, run.id, submission.package.tasks, seen.append, Patience(poll_s=0.01))
+    assert ["no node has room for it" in progress.trouble for progress in seen] == [True, False, False]
 
 
 def test_a_pod_that_does_not_start_is_told_even_if_the_api_does_not_say_why(api, recipe):
