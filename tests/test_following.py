@@ -147,7 +147,7 @@ def test_an_image_that_cannot_be_pulled_is_told_while_the_run_waits(api, recipe)
     submission = prepare(load_recipe(Path(recipe)))
     client, seen = connect(Access(host=api.endpoint)), []
     run = start(client, submission, run_name="x", experiment="e")
-    patience = Patience(poll_s=0.01, image_s=0.05)
+    patience = Patience(poll_s=0.01, image_s=0.05, timeout_s=20)
     with pytest.raises(
         ClusterError, match=r"^phase 1 calibrate: its image cannot be pulled .*The run waits: http"
     ):
