@@ -1,5 +1,7 @@
 """Where a base model comes from: a folder, a GGUF file, a store, an installed package or the hub.
 
+A registry's alias and a HEAD file are followed first (``core.pointer``).
+
 Whatever it is, it becomes a publication in the run's store, so that all later steps read it verified and the
 network is needed no more.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from core.addresses import hub_address
 from core.config import ModelSettings
 from core.data import locate
 from core.errors import CheckpointError
@@ -23,6 +26,7 @@ from core.licence import LEGAL, card_facts, gguf_facts
 from core.model.build import build_model, check_fit, load_config
 from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
 from core.model.gguf_header import read_gguf_header
+from core.pointer import current_base
 from core.record import public_path
 from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
@@ -37,12 +41,13 @@ _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktok
 _HUB_TIMEOUT_S = 10
 
 
-def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
+def import_base(settings: ModelSettings, store: str, *, tracking_uri: str = "") -> tuple[str, str]:
     """Make sure that the base model is published, and name its revision.
 
     Args:
         settings: Which model.
         store: Store that takes it up, under ``bases/<revision>``.
+        tracking_uri: MLflow's address, for a model of its registry; empty takes ``MLFLOW_TRACKING_URI``.
 
     Returns:
         URI of the publication, and the revision: a hub commit, or a digest of the content.
@@ -50,7 +55,21 @@ def import_base(settings: ModelSettings, store: str) -> tuple[str, str]:
     Raises:
         CheckpointError: If there is no such model.
         StorageError: If the store cannot be written.
+        TrackingError: If MLflow is asked and cannot be reached.
     """
+    current = current_base(settings, tracking_uri)
+    try:
+        return _import(current, store)
+    except CheckpointError as error:
+        if current.base == settings.base or hub_address(settings.base):
+            raise
+        raise CheckpointError(f"model.base={settings.base} stands for {current.base} now. {error}") from error
+
+
+def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
+    hub = hub_address(settings.base)
+    if hub is not None:
+        return _import_from_hub(hub[0], settings.revision, store)
     if "://" in settings.base:
         manifest = read_manifest(settings.base)
         if manifest is None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.addresses import base_problems
 from core.errors import refuse
 from core.placement import ClusterSettings, StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
@@ -42,7 +43,9 @@ class ModelSettings:
 
     base: str = ""
     """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder
-    inside an installed Python package) or a Hugging Face repository id."""
+    inside an installed Python package) or a Hugging Face repository id (also ``hf://owner/name@revision``).
+    Looked up anew by every run: ``models:/name@alias`` or ``models:/name/3`` in MLflow's registry, and a file
+    named HEAD (``s3://bucket/prefix/HEAD``, ``folder/HEAD``) whose one line names the current checkpoint."""
     revision: str = ""
     """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -372,6 +375,7 @@ class Settings:
         problems = [*in_range("seed", self.seed, 0, 2**31 - 1), *passwords_in(dataclasses.asdict(self))]
         if not self.model.base:
             problems.append("model.base is empty. Name the model to prune.")
+        problems += [f"model.{problem}" for problem in base_problems(self.model.base, self.model.revision)]
         if self.calibration.source is None:
             problems.append("calibration.source is missing. Name the calibration corpus.")
         if self.training.total_steps and self.training.total_steps < self.prune.phases:

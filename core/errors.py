@@ -85,6 +85,10 @@ class TrackingError(AdaptPrunerError):
     """The MLflow server cannot be reached or refuses what is logged."""
 
 
+class ClusterError(AdaptPrunerError):
+    """Kubeflow Pipelines cannot be reached, refuses what it is asked for, or a run there has failed."""
+
+
 def full_disk(error: BaseException) -> StorageError | None:
     """Return what to tell the user of an error that comes of a full disk, whichever library raises it.
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from core.errors import AdaptPrunerError, SettingsError, full_disk
-from pipelines.commands import models, pushing, recipes, sharing, stores
+from pipelines.commands import clusters, models, pushing, recipes, sharing, stores
 
 
 class _Commands(click.Group):
@@ -45,6 +45,8 @@ def main() -> None:
 for _command in (
     recipes.run,
     recipes.compile_,
+    clusters.submit,
+    clusters.schedule,
     stores.runs,
     stores.clean,
     models.inspect,

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "run",
     "compile",
+    "submit",
+    "schedule",
     "inspect",
     "evaluate",
     "benchmark",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.addresses import base_name
 from core.errors import StorageError
 from core.licence import card_facts, known_facts
 from core.record import public_path
@@ -118,7 +119,7 @@ def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, 
         "run": run.key,
         "phase": phase,
         "step": step,
-        "base": public_path(run.settings.model.base),  # a checkpoint is handed on
+        "base": public_path(base_name(run.settings.model.base)),  # a checkpoint is handed on
         "revision": run.revision,
         "source": source,
         "settings": run.settings.digest(),

@@ -63,7 +63,7 @@ def run_resolve_base(
     }
     sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
     settings = settings_from_dict({**recipe, **sections})
-    base_uri, commit = import_base(settings.model, settings.storage.store)
+    base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
     dense, phase_params = _sizes_of_phases(settings, config)

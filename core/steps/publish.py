@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.addresses import base_name
 from core.errors import ExportError
 from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accuracies
 from core.redaction import without_password
@@ -148,7 +149,7 @@ def collect_record(run: Run, checkpoint_uri: str) -> RunRecord:
     return RunRecord(
         key=run.key,
         name=run.settings.name,
-        base=run.settings.model.base,
+        base=base_name(run.settings.model.base),
         revision=run.revision,
         settings=run.settings.to_dict(),
         phases=tuple(

@@ -1,0 +1,304 @@
+"""Commands that work on a cluster: start a run on Kubeflow Pipelines, or let it start by itself."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
+
+from core.errors import ClusterError, SettingsError
+from pipelines.commands.console import example
+
+if TYPE_CHECKING:
+    from pipelines.kfp_access import Access, Client
+    from pipelines.submit import StartedRun, Submission
+
+_EXPERIMENT = "adapt-pruner"
+_ACCESS = (
+    click.option(
+        "--host",
+        envvar="KF_PIPELINES_ENDPOINT",
+        show_envvar=True,
+        default="",
+        help="Address of Kubeflow Pipelines.",
+    ),
+    click.option("--namespace", default="", help="Yours, where Kubeflow serves several users."),
+    click.option(
+        "--token-file",
+        envvar="KF_PIPELINES_SA_TOKEN_PATH",
+        show_envvar=True,
+        type=click.Path(path_type=Path),
+        help="File of a bearer token, read again for each request. KFP_EXISTING_TOKEN may hold one instead.",
+    ),
+    click.option(
+        "--cookie-file", type=click.Path(path_type=Path), help="File of the cookies of a login, in one line."
+    ),
+    click.option("--client-id", default="", help="Client id of Google's Identity-Aware Proxy."),
+    click.option(
+        "--other-client-id",
+        default="",
+        help="OAuth client id of your login to it; KF_PIPELINES_APP_OAUTH2_CLIENT_SECRET holds its secret.",
+    ),
+    click.option("--kube-context", default="", help="Go through the API server of this kubectl context."),
+    click.option("--proxy", default="", help="Address of a proxy."),
+    click.option("--ca-cert", type=click.Path(path_type=Path), help="Certificate authority of the host."),
+    click.option("--no-verify-tls", is_flag=True, help="Take any certificate."),
+)
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as prune.target=80%.",
+)
+_PARAM = click.option(
+    "--param",
+    "parameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Override a parameter of the compiled pipeline, such as target=80%.",
+)
+_IN_EXPERIMENT = click.option(
+    "--experiment",
+    envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
+    show_envvar=True,
+    default=_EXPERIMENT,
+    show_default=True,
+    help="Where the runs go; made if it is not there.",
+)
+
+
+def _with_access(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_ACCESS):
+        command = option(command)
+    return command
+
+
+@click.command(
+    epilog=example(
+        "adapt-pruner submit recipes/table1-llama-3.2-3b.yaml --host https://kubeflow.example.org/pipeline "
+        "--set storage.store=s3://models/pruning --wait"
+    )
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_SET
+@_PARAM
+@click.option(
+    "--run-name", default="", help="What the run is called.  [default: the recipe's name and the time]"
+)
+@_IN_EXPERIMENT
+@click.option("--wait", is_flag=True, help="Follow the run to its end; exit with 1 if it fails.")
+@click.option("--timeout", default="0", help="With --wait: how long, such as 36h.  [default: for ever]")
+@click.option("--every", default="10s", show_default=True, help="With --wait: how often to ask.")
+@_with_access
+def submit(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    parameters: tuple[str, ...],
+    run_name: str,
+    experiment: str,
+    wait: bool,
+    timeout: str,
+    every: str,
+    **access: Any,
+) -> None:
+    """Start RECIPE on Kubeflow Pipelines, and print the address of the run.
+
+    The compiled pipeline is uploaded as a version of the pipeline adapt-pruner, unless it is there. A run of
+    settings that were run before does nothing again: it ends at once, or goes on where it stopped.
+    """
+    timeout_s, poll_s = _seconds("timeout", timeout), _seconds("every", every)
+    if timeout_s and not wait:
+        raise SettingsError(["--timeout goes with --wait. Add it, or leave --timeout out."])
+    submission = _prepared(recipe, overrides, parameters)
+    client = _connected(access)
+
+    from pipelines.submit import start
+
+    if not run_name:
+        run_name = f"{submission.settings.name} {_now()}"
+    started = start(client, submission, run_name=run_name, experiment=experiment)
+    state = "uploaded" if started.uploaded else "was there"
+    click.echo(f"version {started.version} of pipeline adapt-pruner: {state}", err=True)
+    click.echo(started.link)
+    if wait:
+        _wait(client, submission, started, timeout_s=timeout_s, poll_s=poll_s)
+
+
+@click.command(
+    epilog=example(
+        'adapt-pruner schedule recipes/table1-llama-3.2-3b.yaml --cron "0 0 2 * * *" '
+        "--host https://kubeflow.example.org/pipeline",
+        "adapt-pruner schedule --list",
+        "adapt-pruner schedule --pause table1-llama-3-2-3b-5f0c1a2b",
+    )
+)
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.option("--cron", help="When: second, minute, hour, day of the month, month, day of the week.")
+@_SET
+@_PARAM
+@_IN_EXPERIMENT
+@click.option("--list", "list_", is_flag=True, help="Show the schedules.")
+@click.option("--pause", metavar="NAME", help="Start no more runs until it is resumed.")
+@click.option("--resume", metavar="NAME", help="Start runs again.")
+@click.option("--delete", metavar="NAME", help="Remove a schedule; its runs stay.")
+@_with_access
+def schedule(
+    recipe: Path | None,
+    cron: str | None,
+    overrides: tuple[str, ...],
+    parameters: tuple[str, ...],
+    experiment: str,
+    list_: bool,
+    pause: str | None,
+    resume: str | None,
+    delete: str | None,
+    **access: Any,
+) -> None:
+    """Start RECIPE on Kubeflow Pipelines again and again, by the clock.
+
+    A run does work only if the base model has a new revision, or the settings have changed; else it ends
+    after two small tasks. model.base may be a hub model (its newest commit), models:/name@alias in MLflow's
+    registry, or a HEAD file that names the current checkpoint. Giving the command again changes the schedule
+    of the same recipe, base and target. Times are UTC, unless the cluster's CRON_SCHEDULE_TIMEZONE says
+    otherwise.
+    """
+    changes = {"pause": pause, "resume": resume, "delete": delete}
+    asked = [name for name, value in changes.items() if value is not None]
+    if (recipe is not None) + list_ + len(asked) != 1:
+        raise SettingsError(["schedule takes RECIPE, --list, --pause, --resume or --delete: one of them."])
+    if recipe is not None:
+        _set_schedule(recipe, cron, overrides, parameters, experiment, access)
+    elif cron is not None or overrides or parameters:
+        raise SettingsError(["--cron, --set and --param go with RECIPE. Leave them out."])
+    elif list_:
+        _list_schedules(_connected(access))
+    else:
+        _change_schedule(_connected(access), cast(Any, asked[0]), str(changes[asked[0]]))
+
+
+def _set_schedule(
+    recipe: Path,
+    cron: str | None,
+    overrides: tuple[str, ...],
+    parameters: tuple[str, ...],
+    experiment: str,
+    access: dict[str, Any],
+) -> None:
+    from pipelines.cron import six_fields
+
+    if cron is None:
+        raise SettingsError(
+            ['--cron is missing. Say when, such as --cron "0 0 2 * * *" for every night at two.']
+        )
+    expression = six_fields(cron)
+    submission = _prepared(recipe, overrides, parameters)
+    client = _connected(access)
+
+    from pipelines.schedule import list_schedules, set_schedule
+    from pipelines.submit import slug
+
+    made, outcome = set_schedule(client, submission, expression, experiment=experiment)
+    click.echo(f"{made.name}: {outcome}, {made.cron} (UTC unless the cluster says otherwise)")
+    if made.paused:
+        click.echo(f"hint: it is paused. Start it by: adapt-pruner schedule --resume {made.name}", err=True)
+    start = slug(submission.settings.name)
+    for other in sorted({each.name for each in list_schedules(client)} - {made.name}):
+        if other.rpartition("-")[0] == start:
+            click.echo(
+                f"hint: {other} is the same recipe with another base or target. If it is not wanted any "
+                f"more: adapt-pruner schedule --delete {other}",
+                err=True,
+            )
+    click.echo(client.link("recurringrun", made.id))
+
+
+def _list_schedules(client: "Client") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipelines.schedule import list_schedules
+
+    found = list_schedules(client)
+    if not found:
+        click.echo(f"{client.place()} has no schedule of adapt-pruner.")
+        return
+    table = Table("name", "cron", "state", "base", "target", box=None)
+    for each in found:
+        table.add_row(each.name, each.cron, "paused" if each.paused else "active", each.base, each.target)
+    width = None if os.isatty(1) else 1000  # what reads a pipe wants a line a row
+    Console(highlight=False, markup=False, width=width).print(table)
+
+
+def _change_schedule(client: "Client", what: Literal["pause", "resume", "delete"], name: str) -> None:
+    from pipelines.schedule import change
+
+    change(client, name, what)
+    click.echo(f"{name}: {what}d")
+
+
+def _prepared(recipe: Path, overrides: tuple[str, ...], parameters: tuple[str, ...]) -> "Submission":
+    from core.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides)
+
+    from pipelines.submit import hints, prepare
+
+    submission = prepare(settings, parameters)
+    for hint in hints(submission.settings):
+        click.echo(f"hint: {hint}", err=True)
+    return submission
+
+
+def _connected(options: dict[str, Any]) -> "Client":
+    from pipelines.kfp_access import connect
+
+    return connect(_access(**options))
+
+
+def _access(*, no_verify_tls: bool, **options: Any) -> "Access":
+    from pipelines.kfp_access import Access
+
+    secret = os.environ.get("KF_PIPELINES_APP_OAUTH2_CLIENT_SECRET", "")
+    token = os.environ.get("KFP_EXISTING_TOKEN", "")
+    return Access(**options, token=token, other_client_secret=secret, verify_tls=not no_verify_tls)
+
+
+def _seconds(option: str, text: str) -> float:
+    from core.quantities import parse_interval
+
+    try:
+        interval = parse_interval(text)
+        if interval.steps:
+            raise ValueError
+    except ValueError:
+        raise SettingsError([f"--{option}={text} is no time. Give one such as 30s, 90min or 36h."]) from None
+    return interval.seconds
+
+
+def _wait(
+    client: "Client", submission: "Submission", started: "StartedRun", *, timeout_s: float, poll_s: float
+) -> None:
+    from rich.console import Console
+
+    from pipelines.following import Patience, follow
+    from pipelines.run_view import RunView
+
+    package, ctx = submission.package, click.get_current_context()
+    patience = Patience(timeout_s=timeout_s, poll_s=poll_s)
+    try:
+        with RunView(Console(stderr=True, highlight=False), package.tasks) as view:
+            ended = follow(client, started.id, package.tasks, view.show, patience)
+    except KeyboardInterrupt:
+        click.echo(f"error: interrupted; the run goes on: {started.link}", err=True)
+        ctx.exit(130)
+    if ended.state not in ("SUCCEEDED", "SKIPPED"):
+        raise ClusterError(f"{ended.trouble} {started.link}")
+    click.echo("succeeded", err=True)
+
+
+def _now() -> str:
+    import datetime
+
+    return datetime.datetime.now().strftime("%Y-%m-%d %H-%M-%S")

@@ -1,0 +1,50 @@
+"""A recipe that can be submitted, and the command that submits it, called in this process."""
+
+import os
+
+import yaml
+from click.testing import CliRunner
+
+from pipelines.cli import main
+
+RECIPE = {
+    "name": "Trial run",
+    "model": {"base": "organisation/model"},
+    "prune": {"target": "50%", "phases": 1},
+    "calibration": {"source": {"path": "organisation/texts"}},
+    "storage": {"store": "s3://models/pruning"},
+    "cluster": {"image": "registry.example/adapt-pruner-python@sha256:" + "0" * 64},
+}
+NO_QUOTA_LEFT = (
+    'pods "adapt-pruner-x" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=1, used: '
+    "8, limited: 8"
+)
+
+
+def forget_kfp(monkeypatch):
+    """Take away what the machine's own environment says of a cluster."""
+    for name in [name for name in os.environ if name.startswith(("KF_PIPELINES", "KFP_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+
+
+def write_trial(folder, monkeypatch, **changes):
+    """Write the recipe into ``folder``, which becomes the current one; return its name."""
+    monkeypatch.chdir(folder)
+    (folder / "trial.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    return "trial.yaml"
+
+
+def submit(api, *arguments, recipe="trial.yaml"):
+    host = ["--host", api.endpoint] if api is not None else []
+    return CliRunner().invoke(main, ["submit", recipe, *host, *map(str, arguments)])
+
+
+def error_of(result, status=1):
+    """The one line that a failed command writes after its hints."""
+    assert result.exit_code == status, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("hint: ", "version "))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert lines[0].isprintable()
+    return lines[0].removeprefix("error: ")
