@@ -23,7 +23,7 @@ from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentia
 from urllib3 import exceptions
 
 from core.errors import AdaptPrunerError, ClusterError, SettingsError
-from core.record import without_password
+from core.redaction import without_password
 
 _TIMEOUT_S = (5.0, 60.0)  # to connect, to answer
 _PAGE = 100

@@ -269,7 +269,7 @@ def test_what_is_made_of_a_hub_address_names_the_repository(folder):
         ({"base": "hf://a/b@"}, "model.base=hf://a/b@ is no address on the hub."),
         ({"base": "models:/name"}, "model.base=models:/name names no version. Write models:/name@alias"),
         ({"base": "models:/name/latest"}, "model.base=models:/name/latest names no version."),
-        ({"base": "gs://user:pass@b/m"}, "model.base=gs://b/m is of an unknown kind."),
+        ({"base": "gs://b/m"}, "model.base=gs://b/m is of an unknown kind."),
         ({"base": "hf://a/b@v1", "revision": "v2"}, "both name a revision. Leave one out."),
     ],
 )
