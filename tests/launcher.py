@@ -264,7 +264,7 @@ def _holds(condition, parameters):
 
 
 def _as_api(value):
-    """Return JSON values as the driver writes them: it knows no difference between 2 and 2.0, and writes 2."""
+    """Return JSON values as the driver writes them: it cannot tell 2.0 from 2, and writes 2."""
     if isinstance(value, dict):
         return {key: _as_api(entry) for key, entry in value.items()}
     if isinstance(value, list):
