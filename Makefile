@@ -1,6 +1,7 @@
 # make demo        prune a real model on this machine and show the result
 # make test        the quick tests          make test-slow   the long ones, on the real model
 # make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (half an hour)
+# make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
 # make clean       remove what was made here, except output/
 #
@@ -25,7 +26,7 @@ LOCK ?= docker/requirements.lock
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test test-slow torture lint lock clean
+.PHONY: install demo test test-slow test-image torture lint lock clean
 
 install: $(INSTALLED)
 
@@ -37,6 +38,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow and not torture and not gpu" $(PYTEST_FLAGS)
+
+test-image: $(INSTALLED)
+	@test -n "$(IMAGE)" || { echo "error: no image is named. Build one and give it: make test-image IMAGE=..." >&2; exit 1; }
+	IMAGE=$(IMAGE) $(BIN)/pytest tests/test_container.py $(PYTEST_FLAGS)
 
 torture: $(INSTALLED)
 	mkdir -p output && rm -f output/evidence.jsonl

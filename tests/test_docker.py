@@ -93,7 +93,7 @@ def test_tasks_run_as_a_user_who_is_not_root_and_owns_a_home():
     (environment,) = [arguments for name, arguments in final if name == "ENV"]
     variables = dict(pair.split("=") for pair in environment.split())
     for name in ("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
-        assert variables[name].startswith(f"{variables['HOME']}/")
+        assert variables[name].startswith("/tmp/"), "the root filesystem may be read-only"
     assert any("useradd" in arguments and variables["HOME"] in arguments for _, arguments in final)
 
 
