@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.cluster import ClusterSettings
 from core.errors import refuse
-from core.placement import ClusterSettings, StorageSettings, TrackingSettings
+from core.placement import StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
 
 WIDTH_MULTIPLE = 32

@@ -159,7 +159,8 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return _INVALID
     if origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): str(v) for k, v in value.items()}
+            entries = {str(k): _convert(args[1], v, f"{name}.{k}", problems) for k, v in value.items()}
+            return _INVALID if _INVALID in entries.values() else entries
         problems.append(f"{name}={value!r} must be a mapping.")
         return _INVALID
     return _convert_scalar(hint, value, name, problems)

@@ -25,7 +25,7 @@ from components.resolve_base import resolve_base
 from components.score_layers import score_layers
 from core.config import Settings
 from core.errors import SettingsError
-from pipelines.cluster import RETRIES, configure
+from pipelines.cluster import configure
 
 MAX_PHASES = 28
 """Argo keeps a workflow and its status in one Kubernetes object of at most 1 MiB."""
@@ -72,7 +72,7 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
         What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
     """
     phases = settings.prune.phases
-    place = functools.partial(configure, settings=settings.cluster, retries=0 if local else RETRIES)
+    place = _place_here if local else functools.partial(configure, settings=settings.cluster)
     phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
 
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
@@ -117,6 +117,11 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
                 )
 
     return adapt_pruner
+
+
+def _place_here(task: dsl.PipelineTask, *, gpu: bool) -> dsl.PipelineTask:
+    """Leave a task as it is, but for caching: this machine is all it gets."""
+    return task.set_caching_options(False)
 
 
 def recipe_parameter(settings: Settings) -> dict[str, Any]:

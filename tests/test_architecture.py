@@ -29,6 +29,7 @@ HEIGHTS = {
     "core.recipe": 3,
     "core.record": 3,
     "core.config": 2,
+    "core.cluster": 1,
     "core.memory": 1,
     "core.placement": 1,
     "core.errors": 0,
