@@ -4,7 +4,6 @@ It is compiled into the pipeline. Local runs ignore all of it, and it is no part
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from core.errors import refuse
 from core.quantities import in_range, parse_interval
 
-COMPONENTS = (
+ComponentName = Literal[
     "resolve-base",
     "needs-run",
     "prepare-data",
@@ -24,8 +23,7 @@ COMPONENTS = (
     "evaluate",
     "publish",
     "finalize",
-)
-"""The components of the pipeline."""
+]
 
 _CPU = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?m?")
 _BYTES = re.compile(r"(?=.*[1-9])[0-9]+([EPTGMK]i|[EPTGM])?")
@@ -153,19 +151,19 @@ class ClusterSettings:
     """Taints of nodes that do not keep tasks away."""
     queue: str = ""
     """Kueue's local queue that admits the pods; empty goes without."""
-    components: dict[str, ComponentSettings] = field(default_factory=dict)
+    components: dict[ComponentName, ComponentSettings] = field(default_factory=dict)
     """Component (``recover-train``) to what its pods have otherwise."""
 
     def __post_init__(self) -> None:
         """Check values and combinations."""
         refuse(self._problems())
 
-    def of(self, component: str) -> "ClusterSettings":
+    def of(self, component: ComponentName) -> "ClusterSettings":
         """Return the settings of one component's pods."""
         own = self.components.get(component, ComponentSettings())
         return dataclasses.replace(self, components={}, **own.named())
 
-    def gpus_of(self, component: str, *, gpu_task: bool) -> int:
+    def gpus_of(self, component: ComponentName, *, gpu_task: bool) -> int:
         """Return how many accelerators a component's pods ask for."""
         own = self.components.get(component, ComponentSettings()).gpus
         return own if own is not None else self.gpus if gpu_task else 0
@@ -182,11 +180,6 @@ class ClusterSettings:
         yield from _wrong_labels("gpu_node_selector", self.gpu_node_selector)
         for name in ("retry_wait", "retry_wait_max"):
             yield from _wrong_duration(name, getattr(self, name))
-        for component in self.components:
-            if component not in COMPONENTS:
-                close = difflib.get_close_matches(component, COMPONENTS, n=1)
-                hint = f"Did you mean {close[0]}?" if close else f"Take one of {', '.join(COMPONENTS)}."
-                yield f"components.{component} is not a component. {hint}"
         yield from self._volumes_without_size()
 
     def _volumes_without_size(self) -> Iterator[str]:
@@ -197,8 +190,8 @@ class ClusterSettings:
             concerned = not where or named.keys() & {"scratch", "scratch_storage_class"}
             if storage_class and not size and concerned:
                 yield (
-                    f"{where}scratch_storage_class={storage_class} needs {where}scratch. Give the volume a "
-                    "size, such as 200Gi, or leave its class empty."
+                    f"{where}scratch_storage_class={storage_class} needs scratch. Give the volume a size "
+                    "there, such as 200Gi, or leave its class empty."
                 )
 
 
@@ -254,7 +247,7 @@ def _wrong_duration(name: str, value: str) -> Iterator[str]:
 def _wrong_labels(name: str, labels: Mapping[str, str]) -> Iterator[str]:
     for key, value in labels.items():
         if not _is_label_key(key) or (value and not _LABEL.fullmatch(value)):
-            yield f"{name}.{key}={value} is no label of a node. Write a key and a value as kubectl shows them."
+            yield f"{name}.{key}={value} is no label of a node. Write it as kubectl shows it."
 
 
 def _is_label_key(key: str) -> bool:

@@ -10,9 +10,9 @@ from kfp import compiler
 from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from core.cluster import ClusterSettings, ComponentSettings, Toleration
 from core.config import (
     CalibrationSettings,
-    ClusterSettings,
     EvaluationSettings,
     ModelSettings,
     PruneSettings,
@@ -21,7 +21,9 @@ from core.config import (
 )
 from core.errors import SettingsError
 from core.recipe import settings_from_dict
-from pipelines.adapt_accel import MAX_PHASES, build_pipeline, compile_pipeline, recipe_parameter
+from pipelines.adapt_accel import build_pipeline, compile_pipeline, largest_phases, recipe_parameter
+from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
+from pipelines.ir import LARGEST_WORKFLOW_BYTES, read_ir, share_components, workflow_bytes
 from tests.ir import dags, executors, parse, problems, the_dag
 
 STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
@@ -33,6 +35,18 @@ CLUSTER = ClusterSettings(
     memory="48Gi",
     secret="keys",
     config_map="places",
+    image_pull_secrets=("registry-credentials",),
+    gpu_node_selector={"cloud.example.com/accelerator": "h100-80gb"},
+    gpu_tolerations=(Toleration(key="amd.com/gpu", operator="Exists", effect="NoSchedule"),),
+    node_selector={"topology.kubernetes.io/zone": "zone-a"},
+    tolerations=(Toleration(key="dedicated", value="pruning", effect="NoExecute"),),
+    shared_memory="16Gi",
+    scratch="500Gi",
+    scratch_storage_class="fast-local",
+    timeout="48h",
+    retry_wait="1min",
+    queue="research",
+    components={"recover-train": ComponentSettings(cpu="16", timeout="96h", retries=5)},
 )
 
 
@@ -192,7 +206,8 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     recipe = value["recipe"]
     recipe["model"] |= {"base": value["base_model"], "revision": value["revision"]}
     recipe["prune"] |= {"target": value["target"], "method": value["method"], "phases": phases}
-    assert settings_from_dict(recipe) == settings(phases)
+    assert "cluster" not in recipe, "it is compiled in: what the run form said of it would be ignored"
+    assert settings_from_dict(recipe) == settings(phases, cluster=ClusterSettings())
 
 
 def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value():
@@ -208,8 +223,8 @@ def test_nothing_is_cached_and_everything_is_tried_again(ir):
         for name, task in component.dag.tasks.items():
             assert not task.caching_options.enable_cache, name
             if ir[0].components[task.component_ref.name].executor_label:
-                assert task.retry_policy.max_retry_count == 2, name
-                assert task.retry_policy.backoff_duration.seconds == 30, name
+                assert task.retry_policy.max_retry_count == (5 if name == "recover-train" else 2), name
+                assert task.retry_policy.backoff_duration.seconds == 60, name
 
 
 def gpus(spec):
@@ -248,9 +263,10 @@ def test_no_gpus_no_secret_and_no_config_map_leave_no_trace(tmp_path):
     compile_pipeline(
         settings(1, cluster=ClusterSettings(gpus=0, secret="", config_map="")), tmp_path / "p.yaml"
     )
-    (document,) = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
-    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
+    spec, platform = parse(tmp_path / "p.yaml")
     assert gpus(spec) == {}
+    for config in platform.platforms["kubernetes"].deployment_spec.executors.values():
+        assert not {"secretAsEnv", "configMapAsEnv"} & json_format.MessageToDict(config).keys()
 
 
 def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
@@ -260,50 +276,115 @@ def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
     for label, executor in executors(spec).items():
         resources = executor.container.resources
         assert resources.resource_memory_limit == resources.resource_memory_request == "48Gi"
-        assert resources.resource_cpu_request == "6"
+        assert resources.resource_cpu_request == ("16" if label == "exec-recover-train" else "6")
         config = json_format.ParseDict(
             json_format.MessageToDict(configs[label]), kubernetes_pb2.KubernetesExecutorConfig()
         )
         (secret,), (config_map,) = config.secret_as_env, config.config_map_as_env
         assert (secret.secret_name, config_map.config_map_name) == ("keys", "places")
-        assert {pair.env_var for pair in secret.key_to_env} == {
-            "AWS_ACCESS_KEY_ID",
-            "AWS_SECRET_ACCESS_KEY",
-            "HF_TOKEN",
+        assert {pair.env_var: pair.secret_key for pair in secret.key_to_env} == {k: k for k in SECRET_KEYS}
+        assert {pair.env_var: pair.config_map_key for pair in config_map.key_to_env} == {
+            k: k for k in CONFIG_KEYS
         }
-        assert {pair.env_var for pair in config_map.key_to_env} == {
-            "AWS_ENDPOINT_URL",
-            "AWS_REGION",
-            "MLFLOW_TRACKING_URI",
-        }
+
+
+# --- one definition for equal components, and what that does to the size
+
+
+def everything(spec, platform):
+    """Path of every task, those of nested pipelines included, to all that it runs, gets and waits for."""
+    configs = platform.platforms["kubernetes"].deployment_spec.executors
+
+    def walk(component, path):
+        for name, task in component.dag.tasks.items():
+            inner = spec.components[task.component_ref.name]
+            task, own = copy.deepcopy(task), copy.deepcopy(inner)
+            task.component_ref.name, own.executor_label = "", ""
+            own.ClearField("dag")
+            label = inner.executor_label
+            runs = (executors(spec)[label], json_format.MessageToDict(configs[label])) if label else None
+            yield f"{path}.{name}", (task, own, runs)
+            yield from walk(inner, f"{path}.{name}")
+
+    return dict(walk(spec.root, "root"))
+
+
+def as_the_sdk_compiles(folder, settings):
+    path = folder / "sdk.yaml"
+    compiler.Compiler().compile(build_pipeline(settings), str(path))
+    return path
+
+
+def test_every_task_is_what_it_was_before_components_were_shared(tmp_path):
+    before = everything(*parse(as_the_sdk_compiles(tmp_path, settings(3))))
+    compile_pipeline(settings(3), tmp_path / "shared.yaml")
+    assert everything(*parse(tmp_path / "shared.yaml")) == before
+    assert len(before) == 8 + 3 * 6
+
+
+def test_phases_share_their_components(ir):
+    spec, platform = ir
+    steps = {"resolve-base", "needs-run", "prepare-data", "evaluate", "publish", "finalize", *STEPS}
+    assert set(executors(spec)) == {f"exec-{step}" for step in steps}
+    assert set(platform.platforms["kubernetes"].deployment_spec.executors) == set(executors(spec))
+    nested = {"comp-phase", "comp-condition-2", "comp-exit-handler-1"}
+    assert set(spec.components) == {f"comp-{step}" for step in steps} | nested
+
+
+def test_components_that_differ_stay_apart(tmp_path):
+    pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(3)))
+    pipeline["deploymentSpec"]["executors"]["exec-calibrate-2"]["container"]["image"] = "another"
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    configs["exec-prune-step-3"]["imagePullPolicy"] = "Never"
+    share_components(pipeline, platform)
+    names = pipeline["components"].keys()
+    assert {name for name in names if name.startswith(("comp-calibrate", "comp-prune", "comp-phase"))} == {
+        *("comp-calibrate", "comp-calibrate-2"),
+        *("comp-prune-step", "comp-prune-step-3"),
+        *("comp-phase", "comp-phase-2", "comp-phase-3"),
+    }
 
 
 @pytest.mark.parametrize("phases", [20], indirect=True, scope="module")
 def test_twenty_phases_stay_small(compiled):
-    size = compiled.stat().st_size
-    print(f"N_P = 20: {size:,} bytes")
-    assert size < 700_000
+    size, workflow = compiled.stat().st_size, workflow_bytes(*read_ir(compiled))
+    print(f"N_P = 20, all cluster settings in use: {size:,} bytes, on a cluster {workflow:,}")
+    assert size < 150_000
+    assert workflow < 700_000
 
 
-def test_more_phases_than_argo_can_store_are_refused_with_a_way_out(tmp_path):
-    compile_pipeline(settings(MAX_PHASES), tmp_path / "p.yaml")
+def test_the_size_on_a_cluster_grows_with_all_that_argo_keeps(tmp_path):
+    def size(cluster, shared=True, phases=3):
+        pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(phases, cluster=cluster)))
+        if shared:
+            share_components(pipeline, platform)
+        return workflow_bytes(pipeline, platform)
+
+    least = size(ClusterSettings(shared_memory="", secret="", config_map=""))
+    assert least < size(ClusterSettings()) < size(CLUSTER) < size(CLUSTER, shared=False)
+    assert size(CLUSTER, phases=2) < size(CLUSTER)
+
+
+@pytest.mark.parametrize("cluster", [ClusterSettings(), CLUSTER])
+def test_more_phases_than_argo_can_store_are_refused_with_the_largest_number(tmp_path, cluster):
+    most = largest_phases(settings(1, cluster=cluster))
+    assert 30 < most < 100
+    compile_pipeline(settings(most, cluster=cluster), tmp_path / "p.yaml")
+    stored = workflow_bytes(*read_ir(tmp_path / "p.yaml"))
+    assert 0.95 * LARGEST_WORKFLOW_BYTES < stored <= LARGEST_WORKFLOW_BYTES
     with pytest.raises(
-        SettingsError, match=r"prune.phases=29 exceeds 28: .*1 MiB.*steps_per_phase.*adapt-pruner run"
+        SettingsError,
+        match=rf"^prune.phases={most + 1} exceeds {most}: .*1 MiB.*steps_per_phase.*adapt-pruner run.*$",
     ):
-        compile_pipeline(settings(MAX_PHASES + 1), tmp_path / "q.yaml")
+        compile_pipeline(settings(most + 1, cluster=cluster), tmp_path / "q.yaml")
     assert not (tmp_path / "q.yaml").exists()
 
 
 def test_on_one_machine_each_phase_waits_for_the_evaluation_before_it_and_nothing_is_retried(tmp_path):
     compiler.Compiler().compile(build_pipeline(settings(2), local=True), str(tmp_path / "p.yaml"))
-    spec = parse(tmp_path / "p.yaml")[0]
+    (document,) = yaml.safe_load_all((tmp_path / "p.yaml").read_text())  # no settings of a cluster
+    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
     body = the_dag(spec, "publish").dag
     assert "evaluate" in body.tasks["phase"].dependent_tasks
     assert {"phase", "evaluate-2"} <= set(body.tasks["phase-2"].dependent_tasks)
     assert not any(task.HasField("retry_policy") for _, dag in dags(spec) for task in dag.dag.tasks.values())
-
-
-@pytest.mark.parametrize(("key", "value"), [("cpu", "four"), ("memory", "32 GB")])
-def test_a_resource_that_kubernetes_would_refuse_is_named(tmp_path, key, value):
-    with pytest.raises(SettingsError, match=rf"cluster.{key}={value} is not a Kubernetes quantity"):
-        compile_pipeline(settings(1, cluster=ClusterSettings(**{key: value})), tmp_path / "p.yaml")

@@ -299,6 +299,7 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
 def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
     sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
+    sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
     return {name: _flat(values, "") for name, values in sections.items()}
 
 
