@@ -269,6 +269,19 @@ def test_no_gpus_no_secret_and_no_config_map_leave_no_trace(tmp_path):
         assert not {"secretAsEnv", "configMapAsEnv"} & json_format.MessageToDict(config).keys()
 
 
+def test_the_ui_gets_figures_a_table_and_a_picture_of_each_phase_and_the_report_at_the_end(ir):
+    def outputs(component):
+        artifacts = ir[0].components[component].output_definitions.artifacts
+        return {name: output.artifact_type.schema_title for name, output in artifacts.items()}
+
+    assert outputs("comp-evaluate") == {
+        "metrics": "system.Metrics",
+        "summary": "system.Markdown",
+        "picture": "system.HTML",
+    }
+    assert outputs("comp-publish") == {"report": "system.HTML", "model": "system.Model"}
+
+
 def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
     spec, platform = ir
     configs = platform.platforms["kubernetes"].deployment_spec.executors
