@@ -207,7 +207,8 @@ def _dangling_in_pod(one, known):
     for box in containers(one):
         ports = {port["name"] for port in box.get("ports", ())}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            action = box[probe].get("httpGet") or box[probe].get("tcpSocket")
+            asked = box.get(probe, {})
+            action = asked.get("httpGet") or asked.get("tcpSocket")
             if action and action["port"] not in ports:
                 yield f"{where}: {probe} asks port {action['port']}"
         seen = set()
@@ -221,6 +222,9 @@ def _dangling_in_pod(one, known):
                     target = known.get((kind, reference["name"]), {})
                     if reference["key"] not in target.get("data", target.get("stringData", {})):
                         yield f"{where}: no {kind} {reference['name']} with {reference['key']}"
+        for name in re.findall(r"\$\((\w+)\)", " ".join(box.get("command", ()))):
+            if name not in seen:
+                yield f"{where}: the command's $({name}) is not set"
         for source in box.get("envFrom", ()):
             if ("ConfigMap", source["configMapRef"]["name"]) not in known:
                 yield f"{where}: no ConfigMap {source['configMapRef']['name']}"

@@ -100,6 +100,7 @@ def test_pods_say_what_they_need_and_whether_they_work(objects):
             resources = container["resources"]
             assert {"cpu", "memory"} <= resources["requests"].keys()
             assert "memory" in resources["limits"]
+        for container in pod(found)["spec"]["containers"]:
             assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
 
 
@@ -195,6 +196,7 @@ LOOSE_ENDS = [
     ("Deployment/mlflow", "spec.template.spec.containers.0.livenessProbe.httpGet.port", "web"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.volumeMounts.0.name", "temp"),
     ("Deployment/mlflow", "spec.template.spec.volumes.0.name", "temp"),
+    ("Deployment/mlflow", "spec.template.spec.initContainers.0.env.1.name", "BACKEND_STORE"),
     ("StatefulSet/mlflow-database", "spec.serviceName", "database"),
     ("StatefulSet/mlflow-database", "spec.volumeClaimTemplates.0.metadata.name", "database"),
     ("Service/mlflow", "spec.selector", {"app": "mlflow"}),

@@ -19,11 +19,9 @@ from core.config import (
     Settings,
     TextSource,
 )
-from core.errors import SettingsError
 from core.recipe import settings_from_dict
-from pipelines.adapt_accel import build_pipeline, compile_pipeline, largest_phases, recipe_parameter
+from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
 from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
-from pipelines.ir import LARGEST_WORKFLOW_BYTES, read_ir, share_components, workflow_bytes
 from tests.ir import dags, executors, parse, problems, the_dag
 
 STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
@@ -299,98 +297,6 @@ def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
         assert {pair.env_var: pair.config_map_key for pair in config_map.key_to_env} == {
             k: k for k in CONFIG_KEYS
         }
-
-
-# --- one definition for equal components, and what that does to the size
-
-
-def everything(spec, platform):
-    """Path of every task, those of nested pipelines included, to all that it runs, gets and waits for."""
-    configs = platform.platforms["kubernetes"].deployment_spec.executors
-
-    def walk(component, path):
-        for name, task in component.dag.tasks.items():
-            inner = spec.components[task.component_ref.name]
-            task, own = copy.deepcopy(task), copy.deepcopy(inner)
-            task.component_ref.name, own.executor_label = "", ""
-            own.ClearField("dag")
-            label = inner.executor_label
-            runs = (executors(spec)[label], json_format.MessageToDict(configs[label])) if label else None
-            yield f"{path}.{name}", (task, own, runs)
-            yield from walk(inner, f"{path}.{name}")
-
-    return dict(walk(spec.root, "root"))
-
-
-def as_the_sdk_compiles(folder, settings):
-    path = folder / "sdk.yaml"
-    compiler.Compiler().compile(build_pipeline(settings), str(path))
-    return path
-
-
-def test_every_task_is_what_it_was_before_components_were_shared(tmp_path):
-    before = everything(*parse(as_the_sdk_compiles(tmp_path, settings(3))))
-    compile_pipeline(settings(3), tmp_path / "shared.yaml")
-    assert everything(*parse(tmp_path / "shared.yaml")) == before
-    assert len(before) == 8 + 3 * 6
-
-
-def test_phases_share_their_components(ir):
-    spec, platform = ir
-    steps = {"resolve-base", "needs-run", "prepare-data", "evaluate", "publish", "finalize", *STEPS}
-    assert set(executors(spec)) == {f"exec-{step}" for step in steps}
-    assert set(platform.platforms["kubernetes"].deployment_spec.executors) == set(executors(spec))
-    nested = {"comp-phase", "comp-condition-2", "comp-exit-handler-1"}
-    assert set(spec.components) == {f"comp-{step}" for step in steps} | nested
-
-
-def test_components_that_differ_stay_apart(tmp_path):
-    pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(3)))
-    pipeline["deploymentSpec"]["executors"]["exec-calibrate-2"]["container"]["image"] = "another"
-    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    configs["exec-prune-step-3"]["imagePullPolicy"] = "Never"
-    share_components(pipeline, platform)
-    names = pipeline["components"].keys()
-    assert {name for name in names if name.startswith(("comp-calibrate", "comp-prune", "comp-phase"))} == {
-        *("comp-calibrate", "comp-calibrate-2"),
-        *("comp-prune-step", "comp-prune-step-3"),
-        *("comp-phase", "comp-phase-2", "comp-phase-3"),
-    }
-
-
-@pytest.mark.parametrize("phases", [20], indirect=True, scope="module")
-def test_twenty_phases_stay_small(compiled):
-    size, workflow = compiled.stat().st_size, workflow_bytes(*read_ir(compiled))
-    print(f"N_P = 20, all cluster settings in use: {size:,} bytes, on a cluster {workflow:,}")
-    assert size < 150_000
-    assert workflow < 700_000
-
-
-def test_the_size_on_a_cluster_grows_with_all_that_argo_keeps(tmp_path):
-    def size(cluster, shared=True, phases=3):
-        pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(phases, cluster=cluster)))
-        if shared:
-            share_components(pipeline, platform)
-        return workflow_bytes(pipeline, platform)
-
-    least = size(ClusterSettings(shared_memory="", secret="", config_map=""))
-    assert least < size(ClusterSettings()) < size(CLUSTER) < size(CLUSTER, shared=False)
-    assert size(CLUSTER, phases=2) < size(CLUSTER)
-
-
-@pytest.mark.parametrize("cluster", [ClusterSettings(), CLUSTER])
-def test_more_phases_than_argo_can_store_are_refused_with_the_largest_number(tmp_path, cluster):
-    most = largest_phases(settings(1, cluster=cluster))
-    assert 30 < most < 100
-    compile_pipeline(settings(most, cluster=cluster), tmp_path / "p.yaml")
-    stored = workflow_bytes(*read_ir(tmp_path / "p.yaml"))
-    assert 0.95 * LARGEST_WORKFLOW_BYTES < stored <= LARGEST_WORKFLOW_BYTES
-    with pytest.raises(
-        SettingsError,
-        match=rf"^prune.phases={most + 1} exceeds {most}: .*1 MiB.*steps_per_phase.*adapt-pruner run.*$",
-    ):
-        compile_pipeline(settings(most + 1, cluster=cluster), tmp_path / "q.yaml")
-    assert not (tmp_path / "q.yaml").exists()
 
 
 def test_on_one_machine_each_phase_waits_for_the_evaluation_before_it_and_nothing_is_retried(tmp_path):
