@@ -5,6 +5,9 @@ import re
 import yaml
 from kubernetes.client import models
 
+from tests.project import ROOT
+
+MANIFESTS = ROOT / "docker" / "kubernetes"
 VERSIONS = {
     "ConfigMap": "v1",
     "Deployment": "apps/v1",

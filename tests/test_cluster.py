@@ -13,7 +13,7 @@ from core.errors import SettingsError
 from core.recipe import settings_from_dict
 from pipelines.adapt_accel import compile_pipeline, recipe_parameter
 from tests.ir import dags, executors, parse
-from tests.test_components import ROOT
+from tests.project import ROOT
 
 LEAST = {"model": {"base": "m"}, "calibration": {"source": {"path": "c.txt"}}, "prune": {"phases": 1}}
 ENVIRONMENT = [{"name": "TMPDIR", "value": "/scratch"}, {"name": "HF_HOME", "value": "/scratch/huggingface"}]

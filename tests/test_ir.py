@@ -10,8 +10,7 @@ from core.cluster import ClusterSettings
 from core.errors import SettingsError
 from pipelines.adapt_accel import build_pipeline, compile_pipeline, largest_phases
 from pipelines.ir import LARGEST_WORKFLOW_BYTES, read_ir, share_components, workflow_bytes
-from tests.ir import executors, parse
-from tests.test_pipeline_ir import CLUSTER, STEPS, settings
+from tests.ir import CLUSTER, STEPS, executors, parse, settings
 
 
 def everything(spec, platform):

@@ -14,10 +14,9 @@ import yaml
 
 from core.cluster import ClusterSettings
 from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
-from tests.manifests import containers, dangling, environment, identity, misfits, pod, render
+from tests.manifests import MANIFESTS, containers, dangling, environment, identity, misfits, pod, render
+from tests.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-MANIFESTS = ROOT / "docker" / "kubernetes"
 FOLDERS = ("base", "trial")
 
 
