@@ -143,8 +143,9 @@ class ClusterSettings:
     """Attempts after the first: a task that is tried again goes on from what it has saved."""
     retry_wait: str = "30s"
     """Pause before the second attempt; it doubles with each further one."""
-    retry_wait_max: str = "10min"
-    """The longest pause."""
+    retry_within: str = "720h"
+    """How long after the start of the first attempt of a task others may start and work: Argo ends whatever
+    still runs then."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a task's node must have."""
     tolerations: tuple[Toleration, ...] = ()
@@ -178,8 +179,10 @@ class ClusterSettings:
             yield from _wrong_name(f"image_pull_secrets[{i}]", secret)
         yield from _pod_problems(self)
         yield from _wrong_labels("gpu_node_selector", self.gpu_node_selector)
-        for name in ("retry_wait", "retry_wait_max"):
+        for name in ("retry_wait", "retry_within"):
             yield from _wrong_duration(name, getattr(self, name))
+            if name == "retry_within" and getattr(self, name) == "0":
+                yield "retry_within=0 leaves no time for a second attempt. Set retries to 0 instead."
         yield from self._volumes_without_size()
 
     def _volumes_without_size(self) -> Iterator[str]:

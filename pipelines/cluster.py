@@ -112,7 +112,8 @@ def _set_attempts(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
             settings.retries,
             backoff_duration=f"{seconds_of(settings.retry_wait)}s",
             backoff_factor=_BACKOFF_FACTOR,
-            backoff_max_duration=f"{seconds_of(settings.retry_wait_max)}s",
+            # Not the longest pause: Argo counts it from the start of the first attempt.
+            backoff_max_duration=f"{seconds_of(settings.retry_within)}s",
         )
 
 

@@ -93,7 +93,7 @@ CASES = [
     ("retries", {"retries": 5}, "calibrate", "retryPolicy.maxRetryCount", 5),
     ("retries", {"retries": 0}, "calibrate", "retryPolicy", None),
     ("retry_wait", {"retry_wait": "2min"}, "calibrate", "retryPolicy.backoffDuration", "120s"),
-    ("retry_wait_max", {"retry_wait_max": "1h"}, "calibrate", "retryPolicy.backoffMaxDuration", "3600s"),
+    ("retry_within", {"retry_within": "1h"}, "calibrate", "retryPolicy.backoffMaxDuration", "3600s"),
     ("node_selector", {"node_selector": SELECTOR}, "needs-run", "nodeSelector.labels", SELECTOR),
     ("tolerations", {"tolerations": TAINTS}, "needs-run", "tolerations", TOLERATIONS),
     (
@@ -219,7 +219,8 @@ WRONG = [
     ({"timeout": "1e9h"}, "cluster.timeout=1e9h is not a duration."),
     ({"retries": 21}, "cluster.retries=21 must lie between 0 and 20."),
     ({"retry_wait": "soon"}, "cluster.retry_wait=soon is not a duration."),
-    ({"retry_wait_max": "10"}, "cluster.retry_wait_max=10 is not a duration."),
+    ({"retry_within": "10"}, "cluster.retry_within=10 is not a duration."),
+    ({"retry_within": "0"}, "cluster.retry_within=0 leaves no time for a second attempt."),
     ({"node_selector": {"a b": "c"}}, "cluster.node_selector.a b=c is no label of a node."),
     ({"node_selector": {"gpu": True}}, "cluster.node_selector.gpu=True must be of type str."),
     ({"node_selector": "gpu"}, "cluster.node_selector='gpu' must be a mapping."),

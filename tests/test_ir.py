@@ -78,6 +78,16 @@ def test_twenty_phases_stay_small(tmp_path):
     assert workflow < 700_000
 
 
+def test_the_largest_number_of_phases_is_where_the_line_through_two_sizes_meets_the_limit(tmp_path):
+    def size(phases):
+        compile_pipeline(settings(phases), tmp_path / "pipeline.yaml")
+        return workflow_bytes(*read_ir(tmp_path / "pipeline.yaml"))
+
+    most, one, nine = largest_phases(settings(1)), size(1), size(9)
+    assert one + (most - 1) * (nine - one) / 8 <= LARGEST_WORKFLOW_BYTES
+    assert one + most * (nine - one) / 8 > LARGEST_WORKFLOW_BYTES
+
+
 def test_the_size_on_a_cluster_grows_with_all_that_argo_keeps(tmp_path):
     def size(cluster, shared=True, phases=3):
         pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(phases, cluster=cluster)))

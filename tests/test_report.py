@@ -384,7 +384,9 @@ def test_a_phases_page_shows_it_beside_the_dense_model_and_the_phase_before():
     assert "60.0k training tokens" in page.text
     assert "1 min 45 s" in page.text, "its own time alone"
     assert len(page.tags("svg")) == 2
-    assert "phase 2 calibrate" not in page.text
+    assert page.text.count("phase 2") == 1, "in the picture of the widths, not in that of the training"
+    assert "44 s" in page.text
+    assert "3 min 04 s" not in page.text, "what all evaluations together took"
     first = Page(phase_page(0, 1))
     assert "removed in phase 1" in first.text
     assert "up to" not in first.text
