@@ -13,6 +13,7 @@ def evaluate(
     data_uri: str,
     metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
+    picture: dsl.Output[dsl.HTML],
 ):
     """Measure perplexity and the benchmarks."""
     from components.runtime import task
@@ -27,4 +28,5 @@ def evaluate(
             data_uri=data_uri,
             metrics=metrics,
             summary=summary,
+            picture=picture,
         )

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.addresses import base_problems
+from core.cluster import ClusterSettings
 from core.errors import refuse
-from core.placement import ClusterSettings, StorageSettings, TrackingSettings
+from core.placement import StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
 from core.redaction import passwords_in
 

@@ -1,10 +1,9 @@
-"""Where a run takes place: settings of its store, its tracking server and its cluster."""
+"""Where a run's results go: settings of its store and its tracking server."""
 
 import re
 from dataclasses import dataclass
 
 from core.errors import refuse
-from core.quantities import in_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +38,3 @@ class TrackingSettings:
     """MLflow experiment."""
     model_name: str = ""
     """Name in MLflow's model registry for the result; empty registers nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
-    """How tasks run in pods; ignored by local runs."""
-
-    image: str = "docker.io/library/adapt-pruner-python:0.1.0"
-    """The container image of all tasks, digest-pinned in production."""
-    gpu_type: str = "nvidia.com/gpu"
-    """Resource name of an accelerator."""
-    gpus: int = 1
-    """Accelerators of each GPU task (calibrate, recover-train, evaluate)."""
-    cpu: str = "4"
-    """CPU request of each task."""
-    memory: str = "32Gi"
-    """Memory request and limit of each task."""
-    secret: str = "adapt-pruner"
-    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, HF_TOKEN."""
-    config_map: str = "adapt-pruner"
-    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_REGION and MLFLOW_TRACKING_URI."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        refuse(in_range("gpus", self.gpus, 0, 64))

@@ -116,9 +116,7 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     before = len(problems)
     for key, value in data.items():
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"Did you mean {prefix}{close[0]}?" if close else f"Known: {', '.join(fields)}."
-            problems.append(f"{prefix}{key} is not a setting. {hint}")
+            problems.append(_unknown(prefix, key, fields))
             continue
         values[key] = _convert(hints[key], value, f"{prefix}{key}", problems)
     built = _INVALID
@@ -129,6 +127,12 @@ def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
         wrong = [key for key, value in values.items() if value is _INVALID]
         problems.extend(f"{prefix}{p}" for p in error.problems if not _mentions(p, wrong))
     return built if len(problems) == before else _INVALID
+
+
+def _unknown(prefix: str, key: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"Did you mean {prefix}{close[0]}?" if close else f"Known: {', '.join(known)}."
+    return f"{prefix}{key} is not a setting. {hint}"
 
 
 def _mentions(problem: str, keys: Iterable[str]) -> bool:
@@ -159,7 +163,11 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return _INVALID
     if origin is dict:
         if isinstance(value, Mapping):
-            return {str(k): str(v) for k, v in value.items()}
+            known = typing.get_args(args[0])  # a dict of named entries has a Literal for its keys
+            unknown = [_unknown(f"{name}.", key, known) for key in value if known and key not in known]
+            problems.extend(unknown)
+            entries = {str(k): _convert(args[1], v, f"{name}.{k}", problems) for k, v in value.items()}
+            return _INVALID if unknown or _INVALID in entries.values() else entries
         problems.append(f"{name}={value!r} must be a mapping.")
         return _INVALID
     return _convert_scalar(hint, value, name, problems)

@@ -6,7 +6,7 @@ for the whole nested pipeline, and the next phase need not wait for an evaluatio
 """
 
 import functools
-import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,18 @@ from components.resolve_base import resolve_base
 from components.score_layers import score_layers
 from core.config import Settings
 from core.errors import SettingsError
-from pipelines.cluster import RETRIES, configure
+from pipelines.cluster import configure
+from pipelines.ir import (
+    LARGEST_WORKFLOW_BYTES,
+    Document,
+    heading_of,
+    read_ir,
+    share_components,
+    workflow_bytes,
+    write_ir,
+)
 
-MAX_PHASES = 28
-"""Argo keeps a workflow and its status in one Kubernetes object of at most 1 MiB."""
+_MEASURED_PHASES = (1, 9)
 
 _OWN_PARAMETERS = (
     ("model", "base"),
@@ -50,32 +58,54 @@ def compile_pipeline(settings: Settings, output: Path) -> None:
         SettingsError: If ``prune.phases`` is more than a cluster can hold.
     """
     phases = settings.prune.phases
-    if phases > MAX_PHASES:
+    if phases > _MEASURED_PHASES[-1] and phases > (most := largest_phases(settings)):
         raise SettingsError(
             [
-                f"prune.phases={phases} exceeds {MAX_PHASES}: the workflow would outgrow the 1 MiB that Argo "
-                "can store. Lower prune.phases and raise prune.steps_per_phase, or use `adapt-pruner run`, "
-                "which has no such limit."
+                f"prune.phases={phases} exceeds {most}: with more phases the workflow and its status outgrow "
+                "the 1 MiB that Argo can store. Lower prune.phases and raise prune.steps_per_phase, or use "
+                "`adapt-pruner run`, which has no such limit."
             ]
         )
-    compiler.Compiler().compile(build_pipeline(settings), str(output))
-    # The comment at the top shows mappings in an order that differs from process to process.
-    output.write_text(re.sub(r"(?m)^(#\s+\w+: dict) \[Default: .*\]$", r"\1", output.read_text()))
+    pipeline, platform, heading = _compiled(settings, phases)
+    write_ir(pipeline, platform, heading, output)
 
 
-def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
-    """Build the pipeline of ``settings.prune.phases`` phases; the settings become its parameters' defaults.
+def largest_phases(settings: Settings) -> int:
+    """Return the most phases whose workflow Argo can store, estimated from two pipelines of few phases.
+
+    A phase adds the same tasks each time, and gzip finds a little more that repeats: the line through the two
+    is above the sizes beyond them.
+    """
+    few, more = _MEASURED_PHASES
+    least, larger = (workflow_bytes(*_compiled(settings, phases)[:2]) for phases in _MEASURED_PHASES)
+    return few + (LARGEST_WORKFLOW_BYTES - least) * (more - few) // (larger - least)
+
+
+def _compiled(settings: Settings, phases: int) -> tuple[Document, Document, str]:
+    """Return the PipelineSpec and the PlatformSpec of so many phases, and the comments above them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        compiler.Compiler().compile(build_pipeline(settings, phases=phases), str(path))
+        pipeline, platform = read_ir(path)
+        heading = heading_of(path)
+    share_components(pipeline, platform)
+    return pipeline, platform, heading
+
+
+def build_pipeline(settings: Settings, *, local: bool = False, phases: int | None = None) -> BaseComponent:
+    """Build the pipeline; the settings become its parameters' defaults.
 
     Args:
         settings: The run's settings.
         local: Build for one machine, which does one task at a time anyway: no retries, and each phase waits
             for the evaluation before it, so that what is wrong shows early.
+        phases: Build so many phases instead of ``settings.prune.phases``.
 
     Returns:
         What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
     """
-    phases = settings.prune.phases
-    place = functools.partial(configure, settings=settings.cluster, retries=0 if local else RETRIES)
+    phases = phases or settings.prune.phases
+    place = _place_here if local else functools.partial(configure, settings=settings.cluster)
     phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
 
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
@@ -89,11 +119,12 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
         """Prune a language model to the size asked for, a little at a time, with training in between.
 
         Args:
-            base_model: The model to prune: a Hugging Face id, s3://bucket/prefix, or a folder in all pods.
-            revision: Branch, tag or commit of a Hugging Face model; empty for its default branch.
+            base_model: The model to prune: a Hugging Face id, or s3://bucket/prefix.
+            revision: Branch, tag or commit of a Hugging Face model; empty takes its default branch.
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
-            method: The pruning method.
-            recipe: All other settings, in the sections of a recipe file.
+            method: The pruning method; there is one, adapt-pruner.
+            recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
+                compiled pipeline: prune.phases and the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -122,11 +153,21 @@ def build_pipeline(settings: Settings, *, local: bool = False) -> BaseComponent:
     return adapt_pruner
 
 
+def _place_here(task: dsl.PipelineTask, *, gpu: bool) -> dsl.PipelineTask:
+    """Leave a task as it is, but for caching: this machine is all it gets."""
+    return task.set_caching_options(False)
+
+
 def recipe_parameter(settings: Settings) -> dict[str, Any]:
-    """Return the settings that the ``recipe`` parameter carries: all without a parameter of their own."""
+    """Return the settings that the ``recipe`` parameter carries.
+
+    They are those that have no parameter of their own and that can still be changed once the pipeline is
+    compiled.
+    """
     recipe = settings.to_dict()
     for section, key in _OWN_PARAMETERS:
         del recipe[section][key]
+    del recipe["cluster"]
     # KFP knows no null: a setting that is None is one that the recipe leaves out.
     return {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value

@@ -1,61 +1,126 @@
-"""What a task needs on a Kubernetes cluster: image, resources, credentials, retries.
-
-Local runs ignore all of it but the retries.
-"""
-
-from collections.abc import Callable
+"""What a task needs on a Kubernetes cluster: image, resources, volumes, credentials, retries."""
 
 from kfp import dsl, kubernetes
 
-from core.errors import SettingsError
-from core.placement import ClusterSettings
+from core.cluster import ClusterSettings, Toleration, seconds_of
 
-RETRIES = 2
-"""Attempts after the first: a task that is tried again goes on from what it has saved."""
+SECRET_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+"""Keys of the secret that become environment variables of the same name, where the secret has them."""
 
-_SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")
-_CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")
-_EXAMPLES = {"cpu": "4 or 500m", "memory": "32Gi or 512Mi"}
+CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")
+"""The same of the config map."""
+
+SCRATCH = "/scratch"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+_GROUP = 0  # of the image's home folder
+_BACKOFF_FACTOR = 2.0
 
 
-def configure(
-    task: dsl.PipelineTask, settings: ClusterSettings, *, gpu: bool, retries: int
-) -> dsl.PipelineTask:
-    """Give a task its image, resources, environment and retries, and switch its caching off.
+def configure(task: dsl.PipelineTask, settings: ClusterSettings, *, gpu: bool) -> dsl.PipelineTask:
+    """Give a task all that its pods need, and switch its caching off.
 
     Args:
         task: A task of one of our components.
         settings: The recipe's ``cluster`` section.
         gpu: Whether the task computes on accelerators.
-        retries: Attempts after the first.
 
     Returns:
         The same task.
-
-    Raises:
-        SettingsError: If a resource is not written as Kubernetes writes it.
     """
-    _set_resource("cpu", settings.cpu, task.set_cpu_request)
-    _set_resource("memory", settings.memory, task.set_memory_request)
-    _set_resource("memory", settings.memory, task.set_memory_limit)
-    if gpu and settings.gpus:
-        task.set_accelerator_type(settings.gpu_type).set_accelerator_limit(settings.gpus)
-    if settings.secret:
-        keys = {key: key for key in _SECRET_KEYS}
-        kubernetes.use_secret_as_env(task, settings.secret, keys, optional=True)
-    if settings.config_map:
-        keys = {key: key for key in _CONFIG_KEYS}
-        kubernetes.use_config_map_as_env(task, settings.config_map, keys, optional=True)
-    if retries:
-        task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+    component = task.component_spec.name
+    gpus = settings.gpus_of(component, gpu_task=gpu)
+    settings = settings.of(component)
+    _set_resources(task, settings, gpus)
+    _set_nodes(task, settings, gpu=gpus > 0)
+    _set_volumes(task, settings)
+    _set_environment(task, settings)
+    _set_attempts(task, settings)
+    _set_identity(task, settings)
     # A cached output would name a checkpoint that nobody has looked for. Steps find their own publications.
     return task.set_container_image(settings.image).set_caching_options(False)
 
 
-def _set_resource(name: str, value: str, setter: Callable[[str], object]) -> None:
-    try:
-        setter(value)
-    except ValueError:
-        raise SettingsError(
-            [f"cluster.{name}={value} is not a Kubernetes quantity. Write {_EXAMPLES[name]}."]
-        ) from None
+def _set_resources(task: dsl.PipelineTask, settings: ClusterSettings, gpus: int) -> None:
+    task.set_cpu_request(settings.cpu)
+    task.set_memory_request(settings.memory).set_memory_limit(settings.memory)
+    if gpus:
+        task.set_accelerator_type(settings.gpu_type).set_accelerator_limit(gpus)
+
+
+def _set_nodes(task: dsl.PipelineTask, settings: ClusterSettings, *, gpu: bool) -> None:
+    """Say which nodes may take the task, and which queue admits it."""
+    labels = settings.node_selector | (settings.gpu_node_selector if gpu else {})
+    for key, value in labels.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in settings.tolerations + (settings.gpu_tolerations if gpu else ()):
+        _tolerate(task, toleration)
+    if settings.queue:
+        kubernetes.add_pod_label(task, QUEUE_LABEL, settings.queue)
+
+
+def _tolerate(task: dsl.PipelineTask, toleration: Toleration) -> None:
+    kubernetes.add_toleration(
+        task,
+        key=toleration.key or None,
+        operator=toleration.operator,
+        value=toleration.value or None,
+        effect=toleration.effect or None,
+    )
+
+
+def _set_volumes(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
+    if settings.shared_memory:
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", settings.shared_memory)
+    if not settings.scratch:
+        return
+    if settings.scratch_storage_class:
+        kubernetes.add_ephemeral_volume(
+            task,
+            volume_name="scratch",
+            mount_path=SCRATCH,
+            access_modes=["ReadWriteOnce"],
+            size=settings.scratch,
+            storage_class_name=settings.scratch_storage_class,
+        )
+    else:
+        kubernetes.empty_dir_mount(task, "scratch", SCRATCH, size_limit=settings.scratch)
+    task.set_env_variable("TMPDIR", SCRATCH)
+    task.set_env_variable("HF_HOME", f"{SCRATCH}/huggingface")  # what the hub's client downloads
+
+
+def _set_environment(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
+    if settings.secret:
+        keys = {key: key for key in SECRET_KEYS}
+        kubernetes.use_secret_as_env(task, settings.secret, keys, optional=True)
+    if settings.config_map:
+        keys = {key: key for key in CONFIG_KEYS}
+        kubernetes.use_config_map_as_env(task, settings.config_map, keys, optional=True)
+
+
+def _set_attempts(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
+    if seconds := seconds_of(settings.timeout):
+        kubernetes.set_timeout(task, seconds)
+    if settings.retries:
+        task.set_retry(
+            settings.retries,
+            backoff_duration=f"{seconds_of(settings.retry_wait)}s",
+            backoff_factor=_BACKOFF_FACTOR,
+            # Not the longest pause: Argo counts it from the start of the first attempt.
+            backoff_max_duration=f"{seconds_of(settings.retry_within)}s",
+        )
+
+
+def _set_identity(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
+    """Say who pulls the image, and whom its processes run as."""
+    kubernetes.set_image_pull_policy(task, settings.image_pull_policy)
+    if settings.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(settings.image_pull_secrets))
+    user = {"run_as_user": settings.run_as_user, "run_as_group": _GROUP} if settings.run_as_user else {}
+    kubernetes.set_security_context(task, run_as_non_root=True, **user)

@@ -4,6 +4,50 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from core.cluster import ClusterSettings, ComponentSettings, Toleration
+from core.config import (
+    CalibrationSettings,
+    EvaluationSettings,
+    ModelSettings,
+    PruneSettings,
+    Settings,
+    TextSource,
+)
+
+STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
+CLUSTER = ClusterSettings(
+    image="registry.example/adapt-pruner-python@sha256:" + "0" * 64,
+    gpu_type="amd.com/gpu",
+    gpus=2,
+    cpu="6",
+    memory="48Gi",
+    secret="keys",
+    config_map="places",
+    image_pull_secrets=("registry-credentials",),
+    gpu_node_selector={"cloud.example.com/accelerator": "h100-80gb"},
+    gpu_tolerations=(Toleration(key="amd.com/gpu", operator="Exists", effect="NoSchedule"),),
+    node_selector={"topology.kubernetes.io/zone": "zone-a"},
+    tolerations=(Toleration(key="dedicated", value="pruning", effect="NoExecute"),),
+    shared_memory="16Gi",
+    scratch="500Gi",
+    scratch_storage_class="fast-local",
+    timeout="48h",
+    retry_wait="1min",
+    queue="research",
+    components={"recover-train": ComponentSettings(cpu="16", timeout="96h", retries=5)},
+)
+
+
+def settings(phases, *, steps_per_phase=1, cluster=CLUSTER):
+    return Settings(
+        name="trial",
+        model=ModelSettings(base="org/model", revision="abc"),
+        prune=PruneSettings(target="108M", phases=phases, steps_per_phase=steps_per_phase),
+        calibration=CalibrationSettings(source=TextSource(path="calibration.txt"), sequences=7),
+        evaluation=EvaluationSettings(tasks=("piqa",)),
+        cluster=cluster,
+    )
+
 
 def parse(path):
     """Parse strictly: json_format refuses unknown fields and wrong types."""

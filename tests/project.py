@@ -154,7 +154,7 @@ def run_phase(run, phase, checkpoint_uri, data_uri, folder):
 def evaluate(run, phase, checkpoint_uri, data_uri, folder):
     from core.steps import run_evaluate
 
-    metrics, summary = Artifact(folder / "metrics"), Artifact(folder / "summary")
+    metrics, summary, picture = (Artifact(folder / name) for name in ("metrics", "summary", "picture"))
     run_evaluate(
         run=run,
         phase=phase,
@@ -162,6 +162,7 @@ def evaluate(run, phase, checkpoint_uri, data_uri, folder):
         data_uri=data_uri,
         metrics=metrics,
         summary=summary,
+        picture=picture,
     )
     return metrics
 

@@ -32,6 +32,7 @@ HEIGHTS = {
     "core.record": 4,
     "core.config": 3,
     "core.addresses": 2,
+    "core.cluster": 2,
     "core.memory": 2,
     "core.placement": 2,
     "core.archives": 2,

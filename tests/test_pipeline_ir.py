@@ -10,41 +10,14 @@ from kfp import compiler
 from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from core.cluster import ClusterSettings
 from core.config import (
-    CalibrationSettings,
-    ClusterSettings,
     EvaluationSettings,
-    ModelSettings,
-    PruneSettings,
-    Settings,
-    TextSource,
 )
-from core.errors import SettingsError
 from core.recipe import settings_from_dict
-from pipelines.adapt_accel import MAX_PHASES, build_pipeline, compile_pipeline, recipe_parameter
-from tests.ir import dags, executors, parse, problems, the_dag
-
-STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
-CLUSTER = ClusterSettings(
-    image="registry.example/adapt-pruner-python@sha256:" + "0" * 64,
-    gpu_type="amd.com/gpu",
-    gpus=2,
-    cpu="6",
-    memory="48Gi",
-    secret="keys",
-    config_map="places",
-)
-
-
-def settings(phases, *, steps_per_phase=1, cluster=CLUSTER):
-    return Settings(
-        name="trial",
-        model=ModelSettings(base="org/model", revision="abc"),
-        prune=PruneSettings(target="108M", phases=phases, steps_per_phase=steps_per_phase),
-        calibration=CalibrationSettings(source=TextSource(path="calibration.txt"), sequences=7),
-        evaluation=EvaluationSettings(tasks=("piqa",)),
-        cluster=cluster,
-    )
+from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
+from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
+from tests.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag
 
 
 @pytest.fixture(scope="module", params=[1, 3, 20])
@@ -192,7 +165,8 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     recipe = value["recipe"]
     recipe["model"] |= {"base": value["base_model"], "revision": value["revision"]}
     recipe["prune"] |= {"target": value["target"], "method": value["method"], "phases": phases}
-    assert settings_from_dict(recipe) == settings(phases)
+    assert "cluster" not in recipe, "it is compiled in: what the run form said of it would be ignored"
+    assert settings_from_dict(recipe) == settings(phases, cluster=ClusterSettings())
 
 
 def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value():
@@ -208,8 +182,8 @@ def test_nothing_is_cached_and_everything_is_tried_again(ir):
         for name, task in component.dag.tasks.items():
             assert not task.caching_options.enable_cache, name
             if ir[0].components[task.component_ref.name].executor_label:
-                assert task.retry_policy.max_retry_count == 2, name
-                assert task.retry_policy.backoff_duration.seconds == 30, name
+                assert task.retry_policy.max_retry_count == (5 if name == "recover-train" else 2), name
+                assert task.retry_policy.backoff_duration.seconds == 60, name
 
 
 def gpus(spec):
@@ -248,9 +222,23 @@ def test_no_gpus_no_secret_and_no_config_map_leave_no_trace(tmp_path):
     compile_pipeline(
         settings(1, cluster=ClusterSettings(gpus=0, secret="", config_map="")), tmp_path / "p.yaml"
     )
-    (document,) = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
-    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
+    spec, platform = parse(tmp_path / "p.yaml")
     assert gpus(spec) == {}
+    for config in platform.platforms["kubernetes"].deployment_spec.executors.values():
+        assert not {"secretAsEnv", "configMapAsEnv"} & json_format.MessageToDict(config).keys()
+
+
+def test_the_ui_gets_figures_a_table_and_a_picture_of_each_phase_and_the_report_at_the_end(ir):
+    def outputs(component):
+        artifacts = ir[0].components[component].output_definitions.artifacts
+        return {name: output.artifact_type.schema_title for name, output in artifacts.items()}
+
+    assert outputs("comp-evaluate") == {
+        "metrics": "system.Metrics",
+        "summary": "system.Markdown",
+        "picture": "system.HTML",
+    }
+    assert outputs("comp-publish") == {"report": "system.HTML", "model": "system.Model"}
 
 
 def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
@@ -260,50 +248,23 @@ def test_every_task_has_memory_and_the_environment_of_the_cluster(ir):
     for label, executor in executors(spec).items():
         resources = executor.container.resources
         assert resources.resource_memory_limit == resources.resource_memory_request == "48Gi"
-        assert resources.resource_cpu_request == "6"
+        assert resources.resource_cpu_request == ("16" if label == "exec-recover-train" else "6")
         config = json_format.ParseDict(
             json_format.MessageToDict(configs[label]), kubernetes_pb2.KubernetesExecutorConfig()
         )
         (secret,), (config_map,) = config.secret_as_env, config.config_map_as_env
         assert (secret.secret_name, config_map.config_map_name) == ("keys", "places")
-        assert {pair.env_var for pair in secret.key_to_env} == {
-            "AWS_ACCESS_KEY_ID",
-            "AWS_SECRET_ACCESS_KEY",
-            "HF_TOKEN",
+        assert {pair.env_var: pair.secret_key for pair in secret.key_to_env} == {k: k for k in SECRET_KEYS}
+        assert {pair.env_var: pair.config_map_key for pair in config_map.key_to_env} == {
+            k: k for k in CONFIG_KEYS
         }
-        assert {pair.env_var for pair in config_map.key_to_env} == {
-            "AWS_ENDPOINT_URL",
-            "AWS_REGION",
-            "MLFLOW_TRACKING_URI",
-        }
-
-
-@pytest.mark.parametrize("phases", [20], indirect=True, scope="module")
-def test_twenty_phases_stay_small(compiled):
-    size = compiled.stat().st_size
-    print(f"N_P = 20: {size:,} bytes")
-    assert size < 700_000
-
-
-def test_more_phases_than_argo_can_store_are_refused_with_a_way_out(tmp_path):
-    compile_pipeline(settings(MAX_PHASES), tmp_path / "p.yaml")
-    with pytest.raises(
-        SettingsError, match=r"prune.phases=29 exceeds 28: .*1 MiB.*steps_per_phase.*adapt-pruner run"
-    ):
-        compile_pipeline(settings(MAX_PHASES + 1), tmp_path / "q.yaml")
-    assert not (tmp_path / "q.yaml").exists()
 
 
 def test_on_one_machine_each_phase_waits_for_the_evaluation_before_it_and_nothing_is_retried(tmp_path):
     compiler.Compiler().compile(build_pipeline(settings(2), local=True), str(tmp_path / "p.yaml"))
-    spec = parse(tmp_path / "p.yaml")[0]
+    (document,) = yaml.safe_load_all((tmp_path / "p.yaml").read_text())  # no settings of a cluster
+    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
     body = the_dag(spec, "publish").dag
     assert "evaluate" in body.tasks["phase"].dependent_tasks
     assert {"phase", "evaluate-2"} <= set(body.tasks["phase-2"].dependent_tasks)
     assert not any(task.HasField("retry_policy") for _, dag in dags(spec) for task in dag.dag.tasks.values())
-
-
-@pytest.mark.parametrize(("key", "value"), [("cpu", "four"), ("memory", "32 GB")])
-def test_a_resource_that_kubernetes_would_refuse_is_named(tmp_path, key, value):
-    with pytest.raises(SettingsError, match=rf"cluster.{key}={value} is not a Kubernetes quantity"):
-        compile_pipeline(settings(1, cluster=ClusterSettings(**{key: value})), tmp_path / "p.yaml")

@@ -13,7 +13,7 @@ from core.model.build import model_shape
 from core.pruning.adapt import sizing_for
 from core.pruning.sparsity import smallest_params
 from core.recipe import load_recipe
-from pipelines.adapt_accel import MAX_PHASES, compile_pipeline
+from pipelines.adapt_accel import compile_pipeline, largest_phases
 from pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +168,7 @@ def test_lm_eval_has_the_tasks_of_a_recipe(path):
 @by_name(RECIPES)
 def test_a_recipe_and_its_variants_compile(path, tmp_path):
     for settings in variants(path) or [load_recipe(path)]:
-        if settings.prune.phases > MAX_PHASES:
+        if settings.prune.phases > 30 and settings.prune.phases > largest_phases(settings):
             with pytest.raises(SettingsError, match="use `adapt-pruner run`, which has no such limit"):
                 compile_pipeline(settings, tmp_path / "pipeline.yaml")
         else:

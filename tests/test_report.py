@@ -11,7 +11,7 @@ from rich.console import Console
 
 from core.record import LayerSizes, PhaseRecord, RunRecord
 from core.tracking import figures
-from core.tracking.report import build_report, phase_table
+from core.tracking.report import build_phase_report, build_report, phase_table
 
 
 def make_record(phases=2, layers=30, tasks=("arc_easy", "piqa"), trained=True, **changes):
@@ -360,3 +360,52 @@ def test_the_sensitivity_picture_shows_every_layer_though_one_towers_above_the_o
     assert [bar.get_height() for bar in below.patches] == importance
     assert (above.get_yscale(), below.get_yscale()) == ("symlog", "linear")
     assert above.get_title(loc="left").endswith("(logarithmic above 0.1)")
+
+
+# --- one phase
+
+
+def phase_page(*phases, **changes):
+    record = make_record(phases=3, **changes)
+    return build_phase_report(dataclasses.replace(record, phases=tuple(record.phases[i] for i in phases)))
+
+
+def test_a_phases_page_shows_it_beside_the_dense_model_and_the_phase_before():
+    page = Page(phase_page(0, 2, 3))
+    assert "demo, phase 3" in page.text
+    for expected in (
+        "134.5M → 108.3M",
+        "24.50 → 44.00",
+        "removed up to phase 2",
+        "removed in phase 3",
+        "492",
+    ):
+        assert expected in page.text, expected
+    assert "60.0k training tokens" in page.text
+    assert "1 min 45 s" in page.text, "its own time alone"
+    assert len(page.tags("svg")) == 2
+    assert page.text.count("phase 2") == 1, "in the picture of the widths, not in that of the training"
+    assert "44 s" in page.text
+    assert "3 min 04 s" not in page.text, "what all evaluations together took"
+    first = Page(phase_page(0, 1))
+    assert "removed in phase 1" in first.text
+    assert "up to" not in first.text
+
+
+def test_the_dense_model_and_a_phase_without_training_have_a_page_too():
+    dense = Page(phase_page(0))
+    assert "demo, dense model" in dense.text
+    assert "not pruned yet" in dense.text
+    assert "removed in phase" not in dense.text
+    assert len(dense.tags("svg")) == len(Page(phase_page(0, 2, 3, trained=False)).tags("svg")) == 1
+
+
+@pytest.mark.parametrize("phases", [(0,), (0, 1), (0, 2, 3)])
+def test_a_phases_page_loads_nothing_and_is_the_same_each_time(phases):
+    html = phase_page(*phases)
+    assert html == phase_page(*phases)
+    assert "://" not in re.sub(r"http://www.w3.org/\S+", "", html)
+    assert not [tag for tag, _ in Page(html).elements if tag in ("script", "link", "img", "iframe")]
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert len(html) < 400_000

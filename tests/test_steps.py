@@ -16,7 +16,7 @@ from core.run import Run
 from core.steps import run_finalize, run_needs_run, run_prepare_data
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
-from tests.project import CHANNEL_PARAMS, kept_groups, recipe_with, resolve, run_all, run_phase
+from tests.project import CHANNEL_PARAMS, evaluate, kept_groups, recipe_with, resolve, run_all, run_phase
 
 
 def test_the_key_follows_from_what_can_change_the_result(project, tmp_path):
@@ -165,3 +165,23 @@ def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
         run_finalize(store=handle["store"], job="failed", succeeded=False)
         assert run_needs_run(run=handle)
         fetch(checkpoint_uri, tmp_path / "unused")
+
+
+def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_when_it_was_done_before(
+    pruned_only, project, tmp_path
+):
+    run, final = pruned_only("kv_group", "75%", 3)
+    phases = json.loads((final / "record.json").read_text())["phases"]
+    for phase in (0, 2):
+        with contextlib.chdir(project):
+            metrics = evaluate(run.handle(), phase, "file:///unused", "file:///unused", tmp_path / str(phase))
+        assert metrics.metadata["params"] == phases[phase]["params"]
+        assert metrics.metadata["perplexity"] == phases[phase]["perplexity"]
+        name = f"phase {phase}" if phase else "dense model"
+        summary = (tmp_path / str(phase) / "summary").read_text()
+        assert summary.startswith(f"# {run.settings.name}, {name}\n\n| metric | value |")
+        picture = (tmp_path / str(phase) / "picture").read_text()
+        assert f"{run.settings.name}, {name}" in picture
+        assert "<svg" in picture
+        widths = {str(layer["mlp_width"]) for layer in phases[phase]["layers"]}
+        assert all(f">{width}</text>" in picture for width in widths)

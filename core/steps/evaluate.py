@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.run import Run
 from core.steps.once import Artifact, Workspace, compute_once, read_published, tracker_of
+from core.steps.records import collect_record
 from core.storage.manifest import fetch
 
 if TYPE_CHECKING:
@@ -20,8 +21,19 @@ def run_evaluate(
     data_uri: str,
     metrics: Artifact,
     summary: Artifact,
+    picture: Artifact,
 ) -> None:
-    """Measure perplexity and the benchmarks; the parent MLflow run gets one point of each series."""
+    """Measure perplexity and the benchmarks; the parent MLflow run gets one point of each series.
+
+    Args:
+        run: The run's handle.
+        phase: The phase, 0 for the dense model.
+        checkpoint_uri: What is measured.
+        data_uri: The run's data, with the held-out text.
+        metrics: Gets all figures of the phase.
+        summary: Gets them as a table (Markdown).
+        picture: Gets the widths of all layers, the training loss and the times of the phase (HTML).
+    """
     this = Run.load(run)
     evaluation = this.settings.evaluation
 
@@ -56,10 +68,9 @@ def run_evaluate(
     tracker_of(this).log_phase(phase, series)
     metrics.metadata |= series
     rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in series.items())
-    Path(summary.path).parent.mkdir(parents=True, exist_ok=True)
-    Path(summary.path).write_text(
-        f"# {this.settings.name}, phase {phase}\n\n| metric | value |\n|---|---|\n{rows}\n"
-    )
+    name = f"phase {phase}" if phase else "dense model"
+    _write(summary, f"# {this.settings.name}, {name}\n\n| metric | value |\n|---|---|\n{rows}\n")
+    _write(picture, _drawn(this, phase, checkpoint_uri))
 
 
 def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratch: Path) -> float | None:
@@ -74,6 +85,18 @@ def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratc
     name = "perplexity.safetensors"
     windows = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
     return perplexity(model, windows, batch_size=settings.batch_size)
+
+
+def _drawn(run: Run, phase: int, checkpoint_uri: str) -> str:
+    from core.tracking.report import build_phase_report
+
+    phases = sorted({0, max(0, phase - 1), phase})
+    return build_phase_report(collect_record(run, checkpoint_uri, phases))
+
+
+def _write(artifact: Artifact, text: str) -> None:
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(artifact.path).write_text(text)
 
 
 def _flat(report: Mapping[str, Any]) -> dict[str, float]:

@@ -6,14 +6,11 @@ import fnmatch
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.addresses import base_name
 from core.errors import ExportError
-from core.record import LayerSizes, PhaseRecord, RunRecord, SpeedRecord, accuracies
-from core.redaction import without_password
+from core.record import RunRecord, SpeedRecord, accuracies
 from core.run import Run
 from core.steps.once import (
     CARD,
@@ -27,6 +24,7 @@ from core.steps.once import (
     read_published,
     tracker_of,
 )
+from core.steps.records import collect_record
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
 
@@ -49,7 +47,7 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
 
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
         speed = _measure_speed(this, folder, work)
-        record = dataclasses.replace(collect_record(this, uri), speed=speed)
+        record = dataclasses.replace(collect_record(this, uri, range(phases + 1)), speed=speed)
         manifest = read_manifest(checkpoint_uri)
         assert manifest is not None, "it has just been fetched"
         for entry in manifest.files:
@@ -135,67 +133,3 @@ def _measure_speed(run: Run, checkpoint: Path, work: Workspace) -> tuple[SpeedRe
 
     base = fetch(run.base_uri, work.scratch / "base")
     return compare_speed(base, checkpoint, BRIEF, device=pick_device().type)
-
-
-def collect_record(run: Run, checkpoint_uri: str) -> RunRecord:
-    """Gather what the steps of a run have published.
-
-    Args:
-        run: The run.
-        checkpoint_uri: Where the final checkpoint is, or will be.
-    """
-    tracker = tracker_of(run)
-    dense = run.dense.num_params()
-    return RunRecord(
-        key=run.key,
-        name=run.settings.name,
-        base=base_name(run.settings.model.base),
-        revision=run.revision,
-        settings=run.settings.to_dict(),
-        phases=tuple(
-            _phase_record(run, phase, dense if phase == 0 else run.phase_params[phase - 1])
-            for phase in range(len(run.phase_params) + 1)
-        ),
-        checkpoint_uri=checkpoint_uri,
-        tracking_uri=without_password(tracker.uri),  # a record is handed on
-        tracking_run=tracker.parent_run_id,
-    )
-
-
-def _phase_record(run: Run, phase: int, target_params: int) -> PhaseRecord:
-    steps = ("calibrated", "scored", "pruned", "recovered", "evaluated")
-    reports = {step: read_published(run.phase_uri(phase, step), "report.json") for step in steps}
-    seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    trained, measured = reports["recovered"], reports["evaluated"]
-    plan = read_published(run.phase_uri(phase, "scored"), "plan.json") if phase else {}
-    shapes = (
-        [
-            LayerSizes(
-                query_heads=len(layer["query_heads"]),
-                kv_heads=len(layer["kv_heads"]),
-                mlp_width=len(layer["mlp_channels"]),
-            )
-            for layer in plan["layers"]
-        ]
-        if plan
-        else [LayerSizes(**asdict(layer)) for layer in run.dense.layers]
-    )
-    return PhaseRecord(
-        phase=phase,
-        params=plan.get("params_after", target_params),
-        target_params=target_params,
-        layers=tuple(shapes),
-        importance=tuple(plan.get("importance", ())),
-        sparsity=tuple(plan.get("sparsity", ())),
-        # Without training the phase's own evaluation is of the pruned model.
-        perplexity_pruned=trained.get("perplexity_pruned")
-        if trained
-        else measured.get("perplexity")
-        if phase
-        else None,
-        perplexity=measured.get("perplexity"),
-        tasks=measured.get("tasks", {}),
-        tokens=trained.get("tokens", 0),
-        losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
-        seconds=seconds,
-    )

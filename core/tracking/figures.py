@@ -79,7 +79,7 @@ def widths_figure(record: RunRecord) -> "Figure":
     if len(phases[0].layers) <= _MANY_LAYERS:
         _number_bars(axes[0], [sizes.mlp_width for sizes in phases[-1].layers])
     _layer_axis(axes[-1], len(phases[0].layers))
-    _phase_key(figure, list(axes), len(phases) - 1)
+    _phase_key(figure, list(axes), phases)
     return figure
 
 
@@ -130,15 +130,18 @@ def _bars(ax: "Axes", bottoms: Sequence[int], tops: Sequence[int], **style: Any)
         ax.add_patch(PathPatch(Path.make_compound_path(*paths), **style))
 
 
-def _phase_key(figure: "Figure", axes: "list[Axes]", phases: int) -> None:
+def _phase_key(figure: "Figure", axes: "list[Axes]", records: Sequence[PhaseRecord]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.patches import Patch
 
+    phases = len(records) - 1
     colours = _phase_colours(phases)
     handles = [Patch(color=_KEPT, label="kept")]
     if phases <= _FEW_PHASES:
-        handles += [Patch(color=c, label=f"removed in phase {i}") for i, c in enumerate(colours, start=1)]
+        for before, after, colour in zip(records, records[1:], colours, strict=False):
+            when = "in" if after.phase == before.phase + 1 else "up to"
+            handles.append(Patch(color=colour, label=f"removed {when} phase {after.phase}"))
     handles.append(Patch(facecolor="none", edgecolor=_DENSE, label="dense"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0.2)
     if phases > _FEW_PHASES:

@@ -1,5 +1,6 @@
 """The report of a run: one HTML file that holds everything it shows, and the table for the terminal."""
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +68,27 @@ def build_report(record: RunRecord) -> str:
     return page(_title(record), subtitle, [part for part in parts if part])
 
 
+def build_phase_report(record: RunRecord) -> str:
+    """Return the report of one phase as one HTML document that loads nothing from elsewhere.
+
+    Args:
+        record: The dense model, the phase before and the phase; the dense model alone is its own phase.
+    """
+    last = record.phases[-1]
+    name = f"phase {last.phase}" if last.phase else "dense model"
+    seconds = seconds_text(sum(last.seconds.values()))
+    text = f"{count_text(last.tokens)} training tokens" if last.tokens else "no training"
+    time: list[tuple[str, tuple[str, ...], str]] = [("Time", (seconds,), text)]
+    parts = [cards([*_measures(record), *time])]
+    svg = inline_svg(widths_figure(record), name="widths", label="Width of every layer")
+    parts.append(section("Width of every layer", _WIDTHS_TEXT if last.phase else "", svg))
+    if (figure := training_figure(dataclasses.replace(record, phases=(last,)))) is not None:
+        svg = inline_svg(figure, name="training", label="Training loss and learning rate")
+        parts.append(section("Recovery training", "", svg))
+    parts.append(section("Where the time went", "", bars(_step_times([last]))))
+    return page(f"{record.name}, {name}", f"{record.base}, run {record.key}", parts)
+
+
 def phase_table(record: RunRecord) -> "Table":
     """Return the table of phases for a terminal; with a few benchmarks it fits 80 columns."""
     from rich import box
@@ -120,6 +142,17 @@ def _headline(record: RunRecord) -> str:
     """Return the result in large numbers: size, perplexity, accuracy (dense and final) and time."""
     if not record.phases:
         return ""
+    items = _measures(record)
+    if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
+        phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
+        tokens = count_text(sum(phase.tokens for phase in record.phases))
+        text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
+        items.append(("Time", (seconds_text(seconds),), text))
+    return cards(items)
+
+
+def _measures(record: RunRecord) -> list[tuple[str, tuple[str, ...], str]]:
+    """Return size, perplexity and accuracy of the dense and of the last model, as far as they are known."""
     dense, final = record.phases[0], record.phases[-1]
     items: list[tuple[str, tuple[str, ...], str]] = []
     items.append(
@@ -136,12 +169,7 @@ def _headline(record: RunRecord) -> str:
         means = [100 * sum(values[task] for task in tasks) / len(tasks) for values in (before, after)]
         text = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} benchmarks"
         items.append(("Accuracy (higher is better)", (f"{means[0]:.1f} %", f"{means[1]:.1f} %"), text))
-    if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
-        phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
-        tokens = count_text(sum(phase.tokens for phase in record.phases))
-        text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
-        items.append(("Time", (seconds_text(seconds),), text))
-    return cards(items)
+    return items
 
 
 def _size_text(dense: PhaseRecord, final: PhaseRecord) -> str:
@@ -299,6 +327,7 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
 def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
     sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
+    sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
     return {name: _flat(values, "") for name, values in sections.items()}
 
 

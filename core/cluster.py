@@ -1,0 +1,258 @@
+"""How the tasks of a run become pods of a Kubernetes cluster: what a recipe's ``cluster`` section says.
+
+It is compiled into the pipeline. Local runs ignore all of it, and it is no part of the run key.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from core.errors import refuse
+from core.quantities import in_range, parse_interval
+
+ComponentName = Literal[
+    "resolve-base",
+    "needs-run",
+    "prepare-data",
+    "calibrate",
+    "score-layers",
+    "prune-step",
+    "recover-train",
+    "evaluate",
+    "publish",
+    "finalize",
+]
+
+_CPU = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?m?")
+_BYTES = re.compile(r"(?=.*[1-9])[0-9]+([EPTGMK]i|[EPTGM])?")
+_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_LONGEST_S = 10**8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toleration:
+    """A taint of nodes that does not keep a pod away, as in a pod's ``tolerations``."""
+
+    key: str = ""
+    """Key of the taint; empty, with the operator Exists, is every taint."""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    """``Equal``: the taint has ``value``. ``Exists``: whatever its value."""
+    value: str = ""
+    """Value of the taint."""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Effect of the taint; empty is every effect."""
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        problems = []
+        if not self.key and self.operator == "Equal":
+            problems.append("key is empty, which needs operator=Exists. Name a key, or tolerate every taint.")
+        if self.key and not _is_label_key(self.key):
+            problems.append(f"key={self.key} is no key of a taint. Write one such as nvidia.com/gpu.")
+        if self.value and self.operator == "Exists":
+            problems.append(f"value={self.value} has no effect with operator=Exists. Leave one of them out.")
+        if self.value and not _LABEL.fullmatch(self.value):
+            problems.append(f"value={self.value} is no value of a taint. Take at most 63 letters and digits.")
+        refuse(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSettings:
+    """What the pods of one component have otherwise; what is left out is as in ``cluster``."""
+
+    gpus: int | None = None
+    """Accelerators; a component that otherwise asks for none gets them, too."""
+    gpu_type: str | None = None
+    """Resource name of an accelerator."""
+    cpu: str | None = None
+    """CPU request."""
+    memory: str | None = None
+    """Memory request and limit."""
+    shared_memory: str | None = None
+    """Size of ``/dev/shm``."""
+    scratch: str | None = None
+    """Size of the volume for temporary files."""
+    scratch_storage_class: str | None = None
+    """Storage class of that volume."""
+    timeout: str | None = None
+    """How long an attempt may take."""
+    retries: int | None = None
+    """Attempts after the first."""
+    node_selector: dict[str, str] | None = None
+    """Labels that a node must have."""
+    tolerations: tuple[Toleration, ...] | None = None
+    """Taints of nodes that do not keep pods away."""
+    queue: str | None = None
+    """The Kueue queue."""
+
+    def __post_init__(self) -> None:
+        """Check values."""
+        refuse(_pod_problems(self))
+
+    def named(self) -> dict[str, Any]:
+        """Return what is not left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """How tasks run in pods; ignored by local runs."""
+
+    image: str = "docker.io/library/adapt-pruner-python:0.1.0"
+    """The container image of all tasks, digest-pinned in production."""
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    """When a node pulls the image."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Kubernetes secrets with the registry's credentials."""
+    run_as_user: int = 10001
+    """User id of the processes, with group 0, to which the image's home folder belongs. 0 leaves it to the
+    cluster, as OpenShift wants; root is refused either way."""
+    secret: str = "adapt-pruner"
+    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, HF_TOKEN,
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    config_map: str = "adapt-pruner"
+    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_REGION and MLFLOW_TRACKING_URI."""
+    gpus: int = 1
+    """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
+    again, publish where it measures speed). A task computes on one: more are reserved in vain."""
+    gpu_type: str = "nvidia.com/gpu"
+    """Resource name of an accelerator."""
+    gpu_node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels that a node of a GPU task must have beside those of ``node_selector``."""
+    gpu_tolerations: tuple[Toleration, ...] = ()
+    """Tolerations of GPU tasks beside ``tolerations``."""
+    cpu: str = "4"
+    """CPU request of each task."""
+    memory: str = "32Gi"
+    """Memory request and limit of each task."""
+    shared_memory: str = "1Gi"
+    """Size of ``/dev/shm``, a part of ``memory``; empty leaves the container runtime's 64 MB."""
+    scratch: str = ""
+    """Size of a volume for temporary files (checkpoints while they are read and written, downloads); empty
+    puts them on the container's own disk."""
+    scratch_storage_class: str = ""
+    """Storage class of that volume, which group 0 must be able to write; empty takes the node's disk."""
+    timeout: str = "0"
+    """How long an attempt of a task may take (``24h``, ``90min``), after which it counts as failed; 0 is
+    without end."""
+    retries: int = 2
+    """Attempts after the first: a task that is tried again goes on from what it has saved."""
+    retry_wait: str = "30s"
+    """Pause before the second attempt; it doubles with each further one."""
+    retry_within: str = "720h"
+    """How long after the start of the first attempt of a task others may start and work: Argo ends whatever
+    still runs then."""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels that a task's node must have."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Taints of nodes that do not keep tasks away."""
+    queue: str = ""
+    """Kueue's local queue that admits the pods; empty goes without."""
+    components: dict[ComponentName, ComponentSettings] = field(default_factory=dict)
+    """Component (``recover-train``) to what its pods have otherwise."""
+
+    def __post_init__(self) -> None:
+        """Check values and combinations."""
+        refuse(self._problems())
+
+    def of(self, component: ComponentName) -> "ClusterSettings":
+        """Return the settings of one component's pods."""
+        own = self.components.get(component, ComponentSettings())
+        return dataclasses.replace(self, components={}, **own.named())
+
+    def gpus_of(self, component: ComponentName, *, gpu_task: bool) -> int:
+        """Return how many accelerators a component's pods ask for."""
+        own = self.components.get(component, ComponentSettings()).gpus
+        return own if own is not None else self.gpus if gpu_task else 0
+
+    def _problems(self) -> Iterator[str]:
+        if not self.image or re.search(r"\s", self.image):
+            yield f"image={self.image} is no image. Write one such as registry.example/adapt-pruner:0.1.0."
+        yield from in_range("run_as_user", self.run_as_user, 0, 2**31 - 1)
+        for name in ("secret", "config_map"):
+            yield from _wrong_name(name, getattr(self, name), optional=True)
+        for i, secret in enumerate(self.image_pull_secrets):
+            yield from _wrong_name(f"image_pull_secrets[{i}]", secret)
+        yield from _pod_problems(self)
+        yield from _wrong_labels("gpu_node_selector", self.gpu_node_selector)
+        for name in ("retry_wait", "retry_within"):
+            yield from _wrong_duration(name, getattr(self, name))
+            if name == "retry_within" and getattr(self, name) == "0":
+                yield "retry_within=0 leaves no time for a second attempt. Set retries to 0 instead."
+        yield from self._volumes_without_size()
+
+    def _volumes_without_size(self) -> Iterator[str]:
+        own = {f"components.{name}.": settings.named() for name, settings in self.components.items()}
+        for where, named in {"": {}, **own}.items():
+            size = named.get("scratch", self.scratch)
+            storage_class = named.get("scratch_storage_class", self.scratch_storage_class)
+            concerned = not where or named.keys() & {"scratch", "scratch_storage_class"}
+            if storage_class and not size and concerned:
+                yield (
+                    f"{where}scratch_storage_class={storage_class} needs scratch. Give the volume a size "
+                    "there, such as 200Gi, or leave its class empty."
+                )
+
+
+def seconds_of(duration: str) -> int:
+    """Return the seconds of a duration such as ``90s``, ``10min`` or ``24h``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    interval = parse_interval(duration)
+    if interval.steps or interval.seconds > _LONGEST_S:
+        raise ValueError(f"{duration!r} is not a duration such as 90s, 10min or 24h")
+    return round(interval.seconds)
+
+
+def _pod_problems(settings: ComponentSettings | ClusterSettings) -> Iterator[str]:
+    """Yield what is wrong with the settings that a component may have of its own; None is left out."""
+    if settings.gpus is not None:
+        yield from in_range("gpus", settings.gpus, 0, 64)
+    if settings.retries is not None:
+        yield from in_range("retries", settings.retries, 0, 20)
+    if settings.gpu_type is not None and not _is_label_key(settings.gpu_type):
+        yield f"gpu_type={settings.gpu_type} is no resource. Write one such as nvidia.com/gpu."
+    if settings.cpu is not None and not _CPU.fullmatch(settings.cpu):
+        yield f"cpu={settings.cpu} is not a Kubernetes quantity. Write 4 or 500m."
+    if settings.memory is not None and not _BYTES.fullmatch(settings.memory):
+        yield f"memory={settings.memory} is not a Kubernetes quantity. Write 32Gi or 512Mi."
+    for name in ("shared_memory", "scratch"):
+        value = getattr(settings, name)
+        if value and not _BYTES.fullmatch(value):
+            yield f"{name}={value} is not a Kubernetes quantity. Write 32Gi or 512Mi, or leave it empty."
+    for name in ("scratch_storage_class", "queue"):
+        yield from _wrong_name(name, getattr(settings, name) or "", optional=True)
+    if settings.timeout is not None:
+        yield from _wrong_duration("timeout", settings.timeout)
+    yield from _wrong_labels("node_selector", settings.node_selector or {})
+
+
+def _wrong_name(name: str, value: str, *, optional: bool = False) -> Iterator[str]:
+    if not _NAME.fullmatch(value) and not (optional and not value):
+        yield (
+            f"{name}={value} is no name of a Kubernetes object. Take small letters, digits, hyphens and dots."
+        )
+
+
+def _wrong_duration(name: str, value: str) -> Iterator[str]:
+    try:
+        seconds_of(value)
+    except ValueError:
+        yield f"{name}={value} is not a duration. Write one such as 90s, 10min or 24h, or 0."
+
+
+def _wrong_labels(name: str, labels: Mapping[str, str]) -> Iterator[str]:
+    for key, value in labels.items():
+        if not _is_label_key(key) or (value and not _LABEL.fullmatch(value)):
+            yield f"{name}.{key}={value} is no label of a node. Write it as kubectl shows it."
+
+
+def _is_label_key(key: str) -> bool:
+    prefix, slash, name = key.rpartition("/")
+    return _LABEL.fullmatch(name) is not None and (not slash or _NAME.fullmatch(prefix) is not None)

@@ -1,0 +1,197 @@
+"""The compiled pipeline (KFP's IR): what is equal stands in it once, and how large it becomes on a cluster.
+
+A pipeline that Argo cannot store fails when it is submitted, or worse, when its status has grown for a day.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST_WORKFLOW_BYTES = 2**20
+"""Argo keeps a workflow and its status in one Kubernetes object, which it refuses to write beyond this."""
+
+# KFP's own templates: drivers, and executors that start the launcher.
+_GENERIC_TEMPLATES_BYTES = 16_000
+# A task's inputs and the addresses of its outputs: what is alike in all of them, and ids, which are not.
+_EXECUTOR_INPUT, _UNIQUE_IDS = "x" * 1_300, 15
+_HASH = "0" * 64
+
+Document = dict[str, Any]
+
+
+def read_ir(path: Path) -> tuple[Document, Document]:
+    """Read a compiled pipeline: its PipelineSpec and its PlatformSpec."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    pipeline, platform = yaml.load_all(path.read_text(), Loader=loader)
+    return pipeline, platform
+
+
+def write_ir(pipeline: Document, platform: Document, heading: str, path: Path) -> None:
+    """Write a compiled pipeline below a heading of comments."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    path.write_text(heading + yaml.dump_all([pipeline, platform], Dumper=dumper))
+
+
+def heading_of(path: Path) -> str:
+    """Return the comments at the head of a compiled pipeline.
+
+    Without the defaults of mappings, whose order there differs from process to process.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    heading = "".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    return re.sub(r"(?m)^(#\s+\w+: dict) \[Default: .*\]$", r"\1", heading)
+
+
+def share_components(pipeline: Document, platform: Document) -> None:
+    """Let tasks of equal components share one definition, in place.
+
+    The SDK writes each task's component and executor anew, those of every phase among them. KFP's backend
+    keeps components apart by their name and visits each once, whatever the number of tasks that refer to it.
+    """
+    executors = pipeline["deploymentSpec"]["executors"]
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    labels = _merge(executors, lambda label: [executors[label], configs.get(label)])
+    for label in configs.keys() - executors.keys():
+        del configs[label]
+    components = pipeline["components"]
+    for component in components.values():
+        if "executorLabel" in component:
+            component["executorLabel"] = labels[component["executorLabel"]]
+    # A pipeline within a pipeline is equal to another only once what it refers to is.
+    before = len(components) + 1
+    while len(components) < before:
+        before = len(components)
+        names = _merge(components, lambda name: components[name])
+        for dag in _dags(pipeline):
+            for task in dag["tasks"].values():
+                task["componentRef"]["name"] = names[task["componentRef"]["name"]]
+
+
+def _merge(parts: Document, content: Callable[[str], Any]) -> dict[str, str]:
+    """Drop all but the first of equal parts; returns each part's name now."""
+    first: dict[str, str] = {}
+    names = {}
+    for name in sorted(parts, key=lambda name: (len(name), name)):  # x before x-2, x-2 before x-10
+        names[name] = first.setdefault(json.dumps(content(name), sort_keys=True), name)
+    for name in names.keys() - set(names.values()):
+        del parts[name]
+    return names
+
+
+def workflow_bytes(pipeline: Document, platform: Document) -> int:
+    """Estimate the size of the Argo workflow that a pipeline becomes, at the end of a run.
+
+    Argo stores the specification as it is, and the status, once the whole is too large, with its nodes as
+    base64 of gzip. So this writes both as KFP's and Argo's sources do, with stand-ins for names and times:
+
+    * Specification: every component, container and Kubernetes configuration once, as text; a driver and an
+      executor for each task of each DAG, with the task's definition as text.
+    * Status: four nodes a task that runs in a container (driver, executor, retries, attempt) and two a DAG
+      task. A node repeats its inputs with all placeholders replaced: the driver's component, container and
+      configuration, and thrice the pod's patch, which is made of them.
+
+    Where a task is tried again its second attempt is one node more: each is counted twice.
+    """
+    executors = pipeline["deploymentSpec"]["executors"]
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    texts = [pipeline["root"], *pipeline["components"].values()]
+    texts += [executor["container"] for executor in executors.values()] + list(configs.values())
+    specification = [{"name": f"components-{_HASH}", "value": _text(part)} for part in texts]
+    specification += [entry for dag in _dags(pipeline) for entry in _template_tasks(dag)]
+    nodes = sorted(_nodes(pipeline, platform, pipeline["root"], "root"), key=lambda node: node["id"])
+    status = base64.b64encode(gzip.compress(_text(nodes).encode(), compresslevel=6, mtime=0))
+    return len(_text(specification)) + _GENERIC_TEMPLATES_BYTES + len(status)
+
+
+def _template_tasks(dag: Document) -> Iterator[Document]:
+    """Yield the two tasks of Argo's DAG template that each task becomes."""
+    for name, task in dag["tasks"].items():
+        references = {
+            "component": f"{{{{workflow.parameters.components-{_HASH}}}}}",
+            "container": f"{{{{workflow.parameters.implementations-{_HASH}}}}}",
+            "kubernetes-config": f"{{{{workflow.parameters.kubernetes-{task['componentRef']['name']}}}}}",
+            "parent-dag-id": "{{inputs.parameters.parent-dag-id}}",
+            "task": _text(task),
+            "task-name": name,
+        }
+        depends = " && ".join(f"{other}.Succeeded" for other in task.get("dependentTasks", []))
+        yield _template_task(f"{name}-driver", "system-container-driver", references) | {"depends": depends}
+        outputs = ("pod-spec-patch", "cached-decision", "condition")
+        patch = {key: f"{{{{tasks.{name}-driver.outputs.parameters.{key}}}}}" for key in outputs}
+        retries = {f"retry-{key}": "600" for key in ("max-count", "backoff-duration", "factor", "max")}
+        yield _template_task(name, "retry-system-container-executor", patch | retries)
+
+
+def _template_task(name: str, template: str, parameters: Mapping[str, str]) -> Document:
+    arguments = {"parameters": [{"name": key, "value": value} for key, value in parameters.items()]}
+    return {"name": name, "template": template, "arguments": arguments}
+
+
+def _nodes(pipeline: Document, platform: Document, component: Document, path: str) -> Iterator[Document]:
+    """Yield the nodes of the status below a DAG, those of DAGs within it included."""
+    configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, task in component["dag"]["tasks"].items():
+        inner, where = pipeline["components"][task["componentRef"]["name"]], f"{path}.{name}"
+        inputs = {"component": _text(inner), "task": _text(task), "parent-dag-id": "12345"}
+        if "dag" in inner:
+            yield _node(f"{where}-driver", inputs, {"execution-id": "12345", "condition": "true"})
+            yield _node(where, {"parent-dag-id": "12345", "condition": "true"}, {})
+            yield from _nodes(pipeline, platform, inner, where)
+            continue
+        container = pipeline["deploymentSpec"]["executors"][inner["executorLabel"]]["container"]
+        inputs |= {"container": _text(container), "kubernetes-config": _text(configs[inner["executorLabel"]])}
+        ids = [_identity(f"{where} {i}") for i in range(_UNIQUE_IDS)]
+        patch = {"pod-spec-patch": _text([*inputs.values(), _EXECUTOR_INPUT, *ids])}
+        yield _node(f"{where}-driver", inputs, patch)
+        for kind in (".executor", ".executor.retry", ".executor(0)", ".executor(1)"):
+            yield _node(f"{where}{kind}", patch, {})
+
+
+def _node(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Document:
+    identity = _identity(name)
+    return {
+        "id": f"adapt-pruner-abcde-{identity}",
+        "name": f"adapt-pruner-abcde.{name}",
+        "displayName": name.rpartition(".")[2],
+        "type": "Pod",
+        "templateName": "retry-system-container-executor",
+        "templateScope": "local/adapt-pruner-abcde",
+        "phase": "Succeeded",
+        "boundaryID": f"adapt-pruner-abcde-{_identity(name + 'above')}",
+        "startedAt": f"2026-01-01T00:{identity[:2]}:{identity[2:4]}Z",
+        "finishedAt": f"2026-01-01T01:{identity[4:6]}:{identity[6:8]}Z",
+        "progress": "1/1",
+        "resourcesDuration": {"cpu": identity[8:10], "memory": identity[10:14]},
+        "inputs": {"parameters": [{"name": key, "value": value} for key, value in inputs.items()]},
+        "outputs": {
+            "parameters": [{"name": key, "value": value} for key, value in outputs.items()],
+            "artifacts": [
+                {"name": "main-logs", "s3": {"key": f"artifacts/adapt-pruner/{identity}/main.log"}}
+            ],
+        },
+        "children": [f"adapt-pruner-abcde-{_identity(name + 'below')}"],
+        "hostNodeName": f"node-{identity[:4]}",
+    }
+
+
+def _dags(pipeline: Document) -> Iterator[Document]:
+    yield pipeline["root"]["dag"]
+    for component in pipeline["components"].values():
+        if "dag" in component:
+            yield component["dag"]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _identity(name: str) -> str:
+    """Return what stands in for an id: digits that gzip cannot shorten much."""
+    return str(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
