@@ -45,7 +45,7 @@ test-image: $(INSTALLED)
 
 torture: $(INSTALLED)
 	mkdir -p output && rm -f output/evidence.jsonl
-	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=output/evidence.jsonl \
+	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=$(CURDIR)/output/evidence.jsonl \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
 		-m "not gpu" $$(grep -l "^from tests.evidence" tests/test_*.py) $(PYTEST_FLAGS)
 	$(BIN)/python -m tests.evidence output/evidence.jsonl docs/reliability.md

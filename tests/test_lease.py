@@ -134,7 +134,8 @@ def seize(store, job):
     assert store.write_bytes(f"{RUN}/_lease/0002.json", lease.to_json(), if_absent=True)
 
 
-def test_a_block_whose_lease_was_taken_over_is_interrupted(store):
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN], ids=["shell", "nohup"])
+def test_a_block_whose_lease_was_taken_over_is_interrupted(store, interrupts):
     def work():
         with holding_lease(store, RUN, Owner.of("first"), renew_s=0.01):
             seize(store, "second")
@@ -143,8 +144,14 @@ def test_a_block_whose_lease_was_taken_over_is_interrupted(store):
                 time.sleep(0.01)
             pytest.fail("it went on for a minute")
 
-    with pytest.raises(LeaseError, match="job second"):
-        work()
+    before = signal.signal(signal.SIGINT, interrupts)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(LeaseError, match="job second"):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGUSR1) == handler
     note(TABLE, "a lease is taken over while its owner computes", "the computation is interrupted")
 
 
@@ -159,8 +166,12 @@ def test_outside_of_the_main_thread_a_lost_lease_shows_at_the_end_of_the_block(s
 
 
 def test_an_interrupt_by_the_user_stays_one(store):
-    with pytest.raises(KeyboardInterrupt), holding_lease(store, RUN, Owner.of("first")):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), holding_lease(store, RUN, Owner.of("first")):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_store_that_fails_for_a_while_stops_no_owner(tmp_path, caplog):

@@ -192,6 +192,7 @@ def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
     run_in_a_process(processes, expected)
     job = job_in(s3_store_uri)
     log, kills = Path(job["log"]), 0
+    log.touch()
     while read_manifest(job["uri"]) is None:
         process = processes.Process(target=recover_train, args=(job,))
         process.start()

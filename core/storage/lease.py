@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +167,6 @@ def holding_lease(
     renew = functools.partial(take_lease, store, run, owner, ttl_s=ttl_s)
     renew()
     ended, lost = threading.Event(), list[LeaseError]()
-    in_main_thread = threading.current_thread() is threading.main_thread()
 
     def keep() -> None:
         while not ended.wait(renew_s):
@@ -174,25 +174,49 @@ def holding_lease(
                 renew()
             except LeaseError as error:
                 lost.append(error)
-                if in_main_thread and not ended.is_set():
-                    _thread.interrupt_main()
+                if not ended.is_set():
+                    interrupt()
                 return
             except StorageError as error:
                 log.warning("the lease was not renewed: %s", error)
 
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
+    with _interruptible() as interrupt:
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
         try:
             yield renew
         finally:
             ended.set()
             keeper.join()
-    except KeyboardInterrupt:
-        if not lost:
-            raise
     if lost:
         raise lost[0]
+
+
+class _InterruptedError(BaseException):
+    """Raised where the main thread stands, so that nothing but its own frame catches it."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Yield a function by which another thread ends the block, if that runs in the main thread.
+
+    No signal is sent: Python only acts as if one had come. SIGINT would do nothing in a job in the background
+    or under nohup, where it is ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def stop(*_: object) -> None:
+        raise _InterruptedError
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield functools.partial(_thread.interrupt_main, signal.SIGUSR1)
+    except _InterruptedError:
+        pass
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _key(run: str, number: int) -> str:
