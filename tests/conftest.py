@@ -7,6 +7,16 @@ from tests.servers import BUCKET, S3Server
 from tests.servers import s3_server as run_s3_server
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Let captured logs pass from one process to another, whatever a hostile file has put into them."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     with run_s3_server() as server:
