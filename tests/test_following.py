@@ -276,14 +276,23 @@ def test_who_stops_waiting_does_not_stop_the_run(api, recipe, tmp_path):
     api.frames = [frame("RUNNING", task("resolve-base", "RUNNING"))]
     command = [sys.executable, "-c", "from pipelines.cli import main; main()", "submit", recipe, "--wait"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KF_PIPELINES_ENDPOINT": api.endpoint}
-    with subprocess.Popen(
-        [*command, "--every", "0.1s"], env=environment, stdout=-1, stderr=-1, text=True
-    ) as process:
+    process = subprocess.Popen(
+        [*command, "--every", "0.1s"],
+        env=environment,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run under nohup
+    )
+    try:
         while api.asked("GET /runs/") < 2:
             time.sleep(0.02)
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 130
     assert errors.splitlines()[-1] == f"error: interrupted; the run goes on: {out.strip()}"
     assert "Traceback" not in errors
