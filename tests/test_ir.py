@@ -78,6 +78,7 @@ def test_twenty_phases_stay_small(tmp_path):
     assert workflow < 700_000
 
 
+@pytest.mark.slow
 def test_the_largest_number_of_phases_is_where_the_line_through_two_sizes_meets_the_limit(tmp_path):
     def size(phases):
         compile_pipeline(settings(phases), tmp_path / "pipeline.yaml")
@@ -88,6 +89,7 @@ def test_the_largest_number_of_phases_is_where_the_line_through_two_sizes_meets_
     assert one + most * (nine - one) / 8 > LARGEST_WORKFLOW_BYTES
 
 
+@pytest.mark.slow
 def test_the_size_on_a_cluster_grows_with_all_that_argo_keeps(tmp_path):
     def size(cluster, shared=True, phases=3):
         pipeline, platform = read_ir(as_the_sdk_compiles(tmp_path, settings(phases, cluster=cluster)))
@@ -100,6 +102,7 @@ def test_the_size_on_a_cluster_grows_with_all_that_argo_keeps(tmp_path):
     assert size(CLUSTER, phases=2) < size(CLUSTER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [ClusterSettings(), CLUSTER])
 def test_more_phases_than_argo_can_store_are_refused_with_the_largest_number(tmp_path, cluster):
     most = largest_phases(settings(1, cluster=cluster))

@@ -116,6 +116,29 @@ def test_of_eight_takers_of_an_expired_lease_exactly_one_wins(store):
     note(TABLE, "eight executions race for an expired lease", "one gets it, seven are told who", rounds)
 
 
+class Blinking:
+    """A store whose first listing misses what is deleted and what is created while it is made."""
+
+    def __init__(self, store):
+        self._store, self._listed = store, False
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def list(self, prefix=""):
+        found = self._store.list(prefix) if self._listed else iter(())
+        self._listed = True
+        return found
+
+
+def test_a_lease_that_changes_hands_while_it_is_looked_for_is_not_taken_twice(store):
+    seize(store, "second")
+    with pytest.raises(LeaseError, match="job second"):
+        take_lease(Blinking(store), RUN, Owner.of("third"))
+    assert [key.rpartition("/")[2] for key in store.list(f"{RUN}/_lease/")] == ["0002.json"]
+    note(TABLE, "a lease changes hands while another execution looks for it", "it is not taken twice")
+
+
 def test_a_thread_renews_while_the_block_runs(store):
     with holding_lease(store, RUN, Owner.of("first"), renew_s=0.01):
         before = read_lease(store, RUN)

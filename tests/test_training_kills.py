@@ -154,6 +154,7 @@ def assert_equal_results(job, expected):
 KILLS = {"saved": "once a state is up", "forward": "in a forward pass", "done": "once the result is up"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "precision", "kills"),
     [

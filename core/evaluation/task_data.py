@@ -77,7 +77,7 @@ def load_tasks(settings: EvaluationSettings, folder: Path) -> dict[str, dict[str
         DataError: If a task is unknown, or its data cannot be read or does not fit it.
     """
     if problems := task_problems(settings):
-        raise DataError("\n".join(problems))
+        raise DataError(*problems)
     from lm_eval.tasks import TaskManager
 
     files, _ = _catalog()

@@ -135,6 +135,10 @@ def take_lease(store: Store, run: str, owner: Owner, *, ttl_s: float = TTL_S) ->
         taken = Lease(number=number, owner=owner, renewed_s=now, ttl_s=ttl_s)
         if not store.write_bytes(_key(run, number), taken.to_json(), if_absent=True):
             continue  # another one was quicker
+        if _numbers(store, run)[-1:] != [number]:
+            # It changed hands while it was looked for: a listing may miss the old file and the new one.
+            store.delete(_key(run, number))
+            continue
         if before is not None:
             log.info("taken over from %s, last heard of at %s", before.owner, time_text(before.renewed_s))
             _delete_up_to(store, run, before.number)
