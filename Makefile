@@ -1,6 +1,6 @@
 # make demo        prune a real model on this machine and show the result
 # make test        the quick tests          make test-slow   the long ones, on the real model
-# make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (half an hour)
+# make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
 # make clean       remove what was made here, except output/
