@@ -44,7 +44,7 @@ def test_every_task_is_what_it_was_before_components_were_shared(tmp_path):
     assert len(before) == 8 + 3 * 6
 
 
-@pytest.mark.parametrize("phases", [1, 3, 20])
+@pytest.mark.parametrize("phases", [1, 3, pytest.param(20, marks=pytest.mark.slow)])
 def test_phases_share_their_components(tmp_path, phases):
     compile_pipeline(settings(phases), tmp_path / "pipeline.yaml")
     spec, platform = parse(tmp_path / "pipeline.yaml")
@@ -69,6 +69,7 @@ def test_components_that_differ_stay_apart(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_twenty_phases_stay_small(tmp_path):
     path = tmp_path / "pipeline.yaml"
     compile_pipeline(settings(20), path)

@@ -165,6 +165,7 @@ def test_lm_eval_has_the_tasks_of_a_recipe(path):
     assert task_problems(load_recipe(path).evaluation) == []
 
 
+@pytest.mark.slow
 @by_name(RECIPES)
 def test_a_recipe_and_its_variants_compile(path, tmp_path):
     for settings in variants(path) or [load_recipe(path)]:
