@@ -203,7 +203,10 @@ def key_of(uri):
     return key
 
 
-@pytest.mark.parametrize("wrong", ["secret", "token", "endpoint", "profile", "tracking"])
+OTHERS = ("token", "endpoint", "profile", "tracking")
+
+
+@pytest.mark.parametrize("wrong", ["secret", *(pytest.param(w, marks=pytest.mark.slow) for w in OTHERS)])
 def test_runs_that_fail_tell_no_credential(folder, tmp_path, s3_server, s3_store_uri, canaries, wrong):
     environment = environment_of(s3_server)
     environment["AWS_MAX_ATTEMPTS"] = "1"

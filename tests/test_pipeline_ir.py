@@ -20,7 +20,7 @@ from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
 from tests.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag
 
 
-@pytest.fixture(scope="module", params=[1, 3, 20])
+@pytest.fixture(scope="module", params=[1, 3, pytest.param(20, marks=pytest.mark.slow)])
 def phases(request):
     return request.param
 
