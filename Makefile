@@ -54,7 +54,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/hadolint docker/Dockerfile docker/kubernetes/mlflow/Dockerfile
 
 # Takes the versions of .venv. For newer ones make that anew first: make clean install LOCK=
 lock: $(INSTALLED)

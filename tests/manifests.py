@@ -145,6 +145,24 @@ def containers(found):
     return [*spec.get("initContainers", ()), *spec.get("containers", ())]
 
 
+def filled_in(container, known):
+    """The command and the environment of a container, as the kubelet gives them to it."""
+    variables = {}
+    for source in container.get("envFrom", ()):
+        variables |= known["ConfigMap", source["configMapRef"]["name"]]["data"]
+    for env in container.get("env", ()):
+        variables[env["name"]] = _expanded(env.get("value", ""), variables)
+        for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
+            if reference := env.get("valueFrom", {}).get(field):
+                target = known[kind, reference["name"]]
+                variables[env["name"]] = target.get("data", target.get("stringData"))[reference["key"]]
+    return [_expanded(word, variables) for word in container.get("command", ())], variables
+
+
+def _expanded(text, variables):
+    return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
+
+
 def dangling(objects):
     """Names, keys, ports and labels that lead to nothing."""
     known = {identity(found): found for found in objects}

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 BUCKET = "models"
@@ -28,8 +29,23 @@ class S3Server:
     """A running S3 server on a loopback port, with an empty bucket ``BUCKET``."""
 
     endpoint: str
+    bucket: str = BUCKET
     access_key: str = "test-access-key"
     secret_key: str = "test-secret-key"
+
+    def client(self) -> Any:
+        """Return a client that tries once, and asks nobody but this server."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={}),
+        )
 
     def environment(self) -> dict[str, str]:
         """Return the variables that point boto3 at this server and away from the user's own accounts."""
@@ -58,12 +74,12 @@ def s3_server() -> Iterator[S3Server]:
         for attempt in (1, 2, 3):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
             ports = dict(
-                zip(_SERVICES, zip(*[iter(_free_ports(2 * len(_SERVICES)))] * 2, strict=True), strict=True)
+                zip(_SERVICES, zip(*[iter(free_ports(2 * len(_SERVICES)))] * 2, strict=True), strict=True)
             )
             server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3'][0]}")
             process = _start(server, folder, ports)
             stack.callback(_stop, process, ports)
-            problem = _wait_until_it_stores(server, process)
+            problem = wait_until_it_stores(server, process)
             if not problem:
                 break
             if attempt == 3:
@@ -72,7 +88,8 @@ def s3_server() -> Iterator[S3Server]:
         yield server
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback device that nothing listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -102,30 +119,20 @@ def _start(server: S3Server, folder: Path, ports: dict[str, tuple[int, int]]) ->
         )
 
 
-def _wait_until_it_stores(server: S3Server, process: subprocess.Popen[bytes]) -> str:
+def wait_until_it_stores(server: S3Server, process: subprocess.Popen[bytes]) -> str:
     """Return "" once a file went in and came out again, else what went wrong."""
-    import boto3
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
-    config = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}, proxies={})
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-        config=config,
-    )
+    client = server.client()
     problem = ""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             return f"ended with code {process.returncode}"
         try:
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"yes")
-            if client.get_object(Bucket=BUCKET, Key="ready")["Body"].read() == b"yes":
-                client.delete_object(Bucket=BUCKET, Key="ready")
+            client.put_object(Bucket=server.bucket, Key="ready", Body=b"yes")
+            if client.get_object(Bucket=server.bucket, Key="ready")["Body"].read() == b"yes":
+                client.delete_object(Bucket=server.bucket, Key="ready")
                 return ""
         except (BotoCoreError, ClientError) as error:
             problem = str(error)

@@ -91,7 +91,8 @@ def test_it_says_what_it_is(engine):
 
 def test_it_runs_as_nobody_and_can_write_nothing_but_temporary_files(engine):
     code, shown = run(engine, ["sh", "-c", "id -u; touch /x /home/pruner/x; touch /tmp/x && echo tmp"])
-    assert (code, shown.split()[0], shown.split()[-1]) == (0, "10001", "tmp")
+    assert code == 0
+    assert {"10001", "tmp"} <= set(shown.split())
     assert shown.count("Read-only") == 2
     code, shown = run(engine, ["grep", "CapBnd", "/proc/self/status"])
     assert int(shown.split()[1], 16) == 0

