@@ -116,7 +116,8 @@ def stream_answer(
         seed: Seed of the sampling.
     """
     device = pick_device()
-    model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
+    model: Any = load_model(directory, device=device)
+    tokenizer = load_tokenizer(directory)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:

@@ -123,7 +123,7 @@ def _language_model() -> type:
     """Make the class, because lm-eval costs half a second to import."""
     from lm_eval.models.huggingface import HFLM
 
-    class LanguageModel(HFLM):  # type: ignore[misc]
+    class LanguageModel(HFLM):
         """lm-eval's Hugging Face model without bars, and with bounded windows for whole documents."""
 
         batch_size_per_gpu: int

@@ -164,4 +164,5 @@ def _files(directory: Path) -> list[str]:
 def _log_rate(action: str, uri: str, sizes: Sequence[int], start: float) -> None:
     megabytes, seconds = sum(sizes) / 1e6, time.monotonic() - start
     rate = megabytes / max(seconds, 1e-3)
-    log.info("%s %s: %d files, %.1f MB, %.1f s, %.0f MB/s", action, uri, len(sizes), megabytes, seconds, rate)
+    files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
+    log.info("%s %s: %s, %.1f MB, %.1f s, %.0f MB/s", action, uri, files, megabytes, seconds, rate)
