@@ -162,7 +162,7 @@ def progress_of(run: Any, tasks: Mapping[str, str]) -> Progress:
     details = list((run.run_details and run.run_details.task_details) or ())
     details.sort(key=lambda detail: (_when(detail.create_time), _when(detail.start_time)))
     states = tuple(_states(details, tasks))
-    return Progress(state=run.state or "", tasks=states, trouble=_trouble(run, details, states))
+    return Progress(state=str(run.state or ""), tasks=states, trouble=_trouble(run, details, states))
 
 
 def _states(details: list[Any], tasks: Mapping[str, str]) -> Iterator[TaskState]:
@@ -180,7 +180,7 @@ def _states(details: list[Any], tasks: Mapping[str, str]) -> Iterator[TaskState]
         counts[name] += 1
         yield TaskState(
             name=tasks[name].format(counts[name]),
-            state=detail.state or "",
+            state=str(detail.state or ""),
             reason=_reason(detail),
             seconds=_seconds(detail),
         )

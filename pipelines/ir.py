@@ -98,6 +98,9 @@ def workflow_bytes(pipeline: Document, platform: Document) -> int:
       configuration, and thrice the pod's patch, which is made of them.
 
     Where a task is tried again its second attempt is one node more: each is counted twice.
+
+    A task without retries comes to 1.2 kB here as in the workflow that KFP's compiler writes for its example
+    pipeline_with_reused_component (2.15; later versions write less). The status was never compared.
     """
     executors = pipeline["deploymentSpec"]["executors"]
     configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
