@@ -1,7 +1,7 @@
 """Following a run on a cluster: how its tasks get on, and in one line why it cannot go on.
 
-The API of Kubeflow Pipelines tells the state of each task, and not always why: a pod whose image cannot be
-pulled may stand as running for ever. What it does tell is looked for wherever it may stand.
+The API of Kubeflow Pipelines tells the state of each task, and mostly not why: a task whose image cannot be
+pulled stands as running for ever. Why is looked for wherever it may stand: with the tasks, with Argo's pods.
 """
 
 import re
@@ -13,18 +13,23 @@ from datetime import datetime
 from typing import Any
 
 from core.errors import ClusterError
+from core.record import seconds_text
 from pipelines.kfp_access import QUOTA, Client, explain, is_passing, one_line, quiet, quota_advice
+from pipelines.pods import Pod, troubled_pods
 
 _ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
 _WAITS = {"", "PENDING", "RUNNING", "RUNTIME_STATE_UNSPECIFIED"}
 _TRIES = 8
-_LONGEST_PAUSE_S = 60.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_SLOW_S = 30.0
+"""After so long a pod that waits is asked why."""
 _LATE_S = 300.0
 _PENDING = (
     "it has waited for over five minutes, and the API does not say why. See `kubectl describe pod`: mostly "
-    "an image that cannot be pulled, a secret that is missing, or no node with room."
+    "an image that cannot be pulled, no node with room, a quota, or a queue that has not admitted it."
 )
 
+_NAMELESS = "a task"
 _IMAGE = "ImagePull|ErrImage|InvalidImageName|pull access denied|manifest unknown|failed to pull"
 _NODES = "Unschedulable|nodes are available|Insufficient|FailedScheduling"
 _CAUSES: tuple[tuple[str, str, str], ...] = (
@@ -46,12 +51,17 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "Raise cluster.memory or lower micro_batch; submitted again, the run goes on where it stopped.",
     ),
     (
-        "CreateContainerConfigError|(secret|configmap) .*not found",
-        "a secret or a config map is missing",
-        "Create what cluster.secret and cluster.config_map name, or set them to the names that are there.",
+        "SchedulingGated|scheduling gate",
+        "Kueue has not admitted it",
+        "Wait, or look at the queue that cluster.queue names: is it there, has it room?",
     ),
     (
-        "Evicted|Preempt|low on resource|node (was )?(lost|shut)|imminent node",
+        "CreateContainerConfigError",
+        "its container cannot be made",
+        "Build the image from docker/Dockerfile, and let cluster.run_as_user be a number other than 0.",
+    ),
+    (
+        "Evicted|Preempt|pod deleted|low on resource|node (was )?(lost|shut)|imminent node",
         "its node took it away",
         "Submit it again: the run goes on where it stopped.",
     ),
@@ -124,7 +134,7 @@ def follow(
     """
     started, stuck_since = time.monotonic(), None
     while True:
-        progress = progress_of(_ask(client, run_id, patience), tasks)
+        progress = _progress(client, run_id, tasks, patience)
         show(progress)
         if progress.has_ended:
             return progress
@@ -134,10 +144,11 @@ def follow(
             raise ClusterError(f"{progress.trouble} The run waits: {client.link('runs', run_id)}")
         if patience.timeout_s and now - started >= patience.timeout_s:
             raise ClusterError(
-                f"--timeout: the run has not ended in {patience.timeout_s:,.0f} s, and goes on. "
+                f"--timeout: the run has not ended in {seconds_text(patience.timeout_s)}, and goes on. "
                 f"Follow it at {client.link('runs', run_id)}"
             )
-        time.sleep(patience.poll_s)
+        left = started + patience.timeout_s - now if patience.timeout_s else patience.poll_s
+        time.sleep(min(patience.poll_s, left))
 
 
 def _ask(client: Client, run_id: str, patience: Patience) -> Any:
@@ -151,18 +162,25 @@ def _ask(client: Client, run_id: str, patience: Patience) -> Any:
         except Exception as error:
             problem = explain(error, client.place())
             if is_passing(error) and attempt < _TRIES - 1:
-                time.sleep(min(_LONGEST_PAUSE_S, patience.poll_s * 2**attempt))
+                pause = max(_SHORTEST_PAUSE_S, patience.poll_s) * 2**attempt
+                time.sleep(min(_LONGEST_PAUSE_S, pause))
                 continue
         break
     raise ClusterError(f"{problem} The run goes on: {client.link('runs', run_id)}")
 
 
-def progress_of(run: Any, tasks: Mapping[str, str]) -> Progress:
-    """Read what the API says of a run."""
+def _progress(client: Client, run_id: str, tasks: Mapping[str, str], patience: Patience) -> Progress:
+    """Ask for a run, and for its pods where it waits or has failed."""
+    run = _ask(client, run_id, patience)
     details = list((run.run_details and run.run_details.task_details) or ())
     details.sort(key=lambda detail: (_when(detail.create_time), _when(detail.start_time)))
     states = tuple(_states(details, tasks))
-    return Progress(state=str(run.state or ""), tasks=states, trouble=_trouble(run, details, states))
+    slow = any(detail.state == "PENDING" and _seconds(detail) > _SLOW_S for detail in details)
+    pods: list[Pod] = []
+    if slow or run.state == "FAILED":
+        with quiet():
+            pods = troubled_pods(client, run_id, tasks)
+    return Progress(state=str(run.state or ""), tasks=states, trouble=_trouble(run, details, states, pods))
 
 
 def _states(details: list[Any], tasks: Mapping[str, str]) -> Iterator[TaskState]:
@@ -205,29 +223,40 @@ def _reason(detail: Any) -> str:
     return next((one_line(error.message) for error in found if error and error.message), "")
 
 
-def _trouble(run: Any, details: list[Any], states: tuple[TaskState, ...]) -> str:
+def _trouble(run: Any, details: list[Any], states: tuple[TaskState, ...], pods: list[Pod]) -> str:
     """Return in one line why a run waits or has failed, and what to do."""
     failed = run.state == "FAILED"
     wanted = {"FAILED"} if failed else _WAITS
     said = [(task.name, task.reason) for task in states if task.state in wanted]
-    named = [(name, reason) for name, reason in said if reason]
-    # The pods behind a task, whose names say nothing: its driver, and its executor.
-    others = [(_task_of(detail), _reason(detail)) for detail in details if (detail.state or "") in wanted]
-    for name, reason in [*named, *others, ("the run", _reason(run))]:
+    # What stands for a pod, whose name says nothing: a task's driver, and its executor.
+    said += [(_task_of(detail), _reason(detail)) for detail in details if (detail.state or "") in wanted]
+    done = {task.name for task in states if task.state in ("SUCCEEDED", "SKIPPED")}  # at a later attempt
+    said += [
+        (pod.task or "a task", pod.message) for pod in pods if pod.failed == failed and pod.task not in done
+    ]
+    said.append(("the run", _reason(run)))
+    for name, reason in said:
         if cause := _cause(reason):
             return f"{name}: {cause[0]} ({reason}). {cause[1]}"
     if run.state == "CANCELED":
         return "the run was cancelled. Submit it again: it goes on where it stopped."
     if not failed:
         late = [detail for detail in details if detail.state == "PENDING" and _seconds(detail) > _LATE_S]
-        return f"{_task_of(late[0])}: {_PENDING}" if late else ""
-    name, reason = next(iter([*named, *((n, r) for n, r in others if r), *said, ("the run", _reason(run))]))
+        return f"{_waiting(late[0], states)}: {_PENDING}" if late else ""
+    name, reason = next((each for each in said if each[1]), said[0])
     return f"{name} failed{f': {reason}' if reason else ''}. Its log is in the UI."
 
 
+def _waiting(detail: Any, states: tuple[TaskState, ...]) -> str:
+    """Return whose pod it is that waits: its own name, or that of the tasks that seem to run."""
+    name = _task_of(detail)
+    running = [task.name for task in states if task.state == "RUNNING"]
+    return name if name != _NAMELESS or not running else " or ".join(running)
+
+
 def _task_of(detail: Any) -> str:
-    name = str(detail.display_name or "a task")
-    return "a task" if name.startswith("executor") else one_line(name.removesuffix("-driver"), 60)
+    name = str(detail.display_name or _NAMELESS)
+    return _NAMELESS if name.startswith("executor") else one_line(name.removesuffix("-driver"), 60)
 
 
 def _cause(reason: str) -> tuple[str, str] | None:

@@ -4,13 +4,16 @@ The client's own defaults wait without limit for a host that does not answer, as
 print links, and write into the user's home.
 """
 
+import base64
 import contextlib
+import gzip
 import html
 import io
 import json
 import logging
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +85,10 @@ class Client(kfp_client.Client):
         )
         return config
 
+    def _load_context_setting_or_default(self) -> None:
+        """Start from nothing: the file in the home is of whatever cluster was used last, with its login."""
+        self._context_setting = {"namespace": ""}
+
     def get_kfp_healthz(self, sleep_duration: int = 0) -> kfp_server_api.V2beta1GetHealthzResponse:
         """Ask the server how it is, once."""
         return self._healthz_api.healthz_service_get_healthz(_request_timeout=_TIMEOUT_S)
@@ -91,8 +98,32 @@ class Client(kfp_client.Client):
         self._context_setting["namespace"] = namespace
 
     def link(self, kind: str, id_: str) -> str:
-        """Return the UI's page of something, such as ``runs``."""
+        """Return the UI's page of something, such as ``runs``; its id where the UI's address is not known."""
+        if not self._uihost:
+            return f"{id_} (set KF_PIPELINES_UI_ENDPOINT for a link)"
         return f"{self._get_url_prefix()}/#/{kind}/details/{id_}"
+
+    def workflow(self, run_id: str) -> dict[str, Any]:
+        """Return a run as Argo sees it, by the older API; nothing where the server does not give it."""
+        try:
+            answer = self._run_api.api_client.call_api(
+                "/apis/v1beta1/runs/{run_id}",
+                "GET",
+                path_params={"run_id": run_id},
+                header_params={"Accept": "application/json"},
+                response_type="object",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+            )
+            workflow = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
+            status = workflow["status"]
+            if packed := status.get("compressedNodes"):  # Argo's way with a large status
+                status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+        except (kfp_server_api.ApiException, exceptions.HTTPError, ClusterError):
+            return {}  # who asks for the run itself will hear of it
+        except (LookupError, TypeError, AttributeError, ValueError, EOFError, OSError, zlib.error):
+            return {}
+        return dict(workflow)
 
     def place(self) -> str:
         """Return the host, for messages."""
@@ -110,9 +141,8 @@ def connect(access: Access) -> Client:
     with explained(access.host or "Kubeflow Pipelines"), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         client = Client(
-            host=access.host.rstrip("/") or None,
-            # kfp takes this name for "no namespace": it is that of the installation
-            namespace=access.namespace or "kubeflow",
+            host=_with_scheme(access.host.rstrip("/")) or None,
+            namespace="kubeflow",  # that of the installation, of which kfp makes addresses in the cluster
             client_id=access.client_id or None,
             other_client_id=access.other_client_id or None,
             other_client_secret=access.other_client_secret or None,
@@ -127,6 +157,8 @@ def connect(access: Access) -> Client:
         rest = client._run_api.api_client.rest_client  # all of the client's APIs share it
         rest.request = _limited(rest.request)
         health = client.get_kfp_healthz()
+    if access.namespace:
+        client.set_user_namespace(access.namespace)
     client.namespace = access.namespace or (client.get_user_namespace() if health.multi_user else None)
     if health.multi_user and not client.namespace:
         raise SettingsError(["--namespace is missing: this Kubeflow serves several users. Give yours."])
@@ -276,14 +308,28 @@ def _check(access: Access) -> None:
             f"--host={without_password(access.host)} is no address. Write it as http://host:port or "
             "https://host/path, without a name and password."
         )
-    if access.token and access.token_file:
-        problems.append("--token-file and KFP_EXISTING_TOKEN are both given. Leave one out.")
+    logins = {
+        "--client-id": access.client_id,
+        "--token-file": access.token_file,
+        "KFP_EXISTING_TOKEN": access.token,
+    }
+    given = [name for name, value in logins.items() if value]
+    if len(given) > 1:
+        problems.append(f"{' and '.join(given)} are both given. Leave one out.")
+    if access.kube_context and access.host:
+        problems.append("--kube-context and --host (or KF_PIPELINES_ENDPOINT) are both given. Leave one out.")
+    elif access.kube_context and _in_cluster():
+        problems.append("--kube-context counts for nothing in a pod. Give --host, or neither.")
     if re.search(r"\s", access.token):
         problems.append("KFP_EXISTING_TOKEN holds blanks or line ends. Give the token alone.")
     if access.ca_cert and not access.ca_cert.is_file():
         problems.append(f"--ca-cert={access.ca_cert} is no file. Correct the path.")
     if problems:
         raise SettingsError(problems)
+
+
+def _with_scheme(host: str) -> str:
+    return host if not host or "://" in host else f"https://{host}"
 
 
 def _in_cluster() -> bool:

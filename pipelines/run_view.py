@@ -20,6 +20,7 @@ _SAYS = {
     "CANCELED": "cancelled",
     "PAUSED": "paused",
 }
+_WAITS = {state for state, said in _SAYS.items() if said == "waits"}
 _STYLES = {"FAILED": "red", "CANCELED": "yellow", "SKIPPED": "dim"}
 
 
@@ -50,6 +51,8 @@ class RunView:
     def show(self, progress: Progress) -> None:
         """Show what is new."""
         for task in progress.tasks:
+            if progress.has_ended and task.state in _WAITS:
+                continue  # it will not run
             if self._seen.get(task.name) != task.state:
                 self._seen[task.name] = task.state
                 if self._live is None or progress.has_ended or task.state not in _SAYS:

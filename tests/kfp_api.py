@@ -5,16 +5,18 @@ read by the models of ``kfp_server_api``, pipelines by the protocol buffers of t
 pipeline.
 """
 
+import base64
 import contextlib
 import datetime
 import email
 import email.policy
+import gzip
 import http.server
 import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -42,20 +44,34 @@ class Cut(Exception):
     """The connection ends without an answer."""
 
 
-def task(name: str, state: str, error: str = "", **more: Any) -> dict[str, Any]:
-    """What the API says of a task; an error of a state that lasts stands in the history alone."""
-    found = {"display_name": name, "task_id": f"{name}-id", "state": state, **more}
-    if error and state == "FAILED":
-        found["error"] = {"code": 13, "message": error}
-    elif error:
-        found["state_history"] = [{"state": state, "error": {"code": 13, "message": error}}]
-    return found
+def task(name: str, state: str, **more: Any) -> dict[str, Any]:
+    """What the API says of a task: mostly no error, see kubeflow/pipelines 14007."""
+    return {"display_name": name, "task_id": f"{name}-id", "state": state, **more}
 
 
-def frame(state: str, *tasks: dict[str, Any], error: str = "") -> dict[str, Any]:
-    """What the API says of a run at one time."""
-    found: dict[str, Any] = {"state": state, "run_details": {"task_details": list(tasks)}}
-    return found | ({"error": {"code": 13, "message": error}} if error else {})
+def failure(message: str) -> dict[str, Any]:
+    """An error of a task or run, where the API tells one."""
+    return {"code": 13, "message": message}
+
+
+def pod(place: str, phase: str, message: str = "", started: int = 0) -> dict[str, Any]:
+    """A pod in the status of Argo's workflow; ``place``: ``phase-2.calibrate.executor``."""
+    return {
+        "name": f"adapt-pruner-x.root.{place}",
+        "displayName": place.rpartition(".")[2],
+        "type": "Pod",
+        "phase": phase,
+        "startedAt": f"2026-01-01T00:00:{started:02d}Z",
+        **({"message": message} if message else {}),
+    }
+
+
+def frame(
+    state: str, *tasks: dict[str, Any], pods: Sequence[dict[str, Any]] = (), error: str = ""
+) -> dict[str, Any]:
+    """What the API says of a run at one time; of its pods only in its older form."""
+    found: dict[str, Any] = {"state": state, "run_details": {"task_details": list(tasks)}, "pods": pods}
+    return found | ({"error": failure(error)} if error else {})
 
 
 @dataclass(kw_only=True)
@@ -76,6 +92,10 @@ class KfpApi:
     frames: list[dict[str, Any]] = field(default_factory=list)
     """What a run comes to, from question to question; the last one stays."""
     requests: list[str] = field(default_factory=list)
+    packs: bool = False
+    """Whether Argo packs the status of a workflow, as it does where it is large."""
+    old: bool = True
+    """Whether the older API, v1beta1, is served."""
     hook: Callable[[str], None] = lambda request: None
     """Called with each request (``POST /runs``) before it is answered; may raise ``Refused`` or ``Cut``."""
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -260,6 +280,19 @@ class KfpApi:
             return self.answer_recurring(method, id_, verb, query, body)
         raise Refused(404, "Not Found", body=b"404 page not found")
 
+    def workflow(self, run_id: str) -> dict[str, Any]:
+        """Return a run as the older API does: with Argo's workflow, as text."""
+        check(self.old, "no such API")
+        run = found(self.runs, run_id, "Run")
+        pods = run.get("pods", ())
+        nodes = {f"adapt-pruner-x-{i}": node for i, node in enumerate(pods)}
+        status: dict[str, Any] = {"phase": "Running", "nodes": nodes}
+        if self.packs:
+            packed = gzip.compress(json.dumps(status.pop("nodes")).encode())
+            status["compressedNodes"] = base64.b64encode(packed).decode()
+        manifest = json.dumps({"metadata": {"name": "adapt-pruner-x"}, "status": status})
+        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}
+
     def answer_recurring(
         self, method: str, id_: str | None, verb: str | None, query: dict[str, str], body: Any
     ) -> dict[str, Any]:
@@ -307,20 +340,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         address = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        path = address.path.removeprefix(_ROOT)
+        path = address.path.removeprefix(_ROOT)  # that of the older API stays
         request = f"{self.command} {path}"
         self.served.requests.append(request)
         try:
             self.served.hook(request)
             self._let_in()
-            check(address.path.startswith(_ROOT), "no such API")
-            answer = self.served.answer(self.command, path, query, self._body(content))
+            if older := re.fullmatch("/apis/v1beta1/runs/([\\w-]+)", address.path):
+                answer = self.served.workflow(older[1])
+            else:
+                check(address.path.startswith(_ROOT), "no such API")
+                answer = self.served.answer(self.command, path, query, self._body(content))
         except Refused as refusal:
             self._send(refusal.status, refusal.body, refusal.headers)
         except Cut:
             self.close_connection = True
         else:
-            shown = {key: value for key, value in answer.items() if key != "frames"}
+            shown = {key: value for key, value in answer.items() if key not in ("frames", "pods")}
             self._send(200, json.dumps(shown).encode(), {"Content-Type": "application/json"})
 
     do_POST = do_DELETE = do_GET

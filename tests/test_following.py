@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from pipelines.kfp_access import Access, connect
 from pipelines.run_view import RunView
 from pipelines.submit import prepare, start
 from tests.evidence import note
-from tests.kfp_api import Cut, Refused, frame, run_kfp_api, task
+from tests.kfp_api import Cut, Refused, failure, frame, pod, run_kfp_api, task
 from tests.kfp_trial import NO_QUOTA_LEFT, forget_kfp, submit, write_trial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     forget_kfp(monkeypatch)
+    monkeypatch.setattr("pipelines.following._SHORTEST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -75,62 +77,108 @@ def test_waiting_shows_each_task_and_ends_with_the_run(api, recipe):
 
 ENDS = {
     "an image that is not there": (
-        task("calibrate", "FAILED", 'ImagePullBackOff: Back-off pulling image "registry.example/x"'),
-        "phase 1 calibrate: its image cannot be pulled (ImagePullBackOff: Back-off pulling image "
+        ("phase-3.calibrate.executor(0)", 'ImagePullBackOff: Back-off pulling image "registry.example/x"'),
+        "phase 3 calibrate: its image cannot be pulled (ImagePullBackOff: Back-off pulling image "
         '"registry.example/x"). Correct cluster.image, push it, or give',
     ),
-    "a quota": (
-        task("evaluate", "FAILED", NO_QUOTA_LEFT),
-        "evaluate dense model: a quota is used up (pods",
-    ),
+    "a quota": (("evaluate.executor", NO_QUOTA_LEFT), "evaluate dense model: a quota is used up (pods"),
     "no GPU": (
-        task("evaluate", "FAILED", "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
-        "evaluate dense model: no node has room for it (Unschedulable: 0/3 nodes are available: 3",
+        ("evaluate-2.executor(1)", "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
+        "evaluate phase 1: no node has room for it (Unschedulable: 0/3 nodes are available: 3",
     ),
     "too little memory": (
-        task("publish", "FAILED", "OOMKilled (exit code 137)"),
+        ("publish.executor(2)", "OOMKilled (exit code 137)"),
         "publish: it ran out of memory (OOMKilled (exit code 137)). Raise cluster.memory",
     ),
-    "a secret that is missing": (
-        task("publish", "FAILED", 'CreateContainerConfigError: secret "adapt-pruner" not found'),
-        "publish: a secret or a config map is missing",
+    "an image whose user is root": (
+        (
+            "publish.executor",
+            "CreateContainerConfigError: container has runAsNonRoot and image will run as root",
+        ),
+        "publish: its container cannot be made (CreateContainerConfigError: container has runAsNonRoot",
     ),
     "an eviction": (
-        task("publish", "FAILED", "The node was low on resource: memory."),
+        ("publish.executor", "The node was low on resource: memory."),
         "publish: its node took it away",
     ),
+    "a spot node that is taken away": (("phase.calibrate.executor", "pod deleted"), "phase 1 calibrate: its"),
     "something else": (
-        task("publish", "FAILED", "Error (exit code 1)"),
+        ("publish.executor", "Error (exit code 1)"),
         "publish failed: Error (exit code 1). Its log is in the UI.",
     ),
-    "nothing that the API tells of": (task("publish", "FAILED"), "publish failed. Its log is in the UI."),
+    "a driver that fails": (
+        ("phase-2.prune-step-driver", "Error (exit code 2)"),
+        "phase 2 prune-step failed: Error (exit code 2).",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", ENDS)
 def test_a_run_that_fails_says_why_in_one_line(api, recipe, what):
-    failed, expected = ENDS[what]
-    api.frames = [frame("RUNNING"), frame("FAILED", task("resolve-base", "SUCCEEDED"), failed)]
+    (place, message), expected = ENDS[what]
+    api.packs = what in ("a quota", "no GPU")
+    pods = [
+        pod(
+            "resolve-base.executor(0)", "Failed", "OOMKilled (exit code 137)", started=1
+        ),  # then it went well
+        pod("resolve-base.executor(1)", "Succeeded", started=2),
+        pod("calibrate.executor", "Failed", "", started=3),
+        pod(place, "Error" if message == "pod deleted" else "Failed", message, started=4),
+    ]
+    tasks = [task("resolve-base", "SUCCEEDED"), task("publish", "FAILED")]
+    api.frames = [frame("RUNNING", pods=pods), frame("FAILED", *tasks, pods=pods)]
     result = submit(api, "--wait", "--every", "0.01s")
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {expected}")
     assert errors[0].endswith(f" {result.stdout.strip()}")
+    assert api.asked("GET /apis/v1beta1/runs/") == 1
     note("Faults", f"a task on the cluster fails for {what}", "one line names the task, why and what to do")
 
 
-def test_what_is_said_of_a_pod_or_of_the_run_counts_too(api, recipe):
-    oom = "OOMKilled (exit code 137)"
+def test_the_last_attempt_counts(api, recipe):
+    pods = [
+        pod("publish.executor(0)", "Failed", "Error (exit code 1)", started=1),
+        pod("publish.executor(2)", "Failed", "Error (exit code 3)", started=3),
+        pod("publish.executor(1)", "Failed", "Error (exit code 2)", started=2),
+    ]
+    api.frames = [frame("FAILED", task("publish", "FAILED"), pods=pods)]
+    assert "publish failed: Error (exit code 3)." in submit(api, "--wait").stderr
+
+
+def test_a_server_that_tells_nothing_of_pods_is_believed(api, recipe):
+    api.old = False
+    for tasks, expected in (
+        ([task("publish", "FAILED")], "error: publish failed. Its log is in the UI."),
+        ([task("calibrate-driver", "FAILED")], "error: calibrate failed. Its log is in the UI."),
+        ([], "error: the run failed. Its log is in the UI."),
+    ):
+        api.frames = [frame("FAILED", *tasks, pods=[pod("publish.executor", "Failed", "OOMKilled")])]
+        assert expected in submit(api, "--wait", "--every", "0.01s").stderr
+    note("Faults", "a run fails, and the API tells of no pod", "one line names the task", 3)
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    ["{", "[]", "null", '{"status": []}', '{"status": {"nodes": [1]}}', '{"status": {"nodes": {"a": 1}}}']
+    + [json.dumps({"status": {"compressedNodes": packed}}) for packed in ("x", "AAAA", "H4sIAA==")],
+)
+def test_a_workflow_that_makes_no_sense_tells_nothing(api, recipe, monkeypatch, workflow):
+    answer = {"pipeline_runtime": {"workflow_manifest": workflow}}
+    monkeypatch.setattr(type(api), "workflow", lambda *arguments: answer)
+    api.frames = [frame("FAILED", task("publish", "FAILED"))]
+    assert "error: publish failed" in submit(api, "--wait", "--every", "0.01s").stderr
+
+
+def test_what_the_api_says_of_a_task_or_of_the_run_counts_too(api, recipe):
+    oom = failure("OOMKilled (exit code 137)")
     for said in (
-        frame("FAILED", task("publish", "FAILED"), task("executor", "FAILED", oom)),
-        frame("FAILED", task("publish-driver", "FAILED", oom), task("publish", "FAILED")),
-        frame("FAILED", task("publish", "FAILED"), error=oom),
-        frame("FAILED", error=oom),
-        frame(
-            "FAILED",
-            task("publish", "FAILED", state_history=[{"state": "FAILED", "error": {"message": oom}}]),
-        ),
+        frame("FAILED", task("publish", "FAILED"), task("executor", "FAILED", error=oom)),
+        frame("FAILED", task("publish-driver", "FAILED", error=oom), task("publish", "FAILED")),
+        frame("FAILED", task("publish", "FAILED"), error="OOMKilled (exit code 137)"),
+        frame("FAILED", error="OOMKilled (exit code 137)"),
+        frame("FAILED", task("publish", "FAILED", state_history=[{"state": "FAILED", "error": oom}])),
     ):
         api.frames = [said]
         result = submit(api, "--wait", "--every", "0.01s")
@@ -140,10 +188,28 @@ def test_what_is_said_of_a_pod_or_of_the_run_counts_too(api, recipe):
     assert "the run was cancelled." in submit(api, "--wait").stderr
 
 
+def test_what_never_ran_is_not_told_of_when_a_run_has_failed(api, recipe):
+    api.frames = [
+        frame(
+            "FAILED",
+            task("resolve-base", "FAILED"),
+            task("needs-run", "RUNTIME_STATE_UNSPECIFIED"),
+            task("publish", "PENDING"),
+        )
+    ]
+    shown = submit(api, "--wait", "--every", "0.01s").stderr
+    assert "resolve-base" in shown
+    assert "needs-run" not in shown
+    assert "waits" not in shown
+
+
 def test_an_image_that_cannot_be_pulled_is_told_while_the_run_waits(api, recipe):
     """Such a run waits for ever on the cluster."""
-    waiting = task("calibrate", "RUNNING", "ErrImagePull: manifest unknown")
-    api.frames = [frame("RUNNING", waiting)]
+    long_ago = "2026-01-01T00:00:00Z"
+    tasks = [task("calibrate", "RUNNING"), task("executor(0)", "PENDING", create_time=long_ago)]
+    pulls = pod("phase.calibrate.executor(0)", "Pending", "ErrImagePull: manifest unknown")
+    waiting = frame("RUNNING", *tasks, pods=[pulls])
+    api.frames = [waiting]
     submission = prepare(load_recipe(Path(recipe)))
     client, seen = connect(Access(host=api.endpoint)), []
     run = start(client, submission, run_name="x", experiment="e")
@@ -154,8 +220,7 @@ def test_an_image_that_cannot_be_pulled_is_told_while_the_run_waits(api, recipe)
         follow(client, run.id, submission.package.tasks, seen.append, patience)
     assert seen
     # A registry that has come back meanwhile starts the time anew.
-    api.frames = [frame("RUNNING", waiting), frame("RUNNING", task("calibrate", "RUNNING"))]
-    api.frames += [frame("RUNNING", waiting), frame("SUCCEEDED")]
+    api.frames = [waiting, frame("RUNNING", task("calibrate", "RUNNING")), waiting, frame("SUCCEEDED")]
     run = start(client, submission, run_name="x", experiment="e")
     patience = Patience(poll_s=0.01, image_s=1.0)
     ended = follow(
@@ -189,11 +254,31 @@ def test_a_task_that_found_no_room_and_runs_now_is_no_trouble(api, recipe):
     assert ["no node has room for it" in progress.trouble for progress in seen] == [True, False, False]
 
 
+def test_a_pod_that_waits_is_told_why(api, recipe):
+    def shown(*pods, seconds=40):
+        created = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+        waits = task("executor(0)", "PENDING", create_time=created.isoformat())
+        api.frames = [frame("RUNNING", task("calibrate", "RUNNING"), waits, pods=pods)] * 2
+        api.frames += [frame("SUCCEEDED")]
+        return submit(api, "--wait", "--every", "0.01s").stderr
+
+    gated = "SchedulingGated: Scheduling is blocked due to non-empty scheduling gates"
+    earlier = pod("phase.calibrate.executor(0)", "Failed", "OOMKilled (exit code 137)", started=1)
+    said = shown(earlier, pod("phase.calibrate.executor(1)", "Pending", gated, started=2))
+    assert said.count(f"phase 1 calibrate: Kueue has not admitted it ({gated}).") == 1
+    assert "OOMKilled" not in said
+    assert "waited" not in shown(pod("phase.calibrate.executor(0)", "Pending", "ContainerCreating"))
+    api.requests.clear()
+    assert "Kueue" not in shown(pod("phase.calibrate.executor(1)", "Pending", gated), seconds=2)
+    assert api.asked("GET /apis/v1beta1") == 0  # it may be about to start
+    note("Faults", "a pod waits for Kueue", "one line says so")
+
+
 def test_a_pod_that_does_not_start_is_told_even_if_the_api_does_not_say_why(api, recipe):
     now, zero = datetime.datetime.now(datetime.UTC), "0001-01-01T00:00:00Z"
     early, late = ((now - datetime.timedelta(seconds=s)).isoformat() for s in (30, 3000))
     for name, created, told in (
-        ("executor", late, "a task: it has waited for over five minutes"),
+        ("executor", late, "publish: it has waited for over five minutes"),
         ("publish-driver", late, "publish: it has waited for over five minutes"),
         ("executor", early, ""),
         ("executor", zero, ""),
@@ -267,9 +352,10 @@ def test_a_token_that_is_renewed_while_waiting_is_read_again(recipe, tmp_path):
 
 def test_time_is_up(api, recipe):
     api.frames = [frame("RUNNING")]
-    result = submit(api, "--wait", "--every", "0.01s", "--timeout", "0.05s")
-    assert result.exit_code == 1
-    assert "--timeout: the run has not ended in 0 s, and goes on." in result.stderr
+    for every in ("0.01s", "10h"):  # it is not slept through
+        result = submit(api, "--wait", "--every", every, "--timeout", "0.1s")
+        assert result.exit_code == 1
+        assert "--timeout: the run has not ended in 0.1 s, and goes on." in result.stderr
 
 
 def test_who_stops_waiting_does_not_stop_the_run(api, recipe, tmp_path):

@@ -109,6 +109,8 @@ def submit(
     settings that were run before does nothing again: it ends at once, or goes on where it stopped.
     """
     timeout_s, poll_s = _seconds("timeout", timeout), _seconds("every", every)
+    if not poll_s:
+        raise SettingsError([f"--every={every} would ask without a pause. Give a time such as 10s."])
     if timeout_s and not wait:
         raise SettingsError(["--timeout goes with --wait. Add it, or leave --timeout out."])
     submission = _prepared(recipe, overrides, parameters)
