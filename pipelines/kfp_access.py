@@ -79,6 +79,7 @@ class Client(kfp_client.Client):
         config = super()._load_config(host, *args, **options)
         if not host and config.host == kfp_server_api.Configuration().host:
             raise SettingsError(["--kube-context is not in the kubeconfig. Name another, or give --host."])
+        config.host = config.host.rstrip("/")
         # A request that may have arrived is not sent again, and no redirect followed with a token.
         config.retries = urllib3.Retry(
             total=2, connect=1, read=1, status=0, redirect=0, raise_on_redirect=False, backoff_factor=0.2

@@ -83,6 +83,8 @@ class KfpApi:
     tokens: tuple[str, ...] = ()
     """Tokens that are let in; none lets everybody in."""
     cookie: str = ""
+    prefix: str = ""
+    """Where the API lies on the server."""
     pipelines: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
     uploads: list[bytes] = field(default_factory=list)
@@ -340,16 +342,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         address = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
-        path = address.path.removeprefix(_ROOT)  # that of the older API stays
+        whole = address.path.removeprefix(self.served.prefix)
+        path = whole.removeprefix(_ROOT)  # that of the older API stays
         request = f"{self.command} {path}"
         self.served.requests.append(request)
         try:
             self.served.hook(request)
             self._let_in()
-            if older := re.fullmatch("/apis/v1beta1/runs/([\\w-]+)", address.path):
+            if older := re.fullmatch("/apis/v1beta1/runs/([\\w-]+)", whole):
                 answer = self.served.workflow(older[1])
             else:
-                check(address.path.startswith(_ROOT), "no such API")
+                check(address.path == self.served.prefix + whole and whole.startswith(_ROOT), "no such API")
                 answer = self.served.answer(self.command, path, query, self._body(content))
         except Refused as refusal:
             self._send(refusal.status, refusal.body, refusal.headers)

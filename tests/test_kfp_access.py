@@ -2,16 +2,20 @@
 
 import contextlib
 import http.server
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
+import yaml
+from kubernetes.config import kube_config
 
-from pipelines.kfp_access import Access
+from pipelines.kfp_access import Access, connect
 from tests.evidence import note
 from tests.kfp_api import Cut, Refused, run_kfp_api
 from tests.kfp_trial import NO_QUOTA_LEFT, error_of, forget_kfp, submit, write_trial
@@ -126,6 +130,15 @@ def test_a_wrong_host_is_one_line(recipe, monkeypatch):
         (["--host", "http://h", "--cookie-file", "two"], "--cookie-file=two is not one line of text."),
         (["--host", "http://h", "--ca-cert", "gone"], "--ca-cert=gone is no file."),
         (["--kube-context", "nowhere"], "--kube-context is not in the kubeconfig."),
+        (
+            ["--kube-context", "x", "--host", "http://h"],
+            "--kube-context and --host (or KF_PIPELINES_ENDPOINT)",
+        ),
+        (
+            ["--host", "http://h", "--client-id", "x", "--token-file", "two"],
+            "--client-id and --token-file are",
+        ),
+        (["--host", "http://h", "--every", "0", "--wait"], "--every=0 would ask without a pause."),
         (["--host", "http://h", "--timeout", "1h"], "--timeout goes with --wait."),
         (["--host", "http://h", "--timeout", "soon", "--wait"], "--timeout=soon is no time."),
         (["--host", "http://h", "--every", "3 steps", "--wait"], "--every=3 steps is no time."),
@@ -203,6 +216,50 @@ def test_several_users_have_namespaces(recipe):
         assert len(api.uploads) == 1
     with run_kfp_api() as api:
         assert "In single-user mode" in error_of(submit(api, "--namespace", "team"))
+
+
+@pytest.mark.parametrize("namespace", ["", "team"])
+def test_a_context_of_kubectl_leads_to_the_installation(recipe, tmp_path, monkeypatch, namespace):
+    # The variable KUBECONFIG is read once a process.
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    with run_kfp_api(multi_user=bool(namespace), prefix=prefix) as api:
+        context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+        config = {"clusters": [{"name": "c", "cluster": {"server": api.endpoint}}], "contexts": [context]}
+        config |= {"users": [{"name": "u", "user": {}}], "current-context": "x", "kind": "Config"}
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        result = submit(None, "--kube-context", "x", *(["--namespace", namespace] if namespace else []))
+        assert result.exit_code == 0, result.stderr
+        (experiment,) = api.experiments.values()
+        assert experiment.get("namespace", "") == namespace
+        (run,) = api.runs
+        assert result.stdout == f"{run} (set KF_PIPELINES_UI_ENDPOINT for a link)\n"
+        monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline")
+        result = submit(None, "--kube-context", "x", *(["--namespace", namespace] if namespace else []))
+        assert result.stdout.startswith("https://kubeflow.example/pipeline/#/runs/details/")
+
+
+def test_what_another_cluster_has_left_in_the_home_counts_for_nothing(recipe, tmp_path, monkeypatch):
+    kept = {"namespace": "team", "client_authentication_cookie": "session=abc"}
+    (tmp_path / "context.json").write_text(json.dumps(kept))
+    monkeypatch.setattr("kfp.client.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+    with run_kfp_api(cookie="session=abc") as api:
+        assert submit(api).exit_code == 1
+    with run_kfp_api() as api:
+        assert submit(api).exit_code == 0
+    assert json.loads((tmp_path / "context.json").read_text()) == kept
+
+
+def test_a_host_without_a_scheme_is_https(recipe, monkeypatch):
+    client = connect_without_asking(monkeypatch, Access(host="kubeflow.example/pipeline"))
+    assert client.place() == "https://kubeflow.example/pipeline"
+    assert client.link("runs", "x") == "https://kubeflow.example/pipeline/#/runs/details/x"
+
+
+def connect_without_asking(monkeypatch, access):
+    health = types.SimpleNamespace(multi_user=False)
+    monkeypatch.setattr("pipelines.kfp_access.Client.get_kfp_healthz", lambda self: health)
+    return connect(access)
 
 
 def test_a_pod_of_the_cluster_has_the_namespace_that_it_runs_in(recipe, tmp_path, monkeypatch):
