@@ -7,7 +7,7 @@ from components.decorator import component
 
 @component
 def resolve_base(
-    base_model: str, revision: str, target: str, method: str, recipe: dict, phases: int, job: str
+    base_model: str, revision: str, target: str, method: str, recipe: dict, fixed: dict, job: str
 ) -> NamedTuple("Outputs", run=dict, base_uri=str):
     """Pin the base model's revision, plan the sizes of all phases and open the run."""
     from components.runtime import task
@@ -21,6 +21,6 @@ def resolve_base(
             target=target,
             method=method,
             recipe=recipe,
-            phases=phases,
+            fixed=fixed,
             job=job,
         )

@@ -29,6 +29,8 @@ _CPU = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?m?")
 _BYTES = re.compile(r"(?=.*[1-9])[0-9]+([EPTGMK]i|[EPTGM])?")
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OF_THE_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|ACCESS_KEY", re.IGNORECASE)
 _LONGEST_S = 10**8
 
 
@@ -112,10 +114,12 @@ class ClusterSettings:
     """User id of the processes, with group 0, to which the image's home folder belongs. 0 leaves it to the
     cluster, as OpenShift wants; root is refused either way."""
     secret: str = "adapt-pruner"
-    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, HF_TOKEN,
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, AWS_SESSION_TOKEN,
+    HF_TOKEN, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     config_map: str = "adapt-pruner"
-    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_REGION and MLFLOW_TRACKING_URI."""
+    """Kubernetes config map with AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and MLFLOW_TRACKING_URI."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of all tasks, such as HTTPS_PROXY or AWS_CA_BUNDLE; they can be read in the pipeline."""
     gpus: int = 1
     """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
     again, publish where it measures speed). A task computes on one: more are reserved in vain."""
@@ -177,6 +181,11 @@ class ClusterSettings:
             yield from _wrong_name(name, getattr(self, name), optional=True)
         for i, secret in enumerate(self.image_pull_secrets):
             yield from _wrong_name(f"image_pull_secrets[{i}]", secret)
+        for name in self.environment:
+            if not _VARIABLE.fullmatch(name):
+                yield f"environment.{name} is no name of a variable. Take letters, digits and underscores."
+            elif _OF_THE_SECRET.search(name):
+                yield f"environment.{name} could be read in the pipeline. Put it into the secret."
         yield from _pod_problems(self)
         yield from _wrong_labels("gpu_node_selector", self.gpu_node_selector)
         for name in ("retry_wait", "retry_within"):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from core.config import Settings
-from core.errors import SettingsError
+from core.errors import SettingsError, refuse
 
 
 def settings_from_dict(data: Mapping[str, Any]) -> Settings:
@@ -49,6 +49,36 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     for override in overrides:
         _override(data, override)
     return settings_from_dict(data)
+
+
+def with_fixed(recipe: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Add to a recipe what was fixed when its pipeline was compiled.
+
+    Args:
+        recipe: Sections of settings.
+        fixed: The same, of what is fixed.
+
+    Raises:
+        SettingsError: If the recipe says otherwise.
+    """
+    problems = [
+        f"{section}={recipe[section]!r} must be a mapping."
+        for section in ("model", *fixed)
+        if not isinstance(recipe.get(section, {}), Mapping)
+    ]
+    refuse(problems)
+    result = dict(recipe)
+    for section, settings in fixed.items():
+        given = recipe.get(section, {})
+        result[section] = {**given, **settings}
+        problems += [
+            f"{section}.{key}={given[key]} is not what the pipeline was compiled for: {value}. Compile it "
+            "anew with that, or leave it out."
+            for key, value in settings.items()
+            if key in given and given[key] != value
+        ]
+    refuse(problems)
+    return result
 
 
 def _read(path: Path) -> dict[str, Any]:

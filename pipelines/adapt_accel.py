@@ -44,8 +44,9 @@ _OWN_PARAMETERS = (
     ("model", "revision"),
     ("prune", "target"),
     ("prune", "method"),
-    ("prune", "phases"),
 )
+_FIXED = (("prune", "phases"), ("prune", "steps_per_phase"), ("evaluation", "speed"))
+"""What the compiled pipeline depends on: how many tasks there are, and which of them get accelerators."""
 
 Place = Callable[..., dsl.PipelineTask]
 """Configures a task for the cluster: ``place(task, gpu=True)``."""
@@ -124,7 +125,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
             method: The pruning method; there is one, adapt-pruner.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
-                compiled pipeline: prune.phases and the section cluster.
+                compiled pipeline: prune.phases, prune.steps_per_phase, evaluation.speed, the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -135,7 +136,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
                 target=target,
                 method=method,
                 recipe=recipe,
-                phases=phases,
+                fixed=fixed_settings(settings, phases),
                 job=job,
             )
             place(resolved, gpu=False)
@@ -165,7 +166,7 @@ def recipe_parameter(settings: Settings) -> dict[str, Any]:
     compiled.
     """
     recipe = settings.to_dict()
-    for section, key in _OWN_PARAMETERS:
+    for section, key in _OWN_PARAMETERS + _FIXED:
         del recipe[section][key]
     del recipe["cluster"]
     # KFP knows no null: a setting that is None is one that the recipe leaves out.
@@ -173,6 +174,15 @@ def recipe_parameter(settings: Settings) -> dict[str, Any]:
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in recipe.items()
     }
+
+
+def fixed_settings(settings: Settings, phases: int) -> dict[str, dict[str, Any]]:
+    """Return the settings that the compiled pipeline fixes, by section."""
+    recipe, fixed = settings.to_dict(), dict[str, dict[str, Any]]()
+    recipe["prune"]["phases"] = phases
+    for section, key in _FIXED:
+        fixed.setdefault(section, {})[key] = recipe[section][key]
+    return fixed
 
 
 def _prune_and_train(

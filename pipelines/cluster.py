@@ -7,13 +7,14 @@ from core.cluster import ClusterSettings, Toleration, seconds_of
 SECRET_KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
     "HF_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
 )
 """Keys of the secret that become environment variables of the same name, where the secret has them."""
 
-CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")
+CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")
 """The same of the config map."""
 
 SCRATCH = "/scratch"
@@ -96,6 +97,8 @@ def _set_volumes(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
 
 
 def _set_environment(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
+    for name, value in settings.environment.items():
+        task.set_env_variable(name, value)
     if settings.secret:
         keys = {key: key for key in SECRET_KEYS}
         kubernetes.use_secret_as_env(task, settings.secret, keys, optional=True)

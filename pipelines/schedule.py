@@ -76,17 +76,19 @@ def set_schedule(
         "target": settings.prune.target,
         **submission.arguments,
     }
-    wanted = {
+    wanted: dict[str, Any] = {
         "experiment_id": place,
         "pipeline_id": pipeline,
         "version_id": version,
         "cron": cron,
         "parameters": parameters,
     }
+    if submission.service_account:
+        wanted["service_account"] = submission.service_account
     with explained(client.place()), quiet():
         before = [each for each in _recurring(client, name) if each.display_name == name]
         before.sort(key=lambda each: (str(each.created_at), each.recurring_run_id))
-        kept = next((each for each in before if _content(each) == wanted), None)
+        kept = next((each for each in before if wanted.items() <= _content(each).items()), None)
         outcome: Outcome = "unchanged" if kept else "updated" if before else "created"
         if kept is None:
             kept = client.create_recurring_run(
@@ -99,6 +101,7 @@ def set_schedule(
                 params=parameters,
                 pipeline_id=pipeline,
                 version_id=version,
+                service_account=submission.service_account or None,
                 enabled=not (before and all(_is_paused(each) for each in before)),
             )
         for each in before:
@@ -172,6 +175,7 @@ def _content(recurring: Any) -> dict[str, Any]:
         "version_id": reference.pipeline_version_id if reference else "",
         "cron": _cron(recurring),
         "parameters": _parameters(recurring),
+        "service_account": recurring.service_account or "",
     }
 
 

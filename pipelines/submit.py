@@ -17,8 +17,8 @@ import yaml
 
 from core.config import Settings
 from core.errors import ClusterError, refuse
-from core.recipe import settings_from_dict
-from pipelines.adapt_accel import compile_pipeline
+from core.recipe import settings_from_dict, with_fixed
+from pipelines.adapt_accel import compile_pipeline, fixed_settings
 from pipelines.kfp_access import Client, explained, named, pages, quiet
 
 PIPELINE = "adapt-pruner"
@@ -63,14 +63,17 @@ class Submission:
     package: Package
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Pipeline parameters that differ from their defaults."""
+    service_account: str = ""
+    """Kubernetes service account of the pods; "" for that of the installation."""
 
 
-def prepare(settings: Settings, overrides: Iterable[str] = ()) -> Submission:
+def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_account: str = "") -> Submission:
     """Compile the pipeline, and check everything that can be checked without the cluster.
 
     Args:
         settings: The recipe.
         overrides: ``name=value`` for parameters of the compiled pipeline.
+        service_account: Kubernetes service account of the pods; "" for that of the installation.
 
     Raises:
         SettingsError: If a parameter is unknown, missing, of the wrong type or out of range, or a setting
@@ -78,9 +81,13 @@ def prepare(settings: Settings, overrides: Iterable[str] = ()) -> Submission:
     """
     package = compile_package(settings)
     arguments = arguments_of(package.parameters, overrides)
+    if "recipe" in arguments:
+        arguments["recipe"] = {"name": settings.name} | arguments["recipe"]
     settings = _overridden(settings, arguments)
-    refuse(_out_of_reach(settings))
-    return Submission(settings=settings, package=package, arguments=arguments)
+    refuse(out_of_reach(settings))
+    return Submission(
+        settings=settings, package=package, arguments=arguments, service_account=service_account
+    )
 
 
 def compile_package(settings: Settings) -> Package:
@@ -154,11 +161,10 @@ def _overridden(settings: Settings, arguments: Mapping[str, Any]) -> Settings:
     if not arguments:
         return settings
     data = settings.to_dict()
-    given = arguments.get("recipe")
-    if given is not None:
-        own = {section: dict(data[section]) for section in ("model", "prune")}
-        data = dict(given)
-        for section, key in (*_SETTING_OF.values(), ("prune", "phases")):
+    if "recipe" in arguments:
+        own, fixed = data, fixed_settings(settings, settings.prune.phases)
+        data = with_fixed(arguments["recipe"], fixed) | {"cluster": own["cluster"]}
+        for section, key in _SETTING_OF.values():
             data[section] = {**data.get(section, {}), key: own[section][key]}
     for name, value in arguments.items():
         if name in _SETTING_OF:
@@ -167,7 +173,7 @@ def _overridden(settings: Settings, arguments: Mapping[str, Any]) -> Settings:
     return settings_from_dict(data)
 
 
-def _out_of_reach(settings: Settings) -> Iterator[str]:
+def out_of_reach(settings: Settings) -> Iterator[str]:
     """Yield the settings that name a place of this machine, which each pod would take for its own."""
     store, tracking = settings.storage.store, settings.tracking.uri
     if "://" not in store:
@@ -175,7 +181,7 @@ def _out_of_reach(settings: Settings) -> Iterator[str]:
             f"storage.store={store} is a folder of this machine, which pods do not share. Give "
             "s3://bucket/prefix, or file:///folder if all pods mount a volume there."
         )
-    if tracking.startswith("sqlite:"):
+    if tracking.startswith(("sqlite:", "file:")):
         yield (
             f"tracking.uri={tracking} is a file of this machine, which pods do not share. Give the http:// "
             "address of an MLflow server, or leave it empty: cluster.config_map may name one."
@@ -195,7 +201,9 @@ def hints(settings: Settings) -> Iterator[str]:
     paths = [("model.base", settings.model.base)]
     paths += [(f"{name}.path", source.path) for name, source in sources if source is not None]
     for name, path in paths:
-        if "://" not in path and not path.startswith(("package:", "models:")) and Path(path).exists():
+        if path.startswith("package:"):
+            yield f"{name}={path} is part of a Python package. Pods find it only if their image holds that."
+        elif "://" not in path and not path.startswith("models:") and Path(path).exists():
             yield f"{name}={path} lies on this machine. Pods find it only if their image holds it, too."
 
 
@@ -316,6 +324,7 @@ def start(client: Client, submission: Submission, *, run_name: str, experiment: 
             params=dict(submission.arguments),
             pipeline_id=pipeline,
             version_id=version,
+            service_account=submission.service_account or None,
         )
     return StartedRun(
         id=run.run_id, link=client.link("runs", run.run_id), version=package.version, uploaded=uploaded

@@ -169,9 +169,8 @@ class KfpApi:
 
     def create_run(self, body: Any) -> dict[str, Any]:
         data = strict(body, "V2beta1Run")
-        self.check_job(
-            data, {"experiment_id", "display_name", "pipeline_version_reference", "runtime_config"}
-        )
+        wanted = {"experiment_id", "display_name", "pipeline_version_reference", "runtime_config"}
+        self.check_job(data, wanted | {"service_account"})
         frames = self.frames or [frame("PENDING"), frame("RUNNING"), frame("SUCCEEDED")]
         run = self._keep(self.runs, "run_id", data | {"state": "PENDING"})
         run["frames"] = iter(frames)
@@ -180,7 +179,8 @@ class KfpApi:
     def create_recurring(self, body: Any) -> dict[str, Any]:
         data = strict(body, "V2beta1RecurringRun")
         wanted = {"experiment_id", "display_name", "pipeline_version_reference", "runtime_config", "mode"}
-        self.check_job(data, wanted | {"trigger", "max_concurrency", "no_catchup", "description"})
+        wanted |= {"trigger", "max_concurrency", "no_catchup", "description", "service_account"}
+        self.check_job(data, wanted)
         trigger = data["trigger"]
         if set(trigger) != {"cron_schedule"} or not is_cron(trigger["cron_schedule"].get("cron", "")):
             raise Refused(400, f"Invalid input error: Schedule cron is not supported: {trigger}")

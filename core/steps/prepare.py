@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.config import Settings
 from core.errors import TargetError, UnsupportedModelError
-from core.recipe import settings_from_dict
+from core.recipe import settings_from_dict, with_fixed
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
 from core.storage.layout import pointer_of
@@ -30,7 +30,7 @@ def run_resolve_base(
     target: str,
     method: str,
     recipe: Mapping[str, Any],
-    phases: int,
+    fixed: Mapping[str, Mapping[str, Any]],
     job: str,
 ) -> tuple[dict[str, str], str]:
     """Pin the base model's revision, plan the sizes of all phases and open the run.
@@ -41,7 +41,7 @@ def run_resolve_base(
         target: ``prune.target``.
         method: ``prune.method``.
         recipe: All other settings.
-        phases: N_P, which the pipeline was compiled for.
+        fixed: Settings that the pipeline was compiled for, by section; N_P is one.
         job: Identifies this execution; finalize finds the run by it.
 
     Returns:
@@ -59,8 +59,9 @@ def run_resolve_base(
 
     own: dict[str, dict[str, Any]] = {
         "model": {"base": base_model, "revision": revision},
-        "prune": {"target": target, "method": method, "phases": phases},
+        "prune": {"target": target, "method": method},
     }
+    recipe = with_fixed(recipe, fixed)
     sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
     settings = settings_from_dict({**recipe, **sections})
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)

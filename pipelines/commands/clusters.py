@@ -59,6 +59,11 @@ _PARAM = click.option(
     metavar="NAME=VALUE",
     help="Override a parameter of the compiled pipeline, such as target=80%.",
 )
+_SERVICE_ACCOUNT = click.option(
+    "--service-account",
+    default="",
+    help="Kubernetes service account of the pods.  [default: that of the installation]",
+)
 _IN_EXPERIMENT = click.option(
     "--experiment",
     envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME",
@@ -88,6 +93,7 @@ def _with_access(command: Callable[..., Any]) -> Callable[..., Any]:
     "--run-name", default="", help="What the run is called.  [default: the recipe's name and the time]"
 )
 @_IN_EXPERIMENT
+@_SERVICE_ACCOUNT
 @click.option("--wait", is_flag=True, help="Follow the run to its end; exit with 1 if it fails.")
 @click.option("--timeout", default="0", help="With --wait: how long, such as 36h.  [default: for ever]")
 @click.option("--every", default="10s", show_default=True, help="With --wait: how often to ask.")
@@ -98,6 +104,7 @@ def submit(
     parameters: tuple[str, ...],
     run_name: str,
     experiment: str,
+    service_account: str,
     wait: bool,
     timeout: str,
     every: str,
@@ -113,7 +120,7 @@ def submit(
         raise SettingsError([f"--every={every} would ask without a pause. Give a time such as 10s."])
     if timeout_s and not wait:
         raise SettingsError(["--timeout goes with --wait. Add it, or leave --timeout out."])
-    submission = _prepared(recipe, overrides, parameters)
+    submission = _prepared(recipe, overrides, parameters, service_account)
     client = _connected(access)
 
     from pipelines.submit import start
@@ -141,6 +148,7 @@ def submit(
 @_SET
 @_PARAM
 @_IN_EXPERIMENT
+@_SERVICE_ACCOUNT
 @click.option("--list", "list_", is_flag=True, help="Show the schedules.")
 @click.option("--pause", metavar="NAME", help="Start no more runs until it is resumed.")
 @click.option("--resume", metavar="NAME", help="Start runs again.")
@@ -152,6 +160,7 @@ def schedule(
     overrides: tuple[str, ...],
     parameters: tuple[str, ...],
     experiment: str,
+    service_account: str,
     list_: bool,
     pause: str | None,
     resume: str | None,
@@ -171,33 +180,28 @@ def schedule(
     if (recipe is not None) + list_ + len(asked) != 1:
         raise SettingsError(["schedule takes RECIPE, --list, --pause, --resume or --delete: one of them."])
     if recipe is not None:
-        _set_schedule(recipe, cron, overrides, parameters, experiment, access)
-    elif cron is not None or overrides or parameters:
-        raise SettingsError(["--cron, --set and --param go with RECIPE. Leave them out."])
+        expression = _expression(cron)
+        submission = _prepared(recipe, overrides, parameters, service_account)
+        _set_schedule(_connected(access), submission, expression, experiment)
+    elif cron is not None or overrides or parameters or service_account:
+        raise SettingsError(["--cron, --set, --param and --service-account go with RECIPE. Leave them out."])
     elif list_:
         _list_schedules(_connected(access))
     else:
         _change_schedule(_connected(access), cast(Any, asked[0]), str(changes[asked[0]]))
 
 
-def _set_schedule(
-    recipe: Path,
-    cron: str | None,
-    overrides: tuple[str, ...],
-    parameters: tuple[str, ...],
-    experiment: str,
-    access: dict[str, Any],
-) -> None:
+def _expression(cron: str | None) -> str:
     from pipelines.cron import six_fields
 
     if cron is None:
         raise SettingsError(
             ['--cron is missing. Say when, such as --cron "0 0 2 * * *" for every night at two.']
         )
-    expression = six_fields(cron)
-    submission = _prepared(recipe, overrides, parameters)
-    client = _connected(access)
+    return six_fields(cron)
 
+
+def _set_schedule(client: "Client", submission: "Submission", expression: str, experiment: str) -> None:
     from pipelines.schedule import list_schedules, set_schedule
     from pipelines.submit import slug
 
@@ -240,14 +244,16 @@ def _change_schedule(client: "Client", what: Literal["pause", "resume", "delete"
     click.echo(f"{name}: {what}d")
 
 
-def _prepared(recipe: Path, overrides: tuple[str, ...], parameters: tuple[str, ...]) -> "Submission":
+def _prepared(
+    recipe: Path, overrides: tuple[str, ...], parameters: tuple[str, ...], service_account: str
+) -> "Submission":
     from core.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
 
     from pipelines.submit import hints, prepare
 
-    submission = prepare(settings, parameters)
+    submission = prepare(settings, parameters, service_account=service_account)
     for hint in hints(submission.settings):
         click.echo(f"hint: {hint}", err=True)
     return submission

@@ -102,8 +102,8 @@ def _where_to_look(record: "RunRecord", output: Path) -> Iterator[tuple[str, str
 def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Compile RECIPE into a pipeline for Kubeflow Pipelines.
 
-    Upload the file in the KFP UI. The number of phases is fixed in it; the other settings are the defaults of
-    its parameters and can be changed for each run.
+    Upload the file in the KFP UI. Fixed in it are prune.phases, prune.steps_per_phase, evaluation.speed and
+    the section cluster; the other settings are its parameters' defaults and can be changed for each run.
     """
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError([f"--output={output} must end in .yaml. Rename it."])
@@ -120,5 +120,9 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
         raise SettingsError(
             [f"--output={output} cannot be written ({error.strerror}). Name another file."]
         ) from None
+    from pipelines.submit import hints, out_of_reach
+
+    for hint in (*out_of_reach(settings), *hints(settings)):
+        click.echo(f"hint: {hint}", err=True)
     size = output.stat().st_size
     click.echo(f"{output}: {settings.prune.phases} phases, {size:,} bytes")
