@@ -247,7 +247,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this l2 norm."""
+    """Gradients are clipped to this l2 norm; 0 clips nothing."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32."""
     gradient_checkpointing: bool = False
