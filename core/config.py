@@ -24,6 +24,8 @@ WIDTH_MULTIPLE = 32
 PORTABLE_WIDTH = 256
 """MLP widths of the portable profile are multiples of this: the DeciLM format knows no others."""
 
+_LARGEST_WEIGHT = 10**9
+
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
     "taylor_l1",
@@ -168,6 +170,8 @@ class TextSource:
             problems.append("path is empty. Name a file, a package: path or a Hugging Face data set.")
         if not self.weight > 0:
             problems.append(f"weight={self.weight} must be positive. Leave the source out instead.")
+        elif self.weight > _LARGEST_WEIGHT:
+            problems.append(f"weight={self.weight} must be at most {_LARGEST_WEIGHT:,}. Lower all weights.")
         if self.format == "instruction" and not (self.prompt_fields and self.response_field):
             problems.append("format=instruction needs prompt_fields and response_field. Name the columns.")
         refuse(problems)
@@ -245,9 +249,9 @@ class TrainingSettings:
     decay_share: float = 0.10
     """Share of all steps that decay."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this l2 norm."""
+    """Gradients are clipped to this l2 norm; 0 clips nothing."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32."""
     gradient_checkpointing: bool = False
@@ -276,6 +280,8 @@ class TrainingSettings:
         yield from in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
         yield from in_range("warmup_share", self.warmup_share, 0, 1)
         yield from in_range("decay_share", self.decay_share, 0, 1)
+        yield from in_range("weight_decay", self.weight_decay, 0, 1)
+        yield from in_range("max_grad_norm", self.max_grad_norm, 0, 10**9)
         if self.warmup_share + self.decay_share > 1:
             yield "warmup_share + decay_share exceed 1. Lower one of them."
         if self.micro_batch and self.global_batch % self.micro_batch:

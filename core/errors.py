@@ -65,6 +65,10 @@ class PlanError(AdaptPrunerError):
     """A plan does not fit the checkpoint it is applied to."""
 
 
+class TrainingError(AdaptPrunerError):
+    """A training cannot go on: its loss or its gradients are not finite."""
+
+
 class DataError(AdaptPrunerError):
     """A text or task data set cannot be read, or holds too little."""
 

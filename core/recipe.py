@@ -5,6 +5,7 @@ Everything that is wrong with a recipe is reported at once, each problem with th
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -16,6 +17,9 @@ import yaml
 
 from core.config import Settings
 from core.errors import SettingsError, refuse
+
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: also what Python does of a date such as 2026-02-30, of too many digits or brackets."""
 
 
 def settings_from_dict(data: Mapping[str, Any]) -> Settings:
@@ -88,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(
             [f"recipe {path} cannot be read ({error.strerror}). Give the path of a YAML file."]
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise SettingsError(
             [f"recipe {path} is not valid YAML: {' '.join(str(error).split())}. Correct it there."]
         ) from None
@@ -129,9 +133,15 @@ def _override(data: dict[str, Any], override: str) -> None:
         data[key] = yaml.safe_load(text) if text else ""  # YAML's empty value would be null
     except yaml.YAMLError:
         data[key] = text
+    except _NOT_YAML as error:
+        raise SettingsError(
+            [f"--set {name}={text[:100]} cannot be read: {error}. Correct it, or put text in quotes."]
+        ) from None
 
 
 _INVALID = object()
+_LARGEST_BITS = 1000
+"""Of a whole number: larger ones are no floats, and Python refuses to print the largest."""
 
 
 def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
@@ -173,6 +183,10 @@ def _mentions(problem: str, keys: Iterable[str]) -> bool:
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     """Convert a YAML or JSON ``value`` to the type ``hint`` of the setting ``name``."""
+    if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
+        digits = math.ceil(value.bit_length() * math.log10(2))
+        problems.append(f"{name} is a number of about {digits} digits, too large for any setting. Change it.")
+        return _INVALID
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:

@@ -15,10 +15,11 @@ from torch import Tensor
 from core.config import CalibrationSettings, PruneSettings, Settings, TextSource
 from core.errors import DataError
 from core.evaluation.progress import Progress
-from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+from core.model.build import dtype_of, load_config, load_model, load_tokenizer, pick_device
 from core.model.families import family_of
 from core.pruning.adapt import settings_for
-from core.pruning.calibration import draw_calibration, measure
+from core.pruning.calibration import draw_calibration
+from core.pruning.measurement import measure_checkpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.record import perplexity_text
 from core.tracking.figures import inline_svg, sensitivity_figure
@@ -43,7 +44,8 @@ class Study:
         model: The checkpoint, as the user names it.
         sparsity: Share of each layer that goes, in (0, 1).
         part: What the layers lose.
-        settings: A recipe, whose texts and sizes are taken.
+        settings: A recipe: its texts, its sizes, and all that it says of how scores and similarities are
+            measured. Without one they are measured in the checkpoint's own number format.
         text: Path of the text to measure on; None takes the recipe's. Without a recipe, half of it is
             calibrated on.
         sequences: Sequences to calibrate on and to measure on; None takes the recipe's.
@@ -61,18 +63,25 @@ class Study:
 
         Raises:
             DataError: If a text cannot be read or is too short.
-            CheckpointError: If the checkpoint cannot be loaded.
+            CheckpointError: If the checkpoint cannot be loaded, or what it computes is not finite.
             TargetError: If no layer has a whole group to lose.
             UnsupportedModelError: If the recipe asks for heads of a family that can lose none.
         """
-        calibration, held_out = self._tokens(load_tokenizer(directory))
-        precision = self.settings.evaluation.precision if self.settings else "auto"
-        model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
-        sizes = self.settings.calibration if self.settings else CalibrationSettings()
-        prune = settings_for(
-            self.settings.prune if self.settings else PruneSettings(), family_of(model.config)
+        tokens, held_out = self._tokens(load_tokenizer(directory))
+        given = self.settings
+        calibration = given.calibration if given else CalibrationSettings()
+        prune = settings_for(given.prune if given else PruneSettings(), family_of(load_config(directory)))
+        statistics = measure_checkpoint(
+            directory,
+            tokens,
+            calibration,
+            prune,
+            dtype=dtype_of(calibration.precision) if given else None,
+            seed=given.seed if given else 0,
         )
-        statistics = measure(model, calibration, micro_batch=sizes.micro_batch, criterion=prune.criterion)
+        # The losses need all layers at once, so this is loaded only when what was measured on is gone.
+        precision = given.evaluation.precision if given else "auto"
+        model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
         progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
         try:
             return layer_sensitivity(
@@ -82,7 +91,7 @@ class Study:
                 sparsity=self.sparsity,
                 part=self.part,
                 attention_unit=prune.attention_unit,
-                batch_size=self.settings.evaluation.batch_size if self.settings else 8,
+                batch_size=given.evaluation.batch_size if given else 8,
                 advance=progress.add,
             )
         finally:

@@ -1,8 +1,11 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from core.errors import DataError
+from core.errors import CheckpointError, DataError, PlanError
 from core.model.build import layer_shapes
 from core.model.families import family_of
 from core.pruning.calibration import draw_calibration, layer_similarity, measure
@@ -151,6 +154,51 @@ def test_statistics_survive_a_round_trip(tmp_path):
 
 
 POOL = torch.arange(40, dtype=torch.int32).view(20, 2)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_l1", "fluctuation"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("layers.1.mlp.down_proj", "the similarity of layer 1"),
+        ("layers.2.self_attn.q_proj", "the similarity of layer 2"),
+        ("norm", "the calibration loss"),
+    ],
+)
+def test_a_model_that_gives_no_numbers_is_refused(place, what, value, criterion):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.get_submodule(f"model.{place}").weight.flatten()[7] = value
+    with pytest.raises(CheckpointError, match=rf"{what} is not finite.* lower training\.learning_rate"):
+        measure(model, TOKENS, micro_batch=3, criterion=criterion)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_l1", "magnitude_l2"])
+def test_a_score_that_overflows_is_refused(criterion):
+    model = tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        # A channel that is silent, so the loss is finite; its gradients and squares are not.
+        model.model.layers[1].mlp.gate_proj.weight[5] = 0
+        model.model.layers[1].mlp.up_proj.weight[5] = 1e30
+        model.model.layers[1].mlp.down_proj.weight[:, 5] = 1e30
+    with pytest.raises(CheckpointError, match="a score of layer 1 is not finite"):
+        measure(model, TOKENS, micro_batch=3, criterion=criterion)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "similarities", "kv_groups", "mlp_channels"])
+def test_statistics_that_are_not_finite_are_refused(where, value, tmp_path):
+    statistics = measure(tiny("llama"), TOKENS, micro_batch=3)
+    if where == "loss":
+        statistics = replace(statistics, loss=value)
+    elif where == "similarities":
+        statistics.similarities[2] = value
+    else:
+        getattr(statistics.scores[1], where)[2] = value
+    statistics.save(tmp_path / "s")
+    with pytest.raises(PlanError, match=r"not finite\)\. Run calibrate again"):
+        Statistics.load(tmp_path / "s")
 
 
 def test_a_draw_takes_no_document_twice_and_is_seeded():

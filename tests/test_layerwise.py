@@ -1,7 +1,9 @@
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from core.model.layerwise import exceeds_memory, open_streamed
 from core.pruning.calibration import measure
 from core.pruning.importance import Statistics
 from core.pruning.plan import LayerPlan
-from core.pruning.surgery import prune_layer, prune_model
+from core.pruning.surgery import open_pruned, prune_layer, prune_model
 from tests.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
 TOKENS = random_tokens(rows=5)
@@ -59,21 +61,41 @@ def test_only_the_layer_in_use_is_in_memory(tmp_path):
     assert in_memory() == [False, False, False]
 
 
+PLANS = (
+    LayerPlan(query_heads=(0, 1, 4, 5), kv_heads=(0, 2), mlp_channels=(0, 3, 4, 17, 39)),
+    LayerPlan(query_heads=(2, 3), kv_heads=(1,), mlp_channels=tuple(range(40))),
+    LayerPlan(query_heads=tuple(range(6)), kv_heads=(0, 1, 2), mlp_channels=(38,)),
+)
+
+
+@pytest.mark.parametrize("layers", [None, PLANS], ids=["whole", "cut"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "streamed"])
+def test_a_measured_model_is_gone_at_once_not_when_garbage_is_collected(layers, streamed, tmp_path):
+    save_model(tiny("llama-biased"), tmp_path, companions=None, provenance={})
+    models = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(12):
+            device = torch.device("cpu")
+            layerwise = open_pruned(tmp_path, layers, device=device, streamed=streamed)
+            measure(layerwise, TOKENS, micro_batch=2)
+            models.append(weakref.ref(layerwise.model))
+            assert sum(model() is not None for model in models) == 1
+    finally:
+        gc.enable()
+
+
 def test_layers_are_cut_while_they_are_streamed(tmp_path):
     model = tiny("llama-biased")
     save_model(model, tmp_path, companions=None, provenance={})
-    plans = (
-        LayerPlan(query_heads=(0, 1, 4, 5), kv_heads=(0, 2), mlp_channels=(0, 3, 4, 17, 39)),
-        LayerPlan(query_heads=(2, 3), kv_heads=(1,), mlp_channels=tuple(range(40))),
-        LayerPlan(query_heads=tuple(range(6)), kv_heads=(0, 1, 2), mlp_channels=(38,)),
-    )
     family, shapes = family_of(model.config), layer_shapes(model.config)
     streamed = open_streamed(
         tmp_path,
-        sizes=[plan.shape() for plan in plans],
-        cut=lambda i, tensors: prune_layer(family, shapes[i], tensors, plans[i]),
+        sizes=[plan.shape() for plan in PLANS],
+        cut=lambda i, tensors: prune_layer(family, shapes[i], tensors, PLANS[i]),
     )
-    expected = measure(prune_model(model, plans), TOKENS, micro_batch=2)
+    expected = measure(prune_model(model, PLANS), TOKENS, micro_batch=2)
     assert_same(measure(streamed, TOKENS, micro_batch=2), expected)
 
 

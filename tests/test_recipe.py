@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,11 @@ def test_a_wrong_type_is_named_with_its_value(name, value, problem):
         ("training__tokens", "lots", "is not a count"),
         ("training__learning_rate", 2.0, "0 and 1"),
         ("training__min_learning_rate", 1e-3, "0 and 2e-05"),
+        ("training__weight_decay", -0.1, "0 and 1"),
+        ("training__weight_decay", 1.1, "0 and 1"),
+        ("training__max_grad_norm", -1, "0 and 1,000,000,000"),
+        ("calibration__source__weight", -1, "must be positive"),
+        ("calibration__source__weight", 2e9, "at most 1,000,000,000"),
         ("training__save_every", "sometimes", "10min, 90s, 2h or 200 steps, or 0"),
         ("training__save_every", 10, "10min, 90s, 2h or 200 steps, or 0"),
         ("evaluation__perplexity_windows", 0, "1 and 1,000,000"),
@@ -189,6 +196,40 @@ def test_a_value_out_of_range_is_named_with_its_limit(name, value, limit):
     assert found.startswith(name.replace("__", "."))
     assert limit in found
     assert found.endswith(".")
+
+
+def numbers_of(cls, prefix=""):
+    """The names of all settings that are floats, as ``changed`` takes them."""
+    for name, hint in typing.get_type_hints(cls).items():
+        parts = [hint, *typing.get_args(hint)]
+        inner = [part for part in parts if dataclasses.is_dataclass(part)]
+        if float in parts:
+            yield f"{prefix}{name}"
+        elif inner and typing.get_origin(hint) not in (tuple, dict):
+            yield from numbers_of(inner[0], f"{prefix}{name}__")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, "nan", "1e400", -1, 10**400, 16**5000],
+    ids=["nan", "inf", "-inf", "a text nan", "a text inf", "negative", "401 digits", "6021 digits"],
+)
+@pytest.mark.parametrize("name", [*numbers_of(Settings), "seed", "prune__phases"])
+def test_no_setting_takes_what_is_no_number_or_too_large(name, value):
+    found = problems(changed(LEAST, evaluation__perplexity={"path": "p.txt"}, **{name: value}))
+    assert found[0].startswith(name.replace("__", "."))
+    assert all(len(problem) < 200 for problem in found)
+
+
+def test_the_settings_that_are_floats_are_found():
+    assert {"prune__amplitude", "training__max_grad_norm", "calibration__source__weight"} <= {
+        *numbers_of(Settings)
+    }
+
+
+def test_no_gradient_norm_and_no_weight_decay_are_fine():
+    training = settings_from_dict(changed(LEAST, training__max_grad_norm=0)).training
+    assert (training.max_grad_norm, training.weight_decay) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +351,15 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ("training.sources.0=x", "--set training.sources.0=x: sources is not a section."),
         ("prune.phase=2", "prune.phase is not a setting. Did you mean prune.phases?"),
         ("prune=3", "prune=3 must be a mapping of settings. Fill it in or leave it out."),
+        (
+            "name=2026-02-30",
+            "--set name=2026-02-30 cannot be read: day is out of range for month. Correct it, or put text in "
+            "quotes.",
+        ),
+        (
+            f"seed=1{400 * '0'}",
+            "seed is a number of about 401 digits, too large for any setting. Change it.",
+        ),
     ],
 )
 def test_a_wrong_override_is_an_error(override, problem, tmp_path):
@@ -324,6 +374,12 @@ def test_a_file_that_is_missing_or_no_recipe_is_named(tmp_path):
     broken = write(tmp_path / "broken.yaml", "prune: {target: 80%\nmodel: x: y")
     assert problem_of(broken).startswith(f"recipe {broken} is not valid YAML: ")
     assert "\n" not in problem_of(broken)
+    dated = write(tmp_path / "dated.yaml", "name: 2026-02-30")
+    assert problem_of(dated) == (
+        f"recipe {dated} is not valid YAML: day is out of range for month. Correct it there."
+    )
+    for text in (f"seed: 1{5000 * '0'}", f"prune: {1000 * '['}"):
+        assert problem_of(write(dated, text)).startswith(f"recipe {dated} is not valid YAML: ")
     binary = tmp_path / "model.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x01")
     assert problem_of(binary).startswith(f"recipe {binary} is not valid YAML: ")

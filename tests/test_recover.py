@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from core.config import TextSource, TrainingSettings
+from core.errors import TrainingError
 from core.training.recover import recover
 from tests.models import UNEQUAL, random_tokens, tiny
 
@@ -102,3 +105,52 @@ def test_gradient_checkpointing_changes_no_number():
     train(plain, tokens)
     train(frugal, tokens, gradient_checkpointing=True)
     torch.testing.assert_close(weights(plain), weights(frugal))
+
+
+def poisoned(model, what, step):
+    """Let the logits, or one gradient, of an optimizer step be what they must not be."""
+    count = {"runs": 0}
+
+    def of_logits(module, inputs, output):
+        count["runs"] += 1
+        return output * math.nan if count["runs"] == step + 1 else output
+
+    def of_gradient(gradient):
+        count["runs"] += 1
+        return gradient * math.inf if count["runs"] == step + 1 else gradient
+
+    if what == "loss":
+        model.lm_head.register_forward_hook(of_logits)
+    else:
+        model.model.layers[1].mlp.up_proj.weight.register_hook(of_gradient)
+    return model
+
+
+@pytest.mark.parametrize(("what", "found"), [("loss", "the loss is nan"), ("norm", "the l2 norm of the")])
+@pytest.mark.parametrize("limit", [0, 1.0])
+def test_a_step_that_is_not_finite_is_an_error_and_changes_nothing(what, found, limit):
+    tokens, saved = random_tokens(rows=16), []
+    model, expected = poisoned(tiny("llama", UNEQUAL), what, 2), tiny("llama", UNEQUAL)
+    train(expected, tokens[:8], max_grad_norm=limit)
+    with pytest.raises(TrainingError, match=rf"stopped at step 3 of 100: {found}.* Lower training\."):
+        recover(
+            model,
+            tokens,
+            torch.ones_like(tokens),
+            settings(max_grad_norm=limit),
+            first_step=0,
+            total_steps=100,
+            save=lambda _, progress: saved.append(progress.next_step),
+        )
+    assert saved == [1, 2]
+    assert torch.equal(weights(model), weights(expected))
+
+
+def test_a_gradient_norm_of_zero_clips_nothing():
+    tokens = random_tokens(rows=8)
+    free, unbounded, clipped = tiny("llama"), tiny("llama"), tiny("llama")
+    train(free, tokens, max_grad_norm=0)
+    train(unbounded, tokens, max_grad_norm=1e9)
+    train(clipped, tokens, max_grad_norm=1e-12)
+    torch.testing.assert_close(weights(free), weights(unbounded))
+    assert not torch.allclose(weights(free), weights(clipped), atol=1e-6, rtol=0)

@@ -10,6 +10,7 @@ from core.model.shape import LayerShape, ModelShape
 from core.pruning.adapt import plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.attention import attention_cuts
 from core.pruning.importance import LayerScores, Statistics
+from core.pruning.phases import phase_sizes
 from core.pruning.plan import select_groups
 from core.pruning.sparsity import (
     Sizing,
@@ -229,6 +230,36 @@ def test_a_phase_of_any_number_of_steps_lands_on_its_target(steps):
     assert measured == list(range(1, len(measured) + 1))
     assert len(measured) <= steps - 1
     plan.check("c", dense.layers)
+
+
+@pytest.mark.parametrize("amplitude", [0, 0.02])
+@pytest.mark.parametrize("unit", ["none", "kv_group", "auto"])
+def test_phases_that_are_smaller_than_a_step_of_the_widths_take_no_sparsity_back(unit, amplitude):
+    """Many of 20 phases of 1 % start below their target: one step of a width is 4 % of the model."""
+    dense = uniform_shape(4, 3, 2, 1536, 64)
+    settings = PruneSettings(attention_unit=unit, amplitude=amplitude, width_multiple=256, steps_per_phase=1)
+    current, sparsity, idle = dense, (0.0,) * 4, 0
+    for phase, target in enumerate(
+        phase_sizes(dense.num_params(), dense.num_params() * 4 // 5, 20, "geometric")
+    ):
+        sizing = sizing_for(settings, dense, current)
+        step = plan_step(
+            statistics_of(current, phase),
+            dense=dense,
+            current=current,
+            sparsity=sparsity,
+            target_params=target,
+            steps_left=1,
+            settings=settings,
+        )
+        spread = amplitude / 0.02 * max(current.num_params() - target, 0) / sizing.prunable_params()
+        for before, after, importance in zip(sparsity, step.sparsity, step.importance, strict=True):
+            assert after >= before - spread * max(importance, 0) - 1e-12
+        if current.num_params() <= target:
+            assert (step.shape, step.sparsity) == (current, sparsity)
+            idle += 1
+        current, sparsity = step.shape, step.sparsity
+    assert idle >= 3
 
 
 def test_less_important_layers_lose_more():

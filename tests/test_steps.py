@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from core.model.build import load_model
+from core.model.checkpoint import CheckpointReader, save_model
 from core.run import Run
 from core.steps import run_finalize, run_needs_run, run_prepare_data
 from core.storage.manifest import fetch, read_manifest
@@ -39,6 +41,30 @@ def test_a_run_that_starts_again_takes_up_the_settings_outside_its_key(project, 
         handle, _ = resolve(recipe_with(store | {"name": "second"}))
     settings = Run.load(handle).settings
     assert (settings.name, settings.tracking.model_name) == ("second", "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "format_"),
+    [("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
+)
+def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, monkeypatch, wanted, format_):
+    folder = shutil.copytree(project, tmp_path / "project")
+    base = folder / "base"
+    half = load_model(base, dtype=torch.bfloat16)
+    save_model(half, folder / "half", companions=base, provenance={})
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    recipe = recipe_with({"model.base": "half", "model.dtype": wanted, "prune.phases": 1})
+    with contextlib.chdir(folder):
+        handle, base_uri = resolve(recipe)
+        run_phase(handle, 1, base_uri, run_prepare_data(run=handle, base_uri=base_uri), tmp_path)
+        run = Run.load(handle)
+        checkpoints = [fetch(run.phase_uri(1, step), tmp_path / step) for step in ("pruned", "recovered")]
+    for checkpoint in checkpoints:
+        with CheckpointReader(checkpoint) as reader:
+            assert {reader.tensor(name).dtype for name in reader.names()} == {format_}
+        stock = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
+        assert {p.dtype for p in stock.parameters()} == {format_}
 
 
 PRUNE_ONLY = {"training.tokens": "0", "training.sources": [], "prune.phases": 3, "seed": 3}

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,18 @@ def test_a_checkpoint_is_pruned_like_the_model_in_memory(name, tmp_path):
     expected, found = prune_model(model, KV_GROUPS).state_dict(), load_model(tmp_path / "small").state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("said", ["float32", None])
+def test_a_pruned_checkpoint_says_the_number_format_of_its_weights(said, tmp_path):
+    model = tiny("llama", dtype=torch.bfloat16)
+    save_model(model, tmp_path / "base", companions=None, provenance={})
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": said}))
+    plan = plan_for(model, KV_GROUPS, "d")
+    for name, dtype in (("bfloat16", None), ("float32", torch.float32)):
+        prune_checkpoint(tmp_path / "base", tmp_path / name, plan, digest="d", dtype=dtype, provenance={})
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
 
 
 def test_plans_compose_like_pruning_twice():

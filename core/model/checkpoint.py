@@ -1,5 +1,6 @@
 """Checkpoints on disk: a Hugging Face directory, read and written one decoder layer at a time."""
 
+import copy
 import fnmatch
 import json
 import shutil
@@ -231,8 +232,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def save_model(
     model: Any, directory: Path, *, companions: Path | None, provenance: Mapping[str, Any]
 ) -> None:
-    """Write a model in memory as a checkpoint; arguments as in ``write_checkpoint``."""
-    family = family_of(model.config)
+    """Write a model in memory as a checkpoint; arguments as in ``write_checkpoint``.
+
+    ``config.json`` names the number format of the weights that are written, whatever the model's config says:
+    it still names the format that the model was loaded in.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    family = family_of(config)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     parts = []
@@ -240,5 +247,5 @@ def save_model(
         prefix = f"{family.layers}.{index}."
         parts.append({name: rest.pop(name) for name in list(rest) if name.startswith(prefix)})
     write_checkpoint(
-        directory, model.config, [*parts, rest], len(parts) + 1, companions=companions, provenance=provenance
+        directory, config, [*parts, rest], len(parts) + 1, companions=companions, provenance=provenance
     )

@@ -42,10 +42,10 @@ class LayerwiseModel:
             resident: How a layer comes into memory; None if all are there.
         """
         self.model = model
-        self.layers: list[torch.nn.Module] = list(
-            model.get_submodule(family_of(model.config).layers).children()
-        )
-        self.resident: Resident = resident or (lambda index: contextlib.nullcontext(self.layers[index]))
+        layers = list(model.get_submodule(family_of(model.config).layers).children())
+        self.layers: list[torch.nn.Module] = layers
+        # Not by way of self: that would be a cycle, and the whole model would wait for the garbage collector.
+        self.resident: Resident = resident or (lambda index: contextlib.nullcontext(layers[index]))
         self._calls: dict[torch.Size, list[dict[str, Any]]] = {}
 
     def embed(self, batch: Tensor) -> Tensor:

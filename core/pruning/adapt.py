@@ -116,12 +116,13 @@ def plan_step(
     # eq. 4-5: a layer that leaves its input as it was matters least.
     importance = normalise_importance([-s for s in statistics.similarities.tolist()])
     to_remove = max(current.num_params() - target_params, 0) / steps_left
-    after = next_sparsity(
-        sparsity, importance, step=to_remove / sizing.prunable_params(), amplitude=settings.amplitude
-    )
+    added = to_remove / sizing.prunable_params()
+    after = next_sparsity(sparsity, importance, step=added, amplitude=settings.amplitude)
     layers = sizes_at(sizing, after)
     if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
         layers, shift = sizes_for_target(sizing, after, importance, target_params)
+        # Widths that were rounded down ask the others to wait, but that takes back nothing of earlier steps.
+        shift = max(shift, -added)
         after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
     plans = tuple(
         select_groups(scores, now, wanted)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.config import CriterionName
-from core.errors import DataError
+from core.errors import CheckpointError, DataError
 from core.model.build import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
@@ -104,6 +104,7 @@ def measure(
 
     Raises:
         StorageError: If ``scratch`` is full.
+        CheckpointError: If the loss, a similarity or a score is not finite.
     """
     layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
     micro_batch = micro_batch or fitting_micro_batch(
@@ -184,8 +185,9 @@ class _Passes:
                         scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
                     similarities[index] += layer_similarity(state, after, similarity).double().sum().cpu()
                     states[number] = after.cpu()
+                _check_finite(f"the similarity of layer {index}", similarities[index])
                 if scoring is not None:
-                    self.scores[index] = scoring.scores()
+                    self._keep_scores(index, scoring)
             progress.show(index + 1)
         return similarities, states
 
@@ -194,6 +196,7 @@ class _Passes:
         losses, gradients = [], []
         for rows, state in zip(self.batches, states, strict=True):
             loss, gradient = self.model.head_gradient(self.tokens[rows], state.to(self.device))
+            _check_finite("the calibration loss", torch.tensor(loss))
             losses.append(loss)
             gradients.append(gradient.cpu())
         return losses, gradients
@@ -207,8 +210,13 @@ class _Passes:
                 for number, rows in enumerate(self.batches):
                     with self.kept.reuse(index, rows, layer):
                         gradients[number] = self._layer_backward(index, rows, scoring, gradients[number])
-                self.scores[index] = scoring.scores()
+                self._keep_scores(index, scoring)
             progress.show(len(self.model.layers) - index)
+
+    def _keep_scores(self, index: int, scoring: LayerScoring) -> None:
+        scores = scoring.scores()
+        _check_finite(f"a score of layer {index}", *vars(scores).values())
+        self.scores[index] = scores
 
     def _scoring(self, index: int, layer: torch.nn.Module) -> LayerScoring:
         config = self.model.model.config
@@ -234,6 +242,15 @@ class _Passes:
             tokens=state.shape[:2].numel(),
         )
         return found[0].cpu()
+
+
+def _check_finite(what: str, *values: Tensor) -> None:
+    """Refuse what would be pruned by as if it were a number; the values are in host memory."""
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise CheckpointError(
+            f"{what} is not finite, as the model's weights or activations are not. Check the checkpoint; if "
+            "a training has made it, lower training.learning_rate; else set calibration.precision to float32."
+        )
 
 
 class _Progress:

@@ -1,5 +1,6 @@
 """What a calibration has measured: layer similarities and one score a group."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Statistics:
         """Read what ``save`` wrote.
 
         Raises:
-            PlanError: If the file is not one of ours.
+            PlanError: If the file is not one of ours, or holds a number that is not finite.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -71,11 +72,12 @@ class Statistics:
                     )
                     for index in range(len(similarities))
                 )
+                loss = float(metadata["loss"])
+                values = [similarities, *(value for layer in scores for value in vars(layer).values())]
+                if not math.isfinite(loss) or not all(bool(value.isfinite().all()) for value in values):
+                    raise ValueError("a loss, similarity or score is not finite")
                 return cls(
-                    similarities=similarities,
-                    scores=scores,
-                    loss=float(metadata["loss"]),
-                    tokens=int(metadata["tokens"]),
+                    similarities=similarities, scores=scores, loss=loss, tokens=int(metadata["tokens"])
                 )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"{path} is not a statistics file ({error}). Run calibrate again.") from error

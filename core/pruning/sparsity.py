@@ -162,7 +162,7 @@ def sizes_for_target(
 
     One scalar d is added to every layer's sparsity, found by bisection. Attention units that fall due at
     the same d go in order of layer importance, no further than the target allows; MLP widths take up the
-    rest, and are rounded by largest remainder.
+    rest, and are rounded by largest remainder. A model that is at the target or below it stays as it is.
 
     Args:
         sizing: Sizes now and the rules.
@@ -177,6 +177,8 @@ def sizes_for_target(
         TargetError: If even the smallest model is larger; the text names its size.
     """
     smallest_params(sizing, target_params)
+    if sizing.current.num_params() <= target_params:
+        return sizing.current.layers, 0.0
 
     def units(d: float) -> list[int]:
         return [sizing.units_at(i, s + d) for i, s in enumerate(sparsity)]

@@ -119,7 +119,7 @@ def prune_checkpoint(
         target: Directory of the smaller checkpoint.
         plan: What stays.
         digest: Digest of the source's manifest.
-        dtype: Number format to write; None keeps the source's.
+        dtype: Number format to write; None keeps that of the source's weights.
         provenance: Written along with the checkpoint.
 
     Raises:
@@ -131,7 +131,6 @@ def prune_checkpoint(
     shapes = layer_shapes(config)
     plan.check(digest, shapes)
     smaller = config_with_layers(config, plan.after)
-    smaller.dtype = dtype or smaller.dtype
 
     def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
         for index, shape in enumerate(shapes):
@@ -147,6 +146,7 @@ def prune_checkpoint(
         }
 
     with CheckpointReader(source) as reader:
+        smaller.dtype = dtype or reader.dtype()
         write_checkpoint(
             target, smaller, parts(reader), len(shapes) + 1, companions=source, provenance=provenance
         )

@@ -164,37 +164,17 @@ def _measure(
     layers: "tuple[LayerPlan, ...] | None" = None,
 ) -> "Statistics":
     """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
-    from core.memory import available_bytes
-    from core.model.build import dtype_of, pick_device
-    from core.model.layerwise import exceeds_memory
-    from core.pruning.calibration import measure
-    from core.pruning.surgery import open_pruned
-    from core.quantities import parse_bytes
+    from core.model.build import dtype_of
+    from core.pruning.measurement import measure_checkpoint
 
-    settings, device = run.settings.calibration, pick_device()
-    folder, dtype = fetch(checkpoint_uri, scratch), dtype_of(settings.precision)
-    tokens = _draw(run, phase, step, data_uri, scratch)
-    streamed = settings.weights == "streamed"
-    if settings.weights == "auto" and exceeds_memory(folder, dtype=dtype, device=device):
-        log.info("the weights would take over half of the free memory: layers are read while they are used")
-        streamed = True
-    model = open_pruned(folder, layers, dtype=dtype, device=device, streamed=streamed)
-    auto = settings.state_memory == "auto"
-    state_bytes = available_bytes() // 2 if auto else parse_bytes(settings.state_memory)
-    inputs_bytes = (
-        tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
-    )
-    states = scratch / "states"
-    states.mkdir(exist_ok=True)
-    return measure(
-        model,
-        tokens,
-        micro_batch=settings.micro_batch,
-        similarity=run.settings.prune.similarity,
-        criterion=run.settings.prune.criterion,
-        seed=run.settings.seed,
-        state_bytes=state_bytes,
-        scratch=states,
-        # On an accelerator it is quicker to compute again than to fetch from the host.
-        keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
+    settings = run.settings
+    return measure_checkpoint(
+        fetch(checkpoint_uri, scratch),
+        _draw(run, phase, step, data_uri, scratch),
+        settings.calibration,
+        settings.prune,
+        dtype=dtype_of(settings.calibration.precision),
+        seed=settings.seed,
+        layers=layers,
+        scratch=scratch,
     )

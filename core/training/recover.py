@@ -1,6 +1,7 @@
 """Recovery training of one phase: AdamW on packed sequences, float32 master weights under autocast."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.config import TrainingSettings
+from core.errors import TrainingError
 from core.training.state import Progress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
@@ -63,6 +65,9 @@ def recover(
 
     Returns:
         Losses and rates.
+
+    Raises:
+        TrainingError: If the loss or the norm of the gradients is not finite. That step changes nothing.
     """
     steps = len(input_ids) // settings.global_batch
     model.train().requires_grad_(True)
@@ -83,7 +88,8 @@ def recover(
         rate = _set_learning_rate(optimizer, step, total_steps, settings)
         rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
         loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+        _check_finite(step, total_steps, loss, float(norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append((step, loss, rate))
@@ -104,6 +110,17 @@ def recover(
         tokens=tokens,
         trained_tokens=trained_tokens,
         tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
+    )
+
+
+def _check_finite(step: int, total_steps: int, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    found = f"the loss is {loss}" if not math.isfinite(loss) else f"the l2 norm of the gradients is {norm}"
+    raise TrainingError(
+        f"training has stopped at step {step + 1} of {total_steps}: {found}. Lower training.learning_rate, "
+        "or set training.precision to float32, and start a run anew. A rerun of this one goes on from the "
+        "last state that was saved."
     )
 
 

@@ -176,8 +176,9 @@ def benchmark(
     ),
     help="Prune each layer of MODEL alone and show how much the loss grows.\n\n"
     f"{MODEL_HELP}. The groups that matter least to the loss on a calibration text go, and the loss is "
-    "measured on another text. With a recipe its calibration and evaluation sections name the texts; with "
-    "--text alone, its first half is calibrated on. MODEL stays as it is.",
+    "measured on another text. With a recipe its calibration and evaluation sections name the texts, and "
+    "groups are scored as a run of it would; with --text alone, its first half is calibrated on. The losses "
+    "take memory for the whole model. MODEL stays as it is.",
 )
 @click.argument("model")
 @click.option(
