@@ -106,8 +106,7 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
         shutil.copyfile(folder / "report.html", output / "report.html")
         record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
         _link(output / "model", folder if folder != Path(scratch) else None)
-    if "://" not in run.base_uri or run.base_uri.startswith("file:"):
-        _link(output / "base", Path(run.base_uri.removeprefix("file://")))
+    _link(output / "base", open_store(run.base_uri).local_path(""))
     return record
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a run on this machine: one command at a time."""
+"""The output folder of a run on this machine: one command at a time, and where its links lead."""
 
 import contextlib
 import os
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import LeaseError
+from core.storage.manifest import publish
 from pipelines.folders import holding_folder
+from pipelines.local import fetch_results
 from tests.evidence import note
 from tests.project import ROOT, command_line, recipe_with, run_all, write_recipe
 
@@ -110,3 +112,15 @@ def test_a_dead_owner_blocks_nobody_even_if_a_process_that_it_started_lives_on(t
         process.kill()
         process.communicate()
         os.kill(child, signal.SIGKILL)
+
+
+def test_the_link_to_the_base_leads_to_a_folder_whose_address_is_percent_encoded(folder):
+    published = folder / "published models" / "base"
+    publish(folder / "base", str(published))
+    recipe = recipe_with({**CHANGES, "model.base": published.as_uri()})
+    assert "%20" in published.as_uri()
+    handle, _ = run_all(recipe, folder / "artifacts")
+    (folder / "output").mkdir()
+    fetch_results(handle, folder / "output")
+    assert (folder / "output" / "base").resolve() == published
+    assert (folder / "output" / "model" / "config.json").is_file()
