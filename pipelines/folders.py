@@ -31,11 +31,26 @@ def check_folders(folders: Mapping[str, Path]) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            problems.append(
-                f"{name} cannot be written ({error.strerror}). Give a folder that you may write to."
-            )
+            reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+            problems.append(f"{name} cannot be written ({reason}). Give a folder that you may write to.")
     if problems:
         raise SettingsError(problems)
+
+
+def check_file(name: str, path: Path) -> None:
+    """Make the folder of a file, and check that the file can be written.
+
+    Args:
+        name: Setting and its value, as an error is to name them.
+        path: The file; one that is there already will be replaced.
+
+    Raises:
+        SettingsError: If it cannot be written.
+    """
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        reason = "Is a directory" if path.is_dir() else "Permission denied"
+        raise SettingsError([f"{name} cannot be written ({reason}). Name another file."])
+    check_folders({name: path.parent})
 
 
 @contextlib.contextmanager

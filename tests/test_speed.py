@@ -183,11 +183,11 @@ def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(projec
 def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
     base, pruned = pair
     arguments = ["benchmark", pruned, "--against", base, "--runtime", "torch", "--rounds", 1]
-    arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "speed.json"]
+    arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "new" / "speed.json"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "writing answers, 4 together" in result.output
-    figures = json.loads((tmp_path / "speed.json").read_text())
+    figures = json.loads((tmp_path / "new" / "speed.json").read_text())
     assert figures["params"][0] > figures["params"][1]
     assert figures["speed"][0]["runtime"] == "torch"
 
@@ -196,3 +196,15 @@ def test_a_folder_that_is_not_there_is_named_by_its_option(pair):
     result = CliRunner().invoke(main, ["benchmark", str(pair[0]), "--against", "nowhere"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--against=nowhere is not a folder" in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(pair, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    for place, reason in (("file/speed.json", "Not a directory"), ("", "Is a directory")):
+        path = tmp_path / place
+        result = CliRunner().invoke(
+            main, ["benchmark", str(pair[1]), "--against", str(pair[0]), "--json", str(path)]
+        )
+        assert (result.exit_code, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: --json={path} cannot be written ({reason}). ")
