@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from core.errors import CheckpointError, ExportError, SettingsError
-from core.evaluation.engines import LlamaCpp, Torch
+from core.evaluation.engines import LlamaCpp, Torch, accelerator_of
 from core.evaluation.speed import Workload, compare, median_rates, median_speedup, time_pair
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.checkpoint import save_model
@@ -121,6 +121,31 @@ def test_llama_cpp_writes_as_many_tokens_as_are_counted(pair, tmp_path):
     engine = LlamaCpp(export_gguf(pair[1], tmp_path / "model.gguf").path, BRIEF, "cpu")
     timings = engine._complete(0, 6)["timings"]
     assert (timings["prompt_n"], timings["predicted_n"]) == (7, 6)
+
+
+def test_llama_cpp_is_said_to_run_where_it_does_and_not_where_pytorch_does(pair, tmp_path):
+    from core.export.gguf import export_gguf
+
+    files = [export_gguf(folder, tmp_path / f"{folder.name}.gguf").path for folder in pair]
+    assert compare("llama.cpp", *files, BRIEF, device="cuda").device == "cpu"  # PyPI's build knows no other
+
+
+@pytest.mark.parametrize(
+    ("devices", "accelerator"),
+    [
+        ({"CPU": "CPU"}, "cpu"),
+        ({"BLAS": "ACCEL", "CPU": "CPU"}, "cpu"),
+        ({"CUDA0": "GPU", "CUDA1": "GPU", "CPU": "CPU"}, "cuda"),
+        ({"Vulkan0": "IGPU", "CPU": "CPU"}, "vulkan"),
+    ],
+)
+def test_a_build_for_an_accelerator_is_known_by_its_devices(devices, accelerator):
+    from xllamacpp import ggml_backend_dev_type as kinds
+
+    found = [
+        {"name": name, "type": kinds[f"GGML_BACKEND_DEVICE_TYPE_{kind}"]} for name, kind in devices.items()
+    ]
+    assert accelerator_of(found) == accelerator
 
 
 def test_memory_is_that_of_the_model_alone(pair, tmp_path):
