@@ -152,7 +152,7 @@ def digest_of(uri: str) -> str:
 
 
 def hand_over(uri: str, name: str, artifact: Artifact) -> None:
-    """Copy a published file into a KFP artifact, for lineage and for the next task."""
+    """Copy a published file into a KFP artifact, for lineage and the UI; no step reads it there."""
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         content = (fetch(uri, Path(scratch), only=[name]) / name).read_bytes()
     Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STATISTICS, _PLAN = "statistics.safetensors", "plan.json"
+
 
 def run_calibrate(
     *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, statistics: Artifact
@@ -35,28 +37,23 @@ def run_calibrate(
 
     def compute(work: Workspace) -> dict[str, Any]:
         measured = _measure(this, phase, checkpoint_uri, data_uri, work.scratch)
-        measured.save(work.out / "statistics.safetensors")
+        measured.save(work.out / _STATISTICS)
         work.child.log_metrics({"calibration_loss": measured.loss})
         work.child.log_series("similarity", list(enumerate(measured.similarities.tolist())))
         return {"calibration_loss": measured.loss, "calibration_tokens": measured.tokens}
 
     uri = this.phase_uri(phase, "calibrated")
     compute_once(this, uri, phase=phase, step="calibrate", compute=compute)
-    hand_over(uri, "statistics.safetensors", statistics)
+    hand_over(uri, _STATISTICS, statistics)
 
 
 def run_score_layers(
-    *,
-    run: Mapping[str, Any],
-    phase: int,
-    checkpoint_uri: str,
-    data_uri: str,
-    statistics_path: str,
-    plan: Artifact,
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, plan: Artifact
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    With several steps a phase, what the steps so far leave of the checkpoint is measured before the next one.
+    The statistics are those that calibrate has published. With several steps a phase, what the steps so far
+    leave of the checkpoint is measured before the next one.
     """
     this = Run.load(run)
     prune = this.settings.prune
@@ -73,19 +70,21 @@ def run_score_layers(
 
         config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
         shapes = layer_shapes(config)
-        before = read_published(this.phase_uri(phase - 1, "scored"), "plan.json") if phase > 1 else {}
+        before = read_published(this.phase_uri(phase - 1, "scored"), _PLAN) if phase > 1 else {}
+        calibrated = this.phase_uri(phase, "calibrated")
+        statistics = fetch(calibrated, work.scratch / "calibrated", only=[_STATISTICS]) / _STATISTICS
         decided = plan_phase(
-            Statistics.load(Path(statistics_path)),
+            Statistics.load(statistics),
             dense=this.dense,
             current=this.dense.with_layers(shapes),
             sparsity=before.get("sparsity", (0.0,) * len(shapes)),
             target_params=this.phase_params[phase - 1],
             settings=settings_for(prune, family_of(config)),
             checkpoint=digest_of(checkpoint_uri),
-            statistics_digest=file_sha256(Path(statistics_path)),
+            statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
         )
-        decided.save(work.out / "plan.json")
+        decided.save(work.out / _PLAN)
         work.child.log_series("importance", list(enumerate(decided.importance)))
         work.child.log_series("sparsity", list(enumerate(decided.sparsity)))
         report = {"params": decided.params_after, "target_params": decided.target_params}
@@ -103,13 +102,11 @@ def run_score_layers(
 
     uri = this.phase_uri(phase, "scored")
     compute_once(this, uri, phase=phase, step="score-layers", compute=compute)
-    hand_over(uri, "plan.json", plan)
+    hand_over(uri, _PLAN, plan)
 
 
-def run_prune_step(
-    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, plan_path: str, model: Artifact
-) -> str:
-    """Remove the groups that the plan leaves out, a layer at a time.
+def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, model: Artifact) -> str:
+    """Remove the groups that the plan, which score-layers has published, leaves out, a layer at a time.
 
     Returns:
         URI of the smaller checkpoint.
@@ -121,7 +118,8 @@ def run_prune_step(
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
-        plan = Plan.load(Path(plan_path))
+        scored = this.phase_uri(phase, "scored")
+        plan = Plan.load(fetch(scored, work.scratch / "scored", only=[_PLAN]) / _PLAN)
         digest = digest_of(checkpoint_uri)
         prune_checkpoint(
             fetch(checkpoint_uri, work.scratch),
