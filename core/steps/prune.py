@@ -17,6 +17,7 @@ from core.steps.once import (
     read_published,
 )
 from core.storage.manifest import fetch
+from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +39,17 @@ def run_calibrate(
     def compute(work: Workspace) -> dict[str, Any]:
         measured = _measure(this, phase, checkpoint_uri, data_uri, work.scratch)
         measured.save(work.out / _STATISTICS)
-        work.child.log_metrics({"calibration_loss": measured.loss})
-        work.child.log_series("similarity", list(enumerate(measured.similarities.tolist())))
-        return {"calibration_loss": measured.loss, "calibration_tokens": measured.tokens}
+        return {
+            "calibration_loss": measured.loss,
+            "calibration_tokens": measured.tokens,
+            "similarities": measured.similarities.tolist(),
+        }
+
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        child.log_series("similarity", enumerate(report.get("similarities", ())))
 
     uri = this.phase_uri(phase, "calibrated")
-    compute_once(this, uri, phase=phase, step="calibrate", compute=compute)
+    compute_once(this, uri, phase=phase, step="calibrate", compute=compute, track=track)
     hand_over(uri, _STATISTICS, statistics)
 
 
@@ -85,23 +91,28 @@ def run_score_layers(
             remeasure=remeasure,
         )
         decided.save(work.out / _PLAN)
-        work.child.log_series("importance", list(enumerate(decided.importance)))
-        work.child.log_series("sparsity", list(enumerate(decided.sparsity)))
-        report = {"params": decided.params_after, "target_params": decided.target_params}
         left, whole = (
             sum(map(this.dense.attention_params, layers)) for layers in (decided.after, this.dense.layers)
         )
-        work.child.log_metrics({**report, "attention_removed": 1 - left / whole})
         log.info(
             "%s of %s parameters stay, and %.1f %% of the dense model's attention",
             f"{decided.params_after:,}",
             f"{decided.params_before:,}",
             100 * left / whole,
         )
-        return report
+        return {
+            "params": decided.params_after,
+            "target_params": decided.target_params,
+            "attention_removed": 1 - left / whole,
+        }
+
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        decided = read_published(uri, _PLAN)
+        for name in ("importance", "sparsity"):
+            child.log_series(name, enumerate(decided[name]))
 
     uri = this.phase_uri(phase, "scored")
-    compute_once(this, uri, phase=phase, step="score-layers", compute=compute)
+    compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
     hand_over(uri, _PLAN, plan)
 
 
@@ -129,7 +140,6 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
             dtype=dtype_of(this.settings.model.dtype),
             provenance=provenance_of(this, phase, digest, step="prune-step"),
         )
-        work.child.log_metrics({"params": plan.params_after})
         return {"params": plan.params_after}
 
     uri = this.phase_uri(phase, "pruned")
