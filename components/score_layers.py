@@ -14,17 +14,10 @@ def score_layers(
     statistics: dsl.Input[dsl.Artifact],
     plan: dsl.Output[dsl.Artifact],
 ):
-    """Decide which groups stay in each layer."""
+    """Decide which groups stay in each layer; the statistics are read where calibrate has published them."""
     from components.runtime import task
 
     with task("score-layers", phase):
         from core.steps import run_score_layers
 
-        run_score_layers(
-            run=run,
-            phase=phase,
-            checkpoint_uri=checkpoint_uri,
-            data_uri=data_uri,
-            statistics_path=statistics.path,
-            plan=plan,
-        )
+        run_score_layers(run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri, plan=plan)

@@ -81,6 +81,10 @@ class LeaseError(StorageError):
     """Another execution works on the run."""
 
 
+class InterruptionError(AdaptPrunerError):
+    """A signal from outside has ended a step before it was done."""
+
+
 class IntegrityError(StorageError):
     """A stored file is not, byte for byte, what its manifest says."""
 

@@ -100,7 +100,7 @@ class SpeedRecord:
     runtime: str
     """``torch`` or ``llama.cpp``."""
     device: str
-    """``cpu`` or ``cuda``."""
+    """What it ran on: ``cpu``, ``cuda``, or what else llama.cpp was built for."""
     tokens_per_s: dict[str, tuple[float, float]]
     """Job (``decode 1``: kind and batch size) to the median rates of base and checkpoint."""
     speedups: dict[str, float]

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from core.storage.owner import LOCAL
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
-from pipelines.folders import check_folders
+from pipelines.folders import check_folders, holding_folder
 from pipelines.progress import RunProgress
 
 
@@ -42,6 +42,7 @@ class LocalRun:
     Attributes:
         store: URI of the store.
         key: The run key.
+        record: What it has measured.
         seconds: How long it took.
         was_done: Whether an earlier run had done everything.
         found_done: Steps that an earlier run had done.
@@ -49,56 +50,63 @@ class LocalRun:
 
     store: str
     key: str
+    record: RunRecord
     seconds: float
     was_done: bool
     found_done: int
 
 
 def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
-    """Run the pipeline on this machine.
+    """Run the pipeline on this machine, and fetch its results.
 
     Args:
         settings: The run's settings; relative paths start at the current directory.
-        output: Folder for what kfp leaves (removed after success) and for ``run.log``.
+        output: Folder for the results, for what kfp leaves (removed after success) and for ``run.log``.
         console: Where progress is shown.
 
     Raises:
         SettingsError: If the output folder or the store cannot be written; nothing has started then.
+        LeaseError: If another process runs into the output folder; nothing has changed then.
         RunError: If a task fails.
     """
     settings = with_absolute_store(settings)
     check_writable(settings, output)
-    root = output / "kfp"
-    shutil.rmtree(root, ignore_errors=True)
-    started = time.monotonic()
-    progress = RunProgress(console, phases=settings.prune.phases)
-    run_pipeline(build_pipeline(settings, local=True), root, output / "run.log", progress)
-    seconds = time.monotonic() - started
-    run = _resolved_run(root)
-    shutil.rmtree(root, ignore_errors=True)
-    return LocalRun(
-        store=run["store"],
-        key=run["key"],
-        seconds=seconds,
-        was_done="publish" not in progress.steps,
-        found_done=progress.found_done,
-    )
+    with holding_folder(output, f"--output={output}"):
+        root = output / "kfp"
+        shutil.rmtree(root, ignore_errors=True)
+        started = time.monotonic()
+        progress = RunProgress(console, phases=settings.prune.phases)
+        run_pipeline(build_pipeline(settings, local=True), root, output / "run.log", progress)
+        seconds = time.monotonic() - started
+        run = _resolved_run(root)
+        shutil.rmtree(root, ignore_errors=True)
+        return LocalRun(
+            store=run["store"],
+            key=run["key"],
+            record=fetch_results(run, output),
+            seconds=seconds,
+            was_done="publish" not in progress.steps,
+            found_done=progress.found_done,
+        )
 
 
-def fetch_results(finished: LocalRun, output: Path) -> RunRecord:
+def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     """Return what a finished run has measured.
 
     ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads
     to its checkpoint and ``output/base`` to the model that it was made of.
+
+    Args:
+        handle: The run's handle.
+        output: The folder.
     """
-    run = Run.load({"store": finished.store, "key": finished.key})
+    run = Run.load(handle)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         folder = fetch(run.uri("final"), Path(scratch), only=["report.html", "record.json"])
         shutil.copyfile(folder / "report.html", output / "report.html")
         record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
         _link(output / "model", folder if folder != Path(scratch) else None)
-    if "://" not in run.base_uri or run.base_uri.startswith("file:"):
-        _link(output / "base", Path(run.base_uri.removeprefix("file://")))
+    _link(output / "base", open_store(run.base_uri).local_path(""))
     return record
 
 

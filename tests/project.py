@@ -140,10 +140,8 @@ def run_phase(run, phase, checkpoint_uri, data_uri, folder):
     statistics, plan = Artifact(place / "statistics"), Artifact(place / "plan")
     given = {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri, **common}
     steps.run_calibrate(**given, statistics=statistics)
-    steps.run_score_layers(**given, statistics_path=statistics.path, plan=plan)
-    pruned = steps.run_prune_step(
-        **common, checkpoint_uri=checkpoint_uri, plan_path=plan.path, model=Artifact(place / "pruned")
-    )
+    steps.run_score_layers(**given, plan=plan)
+    pruned = steps.run_prune_step(**common, checkpoint_uri=checkpoint_uri, model=Artifact(place / "pruned"))
     recovered = steps.run_recover_train(
         **common, checkpoint_uri=pruned, data_uri=data_uri, model=Artifact(place / "recovered")
     )

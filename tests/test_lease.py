@@ -197,6 +197,38 @@ def test_an_interrupt_by_the_user_stays_one(store):
         signal.signal(signal.SIGINT, before)
 
 
+def test_sigusr1_from_outside_ends_a_step_as_a_failure(tmp_path):
+    """A batch system sends it before it ends a job; no lease was lost then."""
+    code = """
+import sys, time
+from components.runtime import task
+from core.storage.lease import holding_lease
+from core.storage.owner import Owner
+from core.storage.store import open_store
+with task("evaluate", 1), holding_lease(open_store(sys.argv[1]), "RUN", Owner.of("first")):
+    print("computing", flush=True)
+    time.sleep(60)
+print("done")
+""".replace("RUN", RUN)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "store")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "computing\n"
+    process.send_signal(signal.SIGUSR1)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (1, "")
+    (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "SIGUSR1" in error
+    assert error == stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert "done in" not in stderr
+    note(TABLE, "SIGUSR1 from outside while a step computes", "the step fails; one line names the signal")
+
+
 def test_a_store_that_fails_for_a_while_stops_no_owner(tmp_path, caplog):
     store = open_store(tmp_path / "store")
     with holding_lease(store, RUN, Owner.of("first"), renew_s=0.01):

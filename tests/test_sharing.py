@@ -77,6 +77,18 @@ def test_what_exists_is_not_overwritten(model, tmp_path):
     assert (tmp_path / "m.gguf").read_text() == "precious"
 
 
+def test_a_place_that_cannot_be_written_is_named_before_a_model_is_fetched(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    for place, status, problem in (
+        ("file", 1, f"{tmp_path}/file exists already"),
+        ("file/m.gguf", 2, f"OUTPUT={tmp_path}/file/m.gguf cannot be written (Not a directory)"),
+    ):
+        result = export("file:///nowhere", tmp_path / place, "--format", "gguf")
+        assert (result.exit_code, result.stdout) == (status, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: {problem}. ")
+
+
 def test_a_number_format_is_for_gguf_alone(model, tmp_path):
     result = export(model, tmp_path / "padded", "--format", "padded", "--dtype", "q8_0")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from core.errors import CheckpointError, ExportError, SettingsError
-from core.evaluation.engines import LlamaCpp, Torch
+from core.evaluation.engines import LlamaCpp, Torch, accelerator_of
 from core.evaluation.speed import Workload, compare, median_rates, median_speedup, time_pair
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.checkpoint import save_model
@@ -123,6 +123,31 @@ def test_llama_cpp_writes_as_many_tokens_as_are_counted(pair, tmp_path):
     assert (timings["prompt_n"], timings["predicted_n"]) == (7, 6)
 
 
+def test_llama_cpp_is_said_to_run_where_it_does_and_not_where_pytorch_does(pair, tmp_path):
+    from core.export.gguf import export_gguf
+
+    files = [export_gguf(folder, tmp_path / f"{folder.name}.gguf").path for folder in pair]
+    assert compare("llama.cpp", *files, BRIEF, device="cuda").device == "cpu"  # PyPI's build knows no other
+
+
+@pytest.mark.parametrize(
+    ("devices", "accelerator"),
+    [
+        ({"CPU": "CPU"}, "cpu"),
+        ({"BLAS": "ACCEL", "CPU": "CPU"}, "cpu"),
+        ({"CUDA0": "GPU", "CUDA1": "GPU", "CPU": "CPU"}, "cuda"),
+        ({"Vulkan0": "IGPU", "CPU": "CPU"}, "vulkan"),
+    ],
+)
+def test_a_build_for_an_accelerator_is_known_by_its_devices(devices, accelerator):
+    from xllamacpp import ggml_backend_dev_type as kinds
+
+    found = [
+        {"name": name, "type": kinds[f"GGML_BACKEND_DEVICE_TYPE_{kind}"]} for name, kind in devices.items()
+    ]
+    assert accelerator_of(found) == accelerator
+
+
 def test_memory_is_that_of_the_model_alone(pair, tmp_path):
     large = tiny("llama", [LayerShape(query_heads=6, kv_heads=3, mlp_width=70_000)] * 3, dtype=torch.float32)
     save_model(large, tmp_path / "large", companions=pair[0], provenance={})
@@ -183,11 +208,11 @@ def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(projec
 def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
     base, pruned = pair
     arguments = ["benchmark", pruned, "--against", base, "--runtime", "torch", "--rounds", 1]
-    arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "speed.json"]
+    arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "new" / "speed.json"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "writing answers, 4 together" in result.output
-    figures = json.loads((tmp_path / "speed.json").read_text())
+    figures = json.loads((tmp_path / "new" / "speed.json").read_text())
     assert figures["params"][0] > figures["params"][1]
     assert figures["speed"][0]["runtime"] == "torch"
 
@@ -196,3 +221,15 @@ def test_a_folder_that_is_not_there_is_named_by_its_option(pair):
     result = CliRunner().invoke(main, ["benchmark", str(pair[0]), "--against", "nowhere"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--against=nowhere is not a folder" in result.stderr
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(pair, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    for place, reason in (("file/speed.json", "Not a directory"), ("", "Is a directory")):
+        path = tmp_path / place
+        result = CliRunner().invoke(
+            main, ["benchmark", str(pair[1]), "--against", str(pair[0]), "--json", str(path)]
+        )
+        assert (result.exit_code, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: --json={path} cannot be written ({reason}). ")

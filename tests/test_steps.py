@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
+import logging
+import re
 import shutil
+import sys
 import uuid
 from pathlib import Path
 
@@ -12,13 +16,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from components.calibrate import calibrate
+from components.prune_step import prune_step
+from components.score_layers import score_layers
+from core.errors import IntegrityError, TrackingError
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.run import Run
-from core.steps import run_finalize, run_needs_run, run_prepare_data
+from core.steps import (
+    run_finalize,
+    run_needs_run,
+    run_prepare_data,
+    run_prune_step,
+    run_score_layers,
+)
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
-from tests.project import CHANNEL_PARAMS, evaluate, kept_groups, recipe_with, resolve, run_all, run_phase
+from core.tracking.client import connect
+from tests.evidence import note
+from tests.project import (
+    CHANNEL_PARAMS,
+    Artifact,
+    evaluate,
+    kept_groups,
+    recipe_with,
+    resolve,
+    run_all,
+    run_phase,
+)
 
 
 def test_the_key_follows_from_what_can_change_the_result(project, tmp_path):
@@ -191,6 +216,118 @@ def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
         run_finalize(store=handle["store"], job="failed", succeeded=False)
         assert run_needs_run(run=handle)
         fetch(checkpoint_uri, tmp_path / "unused")
+
+
+@pytest.fixture
+def calibrated(project, tmp_path, monkeypatch):
+    """A run whose first phase is calibrated, what its next tasks are handed, and the artifact of it."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # tasks set it
+    recipe = recipe_with(PRUNE_ONLY | {"storage.store": str(tmp_path / "store"), "seed": 4})
+    handle, base_uri = resolve(recipe)
+    data_uri = run_prepare_data(run=handle, base_uri=base_uri)
+    given = {"run": handle, "phase": 1, "checkpoint_uri": base_uri}
+    statistics = Artifact(tmp_path / "statistics")
+    calibrate.python_func(**given, data_uri=data_uri, statistics=statistics)
+    return Run.load(handle), given, data_uri, statistics
+
+
+def test_what_artifacts_hold_changes_nothing_as_steps_read_publications(calibrated, tmp_path):
+    run, given, data_uri, statistics = calibrated
+    plan, model = Artifact(tmp_path / "plan"), Artifact(tmp_path / "model")
+    published = Path(run.phase_uri(1, "calibrated"), "statistics.safetensors")
+    assert Path(statistics.path).read_bytes() == published.read_bytes()
+    Path(statistics.path).write_bytes(b"changed")
+    score_layers.python_func(**given, data_uri=data_uri, statistics=statistics, plan=plan)
+    content = Path(run.phase_uri(1, "scored"), "plan.json").read_bytes()
+    assert Path(plan.path).read_bytes() == content
+    Path(plan.path).write_bytes(b"changed")
+    uri = prune_step.python_func(**given, plan=plan, pruned=model)
+    planned = json.loads(content)
+    assert sum(p.numel() for p in load_model(Path(uri)).parameters()) == planned["params_after"]
+    assert planned["statistics"] == hashlib.sha256(published.read_bytes()).hexdigest()
+
+
+def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_named(calibrated, tmp_path):
+    run, given, data_uri, _ = calibrated
+    published = Path(run.phase_uri(1, "calibrated"), "statistics.safetensors")
+    intact = published.read_bytes()
+    published.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    with pytest.raises(IntegrityError, match=r"calibrated/statistics\.safetensors"):
+        run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
+    published.write_bytes(intact)
+    run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
+    plan = Path(run.phase_uri(1, "scored"), "plan.json")
+    plan.write_text(plan.read_text().replace("[0, 1", "[0, 2", 1))
+    with pytest.raises(IntegrityError, match=r"scored/plan\.json"):
+        run_prune_step(**given, model=Artifact(tmp_path / "model"))
+    assert read_manifest(run.phase_uri(1, "pruned")) is None
+
+
+def logged(uri):
+    """Return every MLflow run's status, curves (less how long things took) and files, by phase and step."""
+    client, found = connect(uri), {}
+    experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
+    for run in client.search_runs([experiment], max_results=1000):
+        names = set(run.data.metrics) - {"seconds", "tokens_per_s"}
+        histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+        curves = {name: [(point.step, point.value) for point in curve] for name, curve in histories.items()}
+        files = [file.path for file in client.list_artifacts(run.info.run_id)]
+        which = tuple(run.data.tags.get(f"adapt_pruner.{tag}") for tag in ("phase", "step"))
+        found[which] = (run.info.status, curves, files)
+    return found
+
+
+def test_an_outage_of_mlflow_costs_no_result_and_no_figure(project, tmp_path, monkeypatch, caplog):
+    """Each kind of request fails the first time for a run, which is left as a kill would leave it."""
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(project)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def recipe(name):
+        places = {"storage.store": str(tmp_path / name), "tracking.uri": f"sqlite:///{tmp_path}/{name}.db"}
+        return recipe_with({"prune.phases": 1, **places})
+
+    run_all(recipe("expected"), tmp_path / "artifacts")
+    failed = set()
+
+    def failing(name):
+        real = getattr(MlflowClient, name)
+
+        def fails_once(client, run_id, *arguments, **named):
+            if arguments == ("FAILED",):
+                raise ConnectionError("Connection refused")
+            if (name, run_id) not in failed:
+                failed.add((name, run_id))
+                raise ConnectionError("Connection refused")
+            return real(client, run_id, *arguments, **named)
+
+        return fails_once
+
+    for name in ("log_batch", "log_artifact", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, failing(name))
+    caplog.set_level(logging.DEBUG, logger="core.steps.once")
+    ended, tries = False, 0
+    while not ended:
+        tries += 1
+        with contextlib.suppress(TrackingError):
+            run_all(recipe("outage"), tmp_path / "artifacts")
+            ended = True
+    computed = re.findall(r"computing \S+/runs/[0-9a-f]+/(\S+)", caplog.text)
+    steps = [f"phases/01/{step}" for step in ("calibrated", "scored", "pruned", "recovered", "evaluated")]
+    assert computed == ["data", "phases/00/evaluated", *steps, "final"]
+    assert tries > 2 * len(computed)
+    assert logged(f"sqlite:///{tmp_path}/outage.db") == logged(f"sqlite:///{tmp_path}/expected.db")
+    curves = logged(f"sqlite:///{tmp_path}/outage.db")
+    assert {"similarity", "calibration_loss"} <= curves["1", "calibrate"][1].keys()
+    assert {"importance", "sparsity", "attention_removed"} <= curves["1", "score-layers"][1].keys()
+    assert {"loss", "learning_rate", "tokens"} <= curves["1", "recover-train"][1].keys()
+    assert {status for status, *_ in curves.values()} == {"FINISHED"}
+    note(
+        "Kills", "MLflow is away at the end of each step", "nothing is computed again; all figures are logged"
+    )
 
 
 def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_when_it_was_done_before(

@@ -104,9 +104,9 @@ def pruned(project, tmp_path_factory):
         given = {"run": handle, "phase": 1, "checkpoint_uri": base_uri, "data_uri": data_uri}
         statistics, plan = Artifact(folder / "statistics"), Artifact(folder / "plan")
         run_calibrate(**given, statistics=statistics)
-        run_score_layers(**given, statistics_path=statistics.path, plan=plan)
+        run_score_layers(**given, plan=plan)
         checkpoint_uri = run_prune_step(
-            run=handle, phase=1, checkpoint_uri=base_uri, plan_path=plan.path, model=Artifact(folder / "m")
+            run=handle, phase=1, checkpoint_uri=base_uri, model=Artifact(folder / "m")
         )
     return Run.load(handle), {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri}
 

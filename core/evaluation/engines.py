@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,12 @@ _SEED = 0
 
 
 class Torch:
-    """A checkpoint's folder in PyTorch, by transformers' own forward pass and cache."""
+    """A checkpoint's folder in PyTorch, by transformers' own forward pass and cache.
+
+    Attributes:
+        device: Where it runs: ``cpu`` or ``cuda``.
+        load_s: Seconds that loading took.
+    """
 
     def __init__(self, path: Path, workload: "Workload", device: str) -> None:
         """Load the model and note how long that took."""
@@ -33,7 +39,7 @@ class Torch:
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
 
         self._new_cache = DynamicCache
-        self._torch, self._workload, self._device = torch, workload, device
+        self._torch, self._workload, self.device = torch, workload, device
         self._empty_bytes = psutil.Process().memory_info().rss
         start = time.perf_counter()
         self._model: Any = load_model(path, dtype=dtype_of(workload.dtype), device=device)
@@ -65,17 +71,22 @@ class Torch:
 
     def peak_bytes(self) -> int:
         """Return the most memory that the model took, of the device or of this process."""
-        if self._device == "cuda":
+        if self.device == "cuda":
             return int(self._torch.cuda.max_memory_allocated())
         return peak_rss_bytes() - self._empty_bytes
 
     def _wait(self) -> None:
-        if self._device == "cuda":
+        if self.device == "cuda":
             self._torch.cuda.synchronize()
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, through the Python package xllamacpp."""
+    """A GGUF file in llama.cpp, through the Python package xllamacpp.
+
+    Attributes:
+        device: Where it runs: ``cpu``, or what else llama.cpp was built for, such as ``cuda``.
+        load_s: Seconds that loading took.
+    """
 
     def __init__(self, path: Path, workload: "Workload", device: str) -> None:
         """Load the model and note how long that took."""
@@ -90,7 +101,8 @@ class LlamaCpp:
         threads = workload.threads or physical_cores()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup, params.ui, params.verbosity, params.fit_params = False, False, -1, False
-        if device == "cpu":
+        self.device = "cpu" if device == "cpu" else accelerator_of(xllamacpp.get_device_info())
+        if self.device == "cpu":
             params.n_gpu_layers = 0
         self._workload = workload
         self._empty_bytes = psutil.Process().memory_info().rss
@@ -131,6 +143,16 @@ class LlamaCpp:
     def peak_bytes(self) -> int:
         """Return the most memory that the model took of this process, mapped files included."""
         return peak_rss_bytes() - self._empty_bytes
+
+
+def accelerator_of(devices: Sequence[Mapping[str, Any]]) -> str:
+    """Return what llama.cpp runs on if it may choose: ``cpu``, as PyPI's build does, or ``cuda`` and such.
+
+    Args:
+        devices: What llama.cpp finds, by ``name``, such as CPU or CUDA0, and ``type``.
+    """
+    names = [str(device["name"]) for device in devices if device["type"].name.endswith("GPU")]
+    return names[0].rstrip("0123456789").lower() if names else "cpu"
 
 
 def physical_cores() -> int:

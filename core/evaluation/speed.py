@@ -65,7 +65,7 @@ def compare(
         base: What the other is compared with.
         checkpoint: The model of interest.
         workload: What is timed.
-        device: ``cpu`` or ``cuda``; llama.cpp takes what it was built for.
+        device: ``cpu`` or ``cuda``, for which llama.cpp takes what it was built for; the record says what.
 
     Raises:
         CheckpointError: If one of them cannot be loaded or run.
@@ -80,12 +80,12 @@ def compare(
                 if turn:
                     seconds.setdefault(f"{kind} {batch}", []).append(took)
             done = f"round {turn} of {workload.rounds}" if turn else "warmed up"
-            log.info("%s on %s: %s", runtime, device, done)
+            log.info("%s on %s: %s", runtime, first.device, done)
         memory = (first.finish(), second.finish())
     tokens = {f"{kind} {batch}": workload.tokens(kind, batch) for kind, batch in workload.jobs()}
     return SpeedRecord(
         runtime=runtime,
-        device=device,
+        device=first.device,
         tokens_per_s={job: median_rates(pairs, tokens[job]) for job, pairs in seconds.items()},
         speedups={job: median_speedup(pairs) for job, pairs in seconds.items()},
         load_s=(first.load_s, second.load_s),
@@ -124,6 +124,7 @@ class _Model:
     path: Path
     connection: Connection
     load_s: float = 0.0
+    device: str = ""
 
     def ask(self, *request: Any) -> Any:
         try:
@@ -153,7 +154,7 @@ def _running(runtime: Runtime, path: Path, workload: Workload, device: str) -> I
     there.close()
     model = _Model(path, here)
     try:
-        model.load_s = model.ask("load")
+        model.load_s, model.device = model.ask("load")
         yield model
     finally:
         here.close()
@@ -172,7 +173,7 @@ def _serve(connection: Connection, runtime: Runtime, path: Path, workload: Workl
         try:
             if request[0] == "load":
                 engine = (Torch if runtime == "torch" else LlamaCpp)(path, workload, device)
-                connection.send(engine.load_s)
+                connection.send((engine.load_s, engine.device))
             elif request[0] == "memory":
                 connection.send(engine.peak_bytes())
             else:

@@ -28,6 +28,12 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
+def check_absent(output: Path) -> None:
+    """Refuse to write to what exists already, with an ``ExportError``."""
+    if output.exists():
+        raise ExportError(f"{output} exists already. Remove it, or name another place.")
+
+
 @contextlib.contextmanager
 def put_when_complete(output: Path) -> Iterator[Path]:
     """Give a name beside ``output`` to write to, a file or a folder; it becomes ``output`` at the end.
@@ -37,8 +43,7 @@ def put_when_complete(output: Path) -> Iterator[Path]:
     Raises:
         ExportError: If ``output`` exists already, or the disk refuses (full, read-only).
     """
-    if output.exists():
-        raise ExportError(f"{output} exists already. Remove it, or name another place.")
+    check_absent(output)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from core.run import Run
 from core.steps.once import Artifact, Workspace, compute_once, read_published, tracker_of
 from core.steps.records import collect_record
 from core.storage.manifest import fetch
+from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,11 +48,13 @@ def run_evaluate(
             "perplexity": measure_perplexity(this, model, data_uri, work.scratch),
             "tasks": evaluate_tasks(model, load_tokenizer(folder), evaluation) if evaluation.tasks else {},
         }
-        work.child.log_metrics(_flat(report))
         return report
 
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        child.log_metrics(_flat(report))
+
     uri = this.phase_uri(phase, "evaluated")
-    compute_once(this, uri, phase=phase, step="evaluate", compute=compute)
+    compute_once(this, uri, phase=phase, step="evaluate", compute=compute, track=track)
     report = read_published(uri, "report.json")
     before = [
         read_published(this.phase_uri(phase, step), "report.json")

@@ -1,4 +1,4 @@
-"""The frame of every step: compute once, publish, track; a rerun finds what is published."""
+"""The frame of every step: compute once, publish, then track; a rerun finds what is published."""
 
 import json
 import logging
@@ -39,20 +39,29 @@ class Workspace:
     Attributes:
         out: Empty folder; what is in it when the step returns is published.
         scratch: Folder for downloads, removed afterwards.
-        child: The step's MLflow run.
     """
 
     out: Path
     scratch: Path
-    child: ChildRun
+
+
+Track = Callable[[ChildRun, dict[str, Any]], None]
+"""Logs onto a step's MLflow run what there is beside the numbers of its published report."""
 
 
 def compute_once(
-    run: Run, uri: str, *, phase: int, step: str, compute: Callable[[Workspace], dict[str, Any]]
+    run: Run,
+    uri: str,
+    *,
+    phase: int,
+    step: str,
+    compute: Callable[[Workspace], dict[str, Any]],
+    track: Track | None = None,
 ) -> Manifest:
-    """Compute and publish a step's result, unless it is published already.
+    """Compute and publish a step's result, unless it is published already, and then log its figures.
 
-    While it computes it holds the run's lease.
+    While it computes it holds the run's lease. MLflow gets what is published: a step that fails there, or is
+    killed before it has logged all, logs when it is run again, and computes nothing.
 
     Args:
         run: The run.
@@ -60,14 +69,20 @@ def compute_once(
         phase: Phase of the step, 0 for the dense model and for what comes before all phases.
         step: Name of the step.
         compute: Fills ``out`` and returns figures to keep beside it in ``report.json``; ``seconds`` are what
-            earlier attempts have given to the result.
+            earlier attempts have given to the result. Its numbers are logged.
+        track: Logs what else there is.
 
     Raises:
         LeaseError: If another execution works on the run.
+        TrackingError: If MLflow fails, before anything is computed or after it was published.
     """
+    tracker = tracker_of(run)
     manifest = read_manifest(uri)
     if manifest is not None:
         log.info("already done")
+        if not tracker.is_logged(phase, step):
+            with tracker.child(phase, step) as child:
+                _log_published(uri, child, track)
         return manifest
     log.debug("computing %s", uri)
     started = time.monotonic()
@@ -75,13 +90,21 @@ def compute_once(
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()
         scratch.mkdir()
-        with tracker_of(run).child(phase, step) as child:
-            report = compute(Workspace(out=out, scratch=scratch, child=child))
+        with tracker.child(phase, step) as child:
+            report = compute(Workspace(out=out, scratch=scratch))
             report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
             (out / REPORT).write_text(json.dumps(report))
-            child.log_metrics({"seconds": report["seconds"]})
             renew_lease()  # what a machine has computed before it was asleep may be another's by now
-            return publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
+            manifest = publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
+            _log_published(uri, child, track)
+            return manifest
+
+
+def _log_published(uri: str, child: ChildRun, track: Track | None) -> None:
+    report = read_published(uri, REPORT)
+    child.log_metrics({name: value for name, value in report.items() if isinstance(value, int | float)})
+    if track is not None:
+        track(child, report)
 
 
 def tracker_of(run: Run) -> Tracker:
@@ -152,7 +175,7 @@ def digest_of(uri: str) -> str:
 
 
 def hand_over(uri: str, name: str, artifact: Artifact) -> None:
-    """Copy a published file into a KFP artifact, for lineage and for the next task."""
+    """Copy a published file into a KFP artifact, for lineage and the UI; no step reads it there."""
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         content = (fetch(uri, Path(scratch), only=[name]) / name).read_bytes()
     Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)

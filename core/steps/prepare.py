@@ -197,7 +197,6 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 directory=work.out,
             )
             report["training_tokens"] = mixture.tokens
-        work.child.log_metrics(report)
         return report
 
     uri = this.uri("data")

@@ -17,6 +17,7 @@ from core.steps.once import (
     read_published,
 )
 from core.storage.manifest import fetch
+from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from core.pruning.plan import LayerPlan
 
 log = logging.getLogger(__name__)
+
+_STATISTICS, _PLAN = "statistics.safetensors", "plan.json"
 
 
 def run_calibrate(
@@ -35,28 +38,28 @@ def run_calibrate(
 
     def compute(work: Workspace) -> dict[str, Any]:
         measured = _measure(this, phase, checkpoint_uri, data_uri, work.scratch)
-        measured.save(work.out / "statistics.safetensors")
-        work.child.log_metrics({"calibration_loss": measured.loss})
-        work.child.log_series("similarity", list(enumerate(measured.similarities.tolist())))
-        return {"calibration_loss": measured.loss, "calibration_tokens": measured.tokens}
+        measured.save(work.out / _STATISTICS)
+        return {
+            "calibration_loss": measured.loss,
+            "calibration_tokens": measured.tokens,
+            "similarities": measured.similarities.tolist(),
+        }
+
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        child.log_series("similarity", enumerate(report.get("similarities", ())))
 
     uri = this.phase_uri(phase, "calibrated")
-    compute_once(this, uri, phase=phase, step="calibrate", compute=compute)
-    hand_over(uri, "statistics.safetensors", statistics)
+    compute_once(this, uri, phase=phase, step="calibrate", compute=compute, track=track)
+    hand_over(uri, _STATISTICS, statistics)
 
 
 def run_score_layers(
-    *,
-    run: Mapping[str, Any],
-    phase: int,
-    checkpoint_uri: str,
-    data_uri: str,
-    statistics_path: str,
-    plan: Artifact,
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, plan: Artifact
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    With several steps a phase, what the steps so far leave of the checkpoint is measured before the next one.
+    The statistics are those that calibrate has published. With several steps a phase, what the steps so far
+    leave of the checkpoint is measured before the next one.
     """
     this = Run.load(run)
     prune = this.settings.prune
@@ -73,43 +76,48 @@ def run_score_layers(
 
         config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
         shapes = layer_shapes(config)
-        before = read_published(this.phase_uri(phase - 1, "scored"), "plan.json") if phase > 1 else {}
+        before = read_published(this.phase_uri(phase - 1, "scored"), _PLAN) if phase > 1 else {}
+        calibrated = this.phase_uri(phase, "calibrated")
+        statistics = fetch(calibrated, work.scratch / "calibrated", only=[_STATISTICS]) / _STATISTICS
         decided = plan_phase(
-            Statistics.load(Path(statistics_path)),
+            Statistics.load(statistics),
             dense=this.dense,
             current=this.dense.with_layers(shapes),
             sparsity=before.get("sparsity", (0.0,) * len(shapes)),
             target_params=this.phase_params[phase - 1],
             settings=settings_for(prune, family_of(config)),
             checkpoint=digest_of(checkpoint_uri),
-            statistics_digest=file_sha256(Path(statistics_path)),
+            statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
         )
-        decided.save(work.out / "plan.json")
-        work.child.log_series("importance", list(enumerate(decided.importance)))
-        work.child.log_series("sparsity", list(enumerate(decided.sparsity)))
-        report = {"params": decided.params_after, "target_params": decided.target_params}
+        decided.save(work.out / _PLAN)
         left, whole = (
             sum(map(this.dense.attention_params, layers)) for layers in (decided.after, this.dense.layers)
         )
-        work.child.log_metrics({**report, "attention_removed": 1 - left / whole})
         log.info(
             "%s of %s parameters stay, and %.1f %% of the dense model's attention",
             f"{decided.params_after:,}",
             f"{decided.params_before:,}",
             100 * left / whole,
         )
-        return report
+        return {
+            "params": decided.params_after,
+            "target_params": decided.target_params,
+            "attention_removed": 1 - left / whole,
+        }
+
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        decided = read_published(uri, _PLAN)
+        for name in ("importance", "sparsity"):
+            child.log_series(name, enumerate(decided[name]))
 
     uri = this.phase_uri(phase, "scored")
-    compute_once(this, uri, phase=phase, step="score-layers", compute=compute)
-    hand_over(uri, "plan.json", plan)
+    compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
+    hand_over(uri, _PLAN, plan)
 
 
-def run_prune_step(
-    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, plan_path: str, model: Artifact
-) -> str:
-    """Remove the groups that the plan leaves out, a layer at a time.
+def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, model: Artifact) -> str:
+    """Remove the groups that the plan, which score-layers has published, leaves out, a layer at a time.
 
     Returns:
         URI of the smaller checkpoint.
@@ -121,7 +129,8 @@ def run_prune_step(
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
-        plan = Plan.load(Path(plan_path))
+        scored = this.phase_uri(phase, "scored")
+        plan = Plan.load(fetch(scored, work.scratch / "scored", only=[_PLAN]) / _PLAN)
         digest = digest_of(checkpoint_uri)
         prune_checkpoint(
             fetch(checkpoint_uri, work.scratch),
@@ -131,7 +140,6 @@ def run_prune_step(
             dtype=dtype_of(this.settings.model.dtype),
             provenance=provenance_of(this, phase, digest, step="prune-step"),
         )
-        work.child.log_metrics({"params": plan.params_after})
         return {"params": plan.params_after}
 
     uri = this.phase_uri(phase, "pruned")

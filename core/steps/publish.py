@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from core.steps.once import (
 from core.steps.records import collect_record
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
+from core.tracking.mlflow import ChildRun
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         from core.tracking.report import build_report
 
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-        speed = _measure_speed(this, folder, work)
-        record = dataclasses.replace(collect_record(this, uri, range(phases + 1)), speed=speed)
+        record = collect_record(this, uri, range(phases + 1))  # asks MLflow, which may be away
+        record = dataclasses.replace(record, speed=_measure_speed(this, folder, work))
         manifest = read_manifest(checkpoint_uri)
         assert manifest is not None, "it has just been fetched"
         for entry in manifest.files:
@@ -57,10 +59,13 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         (work.out / RECORD).write_text(json.dumps(record.to_dict()))
         (work.out / HTML).write_text(build_report(record))
         _write_card(this, record, work)
-        tracker_of(this).log_report(work.out / HTML)
         return {"params": record.phases[-1].params}
 
-    compute_once(this, uri, phase=phases, step="publish", compute=compute)
+    def track(child: ChildRun, figures: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+            tracker_of(this).log_report(fetch(uri, Path(scratch), only=[HTML]) / HTML)
+
+    compute_once(this, uri, phase=phases, step="publish", compute=compute, track=track)
     hand_over(uri, HTML, report)
     describe_checkpoint(uri, model)
     record = RunRecord.from_dict(read_published(uri, RECORD))

@@ -12,6 +12,7 @@ from core.steps.evaluate import measure_perplexity
 from core.steps.once import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
 from core.storage.manifest import fetch
 from core.storage.store import join_uri
+from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run_recover_train(
         return checkpoint_uri
     uri = this.phase_uri(phase, "recovered")
     compute = functools.partial(_compute, this, phase, checkpoint_uri, data_uri)
-    compute_once(this, uri, phase=phase, step="recover-train", compute=compute)
+    compute_once(this, uri, phase=phase, step="recover-train", compute=compute, track=_track)
     remove_states(_states_uri(this, phase))
     describe_checkpoint(uri, model)
     return uri
@@ -89,9 +90,6 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
     provenance = provenance_of(run, phase, source, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
-    work.child.log_series("loss", [(step, loss) for step, loss, _ in trained.losses])
-    work.child.log_series("learning_rate", [(step, rate) for step, _, rate in trained.losses])
-    work.child.log_metrics({"tokens": trained.tokens, "tokens_per_s": trained.tokens_per_s})
     return facts | {
         "losses": trained.losses,
         "tokens": trained.tokens,
@@ -99,6 +97,12 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         "tokens_per_s": trained.tokens_per_s,
         "seconds": state.progress.seconds if state else 0.0,
     }
+
+
+def _track(child: ChildRun, report: dict[str, Any]) -> None:
+    losses = report.get("losses", ())
+    child.log_series("loss", [(step, loss) for step, loss, _ in losses])
+    child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
 
 
 def _train(

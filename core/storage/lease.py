@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from core.errors import LeaseError, StorageError
+from core.errors import InterruptionError, LeaseError, StorageError
 from core.storage.owner import Owner
 from core.storage.store import Store, join_uri
 
@@ -167,6 +167,7 @@ def holding_lease(
     Raises:
         LeaseError: If another owner holds it, before the block or while it runs.
         StorageError: If the store cannot be reached at the start. Later on that is logged and tried again.
+        InterruptionError: If somebody else sends SIGUSR1, as batch systems do before they end a job.
     """
     renew = functools.partial(take_lease, store, run, owner, ttl_s=ttl_s)
     renew()
@@ -184,14 +185,21 @@ def holding_lease(
             except StorageError as error:
                 log.warning("the lease was not renewed: %s", error)
 
-    with _interruptible() as interrupt:
-        keeper = threading.Thread(target=keep, daemon=True)
-        keeper.start()
-        try:
-            yield renew
-        finally:
-            ended.set()
-            keeper.join()
+    try:
+        with _interruptible() as interrupt:
+            keeper = threading.Thread(target=keep, daemon=True)
+            keeper.start()
+            try:
+                yield renew
+            finally:
+                ended.set()
+                keeper.join()
+    except _InterruptedError:
+        if not lost:
+            raise InterruptionError(
+                "the signal SIGUSR1, which came from outside, has ended this step. Start the run again: it "
+                "goes on."
+            ) from None
     if lost:
         raise lost[0]
 
@@ -204,8 +212,9 @@ class _InterruptedError(BaseException):
 def _interruptible() -> Iterator[Callable[[], None]]:
     """Yield a function by which another thread ends the block, if that runs in the main thread.
 
-    No signal is sent: Python only acts as if one had come. SIGINT would do nothing in a job in the background
-    or under nohup, where it is ignored.
+    The block then raises an ``_InterruptedError``, as it does when SIGUSR1 comes from outside. Here no signal
+    is sent: Python only acts as if one had come. SIGINT would do nothing in a job in the background or under
+    nohup, where it is ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -217,8 +226,6 @@ def _interruptible() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGUSR1, stop)
     try:
         yield functools.partial(_thread.interrupt_main, signal.SIGUSR1)
-    except _InterruptedError:
-        pass
     finally:
         signal.signal(signal.SIGUSR1, before)
 

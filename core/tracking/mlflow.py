@@ -144,6 +144,17 @@ class Tracker:
                 points = [(name, phase, value) for name, value in metrics.items() if value is not None]
                 log_new_points(self.client, self._parent_run().info.run_id, points)
 
+    def is_logged(self, phase: int, step: str) -> bool:
+        """Return whether the run of ``step`` in ``phase`` has ended well; True when tracking is off.
+
+        It ends after all is logged: nothing is left to log then.
+        """
+        if not self.uri:
+            return True
+        with explained(self.uri):
+            found = self._find_child({_PHASE: str(phase), _STEP: step})
+            return found is not None and found.info.status == "FINISHED"
+
     @contextmanager
     def child(self, phase: int, step: str) -> Iterator[ChildRun]:
         """Open the run of ``step`` in ``phase``, the same one when the step is retried.
@@ -154,8 +165,7 @@ class Tracker:
             yield ChildRun(self, "")
             return
         with explained(self.uri):
-            tags = {_PHASE: str(phase), _STEP: step}
-            run_id = self._open_child(f"{phase:02d} {step}", tags)
+            run_id = self._open_child(f"{phase:02d} {step}", {_PHASE: str(phase), _STEP: step})
         try:
             yield ChildRun(self, run_id)
         except BaseException as error:
@@ -229,14 +239,20 @@ class Tracker:
         return run
 
     def _open_child(self, name: str, tags: dict[str, str]) -> str:
+        found = self._find_child(tags)
+        if found is not None:
+            self.client.update_run(found.info.run_id, status="RUNNING")
+            return str(found.info.run_id)
+        parent = self._parent_run().info
+        tags = tags | {_PARENT: parent.run_id}
+        return str(self.client.create_run(parent.experiment_id, tags=tags, run_name=name).info.run_id)
+
+    def _find_child(self, tags: dict[str, str]) -> "Run | None":
         parent = self._parent_run().info
         tags = tags | {_PARENT: parent.run_id}
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         found = self.client.search_runs([parent.experiment_id], query, max_results=1)
-        if found:
-            self.client.update_run(found[0].info.run_id, status="RUNNING")
-            return str(found[0].info.run_id)
-        return str(self.client.create_run(parent.experiment_id, tags=tags, run_name=name).info.run_id)
+        return found[0] if found else None
 
     def _registered_version(self, model_name: str, checkpoint_uri: str) -> str | None:
         wanted = {_KEY: self._key, "checkpoint_uri": checkpoint_uri}

@@ -144,6 +144,10 @@ def benchmark(
     """Measure speed side by side."""
     prepare_for(model)
     prepare_for(against, name="--against")
+    if json_file is not None:
+        from pipelines.folders import check_file
+
+        check_file(f"--json={json_file}", json_file)
 
     from rich import print as show
 

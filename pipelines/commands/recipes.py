@@ -59,9 +59,8 @@ def _show_result(finished: "LocalRun", output: Path) -> None:
 
     from core.record import seconds_text
     from core.tracking.report import phase_table
-    from pipelines.local import fetch_results
 
-    record = fetch_results(finished, output)
+    record = finished.record
     console = Console(highlight=False)
     console.print(phase_table(record))
     if finished.was_done:

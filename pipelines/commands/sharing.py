@@ -51,6 +51,12 @@ def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") ->
         raise SettingsError([f"--dtype={dtype} is for --format=gguf, not {format_}. Leave it out."])
     prepare_for(model)
 
+    from core.export.exported import check_absent
+    from pipelines.folders import check_folders
+
+    check_absent(output)
+    check_folders({f"OUTPUT={output}": output.parent})
+
     from pipelines.models import local_checkpoint
 
     with log_on_stderr(), local_checkpoint(model) as directory:
