@@ -1,11 +1,15 @@
 """A recipe that can be submitted, and the command that submits it, called in this process."""
 
+import functools
+import json
 import os
 
 import yaml
 from click.testing import CliRunner
 
+from core.recipe import settings_from_dict
 from pipelines.cli import main
+from pipelines.submit import compile_package
 
 RECIPE = {
     "name": "Trial run",
@@ -21,8 +25,16 @@ NO_QUOTA_LEFT = (
 )
 
 
+@functools.cache
+def _package(settings):
+    return compile_package(settings_from_dict(json.loads(settings)))
+
+
 def forget_kfp(monkeypatch):
-    """Take away what the machine's own environment says of a cluster."""
+    """Take away what this machine says of a cluster; compile equal settings once a process."""
+    monkeypatch.setattr(
+        "pipelines.submit.compile_package", lambda settings: _package(json.dumps(settings.to_dict()))
+    )
     for name in [name for name in os.environ if name.startswith(("KF_PIPELINES", "KFP_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")

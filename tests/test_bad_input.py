@@ -85,7 +85,7 @@ SETTINGS = {
     ),
     "an output folder that is a file": (
         ["--output", "held-out.txt"],
-        "--output=held-out.txt cannot be written (File exists). Give a folder that you may write to.",
+        "--output=held-out.txt cannot be written (Not a directory). Give a folder that you may write to.",
     ),
     "an output folder that nobody may write to": (
         ["--output", "/proc/output"],
