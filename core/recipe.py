@@ -4,6 +4,7 @@ Everything that is wrong with a recipe is reported at once, each problem with th
 """
 
 import dataclasses
+import datetime
 import difflib
 import math
 import re
@@ -221,6 +222,8 @@ def _convert_scalar(hint: type, value: Any, name: str, problems: list[str]) -> A
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is str and isinstance(value, str):
         return value
+    if hint is str and isinstance(value, datetime.date):  # YAML's reading of a name such as 2026-02-03
+        return str(value)
     if hint is str and number:
         return str(int(value)) if float(value).is_integer() else str(value)
     if hint is bool and isinstance(value, bool):

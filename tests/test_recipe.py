@@ -331,6 +331,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
             "evaluation.tasks=[piqa, boolq]",
             "cluster.gpus=0",  # a section that the file lacks
             "tracking.uri=",
+            "name=2026-02-03",  # a date to YAML
             "prune.phases=2",  # the last one counts
         ),
     )
@@ -339,6 +340,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
     assert settings.evaluation.tasks == ("piqa", "boolq")
     assert settings.cluster == ClusterSettings(gpus=0)
     assert settings.tracking.uri == ""
+    assert settings.name == "2026-02-03"
     assert settings.prune.amplitude == 0.04, "the rest of a section stays"
 
 
