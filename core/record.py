@@ -149,6 +149,8 @@ class RunRecord:
     """Resolved revision of the base model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings, as a recipe holds them."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Section whose precision was ``auto`` to what its number format follows from."""
     phases: tuple[PhaseRecord, ...] = ()
     """Phase 0 (dense) first, then those that are done, in order."""
     checkpoint_uri: str = ""
@@ -170,6 +172,7 @@ class RunRecord:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return data | {
             "settings": dict(self.settings),
+            "chosen": dict(self.chosen),
             "phases": [phase.to_dict() for phase in self.phases],
             "speed": [record.to_dict() for record in self.speed],
         }
@@ -180,6 +183,7 @@ class RunRecord:
         return cls(
             **{f.name: data[f.name] for f in dataclasses.fields(cls) if f.type is str and f.name in data},
             settings=_whole_numbers(data.get("settings", {})),
+            chosen={str(section): str(text) for section, text in data.get("chosen", {}).items()},
             phases=tuple(PhaseRecord.from_dict(phase) for phase in data.get("phases", ())),
             speed=tuple(SpeedRecord.from_dict(record) for record in data.get("speed", ())),
         )

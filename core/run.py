@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.config import Settings
@@ -33,6 +33,7 @@ class Run:
         dense: Sizes of the base model.
         phase_params: Parameters that each phase ends at.
         job: The execution that asks; of no concern to ``run.json``.
+        chosen: Section whose precision was ``auto`` to what its number format follows from.
     """
 
     store: str
@@ -43,6 +44,7 @@ class Run:
     dense: ModelShape
     phase_params: tuple[int, ...]
     job: str
+    chosen: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def key_of(revision: str, settings: Settings) -> str:
@@ -84,6 +86,7 @@ class Run:
                 ),
                 phase_params=params,
                 job=str(handle.get("job", "")),
+                chosen={str(name): str(text) for name, text in data.get("chosen", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:
             said = " ".join(str(error).split())[:300].rstrip(".")

@@ -24,6 +24,7 @@ from components.publish import publish
 from components.recover_train import recover_train
 from components.resolve_base import resolve_base
 from components.score_layers import score_layers
+from core.cluster import ComponentName
 from core.config import Settings
 from core.errors import SettingsError
 from pipelines.cluster import configure
@@ -138,6 +139,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
                 recipe=recipe,
                 fixed=fixed_settings(settings, phases),
                 job=job,
+                accelerated=[] if local else accelerated_sections(settings),
             )
             place(resolved, gpu=False)
             needed = place(needs_run(run=resolved.outputs["run"]), gpu=False)
@@ -183,6 +185,20 @@ def fixed_settings(settings: Settings, phases: int) -> dict[str, dict[str, Any]]
     for section, key in _FIXED:
         fixed.setdefault(section, {})[key] = recipe[section][key]
     return fixed
+
+
+def accelerated_sections(settings: Settings) -> list[str]:
+    """Return the sections of a recipe whose tasks get accelerators on the cluster."""
+    components: dict[str, ComponentName] = {
+        "calibration": "calibrate",
+        "training": "recover-train",
+        "evaluation": "evaluate",
+    }
+    return [
+        section
+        for section, component in components.items()
+        if settings.cluster.gpus_of(component, gpu_task=True)
+    ]
 
 
 def _prune_and_train(

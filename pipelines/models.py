@@ -15,7 +15,8 @@ from core.config import EvaluationSettings
 from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
-from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.precision import choose_precision, resolved, warn_if_emulated
 from core.record import SpeedRecord, perplexity_text
 from core.storage.manifest import fetch
 from core.tracking.report import speed_rows
@@ -57,7 +58,9 @@ def layer_table(directory: Path) -> Table:
 def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     """Measure a checkpoint as a run measures its phases, and return the figures."""
     device = pick_device()
-    model = load_model(directory, dtype=getattr(torch, settings.precision), device=device)
+    settings = resolved(settings, lambda: choose_precision(device))
+    warn_if_emulated("evaluation", settings.precision, device)
+    model = load_model(directory, dtype=dtype_of(settings.precision), device=device)
     tokenizer = load_tokenizer(directory)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")

@@ -114,7 +114,7 @@ class Artifact:
         self.path, self.metadata = str(path), {}
 
 
-def resolve(recipe, *, job="job"):
+def resolve(recipe, *, job="job", accelerated=()):
     """Call resolve-base as the pipeline does: five settings apart, the rest as a dict."""
     from core.steps import run_resolve_base
 
@@ -128,6 +128,7 @@ def resolve(recipe, *, job="job"):
         fixed={"prune": {"phases": prune.pop("phases")}},
         recipe=rest,
         job=job,
+        accelerated=accelerated,
     )
 
 

@@ -23,6 +23,7 @@ HEIGHTS = {
     "core.base": 7,
     "core.pointer": 6,
     "core.run": 6,
+    "core.precision": 6,
     "core.model": 5,
     "core.tracking.client": 5,
     "core.storage": 5,

@@ -41,7 +41,9 @@ def run_evaluate(
     def compute(work: Workspace) -> dict[str, Any]:
         from core.evaluation.benchmarks import evaluate_tasks
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+        from core.precision import warn_if_emulated
 
+        warn_if_emulated("evaluation", evaluation.precision, pick_device())
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
         model = load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
         report: dict[str, Any] = {

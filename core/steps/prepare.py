@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ def run_resolve_base(
     recipe: Mapping[str, Any],
     fixed: Mapping[str, Mapping[str, Any]],
     job: str,
+    accelerated: Collection[str] = (),
 ) -> tuple[dict[str, str], str]:
     """Pin the base model's revision, plan the sizes of all phases and open the run.
 
@@ -43,6 +44,7 @@ def run_resolve_base(
         recipe: All other settings.
         fixed: Settings that the pipeline was compiled for, by section; N_P is one.
         job: Identifies this execution; finalize finds the run by it.
+        accelerated: Sections whose tasks get accelerators, which this machine may not have.
 
     Returns:
         The handle that later steps load the run by, and the URI of the base model's publication.
@@ -56,6 +58,7 @@ def run_resolve_base(
     """
     from core.base import import_base
     from core.model.build import load_config
+    from core.steps.settled import settle_precision
 
     own: dict[str, dict[str, Any]] = {
         "model": {"base": base_model, "revision": revision},
@@ -68,6 +71,7 @@ def run_resolve_base(
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
     dense, phase_params = _sizes_of_phases(settings, config)
+    settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
     run = Run(
         store=settings.storage.store,
         key=Run.key_of(commit, settings),
@@ -77,6 +81,7 @@ def run_resolve_base(
         dense=dense,
         phase_params=phase_params,
         job=job,
+        chosen=chosen,
     )
     done = Run.is_done(run.handle())
     if not done:
@@ -87,6 +92,7 @@ def run_resolve_base(
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
     if not done:
         tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
+        tags |= {f"adapt_pruner.precision.{section}": text for section, text in chosen.items()}
         tracker_of(run).start(settings.to_dict(), tags)
     return run.handle(), base_uri
 

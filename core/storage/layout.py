@@ -16,7 +16,7 @@ STEPS = {
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
 _PUBLICATION = re.compile(rf"(runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)})))/.+")
-_POINTER = re.compile(r"jobs/[^/]+")
+_ALONE = re.compile(r"(jobs|precisions)/[^/]+")
 
 
 def pointer_of(job: str) -> str:
@@ -24,14 +24,19 @@ def pointer_of(job: str) -> str:
     return f"jobs/{job}.json"
 
 
+def precisions_of(digest: str) -> str:
+    """Return the key of the file that tells what ``precision: auto`` has come to for a recipe."""
+    return f"precisions/{digest}.json"
+
+
 def folder_of(key: str) -> str:
-    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs`` or "" for none of them."""
+    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs``, ``precisions`` or ""."""
     try:
         check_key(key)
     except StorageError:
         return ""
-    if _POINTER.fullmatch(key):
-        return "jobs"
+    if match := _ALONE.fullmatch(key):
+        return match[1]
     match = _FOLDER.fullmatch(key)
     return match[1] if match else ""
 

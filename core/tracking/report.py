@@ -63,7 +63,7 @@ def build_report(record: RunRecord) -> str:
         )
     if record.checkpoint_uri:
         parts.append(section("Use the result", "", code_blocks(_usage(record))))
-    parts.append(details("Settings", _settings(record.settings)))
+    parts.append(details("Settings", _settings(record.settings, record.chosen)))
     subtitle = f"{record.base}{revision}, run {record.key}{tracked}"
     return page(_title(record), subtitle, [part for part in parts if part])
 
@@ -324,11 +324,16 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
     return blocks
 
 
-def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+def _settings(settings: Mapping[str, Any], chosen: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Return section to (setting, value); a precision that was chosen says why."""
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
     sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
     sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
-    return {name: _flat(values, "") for name, values in sections.items()}
+    rows = {name: _flat(values, "") for name, values in sections.items()}
+    for where, why in chosen.items():
+        found = rows.get(where, [])
+        rows[where] = [(name, f"{value} ({why})" if name == "precision" else value) for name, value in found]
+    return rows
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, str]]:
