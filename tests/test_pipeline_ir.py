@@ -10,7 +10,7 @@ from kfp import compiler
 from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from core.cluster import ClusterSettings
+from core.cluster import ClusterSettings, ComponentSettings
 from core.config import (
     EvaluationSettings,
 )
@@ -212,6 +212,31 @@ def test_only_tasks_that_compute_on_the_model_ask_for_gpus(ir):
         if label.startswith(("exec-calibrate", "exec-recover", "exec-evaluate"))
     }
     assert gpus(ir[0]) == dict.fromkeys(wanted, ("amd.com/gpu", "2"))
+
+
+def accelerated(path):
+    spec = parse(path)[0]
+    (task,) = [
+        dag.tasks["resolve-base"]
+        for dag in (spec.root.dag, *(component.dag for component in spec.components.values()))
+        if "resolve-base" in dag.tasks
+    ]
+    values = task.inputs.parameters["accelerated"].runtime_value.constant.list_value
+    return list(values)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sections"),
+    [
+        ({}, ["calibration", "training", "evaluation"]),
+        ({"gpus": 0}, []),
+        ({"components": {"evaluate": ComponentSettings(gpus=0)}}, ["calibration", "training"]),
+        ({"gpus": 0, "components": {"recover-train": ComponentSettings(gpus=1)}}, ["training"]),
+    ],
+)
+def test_resolve_base_is_told_whose_tasks_get_gpus(tmp_path, cluster, sections):
+    compile_pipeline(settings(1, cluster=ClusterSettings(**cluster)), tmp_path / "p.yaml")
+    assert accelerated(tmp_path / "p.yaml") == sections
 
 
 def test_scoring_asks_for_gpus_if_it_measures_again(tmp_path):

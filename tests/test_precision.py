@@ -209,8 +209,8 @@ def choices(content):
         (b'{"format": 2, "choices": {}}', "its format is 2, not 1"),
         (b'{"format": 1, "choices": {}}', "it lacks calibration, training, evaluation"),
         (
-            b'{"format": 1, "choices": {"training": {"precision": "float8", "device": "", "gflop_per_s": {}}}}',
-            "float8",
+            b'{"format": 1, "choices": {"training": {"precision": "f8", "device": "", "gflop_per_s": {}}}}',
+            "f8",
         ),
         (b'{"format": 1, "choices": {"training": 3}}', "'int' object"),
     ],
