@@ -342,7 +342,10 @@ def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_wh
         assert metrics.metadata["perplexity"] == phases[phase]["perplexity"]
         name = f"phase {phase}" if phase else "dense model"
         summary = (tmp_path / str(phase) / "summary").read_text()
-        assert summary.startswith(f"# {run.settings.name}, {name}\n\n| metric | value |")
+        heading, table = summary.split("\n\n")
+        assert heading == f"# {run.settings.name}, {name}"
+        dense, own = (f"{phases[i]['params']:,}" for i in (0, phase))
+        assert f"| parameters | {dense} | {own} |" in table if phase else f"| parameters | {dense} |" in table
         picture = (tmp_path / str(phase) / "picture").read_text()
         assert f"{run.settings.name}, {name}" in picture
         assert "<svg" in picture
