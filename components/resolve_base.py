@@ -15,8 +15,8 @@ def resolve_base(
     fixed: dict,
     job: str,
     accelerated: list,
-) -> NamedTuple("Outputs", run=dict, base_uri=str):
-    """Pin the base model's revision, plan the sizes of all phases and open the run."""
+) -> NamedTuple("Outputs", run=dict, base_uri=str, being_done_by=str):
+    """Pin the base model's revision, plan all phases and open the run, or say who works on it."""
     from components.runtime import task
 
     with task("resolve-base"):

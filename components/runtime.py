@@ -74,6 +74,10 @@ def _log_to_stderr(where: str) -> Iterator[None]:
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}: %(message)s", "%H:%M:%S"))
     loggers = [logging.getLogger(name) for name in ("core", "components")]
     before = [(logger.level, logger.propagate) for logger in loggers]
+    root = logging.getLogger()
+    level_of_root = root.level
+    # kfp's executor logs at the root from INFO on, and botocore would tell each time where its keys are from.
+    root.setLevel(max(level_of_root, logging.WARNING))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -81,6 +85,7 @@ def _log_to_stderr(where: str) -> Iterator[None]:
     try:
         yield
     finally:
+        root.setLevel(level_of_root)
         for logger, (level, propagate) in zip(loggers, before, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)

@@ -247,6 +247,17 @@ def perplexity_text(value: float | None) -> str:
     return f"{value:.2f}" if value < 99.995 else f"{value:.0f}" if value < 99_999.5 else f"{value:.1e}"
 
 
+def score_text(metrics: Mapping[str, float], metric: str) -> str:
+    """Write a task's metric: a share in percent, ± its standard error, and any other value as it is."""
+    values = {name.split(",")[0]: value for name, value in metrics.items()}
+    value, error = values.get(metric), values.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    if "perplexity" in metric or not 0 <= value <= 1:
+        return perplexity_text(value)
+    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if error else "")
+
+
 def public_path(path: str) -> str:
     """Return what may be told of a path to strangers: the last part of an address or of a path from the root.
 

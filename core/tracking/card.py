@@ -18,6 +18,7 @@ from core.record import (
     headline_metric,
     perplexity_text,
     public_path,
+    score_text,
 )
 from core.tracking.card_usage import usage
 from core.tracking.report import speed_rows
@@ -157,7 +158,7 @@ def _numbers(record: RunRecord) -> str:
     for task, metrics in final.tasks.items():
         headline = headline_metric(metrics)
         if headline is not None and task in dense.tasks:
-            scores = [_score(phase.tasks[task], headline[0]) for phase in (dense, final)]
+            scores = [score_text(phase.tasks[task], headline[0]) for phase in (dense, final)]
             rows.append((f"{_code(task)}, {headline[0]}, {items}", scores[0], scores[1]))
     if rows:
         parts.append(_table(("measure", "base model", "this model"), rows))
@@ -262,16 +263,6 @@ def _range(layers: Sequence[LayerSizes], name: str) -> str:
     sizes = [getattr(layer, name) for layer in layers]
     low, high = min(sizes), max(sizes)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _score(metrics: Mapping[str, float], metric: str) -> str:
-    values = {name.split(",")[0]: value for name, value in metrics.items()}
-    value, error = values.get(metric), values.get(f"{metric}_stderr")
-    if value is None:
-        return "-"
-    if "perplexity" in metric or not 0 <= value <= 1:
-        return perplexity_text(value)
-    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if error else "")
 
 
 def _code(text: Any) -> str:
