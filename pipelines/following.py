@@ -185,7 +185,7 @@ def _progress(run: Any, workflow: Workflow | None) -> Progress:
         trouble = None if was_terminated else _why_it_waits(found)
         return Progress(state=state, workflow=workflow, trouble=trouble)
     if state == "CANCELED" or (state == "FAILED" and was_terminated):
-        text = f"the run was terminated by a person or a program. {_RESUMES}."
+        text = f"the run was terminated, by a person or a program. {_RESUMES}."
         return Progress(state=state, workflow=workflow, trouble=Trouble(about="terminated", text=text))
     if state != "FAILED":
         return Progress(state=state, workflow=workflow)

@@ -117,7 +117,7 @@ class Client(kfp_client.Client):
         )
         try:
             workflow = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
-            status = workflow["status"]
+            status = workflow.get("status") or {}  # there is none before Argo has seen it
             if packed := status.get("compressedNodes"):  # Argo's way once the whole is over 1 MiB
                 status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
         except (LookupError, TypeError, AttributeError, ValueError, EOFError, OSError, zlib.error):
