@@ -141,7 +141,7 @@ RECORDED = {
     "out of memory": "phase 1 calibrate: it ran out of memory (main: OOMKilled (exit code 137)). Raise "
     "cluster.components.calibrate.memory or",
     "terminated": "the run was terminated, by a person or a program.",
-    "longer than its timeout": "resolve-base: it took longer than cluster.components.resolve-base.timeout (Pod",
+    "longer than its timeout": "resolve-base: it took longer than cluster.components.resolve-base.timeout (",
     "too large a temporary file": "resolve-base: its temporary files are too large (Usage of EmptyDir volume",
 }
 RECORDED_WAITS = {

@@ -1,6 +1,5 @@
 """Following a run on Kubeflow Pipelines to its end."""
 
-import datetime
 import io
 import json
 import os
@@ -107,9 +106,9 @@ def test_a_workflow_over_1_mib_is_followed_as_well(api, recipe):
 
 def test_the_clock_is_that_of_argo(api, recipe):
     result = wait_for(api, frame("SUCCEEDED", task("publish", "Succeeded", ago=3_000)))
-    ended = datetime.datetime.now() - datetime.timedelta(seconds=2_999)
     (line,) = [line for line in result.stderr.splitlines() if "publish" in line]
-    assert abs((datetime.datetime.strptime(line[:8], "%H:%M:%S") - ended).seconds % 86_399) <= 3
+    ended = time.time() - 2_999
+    assert line[:8] in [time.strftime("%H:%M:%S", time.localtime(ended - early)) for early in range(5)]
 
 
 def test_up_to_kfp_2_16_nodes_have_other_names(api, recipe):
