@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 from core.errors import AdaptPrunerError, full_disk
@@ -33,6 +34,10 @@ _QUIET = {
 _GC_THRESHOLD = 100_000
 
 
+_TERMINATION_LOG = Path("/dev/termination-log")
+_TERMINATION_LOG_BYTES = 4096  # the kubelet drops what is beyond
+
+
 def quiet_libraries() -> None:
     """Keep the bars of libraries out of the output, unless the environment asks for them."""
     for name, value in _QUIET.items():
@@ -44,7 +49,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """Run a step as a task: our log goes to stderr, each line with the phase and the step.
 
     A process that an error ends prints ``error: <text>`` last. A traceback comes before it unless the error
-    is one that is meant for the user.
+    is one that is meant for the user. In a pod Kubernetes is told the same.
 
     Args:
         step: The component's name, such as ``recover-train``.
@@ -101,6 +106,15 @@ def _print_error(kind: type[BaseException], error: BaseException, traceback: Tra
         lines = [one_line(f"{kind.__name__}: {' '.join(str(error).split())}")]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
+    _tell_kubernetes(" ".join(f"error: {line}" for line in lines))
+
+
+def _tell_kubernetes(text: str) -> None:
+    """Write why a task has failed to where the kubelet looks: it becomes part of the state of the pod."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ and _TERMINATION_LOG.is_file():
+        content = text.encode()[:_TERMINATION_LOG_BYTES].decode(errors="ignore")
+        with contextlib.suppress(OSError):
+            _TERMINATION_LOG.write_text(content)
 
 
 def _end_with_the_run() -> None:
