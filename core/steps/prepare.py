@@ -11,6 +11,7 @@ from core.config import Settings
 from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict, with_fixed
 from core.run import Run
+from core.steps.dropped import withdraw_dropped
 from core.steps.once import Workspace, compute_once, tracker_of
 from core.storage.layout import pointer_of
 from core.storage.manifest import fetch, read_manifest
@@ -81,6 +82,7 @@ def run_resolve_base(
     done = Run.is_done(run.handle())
     if not done:
         with run.working():
+            withdraw_dropped(run)
             run.save()
     open_store(run.store).write_bytes(pointer_of(job), json.dumps(run.handle()).encode())
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
