@@ -62,4 +62,7 @@ def way_back(uri: str) -> str:
     if publication.startswith("runs/") and not publication.endswith("/final"):
         damaged.append(f"{store}/{folder_of(f'{publication}/file')}/DONE.json")
     removed = " and ".join(damaged) if "://" in uri else f"it with `rm -rf {shlex.join(damaged)}`"
-    return f"Remove {removed}, then run its recipe again: what is missing is computed again."
+    return (
+        f"Remove {removed} and run its recipe again (`adapt-pruner run`, or `submit`): what is missing is "
+        "computed again."
+    )
