@@ -13,6 +13,7 @@ from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
+from core.storage.manifest import MANIFEST
 from core.storage.owner import Owner
 from core.storage.store import join_uri, open_store
 from core.untrusted import parse_object
@@ -94,8 +95,9 @@ class Run:
 
     @staticmethod
     def is_done(handle: Mapping[str, Any]) -> bool:
-        """Return whether the run that tasks were handed has been published."""
-        return open_store(str(handle["store"])).exists(f"runs/{handle['key']}/DONE.json")
+        """Return whether the run that tasks were handed has been published, and still is."""
+        store, run = open_store(str(handle["store"])), f"runs/{handle['key']}"
+        return all(store.exists(f"{run}/{file}") for file in ("DONE.json", f"final/{MANIFEST}"))
 
     def save(self) -> None:
         """Write ``run.json``.

@@ -30,6 +30,7 @@ HEIGHTS = {
     "core.data": 5,
     "core.licence": 5,
     "core.recipe": 4,
+    "core.includes": 2,
     "core.record": 4,
     "core.config": 3,
     "core.addresses": 2,

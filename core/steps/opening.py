@@ -7,6 +7,7 @@ from typing import Any
 
 from core.errors import LeaseError
 from core.run import Run
+from core.steps.dropped import withdraw_dropped
 from core.storage.layout import pointer_of
 from core.storage.lease import renew_lease, time_text, watch_lease
 from core.storage.owner import Owner
@@ -33,6 +34,7 @@ def open_run(run: Run) -> str:
     while not Run.is_done(run.handle()):
         try:
             with run.working():
+                withdraw_dropped(run)
                 run.save()
             return ""
         except LeaseError:
