@@ -197,6 +197,17 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
 
 
+def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", error: bool = True) -> str:
+    """Write a share as percent, with ``unit`` and ± its standard error, and any other value as it is."""
+    values = {name.split(",")[0]: value for name, value in metrics.items()}
+    value, deviation = values.get(metric), values.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    if "perplexity" in metric or not 0 <= value <= 1:
+        return perplexity_text(value)
+    return f"{100 * value:.1f}{unit}" + (f" ± {100 * deviation:.1f}" if error and deviation else "")
+
+
 def accuracies(phase: PhaseRecord) -> dict[str, float]:
     """Return the headline accuracy in [0, 1] of every task that has one."""
     best = {task: headline_metric(metrics) for task, metrics in phase.tasks.items()}

@@ -13,6 +13,7 @@ from core.record import (
     count_text,
     headline_metric,
     perplexity_text,
+    score_text,
     seconds_text,
 )
 from core.redaction import without_password
@@ -273,20 +274,9 @@ def _task_columns(
     phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
 ) -> dict[str, list[str]]:
     return {
-        f"{task}\n{metric}": [_score(phase.tasks.get(task, {}), metric, errors) for phase in phases]
+        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
         for task, metric in tasks.items()
     }
-
-
-def _score(metrics: Mapping[str, float], metric: str, errors: bool) -> str:
-    """Return a share as percent, ± its standard error, and any other value as it is."""
-    values = {name.split(",")[0]: value for name, value in metrics.items()}
-    if metric not in values:
-        return "-"
-    if "perplexity" in metric or not 0 <= values[metric] <= 1:
-        return perplexity_text(values[metric])
-    error = values.get(f"{metric}_stderr", 0.0)
-    return f"{100 * values[metric]:.1f}" + (f" ± {100 * error:.1f}" if errors and error else "")
 
 
 def _step_times(phases: Sequence[PhaseRecord]) -> list[tuple[str, str, float]]:
