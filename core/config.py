@@ -89,8 +89,6 @@ class PruneSettings:
     """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
     TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
     of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
-    allow_skip: bool = False
-    """Whether a whole attention or MLP may vanish from a layer. Refused: no library loads such a layer."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -114,11 +112,6 @@ class PruneSettings:
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
         if self.profile == "portable":
             yield from self._contradictions()
-        if self.allow_skip:
-            yield (
-                "allow_skip=true: transformers stores which parts of a layer are skipped, but builds no such "
-                "model, so nobody could load the result. Leave it false: one group of each kind stays."
-            )
 
     def _contradictions(self) -> Iterator[str]:
         if self.attention_unit not in ("auto", "none"):

@@ -21,15 +21,6 @@ class LayerSizes:
     mlp_width: int
     """F."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "LayerSizes":
-        """Read what ``to_dict`` returned; whole floats become ints."""
-        return cls(**{name: _whole(data[name]) for name in ("query_heads", "kv_heads", "mlp_width")})
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
@@ -60,38 +51,6 @@ class PhaseRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Step name to wall-clock seconds."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data["layers"] = [layer.to_dict() for layer in self.layers]
-        data["losses"] = [list(point) for point in self.losses]
-        data["tasks"] = {task: dict(metrics) for task, metrics in self.tasks.items()}
-        return {
-            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, dict) else v
-            for k, v in data.items()
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PhaseRecord":
-        """Read what ``to_dict`` returned, also after a trip through JSON or KFP (ints as floats)."""
-        return cls(
-            phase=_whole(data["phase"]),
-            params=_whole(data["params"]),
-            target_params=_whole(data["target_params"]),
-            layers=tuple(LayerSizes.from_dict(layer) for layer in data["layers"]),
-            importance=tuple(float(x) for x in data.get("importance", ())),
-            sparsity=tuple(float(x) for x in data.get("sparsity", ())),
-            perplexity_pruned=_optional(data.get("perplexity_pruned")),
-            perplexity=_optional(data.get("perplexity")),
-            tasks={
-                str(task): {str(m): float(v) for m, v in metrics.items()}
-                for task, metrics in data.get("tasks", {}).items()
-            },
-            tokens=_whole(data.get("tokens", 0)),
-            losses=tuple((_whole(s), float(loss), float(rate)) for s, loss, rate in data.get("losses", ())),
-            seconds={str(step): float(s) for step, s in data.get("seconds", {}).items()},
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRecord:
@@ -113,18 +72,6 @@ class SpeedRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "SpeedRecord":
-        """Read what ``to_dict`` returned, also after a trip through JSON."""
-        return cls(
-            runtime=data["runtime"],
-            device=data["device"],
-            tokens_per_s={job: (pair[0], pair[1]) for job, pair in data["tokens_per_s"].items()},
-            speedups=dict(data["speedups"]),
-            load_s=(data["load_s"][0], data["load_s"][1]),
-            memory_bytes=(data["memory_bytes"][0], data["memory_bytes"][1]),
-        )
 
     def figures(self) -> dict[str, float]:
         """Return the ratios under the names that MLflow shows; above 1 is better for the checkpoint."""
@@ -169,24 +116,18 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return data | {
-            "settings": dict(self.settings),
-            "chosen": dict(self.chosen),
-            "phases": [phase.to_dict() for phase in self.phases],
-            "speed": [record.to_dict() for record in self.speed],
-        }
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RunRecord":
-        """Read what ``to_dict`` returned, also after a trip through JSON or KFP (ints as floats)."""
-        return cls(
-            **{f.name: data[f.name] for f in dataclasses.fields(cls) if f.type is str and f.name in data},
-            settings=_whole_numbers(data.get("settings", {})),
-            chosen={str(section): str(text) for section, text in data.get("chosen", {}).items()},
-            phases=tuple(PhaseRecord.from_dict(phase) for phase in data.get("phases", ())),
-            speed=tuple(SpeedRecord.from_dict(record) for record in data.get("speed", ())),
-        )
+        """Read what ``to_dict`` returned, also after a trip through JSON.
+
+        Raises:
+            ValueError: If an entry is missing, or of another type.
+        """
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(data)
 
 
 def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
@@ -199,6 +140,17 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
         if name in values:
             return name, values[name]
     return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
+
+
+def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", error: bool = True) -> str:
+    """Write a share as percent, with ``unit`` and ± its standard error, and any other value as it is."""
+    values = {name.split(",")[0]: value for name, value in metrics.items()}
+    value, deviation = values.get(metric), values.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    if "perplexity" in metric or not 0 <= value <= 1:
+        return perplexity_text(value)
+    return f"{100 * value:.1f}{unit}" + (f" ± {100 * deviation:.1f}" if error and deviation else "")
 
 
 def accuracies(phase: PhaseRecord) -> dict[str, float]:
@@ -247,17 +199,6 @@ def perplexity_text(value: float | None) -> str:
     return f"{value:.2f}" if value < 99.995 else f"{value:.0f}" if value < 99_999.5 else f"{value:.1e}"
 
 
-def score_text(metrics: Mapping[str, float], metric: str) -> str:
-    """Write a task's metric: a share in percent, ± its standard error, and any other value as it is."""
-    values = {name.split(",")[0]: value for name, value in metrics.items()}
-    value, error = values.get(metric), values.get(f"{metric}_stderr")
-    if value is None:
-        return "-"
-    if "perplexity" in metric or not 0 <= value <= 1:
-        return perplexity_text(value)
-    return f"{100 * value:.1f} %" + (f" ± {100 * error:.1f}" if error else "")
-
-
 def public_path(path: str) -> str:
     """Return what may be told of a path to strangers: the last part of an address or of a path from the root.
 
@@ -266,21 +207,3 @@ def public_path(path: str) -> str:
     if "://" in path or path.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path):
         return re.split(r"[/\\]", path.rstrip("/\\"))[-1].partition("?")[0]
     return without_password(path)
-
-
-def _whole(value: float) -> int:
-    if int(value) != value:
-        raise ValueError(f"{value} is not a whole number")
-    return int(value)
-
-
-def _optional(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _whole_numbers(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, Mapping):
-        return {k: _whole_numbers(v) for k, v in value.items()}
-    return [_whole_numbers(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,6 +1,7 @@
 """Print the exact versions of all packages that the image needs: those of the environment that runs this.
 
-So the image gets what the tests ran with. `make lock` writes them to `docker/requirements.lock`.
+So the image gets what the tests ran with. `make lock` writes them to `docker/requirements.lock`. `pip freeze`
+would list the development tools, too; pip-tools and uv resolve again, from an index without torch 2.13.0+cpu.
 """
 
 import platform

@@ -5,7 +5,6 @@ import json
 import math
 import tempfile
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,11 @@ from core.pruning.measurement import measure_checkpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.record import perplexity_text
 from core.tracking.figures import inline_svg, sensitivity_figure
-from core.tracking.page import cards, page, phase_rows, section
+from core.tracking.templates import render
 from core.training.mixture import write_calibration_pool, write_perplexity_windows
 
 _SEQUENCES, _LENGTH = 16, 256
 """Where no recipe says how much to calibrate and to measure on."""
-
-_PICTURE_TEXT = (
-    "Above: one layer at a time is pruned, all others stay whole; a tall bar is a layer the model needs. "
-    "Below: what the pruner goes by. Where the two pictures are alike, importance tells well which layers "
-    "may lose more."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,12 +175,14 @@ class Study:
             ("rank correlation", [_correlation(result)], "of importance with loss increase"),
         ]
         header, *rows = self._rows(result)
-        parts = [
-            cards(boxes),
-            section("Sensitivity of the layers", escape(_PICTURE_TEXT), picture),
-            section("Numbers", "", phase_rows(dict(zip(header, zip(*rows, strict=True), strict=True)))),
-        ]
-        return page("Sensitivity of the layers", f"{self.model}, {self._what()}", parts)
+        return render(
+            "sensitivity.html",
+            title="Sensitivity of the layers",
+            subtitle=f"{self.model}, {self._what()}",
+            cards=boxes,
+            picture=picture,
+            columns=dict(zip(header, zip(*rows, strict=True), strict=True)),
+        )
 
     def _what(self) -> str:
         lost = {"both": "MLP channels and attention", "mlp": "MLP channels", "attention": "attention"}

@@ -25,18 +25,18 @@ def hub(monkeypatch, tmp_path, caplog):
     [
         ("POST /api/repos/create", 401, "Invalid username or password.", "does not accept the token"),
         ("/preupload/", 403, "you must use a write token", f"the token may not write to {NAME}: "),
-        ("/objects/batch", 403, "Private repository storage limit reached", f"has no room for {NAME} while"),
-        ("/commit/", 413, "Payload Too Large", f"has no room for {NAME} in the commit"),
+        ("/objects/batch", 403, "Private repository storage limit reached", f"has no room for {NAME} during"),
+        ("/commit/", 413, "Payload Too Large", f"has no room for {NAME} during"),
         ("/refs", 404, "Repository not found", f"does not find {NAME}"),
-        ("/preupload/", 429, "Too many requests", "asks to wait while"),
+        ("/preupload/", 429, "Too many requests", "answers 429 during"),
         (
             "/objects/batch",
             503,
             "Service Unavailable",
-            "fails while model-00001-of-00004.safetensors was sent (503)",
+            "answers 503 during the upload",
         ),
-        ("PUT ", 403, "Request has expired", "the storage of the Hugging Face hub has refused while"),
-        ("/commit/", 400, "bad file name", "refuses in the commit (400): "),
+        ("PUT ", 403, "Request has expired", "the storage of the Hugging Face hub has refused during"),
+        ("/commit/", 400, "bad file name", "answers 400 during the upload: "),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_advice(hub, published, request_of, status, message, says):
@@ -66,7 +66,7 @@ def test_a_hub_without_xet_storage_is_told_apart_from_one_that_is_not_there(hub,
     pytest.importorskip("hf_xet")  # which the client brings on common processors
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     text = refused(push_checkpoint, published, NAME)
-    assert "the storage of the Hugging Face hub has refused while model-00001-of-00004.safetensors" in text
+    assert "the storage of the Hugging Face hub has refused during the upload" in text
     assert "404 Not Found" in text
     assert "A hub without xet storage needs HF_HUB_DISABLE_XET=1." in text
 

@@ -168,7 +168,6 @@ def test_a_wrong_type_is_named_with_its_value(name, value, problem):
         ("prune__steps_per_phase", 1001, "0 and 1,000"),
         ("prune__amplitude", -0.1, "0 and 1"),
         ("prune__width_multiple", 0, "1 and 4,096"),
-        ("prune__allow_skip", True, "nobody could load the result"),
         ("prune__target", "120%", "0% and 100%"),
         ("prune__target", "0", "must be positive"),
         ("prune__target", "small", "neither a count (108M, 1.2B) nor a share (80%)"),

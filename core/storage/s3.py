@@ -30,6 +30,8 @@ _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S, _ATTEMPTS = 4, 60, 8
 _UNTOLD = (BotoCoreError, ClientError, S3DownloadFailedError, S3ValidationError, HTTPError)
 # Pauses between attempts while another writer is at the same key (status 409).
 _PAUSES_S = (0.1, 0.2, 0.4, 0.8, None)
+_CONDITIONAL = set[tuple[str, str]]()
+"""Endpoints and buckets that were seen to keep what is there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,6 @@ class _Connection:
     """A transfer manager that asks for ranges alone."""
     attempts: int
     """How often a request is made at most."""
-    writes_once: dict[str, bool]
-    """Bucket to whether the server was seen to keep what is there."""
 
 
 class S3Store:
@@ -186,22 +186,6 @@ class S3Store:
         except FileNotFoundError:
             return None
 
-    def writes_once(self, key: str) -> bool:
-        """See ``Store``; tried once a bucket: some servers ignore conditions, others refuse them."""
-        known = self._connection.writes_once
-        if self._bucket not in known:
-            at = {"Bucket": self._bucket, "Key": self._key(key), "Body": b"{}", "IfNoneMatch": "*"}
-            with self._errors(key, "written"):
-                try:
-                    for _ in range(2):  # the second finds what the first has written, if nothing else
-                        self._client.put_object(**at)
-                    known[self._bucket] = False
-                except ClientError as error:
-                    if status_of(error) not in (409, 412, 501):
-                        raise
-                    known[self._bucket] = status_of(error) != 501
-        return known[self._bucket]
-
     def local_path(self, key: str) -> Path | None:
         """See ``Store``."""
         return None
@@ -229,11 +213,11 @@ class S3Store:
             return None
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
-        at = {"Bucket": self._bucket, "Key": self._key(key), "Body": data}
+        at = {"Bucket": self._bucket, "Key": self._key(key), "Body": data, "IfNoneMatch": "*"}
         for pause_s in _PAUSES_S:
             try:
-                self._client.put_object(**at, IfNoneMatch="*")
-                return True
+                self._client.put_object(**at)
+                break
             except ClientError as error:
                 status = status_of(error)
                 if status == 412:
@@ -241,12 +225,29 @@ class S3Store:
                     retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     return retried and self.read_bytes(key) == data
                 if status == 501:
-                    break
+                    raise self._unconditional(key) from error
                 if status != 409 or pause_s is None:  # 409: another writer is at it just now
                     raise
                 time.sleep(pause_s)
-        self._client.put_object(**at)  # not atomic: of two writers at the same instant the later one wins
+        place = (self._client.meta.endpoint_url, self._bucket)
+        if place not in _CONDITIONAL:
+            try:
+                self._client.put_object(**at)
+            except ClientError as error:
+                if status_of(error) not in (409, 412):
+                    raise
+            else:  # ignored: what is there was replaced
+                self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+                raise self._unconditional(key)
+            _CONDITIONAL.add(place)
         return True
+
+    def _unconditional(self, key: str) -> StorageError:
+        return StorageError(
+            f"{join_uri(self.uri, key)} cannot be written: its server does not support conditional writes "
+            "(If-None-Match: *), by which one of several writers wins. Use one that does, such as AWS S3 or "
+            "SeaweedFS."
+        )
 
     @contextlib.contextmanager
     def _errors(self, key: str, action: str) -> Iterator[None]:
@@ -341,7 +342,6 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
         transfers_if_absent=create_transfer_manager(careful, choose()),
         downloads=create_transfer_manager(client, ranges),
         attempts=attempts,
-        writes_once={},
     )
 
 

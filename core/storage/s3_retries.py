@@ -1,7 +1,9 @@
 """When a request to S3 is made again.
 
-botocore's own policy shares some retries among all requests of a client: in an outage, a dozen transfers at
-the same time use them up within a second, and fail. Here every request has its own attempts.
+botocore's ``standard`` mode shares some retries among all requests of a client: in an outage, a dozen
+transfers at the same time use them up within a second, and fail. Its ``legacy`` mode draws pauses from 0 to
+1, 2, 4, 8 ... seconds: as many attempts as outlast a restart of the server report a dead one after half a
+minute to a minute. Here every request has its own attempts, whose pauses together take 13 s at most.
 """
 
 import logging

@@ -75,8 +75,7 @@ class Store(Protocol):
     def upload(self, path: Path, key: str, *, if_absent: bool = False) -> str | None:
         """Copy the file ``path`` into the store and return the sha256 of what was copied.
 
-        With ``if_absent``, return None and change nothing if ``key`` is there; only for a store that
-        ``writes_once``.
+        With ``if_absent``, return None and change nothing if ``key`` is there.
         """
 
     def download(self, key: str, path: Path) -> str:
@@ -84,13 +83,6 @@ class Store(Protocol):
 
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of the bytes of ``key``, which are all read; None if it is not there."""
-
-    def writes_once(self, key: str) -> bool:
-        """Return whether the store keeps its word not to replace what is there.
-
-        Args:
-            key: Where that may be tried: it is there afterwards, and its content may be lost.
-        """
 
     def local_path(self, key: str) -> Path | None:
         """Return the real path of ``key`` ("" for the whole store), or None if the store is not a folder."""
@@ -281,10 +273,6 @@ class LocalStore:
         path = self._at(key)
         with local_errors(path):
             return file_sha256(path) if path.is_file() else None
-
-    def writes_once(self, key: str) -> bool:
-        """See ``Store``; a hard link never replaces a file."""
-        return True
 
     def local_path(self, key: str) -> Path:
         """See ``Store``."""

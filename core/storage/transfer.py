@@ -46,12 +46,9 @@ def upload_beside(directory: Path, paths: Iterable[str], store: Store) -> list[F
         store: Where the manifest will be.
 
     Raises:
-        OccupiedError: If other bytes stand under one of the names, or the store cannot promise that no
-            other publisher replaces what stands there.
+        OccupiedError: If other bytes stand under one of the names.
         StorageError: If a file is gone, or the store cannot be reached or written.
     """
-    if not store.writes_once(UPLOADED):
-        raise OccupiedError
     progress = _Progress(store)
 
     def upload(path: str) -> FileEntry:
@@ -154,6 +151,8 @@ class _Progress:
         self._keeps = store.local_path("") is None
         self.stored: dict[str, str] = {}
         if self._keeps:
+            # Written before any file: where the server cannot keep what is there, nothing is stored.
+            store.write_bytes(UPLOADED, b"{}", if_absent=True)
             try:
                 stored = json.loads(store.read_bytes(UPLOADED))
                 self.stored = {path: sha256 for path, sha256 in stored.items() if isinstance(sha256, str)}

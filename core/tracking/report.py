@@ -13,40 +13,21 @@ from core.record import (
     count_text,
     headline_metric,
     perplexity_text,
+    score_text,
     seconds_text,
 )
 from core.redaction import without_password
 from core.tracking.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
-from core.tracking.page import bars, cards, code_blocks, details, page, phase_rows, section
+from core.tracking.templates import render
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
-_MANY_TASKS = 4  # above this the benchmarks have a table of their own
+_Card = tuple[str, tuple[str, ...], str]
+"""A heading, one value or two, and a small text."""
 
-_WIDTHS_TEXT = (
-    "A bar is a decoder layer, its outline the dense layer. <b>Blue</b> is what is left (numbers: MLP "
-    "width), <b>orange</b> what was removed, one shade a phase. The tallest blue bars matter most."
-)
-_LAYERS_TEXT = (
-    "A column is a decoder layer, a row a phase. <b>Importance</b> is measured anew in each phase: a layer "
-    "that changes its input much is important (purple, at most 1) and keeps more; one that changes it little "
-    "(orange) loses more. <b>Sparsity</b> is the share of the layer that is gone when the phase ends; darker "
-    "is more."
-)
-_RECOVERED_TEXT = (
-    "From left to right the model shrinks. In each phase pruning lifts the perplexity (orange triangle) and "
-    "training lowers it again (blue circle). The nearer a circle is to the grey square's height, the less "
-    "was lost."
-)
-_PRUNED_TEXT = (
-    "From left to right the model shrinks. The grey square is the dense model; "
-    "a blue circle is the end of a phase."
-)
-_TRAINING_TEXT = (
-    "A grey line marks where a phase begins: the loss jumps with each pruning and then falls. Later phases "
-    "train longer, and one learning rate schedule runs through all of them."
-)
+_MANY_TASKS = 4  # above this the benchmarks have a table of their own
 
 
 def build_report(record: RunRecord) -> str:
@@ -56,16 +37,34 @@ def build_report(record: RunRecord) -> str:
     """
     revision = f" @ {record.revision}" if record.revision else ""
     tracked = f", MLflow run {record.tracking_run}" if record.tracking_run else ""
-    parts = [_headline(record), *_tables(record), *_pictures(record)]
-    if times := _step_times(record.phases):
-        parts.append(
-            section("Where the time went", "Wall-clock time of each step, over all phases.", bars(times))
-        )
-    if record.checkpoint_uri:
-        parts.append(section("Use the result", "", code_blocks(_usage(record))))
-    parts.append(details("Settings", _settings(record.settings, record.chosen)))
-    subtitle = f"{record.base}{revision}, run {record.key}{tracked}"
-    return page(_title(record), subtitle, [part for part in parts if part])
+    tasks = _tasks(record.phases)
+    apart = len(tasks) > _MANY_TASKS
+    columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
+    has_layers = any(phase.importance and phase.sparsity for phase in record.phases)
+    pictures = {
+        "widths": (widths_figure(record) if len(record.phases) > 1 else None, "Width of every layer"),
+        "layers": (
+            layers_figure(record) if has_layers else None,
+            "Importance and sparsity of every layer",
+        ),
+        "quality": (quality_figure(record), "Perplexity and accuracy against parameters"),
+        "training": (training_figure(record), "Training loss and learning rate"),
+    }
+    return render(
+        "report.html",
+        title=_title(record),
+        subtitle=f"{record.base}{revision}, run {record.key}{tracked}",
+        record=record,
+        cards=_headline(record),
+        phases=_phase_columns(record, {} if apart else tasks) if record.phases else {},
+        has_tasks=bool(tasks),
+        benchmarks=columns if apart else {},
+        speed_columns=_speed_columns,
+        pictures=_drawn(pictures),
+        seconds=_step_seconds(record.phases),
+        usage=_usage(record) if record.checkpoint_uri else (),
+        settings=_settings(record.settings, record.chosen),
+    )
 
 
 def build_phase_report(record: RunRecord) -> str:
@@ -76,17 +75,23 @@ def build_phase_report(record: RunRecord) -> str:
     """
     last = record.phases[-1]
     name = f"phase {last.phase}" if last.phase else "dense model"
-    seconds = seconds_text(sum(last.seconds.values()))
     text = f"{count_text(last.tokens)} training tokens" if last.tokens else "no training"
-    time: list[tuple[str, tuple[str, ...], str]] = [("Time", (seconds,), text)]
-    parts = [cards([*_measures(record), *time])]
-    svg = inline_svg(widths_figure(record), name="widths", label="Width of every layer")
-    parts.append(section("Width of every layer", _WIDTHS_TEXT if last.phase else "", svg))
-    if (figure := training_figure(dataclasses.replace(record, phases=(last,)))) is not None:
-        svg = inline_svg(figure, name="training", label="Training loss and learning rate")
-        parts.append(section("Recovery training", "", svg))
-    parts.append(section("Where the time went", "", bars(_step_times([last]))))
-    return page(f"{record.name}, {name}", f"{record.base}, run {record.key}", parts)
+    pictures = {
+        "widths": (widths_figure(record), "Width of every layer"),
+        "training": (
+            training_figure(dataclasses.replace(record, phases=(last,))),
+            "Training loss and learning rate",
+        ),
+    }
+    return render(
+        "phase.html",
+        title=f"{record.name}, {name}",
+        subtitle=f"{record.base}, run {record.key}",
+        record=record,
+        cards=[*_measures(record), ("Time", (seconds_text(sum(last.seconds.values())),), text)],
+        pictures=_drawn(pictures),
+        seconds=last.seconds,
+    )
 
 
 def phase_table(record: RunRecord) -> "Table":
@@ -138,23 +143,23 @@ def _title(record: RunRecord) -> str:
     return f"{record.name}: {base}" if base else record.name
 
 
-def _headline(record: RunRecord) -> str:
+def _headline(record: RunRecord) -> list[_Card]:
     """Return the result in large numbers: size, perplexity, accuracy (dense and final) and time."""
     if not record.phases:
-        return ""
+        return []
     items = _measures(record)
     if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
         phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
         tokens = count_text(sum(phase.tokens for phase in record.phases))
         text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
         items.append(("Time", (seconds_text(seconds),), text))
-    return cards(items)
+    return items
 
 
-def _measures(record: RunRecord) -> list[tuple[str, tuple[str, ...], str]]:
+def _measures(record: RunRecord) -> list[_Card]:
     """Return size, perplexity and accuracy of the dense and of the last model, as far as they are known."""
     dense, final = record.phases[0], record.phases[-1]
-    items: list[tuple[str, tuple[str, ...], str]] = []
+    items: list[_Card] = []
     items.append(
         ("Parameters", (count_text(dense.params), count_text(final.params)), _size_text(dense, final))
     )
@@ -180,51 +185,17 @@ def _size_text(dense: PhaseRecord, final: PhaseRecord) -> str:
     return f"{final.params:,}, {100 * (1 - final.params / dense.params):.1f} % removed; {where}"
 
 
-def _tables(record: RunRecord) -> list[str]:
-    if not record.phases:
-        return []
-    tasks = _tasks(record.phases)
-    apart = len(tasks) > _MANY_TASKS
-    text = "Each phase prunes a little"
-    if record.trained:
-        text += (
-            " and then trains a little. <b>Perplexity pruned</b> is that right after pruning, "
-            "<b>recovered</b> that after training"
-        )
-    text += "; lower is better."
-    accuracy = " Accuracies are in %, ± one standard error where it is known."
-    columns = _phase_columns(record, {} if apart else tasks)
-    parts = [section("Phases", text + (accuracy if tasks and not apart else ""), phase_rows(columns))]
-    if apart:
-        columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
-        parts.append(section("Benchmarks", "Accuracy in %; higher is better.", phase_rows(columns)))
-    for speed in record.speed:
-        headers = ("measured in turn", "dense", "pruned", "ratio")
-        columns = dict(zip(headers, map(list, zip(*speed_rows(speed), strict=True)), strict=True))
-        ratio = record.phases[0].params / record.phases[-1].params
-        text = (
-            f"A ratio above 1 is better for the pruned model, which has {ratio:.2f} times fewer parameters."
-        )
-        parts.append(section(f"Speed in {speed.runtime} on {speed.device}", text, phase_rows(columns)))
-    return parts
+def _speed_columns(speed: SpeedRecord) -> dict[str, Sequence[str]]:
+    headers = ("measured in turn", "dense", "pruned", "ratio")
+    return dict(zip(headers, zip(*speed_rows(speed), strict=True), strict=True))
 
 
-def _pictures(record: RunRecord) -> list[str]:
-    parts = []
-    if len(record.phases) > 1:
-        svg = inline_svg(widths_figure(record), name="widths", label="Width of every layer")
-        parts.append(section("Width of every layer", _WIDTHS_TEXT, svg))
-    if any(phase.importance and phase.sparsity for phase in record.phases):
-        svg = inline_svg(layers_figure(record), name="layers", label="Importance and sparsity of every layer")
-        parts.append(section("Importance and sparsity of every layer", _LAYERS_TEXT, svg))
-    if (figure := quality_figure(record)) is not None:
-        svg = inline_svg(figure, name="quality", label="Perplexity and accuracy against parameters")
-        text = _RECOVERED_TEXT if record.trained else _PRUNED_TEXT
-        parts.append(section("Quality against parameters", text, svg))
-    if (figure := training_figure(record)) is not None:
-        svg = inline_svg(figure, name="training", label="Training loss and learning rate")
-        parts.append(section("Recovery training", _TRAINING_TEXT, svg))
-    return parts
+def _drawn(pictures: "Mapping[str, tuple[Figure | None, str]]") -> dict[str, str | None]:
+    """Return the figures, each with what a screen reader says of it, as SVG."""
+    return {
+        name: None if figure is None else inline_svg(figure, name=name, label=label)
+        for name, (figure, label) in pictures.items()
+    }
 
 
 def _names(phases: Sequence[PhaseRecord]) -> list[str]:
@@ -273,29 +244,17 @@ def _task_columns(
     phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
 ) -> dict[str, list[str]]:
     return {
-        f"{task}\n{metric}": [_score(phase.tasks.get(task, {}), metric, errors) for phase in phases]
+        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
         for task, metric in tasks.items()
     }
 
 
-def _score(metrics: Mapping[str, float], metric: str, errors: bool) -> str:
-    """Return a share as percent, ± its standard error, and any other value as it is."""
-    values = {name.split(",")[0]: value for name, value in metrics.items()}
-    if metric not in values:
-        return "-"
-    if "perplexity" in metric or not 0 <= values[metric] <= 1:
-        return perplexity_text(values[metric])
-    error = values.get(f"{metric}_stderr", 0.0)
-    return f"{100 * values[metric]:.1f}" + (f" ± {100 * error:.1f}" if errors and error else "")
-
-
-def _step_times(phases: Sequence[PhaseRecord]) -> list[tuple[str, str, float]]:
+def _step_seconds(phases: Sequence[PhaseRecord]) -> dict[str, float]:
     totals: dict[str, float] = {}
     for phase in phases:
         for step, seconds in phase.seconds.items():
             totals[step] = totals.get(step, 0.0) + seconds
-    whole = sum(totals.values()) or 1.0
-    return [(step, seconds_text(seconds), seconds / whole) for step, seconds in totals.items()]
+    return totals
 
 
 def _usage(record: RunRecord) -> list[tuple[str, str]]:
