@@ -26,8 +26,8 @@ from core.steps import (
     run_recover_train,
     run_score_layers,
 )
-from core.steps.once import digest_of, read_published
-from core.storage.manifest import delete_publication, fetch, publish, read_manifest
+from core.steps.once import digest_of
+from core.storage.manifest import delete_publication, fetch, publish, read_manifest, read_published
 from core.storage.store import join_uri
 from tests.evidence import note
 from tests.project import Artifact, recipe_with, resolve

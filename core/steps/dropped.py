@@ -3,9 +3,8 @@
 import logging
 
 from core.run import Run
-from core.steps.once import read_published
 from core.storage.layout import STEPS
-from core.storage.manifest import MANIFEST, delete_publication, read_manifest
+from core.storage.manifest import MANIFEST, delete_publication, read_manifest, read_published
 from core.storage.store import open_store
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.run import Run
-from core.steps.once import Artifact, Workspace, compute_once, read_published, tracker_of
+from core.steps.once import Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
-from core.storage.manifest import fetch
+from core.storage.manifest import fetch, read_published
 from core.tracking.mlflow import ChildRun
 from core.tracking.summary import build_phase_summary
 

@@ -16,9 +16,8 @@ from core.record import public_path
 from core.run import Run
 from core.steps.opening import show_life
 from core.storage.entries import Manifest
-from core.storage.manifest import fetch, publish, read_manifest
+from core.storage.manifest import fetch, publish, read_manifest, read_published
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
-from core.untrusted import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -112,19 +111,6 @@ def _log_published(uri: str, child: ChildRun, track: Track | None) -> None:
 def tracker_of(run: Run) -> Tracker:
     """Return the tracker of a run."""
     return open_tracker(run.settings.tracking, key=run.key, name=run.settings.name)
-
-
-def read_published(uri: str, name: str) -> dict[str, Any]:
-    """Return a published JSON file; {} if the step has not published it (it had nothing to do)."""
-    manifest = read_manifest(uri)
-    if manifest is None or name not in {entry.path for entry in manifest.files}:
-        return {}
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
-    try:
-        return parse_object(content)
-    except ValueError as error:
-        raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
 
 
 def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:

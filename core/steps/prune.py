@@ -14,9 +14,8 @@ from core.steps.once import (
     digest_of,
     hand_over,
     provenance_of,
-    read_published,
 )
-from core.storage.manifest import fetch
+from core.storage.manifest import fetch, read_published
 from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:

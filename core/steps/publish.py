@@ -22,11 +22,10 @@ from core.steps.once import (
     compute_once,
     describe_checkpoint,
     hand_over,
-    read_published,
     tracker_of,
 )
 from core.steps.records import collect_record
-from core.storage.manifest import fetch, read_manifest
+from core.storage.manifest import fetch, read_manifest, read_published
 from core.storage.store import open_store
 from core.tracking.mlflow import ChildRun
 

@@ -7,7 +7,8 @@ from core.addresses import base_name
 from core.record import LayerSizes, PhaseRecord, RunRecord
 from core.redaction import without_password
 from core.run import Run
-from core.steps.once import read_published, tracker_of
+from core.steps.once import tracker_of
+from core.storage.manifest import read_published
 
 
 def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunRecord:

@@ -5,6 +5,7 @@ publishers one wins, and all of them return its manifest.
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,10 @@ __all__ = [
     "publish",
     "published_in",
     "read_manifest",
+    "read_published",
     "verify_folder",
 ]
+from core.untrusted import parse_object
 
 MANIFEST = "MANIFEST.json"
 
@@ -188,6 +191,19 @@ def verify_folder(folder: Path, *, may_differ: Sequence[str] = ()) -> Path:
     verify_in_place(place / manifest.folder, join_uri(place, manifest.folder), entries)
     _log_rate("verified", str(place), [entry.size for entry in entries], start)
     return folder / manifest.folder if folder.resolve() == place else folder
+
+
+def read_published(uri: str, name: str) -> dict[str, Any]:
+    """Return a published JSON file; {} if the step has not published it (it had nothing to do)."""
+    manifest = read_manifest(uri)
+    if manifest is None or name not in {entry.path for entry in manifest.files}:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
+    try:
+        return parse_object(content)
+    except ValueError as error:
+        raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
 
 
 def delete_publication(uri: str, *, keep_manifest: bool) -> None:
