@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.redaction import without_password
+from core.untrusted import check_format
+
+FORMAT = 1
+"""Of ``record.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,16 +174,21 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return data | {
-            "settings": dict(self.settings),
-            "chosen": dict(self.chosen),
-            "phases": [phase.to_dict() for phase in self.phases],
-            "speed": [record.to_dict() for record in self.speed],
-        }
+        return (
+            {"format": FORMAT}
+            | data
+            | {
+                "settings": dict(self.settings),
+                "chosen": dict(self.chosen),
+                "phases": [phase.to_dict() for phase in self.phases],
+                "speed": [record.to_dict() for record in self.speed],
+            }
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RunRecord":
         """Read what ``to_dict`` returned, also after a trip through JSON or KFP (ints as floats)."""
+        check_format(data, FORMAT, "the record")
         return cls(
             **{f.name: data[f.name] for f in dataclasses.fields(cls) if f.type is str and f.name in data},
             settings=_whole_numbers(data.get("settings", {})),

@@ -102,7 +102,7 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     """
     run = Run.load(handle)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        folder = fetch(run.uri("final"), Path(scratch), only=["report.html", "record.json"])
+        folder = fetch(run.report_uri(), Path(scratch), only=["report.html", "record.json"])
         shutil.copyfile(folder / "report.html", output / "report.html")
         record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
         _link(output / "model", folder if folder != Path(scratch) else None)

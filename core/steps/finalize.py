@@ -33,7 +33,7 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
     run = Run.load(handle)
     try:
         with run.working():
-            done = Run.is_done(handle)
+            done = run.is_complete()
             tracker_of(run).finish("FINISHED" if succeeded or done else "FAILED")
             if done:
                 _drop_checkpoints(run)
@@ -69,7 +69,7 @@ def _phases_to_drop(run: Run) -> list[int]:
         return list(phases)
     if keep == "best":
         perplexities = {
-            p: read_published(run.phase_uri(p, "evaluated"), "report.json").get("perplexity") for p in phases
+            p: read_published(run.measured_uri(p), "report.json").get("perplexity") for p in phases
         }
         measured = {p: value for p, value in perplexities.items() if value is not None}
         best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]

@@ -17,12 +17,15 @@ from core.run import Run
 from core.storage.entries import Manifest
 from core.storage.manifest import fetch, publish, read_manifest
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
-from core.untrusted import parse_object
+from core.untrusted import check_format, parse_object
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 CARD = "README.md"
+HELD_OUT = "perplexity.safetensors"
+
+_REPORT_FORMAT = 1
 
 
 class Artifact(Protocol):
@@ -93,9 +96,11 @@ def compute_once(
         with tracker.child(phase, step) as child:
             report = compute(Workspace(out=out, scratch=scratch))
             report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
-            (out / REPORT).write_text(json.dumps(report))
+            (out / REPORT).write_text(json.dumps({"format": _REPORT_FORMAT, **report}))
             renew_lease()  # what a machine has computed before it was asleep may be another's by now
-            manifest = publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
+            metadata = {"run": run.key, "phase": phase, "step": step}
+            metadata["measured"] = run.settings.measured_digest()  # what it was published under
+            manifest = publish(out, uri, metadata=metadata)
             _log_published(uri, child, track)
             return manifest
 
@@ -109,20 +114,25 @@ def _log_published(uri: str, child: ChildRun, track: Track | None) -> None:
 
 def tracker_of(run: Run) -> Tracker:
     """Return the tracker of a run."""
-    return open_tracker(run.settings.tracking, key=run.key, name=run.settings.name)
+    # What is measured otherwise is another run there: no figure in MLflow ever changes.
+    key = f"{run.key}-{run.settings.measured_digest()}"
+    return open_tracker(run.settings.tracking, key=key, name=run.settings.name)
 
 
 def read_published(uri: str, name: str) -> dict[str, Any]:
-    """Return a published JSON file; {} if the step has not published it (it had nothing to do)."""
+    """Return a published JSON file, less its format; {} if the step has not published it."""
     manifest = read_manifest(uri)
     if manifest is None or name not in {entry.path for entry in manifest.files}:
         return {}
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
     try:
-        return parse_object(content)
+        data = parse_object(content)
     except ValueError as error:
         raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
+    check_format(data, _REPORT_FORMAT, f"{uri}/{name}")
+    data.pop("format", None)
+    return data
 
 
 def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:

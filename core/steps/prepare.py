@@ -1,6 +1,5 @@
 """Steps before the first phase: resolve-base, needs-run and prepare-data."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from core.config import Settings
 from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict, with_fixed
 from core.run import Run
-from core.steps.once import Workspace, compute_once, tracker_of
+from core.steps.once import HELD_OUT, Workspace, compute_once, tracker_of
 from core.storage.layout import pointer_of
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
@@ -83,11 +82,11 @@ def run_resolve_base(
         job=job,
         chosen=chosen,
     )
-    done = Run.is_done(run.handle())
+    done = run.is_complete()
     if not done:
         with run.working():
             run.save()
-    open_store(run.store).write_bytes(pointer_of(job), json.dumps(run.handle()).encode())
+    open_store(run.store).write_bytes(pointer_of(job), run.pointer())
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
     if not done:
@@ -146,7 +145,7 @@ def _announce_size(sizing: "Sizing", target: str, target_params: int) -> None:
 
 def run_needs_run(*, run: Mapping[str, Any]) -> bool:
     """Return whether the run is still to be done."""
-    done = Run.is_done(run)
+    done = Run.load(run).is_complete()
     log.info("run %s is done already" if done else "run %s is not done yet", run["key"])
     return not done
 
@@ -166,11 +165,14 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     settings = this.settings
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
 
-    def compute(work: Workspace) -> dict[str, Any]:
+    def tokenizer_in(folder: Path) -> Any:
         manifest = read_manifest(base_uri)
         names = [entry.path for entry in manifest.files] if manifest else []
         wanted = ["config.json", *(name for name in names if is_companion(name))]
-        tokenizer = load_tokenizer(fetch(base_uri, work.scratch, only=wanted))
+        return load_tokenizer(fetch(base_uri, folder, only=wanted))
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        tokenizer = tokenizer_in(work.scratch)
         assert calibration.source is not None, "settings are checked"
         report: dict[str, Any] = {
             "calibration_sequences": write_calibration_pool(
@@ -184,14 +186,6 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 path=work.out / "calibration.safetensors",
             )
         }
-        if evaluation.perplexity is not None:
-            report["perplexity_windows"] = write_perplexity_windows(
-                evaluation.perplexity,
-                tokenizer,
-                windows=evaluation.perplexity_windows,
-                length=evaluation.perplexity_length,
-                path=work.out / "perplexity.safetensors",
-            )
         if training.total_steps:
             steps = phase_steps(training.total_steps, settings.prune.phases)
             mixture = write_slices(
@@ -205,6 +199,20 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
             report["training_tokens"] = mixture.tokens
         return report
 
+    def hold_out(work: Workspace) -> dict[str, Any]:
+        assert evaluation.perplexity is not None, "asked below"
+        windows = write_perplexity_windows(
+            evaluation.perplexity,
+            tokenizer_in(work.scratch),
+            windows=evaluation.perplexity_windows,
+            length=evaluation.perplexity_length,
+            path=work.out / HELD_OUT,
+        )
+        return {"perplexity_windows": windows}
+
     uri = this.uri("data")
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
+    if evaluation.perplexity is not None:
+        # Apart from what is trained on: another text to measure on makes nothing else again.
+        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
     return uri

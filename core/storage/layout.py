@@ -15,7 +15,11 @@ STEPS = {
 """Folder of a phase to the step that publishes it, in their order."""
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
-_PUBLICATION = re.compile(rf"(runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)})))/.+")
+_MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
+_PUBLICATION = re.compile(
+    rf"(runs/[^/]+/(?:data|final|(?:held-out|report){_MEASURED}"
+    rf"|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)}){_MEASURED}?))/.+"
+)
 _ALONE = re.compile(r"(jobs|precisions)/[^/]+")
 
 

@@ -137,6 +137,12 @@ def fetch(uri: str, directory: Path, *, only: Sequence[str] | None = None) -> Pa
     return directory
 
 
+def is_whole(uri: str) -> bool:
+    """Return whether something is published at ``uri`` and all its files are there."""
+    store, manifest = open_store(uri), read_manifest(uri)
+    return manifest is not None and all(store.exists(manifest.key(entry)) for entry in manifest.files)
+
+
 def delete_publication(uri: str, *, keep_manifest: bool) -> None:
     """Remove the files of the publication at ``uri``, and the manifest too unless ``keep_manifest``.
 
