@@ -4,7 +4,7 @@ import logging
 
 from core.errors import LeaseError, StorageError
 from core.run import Run
-from core.steps.once import read_published, tracker_of
+from core.steps.once import REPORT, read_published, tracker_of
 from core.storage.garbage import find_garbage, remove
 from core.storage.layout import pointer_of
 from core.storage.manifest import delete_publication
@@ -47,7 +47,8 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
 def _drop_checkpoints(run: Run) -> None:
     for phase in _phases_to_drop(run):
         for step in ("pruned", "recovered"):
-            delete_publication(run.phase_uri(phase, step), keep_manifest=True)
+            # What the step has told stays: a run that is measured again shows it.
+            delete_publication(run.phase_uri(phase, step), keep_manifest=True, keep=[REPORT])
 
 
 def _clean(run: Run) -> None:

@@ -143,8 +143,10 @@ def is_whole(uri: str) -> bool:
     return manifest is not None and all(store.exists(manifest.key(entry)) for entry in manifest.files)
 
 
-def delete_publication(uri: str, *, keep_manifest: bool) -> None:
+def delete_publication(uri: str, *, keep_manifest: bool, keep: Sequence[str] = ()) -> None:
     """Remove the files of the publication at ``uri``, and the manifest too unless ``keep_manifest``.
+
+    Files whose paths are in ``keep`` stay.
 
     What is gone already, or was never published, is no error.
     """
@@ -152,7 +154,7 @@ def delete_publication(uri: str, *, keep_manifest: bool) -> None:
     if not keep_manifest:
         store.delete(MANIFEST)  # first: a manifest promises its files
     if manifest is not None:
-        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files])
+        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files if entry.path not in keep])
     store.delete(UPLOADED)
 
 
