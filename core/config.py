@@ -4,7 +4,6 @@ A recipe is one YAML file with the sections below; ``core.recipe`` reads it.
 """
 
 import dataclasses
-import hashlib
 import json
 import typing
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from core.addresses import base_problems
 from core.cluster import ClusterSettings
 from core.errors import refuse
+from core.identity import HOW, MEASURED, PLACE, digest_of_kind
 from core.placement import StorageSettings, TrackingSettings
 from core.quantities import in_range, is_share, parse_bytes, parse_count, parse_interval
 from core.redaction import passwords_in
@@ -44,12 +44,12 @@ CriterionName = Literal[
 class ModelSettings:
     """Which model is pruned."""
 
-    base: str = ""
+    base: str = field(default="", metadata=PLACE)
     """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder
     inside an installed Python package) or a Hugging Face repository id (also ``hf://owner/name@revision``).
     Looked up anew by every run: ``models:/name@alias`` or ``models:/name/3`` in MLflow's registry, and a file
     named HEAD (``s3://bucket/prefix/HEAD``, ``folder/HEAD``) whose one line names the current checkpoint."""
-    revision: str = ""
+    revision: str = field(default="", metadata=PLACE)
     """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the checkpoints that the run writes; ``auto`` keeps the base model's."""
@@ -184,14 +184,14 @@ class CalibrationSettings:
     """Off (the paper): one window of each document that fills a sequence; shorter ones are left out. On:
     shorter documents are joined to fill a sequence, so that a corpus of short texts serves too; no document
     is in two sequences."""
-    micro_batch: int = 0
+    micro_batch: int = field(default=0, metadata=HOW)
     """Sequences that pass through a layer at once; the loss is a sum of their means. 0 takes as many as the
     free memory suggests."""
-    weights: Literal["auto", "memory", "streamed"] = "auto"
+    weights: Literal["auto", "memory", "streamed"] = field(default="auto", metadata=HOW)
     """Whether the whole model is in memory, or each layer is read from disk while it is used: slower, but a
     model larger than the memory is scored too. ``auto`` streams where the weights would take over half of
     what is free."""
-    state_memory: str = "auto"
+    state_memory: str = field(default="auto", metadata=HOW)
     """Host memory for what the forward pass keeps for the backward pass (``16GB``): layers' inputs, of which
     what goes beyond lies on disk, and what would be computed twice. ``auto`` is half of what is free."""
     pool_documents: int = 20_000
@@ -232,7 +232,7 @@ class TrainingSettings:
     """Tokens a packed sequence."""
     global_batch: int = 128
     """Sequences an optimizer step."""
-    micro_batch: int = 8
+    micro_batch: int = field(default=8, metadata=HOW)
     """Sequences a forward pass; divides ``global_batch``."""
     learning_rate: float = 2e-5
     """Peak of the warmup-stable-decay schedule."""
@@ -249,9 +249,9 @@ class TrainingSettings:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
     ``auto``: see ``calibration.precision``."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(default=False, metadata=HOW)
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    save_every: str = "10min"
+    save_every: str = field(default="10min", metadata=HOW)
     """How often the state of training (12 bytes a parameter) goes to the store, so that a task that is killed
     goes on from there: ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
 
@@ -317,7 +317,7 @@ class EvaluationSettings:
     jsonl); tasks without an entry come from the Hugging Face hub."""
     limit: int = 0
     """Items a task, taken from the front; 0 takes all."""
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=HOW)
     """Sequences a forward pass."""
     perplexity: TextSource | None = None
     """Text for perplexity; must not be trained or calibrated on."""
@@ -351,7 +351,7 @@ class EvaluationSettings:
 class Settings:
     """One run."""
 
-    name: str = "adapt-pruner"
+    name: str = field(default="adapt-pruner", metadata=PLACE)
     """What the run is called in tables and in MLflow."""
     seed: int = 0
     """Seed of calibration draws, of the shuffle and of training."""
@@ -363,13 +363,13 @@ class Settings:
     """What importance is measured on."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """Recovery training."""
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata=MEASURED)
     """What is measured."""
-    storage: StorageSettings = field(default_factory=StorageSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings, metadata=PLACE)
     """Where checkpoints go."""
-    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata=PLACE)
     """Where numbers go."""
-    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings, metadata=PLACE)
     """How tasks run in pods."""
 
     def __post_init__(self) -> None:
@@ -393,15 +393,14 @@ class Settings:
         return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
 
     def digest(self) -> str:
-        """Return a hash of all settings that can change the result.
+        """Return a hash of the settings that change the result; see ``core.identity``.
 
-        Where a run is stored, tracked and run does not count, nor how its base model is named: its revision
-        does.
+        How the base model is named does not count: its revision does.
         """
-        left_out = ("name", "storage", "tracking", "cluster")
-        kept = {k: v for k, v in self.to_dict().items() if k not in left_out}
-        kept["model"] = {"dtype": self.model.dtype}
-        for name in ("weights", "state_memory"):
-            del kept["calibration"][name]
-        del kept["training"]["save_every"]
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        if self.prune.criterion == "taylor_per_microbatch":  # absolute values are taken in each of them
+            return digest_of_kind(self, "result", micro_batch=self.calibration.micro_batch)
+        return digest_of_kind(self, "result")
+
+    def measured_digest(self) -> str:
+        """Return a short hash of what is measured, which names what a run publishes of that."""
+        return digest_of_kind(self, "measured")[:8]

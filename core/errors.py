@@ -85,6 +85,10 @@ class InterruptionError(AdaptPrunerError):
     """A signal from outside has ended a step before it was done."""
 
 
+class FormatError(StorageError):
+    """A stored file was written by a newer version, in a format that this one does not know."""
+
+
 class IntegrityError(StorageError):
     """A stored file is not, byte for byte, what its manifest says."""
 

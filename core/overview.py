@@ -100,7 +100,7 @@ def _reached(run: str, keys: set[str], phases: int) -> tuple[int, str]:
     if f"{run}/final/{MANIFEST}" in keys:
         return phases, "publish"
     reached = [(0, "prepare-data")] if f"{run}/data/{MANIFEST}" in keys else [(0, "")]
-    pattern = re.compile(rf"{re.escape(run)}/phases/([0-9]+)/([a-z]+)/{MANIFEST}")
+    pattern = re.compile(rf"{re.escape(run)}/phases/([0-9]+)/([a-z]+)(?:-[0-9a-f]{{8}})?/{MANIFEST}")
     matches = filter(None, map(pattern.fullmatch, keys))
     published = {(int(match[1]), match[2]) for match in matches}
     reached += [

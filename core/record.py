@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.redaction import without_password
+from core.untrusted import check_format
+
+FORMAT = 1
+"""Of ``record.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
-        return dataclasses.asdict(self)
+        return {"format": FORMAT} | dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RunRecord":
@@ -124,9 +128,11 @@ class RunRecord:
 
         Raises:
             ValueError: If an entry is missing, or of another type.
+            StorageError: If a later version wrote it.
         """
         from pydantic import TypeAdapter
 
+        check_format(data, FORMAT, "the record")
         return TypeAdapter(cls).validate_python(data)
 
 

@@ -13,10 +13,13 @@ from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
-from core.storage.manifest import MANIFEST
+from core.storage.manifest import MANIFEST, read_manifest
 from core.storage.owner import Owner
 from core.storage.store import join_uri, open_store
-from core.untrusted import parse_object
+from core.untrusted import check_format, parse_object
+
+FORMAT = 1
+"""Of ``run.json``, ``DONE.json`` and the files in ``jobs``."""
 
 _ANEW = "Start the run again with its recipe."
 
@@ -69,6 +72,7 @@ class Run:
             raise StorageError(f"{store} holds no run {key}. Start it again with its recipe.") from None
         except ValueError as error:
             raise StorageError(f"{store}/runs/{key}/run.json is damaged: {error}. {_ANEW}") from error
+        check_format(data, FORMAT, f"{store}/runs/{key}/run.json")
         try:
             texts, params = (data["revision"], data["base_uri"]), tuple(data["phase_params"])
             if any(type(text) is not str for text in texts) or any(
@@ -105,7 +109,7 @@ class Run:
         A run that is started again gets the settings of the last start: those that its key leaves out may
         have been corrected, such as where it is tracked.
         """
-        data = asdict(self) | {"settings": self.settings.to_dict()}
+        data = {"format": FORMAT, **asdict(self), "settings": self.settings.to_dict()}
         del data["job"]
         text = json.dumps(data, indent=1)
         open_store(self.store).write_bytes(f"{self.folder}/run.json", text.encode())
@@ -113,6 +117,10 @@ class Run:
     def handle(self) -> dict[str, str]:
         """Return what tasks are handed."""
         return {"store": self.store, "key": self.key, "job": self.job}
+
+    def pointer(self) -> bytes:
+        """Return the content of the file by which finalize finds the run."""
+        return json.dumps({"format": FORMAT, **self.handle()}).encode()
 
     @property
     def folder(self) -> str:
@@ -132,7 +140,7 @@ class Run:
         store = open_store(self.store)
         with holding_lease(store, self.folder, Owner.of(self.job)) as renew:
             # Cleaning may have removed this, if the lease had expired while a task waited for a machine.
-            store.write_bytes(pointer_of(self.job), json.dumps(self.handle()).encode(), if_absent=True)
+            store.write_bytes(pointer_of(self.job), self.pointer(), if_absent=True)
             yield renew
 
     def release(self) -> None:
@@ -146,3 +154,45 @@ class Run:
     def phase_uri(self, phase: int, step: str) -> str:
         """Return the URI of what a step of a phase publishes."""
         return self.uri("phases", f"{phase:02d}", step)
+
+    def measured_uri(self, phase: int) -> str:
+        """Return the URI of what ``evaluate`` publishes of a phase under the settings of this run."""
+        return self.phase_uri(phase, f"evaluated-{self.settings.measured_digest()}")
+
+    def held_out_uri(self) -> str:
+        """Return the URI of the tokenized text for perplexity."""
+        return self.uri(f"held-out-{self.settings.measured_digest()}")
+
+    def report_uri(self) -> str:
+        """Return the URI of the publication with the record and the report.
+
+        That is the final checkpoint's, unless that was published under other settings of what is measured:
+        publications do not change.
+        """
+        measured, final = self.settings.measured_digest(), self.uri("final")
+        manifest = read_manifest(final)
+        apart = manifest is not None and manifest.metadata.get("measured", measured) != measured
+        return self.uri(f"report-{measured}") if apart else final
+
+    def mark_done(self) -> None:
+        """Write that all is published, and under which settings of what is measured."""
+        measured = {*self._measured_before(), self.settings.measured_digest()}
+        data = {"format": FORMAT, "final": self.uri("final"), "measured": sorted(measured)}
+        open_store(self.store).write_bytes(f"{self.folder}/DONE.json", json.dumps(data).encode())
+
+    def is_complete(self) -> bool:
+        """Return whether nothing is left to compute or to measure."""
+        measured = self.settings.measured_digest()
+        return Run.is_done(self.handle()) and measured in self._measured_before(otherwise=measured)
+
+    def _measured_before(self, *, otherwise: str = "") -> list[str]:
+        """Return under which settings a run that is done was measured; ``otherwise`` if it does not say."""
+        try:
+            data = parse_object(open_store(self.store).read_bytes(f"{self.folder}/DONE.json"))
+        except FileNotFoundError:
+            return []
+        except ValueError:
+            data = {}
+        check_format(data, FORMAT, self.uri("DONE.json"))
+        measured = data.get("measured", [otherwise] if otherwise else [])
+        return [str(digest) for digest in measured] if isinstance(measured, list) else []

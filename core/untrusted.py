@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import AdaptPrunerError, CheckpointError
+from core.errors import AdaptPrunerError, CheckpointError, FormatError
 
 MAX_JSON_BYTES = 10_000_000
 """Of a file of settings, such as config.json: the index of a model of 100,000 tensors is as large. Read into
@@ -38,6 +38,25 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")
     return data
+
+
+def check_format(data: Mapping[str, Any], newest: int, where: str) -> None:
+    """Refuse a stored object of a format that this version does not know.
+
+    Args:
+        data: The object; ``format`` is its number. The first versions wrote none: that is format 1.
+        newest: The newest format that can be read.
+        where: What an error calls the file.
+
+    Raises:
+        FormatError: If it is another one.
+    """
+    found = data.get("format", 1)
+    if type(found) is not int or not 1 <= found <= newest:
+        raise FormatError(
+            f"{where} is of format {found!r}, and this version of adapt-pruner reads up to {newest}. Use the "
+            "version that has written it, or a newer one."
+        )
 
 
 def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

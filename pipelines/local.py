@@ -103,13 +103,15 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     """
     run = Run.load(handle)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        folder = fetch(run.uri("final"), Path(scratch), only=["report.html", "record.json"])
-        is_local = folder != Path(scratch)
+        folder = fetch(run.report_uri(), Path(scratch, "report"), only=["report.html", "record.json"])
+        elsewhere = Path(scratch, "final")
+        final = fetch(run.uri("final"), elsewhere, only=[])
+        is_local = final != elsewhere
         if is_local:  # links will lead there
-            verify_folder(folder, may_differ=(CARD,))
+            verify_folder(final, may_differ=(CARD,))
         shutil.copyfile(folder / "report.html", output / "report.html")
         record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
-        _link(output / "model", folder if is_local else None)
+        _link(output / "model", final if is_local else None)
     base = read_manifest(run.base_uri)
     _link(output / "base", open_store(run.base_uri).local_path(base.folder if base else ""))
     return record

@@ -35,6 +35,10 @@ def s3_store_uri(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer_definition() -> str:
+    return define_tokenizer()
+
+
+def define_tokenizer() -> str:
     """A byte-level BPE of 400 tokens with SmolLM2's special tokens, trained on Python's own manual."""
     from pydoc_data.topics import topics
 
@@ -53,7 +57,7 @@ def tokenizer_definition() -> str:
     return bpe.to_str()
 
 
-def _tokenizer(definition):
+def tokenizer_of(definition):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +72,7 @@ def _tokenizer(definition):
 @pytest.fixture
 def tokenizer(tokenizer_definition):
     """The same as a fresh transformers tokenizer without a chat template; a test may change it."""
-    return _tokenizer(tokenizer_definition)
+    return tokenizer_of(tokenizer_definition)
 
 
 @pytest.fixture(scope="session")
@@ -76,4 +80,4 @@ def project(tmp_path_factory, tokenizer_definition):
     """The folder of a tiny project (see ``tests.project``); tests change copies of it."""
     from tests.project import make_project
 
-    return make_project(tmp_path_factory.mktemp("project"), _tokenizer(tokenizer_definition))
+    return make_project(tmp_path_factory.mktemp("project"), tokenizer_of(tokenizer_definition))

@@ -11,6 +11,7 @@ import yaml
 from transformers import LlamaConfig
 
 from core.model.build import build_model, load_config
+from core.recipe import settings_from_dict
 from tests.models import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,20 +48,22 @@ RECIPE = {
     },
     "storage": {"store": "store"},
 }
+MEASURED = settings_from_dict(RECIPE).measured_digest()
+"""In the names of what is published of what the recipe measures."""
 STEPS = 5
 """Optimizer steps of the recipe: 960 // (32 * 6)."""
 CHANNEL_PARAMS = 3 * SIZES["hidden_size"]
 """What one MLP channel of the base model costs."""
 
 
-def make_project(folder, tokenizer):
+def make_project(folder, tokenizer, sizes=SIZES):
     """Write ``base``, ``texts.jsonl``, ``held-out.txt`` and ``recipe.yaml`` into ``folder``."""
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base"
     torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    sizes = SIZES | sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
     model = build_model(LlamaConfig(**sizes, tie_word_embeddings=False))
     with torch.no_grad():
         for parameter in model.parameters():

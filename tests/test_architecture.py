@@ -39,6 +39,7 @@ HEIGHTS = {
     "core.placement": 2,
     "core.archives": 2,
     "core.untrusted": 2,
+    "core.identity": 1,
     "core.errors": 1,
     "core.quantities": 0,
     "core.redaction": 0,

@@ -122,7 +122,7 @@ def test_changed_plans_are_read_or_refused(tmp_path):
 
 def test_changed_training_states_are_read_or_refused(tmp_path):
     progress = {"losses": [[3, 1.5, 0.1], [4, 1.4, 0.1]], "trained_tokens": 9, "seconds": 0.5}
-    document = {"format": 1, "shards": 1, "progress": progress, "belongs_to": {"a": "b"}, "facts": {"c": 1}}
+    document = {"format": 1, "shards": 1, "progress": progress, "belongs_to": {"a": "b"}}
     seen = []
 
     @fuzzed(3)

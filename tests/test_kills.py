@@ -20,7 +20,7 @@ import pytest
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import join_uri, open_store
 from tests.evidence import note
-from tests.project import command_line, recipe_with, run_all, write_recipe
+from tests.project import MEASURED, command_line, recipe_with, run_all, write_recipe
 
 CHANGES = {
     "training.tokens": "2304",
@@ -31,11 +31,12 @@ CHANGES = {
 
 ORDER = [
     "data",
-    "phases/00/evaluated",
+    f"held-out-{MEASURED}",
+    f"phases/00/evaluated-{MEASURED}",
     *(
         f"phases/0{phase}/{step}"
         for phase in (1, 2)
-        for step in ("calibrated", "scored", "pruned", "recovered", "evaluated")
+        for step in ("calibrated", "scored", "pruned", "recovered", f"evaluated-{MEASURED}")
     ),
     "final",
 ]
@@ -217,9 +218,9 @@ def place_of(task):
         "score-layers": "scored",
         "prune-step": "pruned",
         "recover-train": "recovered",
-        "evaluate": "evaluated",
+        "evaluate": f"evaluated-{MEASURED}",
     }
     match = re.fullmatch(r"phase (\d+) (\S+)", task)
     if match:
         return f"phases/{int(match[1]):02d}/{names[match[2]]}"
-    return {"prepare-data": "data", "publish": "final"}.get(task)
+    return {"prepare-data": f"held-out-{MEASURED}", "publish": "final"}.get(task)

@@ -392,7 +392,7 @@ def test_a_run_that_waited_too_long_is_found_by_its_finalize_again(recipe, store
     store.delete(f"runs/{handle['key']}/_lease/0001.json")  # what cleaning does to an expired one
     store.delete("jobs/first.json")
     run_prepare_data(run=handle, base_uri=base_uri)
-    assert json.loads(store.read_bytes("jobs/first.json")) == handle
+    assert json.loads(store.read_bytes("jobs/first.json")) == {"format": 1, **handle}
     assert read_lease(store, f"runs/{handle['key']}").owner.job == "first"
 
 

@@ -15,6 +15,7 @@ from core.model.build import load_model, model_shape
 from core.pruning.importance import Statistics
 from core.pruning.sensitivity import losses_with_layer_pruned, plans_for_layers
 from core.recipe import load_recipe
+from core.run import Run
 from core.steps import run_calibrate, run_prepare_data
 from core.storage.manifest import fetch
 from pipelines.cli import main
@@ -41,8 +42,8 @@ def calibrated(changes, folder):
     data_uri = run_prepare_data(run=handle, base_uri=base_uri)
     statistics = Artifact(folder / "statistics")
     run_calibrate(run=handle, phase=1, checkpoint_uri=base_uri, data_uri=data_uri, statistics=statistics)
-    data = fetch(data_uri, folder / "data")
-    return Statistics.load(statistics.path), load_file(data / "perplexity.safetensors")["input_ids"]
+    held_out = fetch(Run.load(handle).held_out_uri(), folder / "held-out")
+    return Statistics.load(statistics.path), load_file(held_out / "perplexity.safetensors")["input_ids"]
 
 
 @pytest.mark.parametrize(

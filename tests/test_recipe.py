@@ -1,7 +1,9 @@
 """Recipes become settings: all that is wrong is listed at once, and only what matters changes the digest."""
 
+import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import typing
@@ -15,9 +17,7 @@ from core.config import (
     ClusterSettings,
     PruneSettings,
     Settings,
-    StorageSettings,
     TextSource,
-    TrackingSettings,
     TrainingSettings,
 )
 from core.errors import SettingsError
@@ -587,60 +587,117 @@ def test_aliases_that_make_circles_or_multiply_are_refused(tmp_path):
 # --- digest
 
 
-def test_where_a_run_is_kept_and_shown_does_not_change_its_digest():
-    settings = settings_from_dict(FULL)
-    same = {
-        "name": "other",
-        "storage": StorageSettings(store="elsewhere", keep="all"),
-        "tracking": TrackingSettings(uri="http://mlflow", experiment="e", model_name="m"),
-        "cluster": ClusterSettings(gpus=8, memory="1Ti"),
-        "model": dataclasses.replace(settings.model, base="copy/of/m", revision="v2"),
-        "calibration": dataclasses.replace(settings.calibration, weights="streamed", state_memory="1GB"),
-        "training": dataclasses.replace(settings.training, save_every="0"),
-    }
-    for name, value in same.items():
-        assert dataclasses.replace(settings, **{name: value}).digest() == settings.digest(), name
+OTHERS = {
+    "seed": 4,
+    "name": "other",
+    "base": "copy/of/m",
+    "revision": "v2",
+    "dtype": "float32",
+    "target": "70%",
+    "phases": 5,
+    "phase_sizes": "linear",
+    "steps_per_phase": 2,
+    "amplitude": 0.5,
+    "similarity": "euclidean",
+    "attention_unit": "none",
+    "criterion": "random",
+    "packing": True,
+    "width_multiple": 8,
+    "sequences": 8,
+    "sequence_length": 96,
+    "micro_batch": 1,
+    "weights": "streamed",
+    "state_memory": "1GB",
+    "pool_documents": 999,
+    "path": "other.txt",
+    "subset": "s",
+    "split": "validation",
+    "tokens": "60k",
+    "sources": (TextSource(path="z"),),
+    "global_batch": 16,
+    "learning_rate": 1e-4,
+    "min_learning_rate": 1e-9,
+    "warmup_share": 0.06,
+    "decay_share": 0.2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 2.0,
+    "precision": "float32",
+    "gradient_checkpointing": True,
+    "save_every": "0",
+    "limit": 5,
+    "batch_size": 1,
+    "perplexity_windows": 3,
+    "perplexity_length": 99,
+    "speed": True,
+    "store": "elsewhere",
+    "keep": "all",
+    "uri": "http://mlflow",
+    "experiment": "e",
+    "gpus": 8,
+    "memory": "1Ti",
+}
+"""Another value of each setting."""
+
+NO_RESULT = {
+    ("name",),
+    ("model", "base"),
+    ("model", "revision"),
+    *(("calibration", name) for name in ("micro_batch", "weights", "state_memory")),
+    *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every")),
+}
+"""Settings that change no result, beside the sections that are about something else."""
 
 
-def test_whatever_can_change_the_result_changes_the_digest():
-    def variations(settings, path=()):
-        """The settings with one value after another changed, however deep it stands."""
-        for field in dataclasses.fields(settings):
-            value, name = getattr(settings, field.name), (*path, field.name)
-            if dataclasses.is_dataclass(value):
-                for where, inner in variations(value, name):
-                    yield where, dataclasses.replace(settings, **{field.name: inner})
-            elif field.name in others:
-                yield name, dataclasses.replace(settings, **{field.name: others[field.name]})
+def variations(settings, path=()):
+    """The settings with one value after another changed, however deep it stands."""
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            for where, inner in variations(value, name):
+                yield where, dataclasses.replace(settings, **{field.name: inner})
+        elif field.name in OTHERS and OTHERS[field.name] != value:
+            with contextlib.suppress(SettingsError):
+                yield name, dataclasses.replace(settings, **{field.name: OTHERS[field.name]})
 
-    others = {
-        "seed": 4,
-        "dtype": "float32",
-        "target": "70%",
-        "phases": 5,
-        "phase_sizes": "linear",
-        "steps_per_phase": 2,
-        "amplitude": 0.02,
-        "similarity": "euclidean",
-        "attention_unit": "none",
-        "criterion": "random",
-        "packing": True,
-        "width_multiple": 8,
-        "sequences": 8,
-        "sequence_length": 96,
-        "path": "other.txt",
-        "tokens": "60k",
-        "learning_rate": 1e-4,
-        "precision": "float32",
-        "sources": (TextSource(path="z"),),
-        "limit": 5,
-        "split": "validation",
-    }
+
+def test_exactly_what_can_change_the_result_changes_the_digest():
     settings = settings_from_dict(FULL)
     found = dict(variations(settings))
-    assert {name[-1] for name in found} == set(others)
-    digests = {where: changed_settings.digest() for where, changed_settings in found.items()}
-    assert len({settings.digest(), *digests.values()}) == len(digests) + 1
+    elsewhere = {name for name in found if name[0] in ("evaluation", "storage", "tracking", "cluster")}
+    kept = {name for name, other in found.items() if other.digest() == settings.digest()}
+    assert kept == (NO_RESULT | elsewhere) & found.keys()
+    assert len(found) > 45
+    digests = {other.digest() for name, other in found.items() if name not in kept}
+    assert len(digests) == len(found) - len(kept)
+
+
+def test_exactly_what_is_measured_changes_the_digest_of_that():
+    settings = settings_from_dict(FULL)
+    found = dict(variations(settings))
+    changed = {name for name, other in found.items() if other.measured_digest() != settings.measured_digest()}
+    evaluation = {name for name in found if name[0] == "evaluation"}
+    assert ("evaluation", "batch_size") in evaluation
+    assert changed == evaluation - {("evaluation", "batch_size")}
+
+
+def test_the_split_into_micro_batches_counts_where_each_is_scored_apart():
+    settings = settings_from_dict(changed(FULL, prune__criterion="taylor_per_microbatch"))
+    calibration = dataclasses.replace(settings.calibration, micro_batch=3)
+    assert dataclasses.replace(settings, calibration=calibration).digest() != settings.digest()
+
+
+def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_no_key():
+    settings = settings_from_dict({"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}})
+    counted = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
+    assert settings.digest() == hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+    named = dataclasses.replace(settings, prune=dataclasses.replace(settings.prune, amplitude=0.02))
+    assert named.digest() == settings.digest()
+
+
+def test_another_version_of_the_algorithm_changes_every_key(monkeypatch):
+    before = settings_from_dict(FULL).digest()
+    monkeypatch.setattr("core.identity.ALGORITHM_VERSION", 2)
+    assert settings_from_dict(FULL).digest() != before
 
 
 def test_settings_are_the_same_for_every_order_of_keys():

@@ -68,7 +68,7 @@ def attempt(uri, folder, *, every=ALWAYS, stop=None, seed=0, settled=False, at_s
             if settled:
                 states._publisher.submit(int).result()
             at_step(len(progress.losses))
-            states.save(model, optimizer, progress, facts={})
+            states.save(model, optimizer, progress)
             if len(progress.losses) == stop:
                 raise StoppedError
 

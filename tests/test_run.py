@@ -25,6 +25,7 @@ from core.run import Run
 from core.storage.manifest import fetch, read_manifest
 from tests.project import (
     CHANNEL_PARAMS,
+    MEASURED,
     STEPS,
     command_line,
     kept_groups,
@@ -244,16 +245,15 @@ def test_the_command_that_the_run_ends_with_lets_the_model_talk_from_the_store(
 def test_every_step_has_published_and_only_the_final_checkpoint_is_kept(place, finished):
     run, names = f"runs/{finished.key}", set(finished.objects)
     steps = [(0, "evaluated"), *((phase, step) for phase in (1, 2) for step in PUBLISHED)]
-    places = {f"phases/{phase:02d}/{step}": step for phase, step in steps} | {
-        "data": "data",
-        "final": "final",
-    }
+    folders = {"evaluated": f"evaluated-{MEASURED}"}
+    places = {f"phases/{phase:02d}/{folders.get(step, step)}": step for phase, step in steps}
+    places |= {name: name for name in ("data", "final", f"held-out-{MEASURED}")}
     for folder, step in places.items():
         manifest = read_manifest(f"{place.store}/{run}/{folder}")
         files = {f"{run}/{folder}/{manifest.key(entry)}" for entry in manifest.files}
         assert files
         if step in ("pruned", "recovered"):
-            assert not files & names
+            assert files & names == {f"{run}/{folder}/report.json"}
         else:
             assert files <= names
         names -= files | {f"{run}/{folder}/MANIFEST.json"}
@@ -295,7 +295,7 @@ def perplexity(run, checkpoint_uri):
     """Perplexity of a published checkpoint by the model's own loss, a window at a time."""
     from safetensors.torch import load_file
 
-    windows = load_file(Path(run.uri("data"), "perplexity.safetensors"))["input_ids"].long()
+    windows = load_file(Path(run.held_out_uri(), "perplexity.safetensors"))["input_ids"].long()
     model = load_model(Path(checkpoint_uri))
     with torch.no_grad():
         losses = [float(model(row[None], labels=row[None]).loss) for row in windows]

@@ -67,7 +67,7 @@ def state_after(steps, model, folder, *, resume_from=None, **changes):
 
     def save(optimizer, progress):
         if len(progress.losses) == steps:
-            write_state(folder, model, optimizer, progress, belongs_to={"a": "b"}, facts={"c": 0.1})
+            write_state(folder, model, optimizer, progress, belongs_to={"a": "b"})
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -167,7 +167,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     def save(optimizer, progress):
         long = Progress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
         if len(progress.losses) == 2:
-            write_state(tmp_path / "state", model, optimizer, long, belongs_to={}, facts={})
+            write_state(tmp_path / "state", model, optimizer, long, belongs_to={})
 
     train(model, save=save)
     report = train(unequal("llama")(1), resume_from=read_state(tmp_path / "state"))
@@ -180,11 +180,11 @@ def test_what_was_kept_comes_back_as_it_was(tmp_path):
     losses = [(7, float("nan"), 0.1 + 0.2), (8, float("inf"), 5e-324)]
     progress = Progress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    write_state(tmp_path / "s", model, optimizer, progress, belongs_to={"a": "b"}, facts={"p": None})
+    write_state(tmp_path / "s", model, optimizer, progress, belongs_to={"a": "b"})
     state = read_state(tmp_path / "s")
     assert repr(state.progress) == repr(progress)
     assert state.progress.next_step == 9
-    assert (state.belongs_to, state.facts) == ({"a": "b"}, {"p": None})
+    assert state.belongs_to == {"a": "b"}
 
 
 # --- what is no state of this model
@@ -258,7 +258,6 @@ def test_a_state_of_another_model_is_refused(other, tmp_path):
         lambda data: data.clear(),
         lambda data: data.update(format=2),
         lambda data: data.update(shards="x"),
-        lambda data: data.update(facts=3),
         lambda data: data.pop("belongs_to"),
         lambda data: data.update(progress=[]),
         lambda data: data["progress"].update(losses=[]),
@@ -295,7 +294,7 @@ def test_a_disk_that_takes_no_state_is_a_storage_error(tmp_path):
 
     def write(folder):
         with pytest.raises(StorageError, match=r"cannot be (read or )?written: ") as caught:
-            write_state(folder, model, optimizer, progress, belongs_to={}, facts={})
+            write_state(folder, model, optimizer, progress, belongs_to={})
         return str(caught.value)
 
     (tmp_path / "file").touch()

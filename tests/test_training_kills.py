@@ -211,22 +211,19 @@ def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
     note(TABLE, "recover-train (s3, float32) is killed at random moments until it is done", happened, kills)
 
 
-def test_time_and_perplexity_of_earlier_attempts_are_taken_over(processes, job_in, tmp_path):
+def test_the_time_of_earlier_attempts_is_taken_over(processes, job_in, tmp_path):
     job = job_in(str(tmp_path / "store"))
     run_in_a_process(processes, job, ("saved", 1))
     states_uri = join_uri(job["uri"], "_resume")
     uri = join_uri(states_uri, states_at(states_uri)[-1])
     changed = shutil.copytree(fetch(uri, tmp_path), tmp_path / "changed")
     state = json.loads((changed / "state.json").read_text())
-    measured, state["facts"]["perplexity_pruned"] = state["facts"]["perplexity_pruned"], 12345.0
     state["progress"]["seconds"] = 1e4
     (changed / "state.json").write_text(json.dumps(state))
     delete_publication(uri, keep_manifest=False)
     publish(changed, uri)
     run_in_a_process(processes, job)
     report = read_published(job["uri"], "report.json")
-    assert measured > 1
-    assert report["perplexity_pruned"] == 12345.0  # not measured again
     assert report["seconds"] > 1e4
     assert 0 < report["tokens_per_s"] < report["tokens"] / 1e4
 

@@ -50,7 +50,9 @@ class Statistics:
         for index, scores in enumerate(self.scores):
             for kind in fields(scores):
                 tensors[f"layers.{index}.{kind.name}"] = getattr(scores, kind.name).contiguous()
-        save_file(tensors, path, metadata={"loss": repr(self.loss), "tokens": str(self.tokens)})
+        save_file(
+            tensors, path, metadata={"format": "1", "loss": repr(self.loss), "tokens": str(self.tokens)}
+        )
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":

@@ -12,7 +12,10 @@ from torch import Tensor
 from core.errors import PlanError
 from core.model.shape import LayerShape
 from core.pruning.importance import LayerScores
-from core.untrusted import parse_object
+from core.untrusted import check_format, parse_object
+
+FORMAT = 1
+"""Of ``plan.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +91,20 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write JSON."""
-        path.write_text(json.dumps(asdict(self)))
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what ``save`` wrote.
 
         Raises:
+            FormatError: If a newer version has written it.
             PlanError: If the file is not a plan.
         """
         try:
             data = parse_object(path.read_bytes())
+            check_format(data, FORMAT, str(path))
+            data.pop("format", None)
             plan = cls(**data | _tuples(data))
             plan._check_types()
             return plan

@@ -3,9 +3,9 @@
 import logging
 
 from core.run import Run
-from core.storage.layout import STEPS
+from core.storage.layout import REPORT, STEPS
 from core.storage.manifest import MANIFEST, delete_publication, read_manifest, read_published
-from core.storage.store import open_store
+from core.storage.store import join_uri, open_store
 
 log = logging.getLogger(__name__)
 
@@ -14,21 +14,25 @@ def drop_checkpoints(run: Run) -> None:
     """Remove the files of the checkpoints that ``storage.keep`` does not ask for; their manifests stay."""
     for phase in _phases_to_drop(run):
         for step in ("pruned", "recovered"):
-            delete_publication(run.phase_uri(phase, step), keep_manifest=True)
+            # What the step has told stays: a run that is measured again shows it.
+            delete_publication(run.phase_uri(phase, step), keep_manifest=True, keep=[REPORT])
 
 
 def withdraw_dropped(run: Run) -> None:
     """Let the steps compute checkpoints again that were dropped and that something missing is made of.
 
-    Of a run that was done a person may have removed what was damaged. The run's lease must be held.
+    Of a run that was done a person may have removed what was damaged. A run that is done and is measured
+    again needs none of them: what it has not kept is not measured. The run's lease must be held.
     """
+    measured_again = Run.is_done(run.handle())
     keys = set(open_store(run.store).list(f"{run.folder}/"))
+    uris = {join_uri(run.store, key) for key in keys}
     checkpoints = ("recovered", "pruned") if run.settings.training.total_steps else ("pruned",)
     needed = f"{run.folder}/final/{MANIFEST}" not in keys
     for phase in reversed(range(1, len(run.phase_params) + 1)):
         folder = f"{run.folder}/phases/{phase:02d}"
         missing = {step for step in STEPS if f"{folder}/{step}/{MANIFEST}" not in keys}
-        needed |= "evaluated" in missing
+        needed |= not measured_again and f"{run.measured_uri(phase)}/{MANIFEST}" not in uris
         for step in checkpoints:
             if step not in missing and needed:
                 needed = not _has_files(run.phase_uri(phase, step), f"{folder}/{step}", keys)
@@ -52,9 +56,7 @@ def _phases_to_drop(run: Run) -> list[int]:
     if keep == "last":
         return list(phases)
     if keep == "best":
-        perplexities = {
-            p: read_published(run.phase_uri(p, "evaluated"), "report.json").get("perplexity") for p in phases
-        }
+        perplexities = {p: read_published(run.measured_uri(p), REPORT).get("perplexity") for p in phases}
         measured = {p: value for p, value in perplexities.items() if value is not None}
         best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]
         return [phase for phase in phases if phase != best]

@@ -1,18 +1,21 @@
 """The step that measures: evaluate."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.run import Run
-from core.steps.once import Artifact, Workspace, compute_once, tracker_of
+from core.steps.once import HELD_OUT, Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
-from core.storage.manifest import fetch, read_published
+from core.storage.manifest import fetch, is_whole, read_published
 from core.tracking.mlflow import ChildRun
 from core.tracking.summary import build_phase_summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def run_evaluate(
@@ -31,7 +34,7 @@ def run_evaluate(
         run: The run's handle.
         phase: The phase, 0 for the dense model.
         checkpoint_uri: What is measured.
-        data_uri: The run's data, with the held-out text.
+        data_uri: The run's data, beside which its held-out text is published.
         metrics: Gets all figures of the phase.
         summary: Gets them as a table (Markdown).
         picture: Gets the widths of all layers, the training loss and the times of the phase (HTML).
@@ -42,23 +45,35 @@ def run_evaluate(
     evaluation = this.settings.evaluation
 
     def compute(work: Workspace) -> dict[str, Any]:
+        checkpoint = _where_kept(this, phase, checkpoint_uri)
+        if not checkpoint:
+            log.info("not measured: storage.keep=%s has kept no checkpoint", this.settings.storage.keep)
+            return {"tasks": {}}
         from core.evaluation.benchmarks import evaluate_tasks
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
         from core.precision import warn_if_emulated
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
-        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-        model = load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
-        report: dict[str, Any] = {
-            "perplexity": measure_perplexity(this, model, data_uri, work.scratch),
-            "tasks": evaluate_tasks(model, load_tokenizer(folder), evaluation) if evaluation.tasks else {},
-        }
-        return report
+
+        def load(uri: str, name: str) -> "PreTrainedModel":
+            folder = fetch(uri, work.scratch / name)
+            return load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
+
+        report: dict[str, Any] = {}
+        pruned = this.phase_uri(phase, "pruned")
+        trained = phase > 0 and checkpoint_uri != pruned
+        if evaluation.perplexity is not None and trained and _has_kept(this, pruned):
+            report["perplexity_pruned"] = _perplexity(this, load(pruned, "pruned"), work.scratch)
+        model = load(checkpoint, "checkpoint")
+        if evaluation.perplexity is not None:
+            report["perplexity"] = _perplexity(this, model, work.scratch)
+        tokenizer = load_tokenizer(fetch(checkpoint, work.scratch / "checkpoint"))
+        return report | {"tasks": evaluate_tasks(model, tokenizer, evaluation) if evaluation.tasks else {}}
 
     def track(child: ChildRun, report: dict[str, Any]) -> None:
         child.log_metrics(_flat(report))
 
-    uri = this.phase_uri(phase, "evaluated")
+    uri = this.measured_uri(phase)
     compute_once(this, uri, phase=phase, step="evaluate", compute=compute, track=track)
     report = read_published(uri, "report.json")
     before = [
@@ -68,7 +83,6 @@ def run_evaluate(
     figures = {
         **_flat(report),
         "params": before[1].get("params", this.dense.num_params()),
-        "perplexity_pruned": before[3].get("perplexity_pruned"),
         "tokens": before[3].get("tokens", 0),
         "seconds": sum(step.get("seconds", 0.0) for step in [*before, report]),
     }
@@ -80,18 +94,28 @@ def run_evaluate(
     _write(picture, build_phase_report(record))
 
 
-def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratch: Path) -> float | None:
-    """Return a model's perplexity on the run's held-out text; None where the recipe names none."""
+def _where_kept(run: Run, phase: int, checkpoint_uri: str) -> str:
+    """Return where a phase's checkpoint is; "" if a run that is done has not kept it.
+
+    The last phase's is the final one. In any other run a file that is missing is an error where it is read.
+    """
+    if _has_kept(run, checkpoint_uri):
+        return checkpoint_uri
+    return run.uri("final") if phase == len(run.phase_params) else ""
+
+
+def _has_kept(run: Run, uri: str) -> bool:
+    return not Run.is_done(run.handle()) or is_whole(uri)
+
+
+def _perplexity(run: Run, model: "PreTrainedModel", scratch: Path) -> float:
+    """Return a model's perplexity on the run's held-out text."""
     from safetensors.torch import load_file
 
     from core.evaluation.perplexity import perplexity
 
-    settings = run.settings.evaluation
-    if settings.perplexity is None:
-        return None
-    name = "perplexity.safetensors"
-    windows = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
-    return perplexity(model, windows, batch_size=settings.batch_size)
+    windows = load_file(fetch(run.held_out_uri(), scratch, only=[HELD_OUT]) / HELD_OUT)["input_ids"]
+    return perplexity(model, windows, batch_size=run.settings.evaluation.batch_size)
 
 
 def _write(artifact: Artifact, text: str) -> None:

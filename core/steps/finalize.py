@@ -33,7 +33,7 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
     run = Run.load(handle)
     try:
         with run.working():
-            done = Run.is_done(handle)
+            done = run.is_complete()
             tracker_of(run).finish("FINISHED" if succeeded or done else "FAILED")
             if done:
                 drop_checkpoints(run)

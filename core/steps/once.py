@@ -16,13 +16,14 @@ from core.record import public_path
 from core.run import Run
 from core.steps.opening import show_life
 from core.storage.entries import Manifest
+from core.storage.layout import REPORT, REPORT_FORMAT
 from core.storage.manifest import fetch, publish, read_manifest, read_published
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.json"
 CARD = "README.md"
+HELD_OUT = "perplexity.safetensors"
 
 
 class Artifact(Protocol):
@@ -94,9 +95,11 @@ def compute_once(
         with tracker.child(phase, step) as child:
             report = compute(Workspace(out=out, scratch=scratch))
             report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
-            (out / REPORT).write_text(json.dumps(report))
+            (out / REPORT).write_text(json.dumps({"format": REPORT_FORMAT, **report}))
             renew_lease()  # what a machine has computed before it was asleep may be another's by now
-            manifest = publish(out, uri, metadata={"run": run.key, "phase": phase, "step": step})
+            metadata = {"run": run.key, "phase": phase, "step": step}
+            metadata["measured"] = run.settings.measured_digest()  # what it was published under
+            manifest = publish(out, uri, metadata=metadata)
             _log_published(uri, child, track)
             return manifest
 
@@ -110,7 +113,9 @@ def _log_published(uri: str, child: ChildRun, track: Track | None) -> None:
 
 def tracker_of(run: Run) -> Tracker:
     """Return the tracker of a run."""
-    return open_tracker(run.settings.tracking, key=run.key, name=run.settings.name)
+    # What is measured otherwise is another run there: no figure in MLflow ever changes.
+    key = f"{run.key}-{run.settings.measured_digest()}"
+    return open_tracker(run.settings.tracking, key=key, name=run.settings.name)
 
 
 def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def open_run(run: Run) -> str:
         LeaseError: If another execution works on the run, and this one is a local run.
     """
     store, own = open_store(run.store), Owner.of(run.job)
-    while not Run.is_done(run.handle()):
+    while not run.is_complete():
         try:
             with run.working():
                 withdraw_dropped(run)

@@ -1,6 +1,5 @@
 """Steps before the first phase: resolve-base, needs-run and prepare-data."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from core.config import Settings
 from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict, with_fixed
 from core.run import Run
-from core.steps.once import Workspace, compute_once, tracker_of
+from core.steps.once import HELD_OUT, Workspace, compute_once, tracker_of
 from core.steps.opening import open_run, show_life
 from core.storage.layout import pointer_of
 from core.storage.manifest import fetch, read_manifest
@@ -88,10 +87,10 @@ def run_resolve_base(
     if other := open_run(run):
         log.info("run %s is being done by %s", run.key, other)
         return run.handle(), base_uri, other
-    open_store(run.store).write_bytes(pointer_of(job), json.dumps(run.handle()).encode())
+    open_store(run.store).write_bytes(pointer_of(job), run.pointer())
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
-    if not Run.is_done(run.handle()):
+    if not run.is_complete():
         tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
         tags |= {f"adapt_pruner.precision.{section}": text for section, text in chosen.items()}
         tracker_of(run).start(settings.to_dict(), tags)
@@ -156,7 +155,7 @@ def run_needs_run(*, run: Mapping[str, Any], being_done_by: str) -> bool:
         log.info("run %s is being done by %s: there is nothing to do here", run["key"], being_done_by)
         return False
     show_life(run)
-    done = Run.is_done(run)
+    done = Run.load(run).is_complete()
     log.info("run %s is done already" if done else "run %s is not done yet", run["key"])
     return not done
 
@@ -176,11 +175,14 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     settings = this.settings
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
 
-    def compute(work: Workspace) -> dict[str, Any]:
+    def tokenizer_in(folder: Path) -> Any:
         manifest = read_manifest(base_uri)
         names = [entry.path for entry in manifest.files] if manifest else []
         wanted = ["config.json", *(name for name in names if is_companion(name))]
-        tokenizer = load_tokenizer(fetch(base_uri, work.scratch, only=wanted))
+        return load_tokenizer(fetch(base_uri, folder, only=wanted))
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        tokenizer = tokenizer_in(work.scratch)
         assert calibration.source is not None, "settings are checked"
         report: dict[str, Any] = {
             "calibration_sequences": write_calibration_pool(
@@ -194,14 +196,6 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 path=work.out / "calibration.safetensors",
             )
         }
-        if evaluation.perplexity is not None:
-            report["perplexity_windows"] = write_perplexity_windows(
-                evaluation.perplexity,
-                tokenizer,
-                windows=evaluation.perplexity_windows,
-                length=evaluation.perplexity_length,
-                path=work.out / "perplexity.safetensors",
-            )
         if training.total_steps:
             steps = phase_steps(training.total_steps, settings.prune.phases)
             mixture = write_slices(
@@ -215,6 +209,20 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
             report["training_tokens"] = mixture.tokens
         return report
 
+    def hold_out(work: Workspace) -> dict[str, Any]:
+        assert evaluation.perplexity is not None, "asked below"
+        windows = write_perplexity_windows(
+            evaluation.perplexity,
+            tokenizer_in(work.scratch),
+            windows=evaluation.perplexity_windows,
+            length=evaluation.perplexity_length,
+            path=work.out / HELD_OUT,
+        )
+        return {"perplexity_windows": windows}
+
     uri = this.uri("data")
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
+    if evaluation.perplexity is not None:
+        # Apart from what is trained on: another text to measure on makes nothing else again.
+        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
     return uri

@@ -15,7 +15,6 @@ from core.record import RunRecord, SpeedRecord, accuracies
 from core.run import Run
 from core.steps.once import (
     CARD,
-    REPORT,
     Artifact,
     Workspace,
     base_facts,
@@ -25,8 +24,8 @@ from core.steps.once import (
     tracker_of,
 )
 from core.steps.records import collect_record
+from core.storage.layout import REPORT
 from core.storage.manifest import fetch, read_manifest, read_published
-from core.storage.store import open_store
 from core.tracking.mlflow import ChildRun
 
 log = logging.getLogger(__name__)
@@ -41,38 +40,47 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
         URI of the final checkpoint.
     """
     this = Run.load(run)
-    uri, phases = this.uri("final"), len(this.phase_params)
+    uri, report_uri, phases = this.uri("final"), this.report_uri(), len(this.phase_params)
 
-    def compute(work: Workspace) -> dict[str, Any]:
+    def write_report(folder: Path, work: Workspace) -> RunRecord:
         from core.tracking.report import build_report
 
-        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
         record = collect_record(this, uri, range(phases + 1))  # asks MLflow, which may be away
         record = dataclasses.replace(record, speed=_measure_speed(this, folder, work))
+        (work.out / RECORD).write_text(json.dumps(record.to_dict()))
+        (work.out / HTML).write_text(build_report(record))
+        return record
+
+    def measure_again(work: Workspace) -> dict[str, Any]:
+        folder = fetch(uri, work.scratch / "checkpoint")
+        return {"params": write_report(folder, work).phases[-1].params}
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
+        record = write_report(folder, work)
         manifest = read_manifest(checkpoint_uri)
         assert manifest is not None, "it has just been fetched"
         for entry in manifest.files:
             if entry.path != REPORT:
                 (work.out / entry.path).parent.mkdir(parents=True, exist_ok=True)
                 (work.out / entry.path).symlink_to((folder / entry.path).resolve())
-        (work.out / RECORD).write_text(json.dumps(record.to_dict()))
-        (work.out / HTML).write_text(build_report(record))
         _write_card(this, record, work)
         return {"params": record.phases[-1].params}
 
     def track(child: ChildRun, figures: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            tracker_of(this).log_report(fetch(uri, Path(scratch), only=[HTML]) / HTML)
+            tracker_of(this).log_report(fetch(report_uri, Path(scratch), only=[HTML]) / HTML)
 
-    compute_once(this, uri, phase=phases, step="publish", compute=compute, track=track)
-    hand_over(uri, HTML, report)
+    work = compute if report_uri == uri else measure_again
+    compute_once(this, report_uri, phase=phases, step="publish", compute=work, track=track)
+    hand_over(report_uri, HTML, report)
     describe_checkpoint(uri, model)
-    record = RunRecord.from_dict(read_published(uri, RECORD))
+    record = RunRecord.from_dict(read_published(report_uri, RECORD))
     speedups = {name: value for speed in record.speed for name, value in speed.figures().items()}
     tracker_of(this).log_phase(phases, speedups)
     with this.working():
         _register(this, uri, record, speedups)
-        open_store(this.store).write_bytes(f"{this.folder}/DONE.json", json.dumps({"final": uri}).encode())
+        this.mark_done()
     return uri
 
 

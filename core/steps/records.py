@@ -37,7 +37,8 @@ def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunR
 def _phase_record(run: Run, phase: int) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     steps = ("calibrated", "scored", "pruned", "recovered", "evaluated")
-    reports = {step: read_published(run.phase_uri(phase, step), "report.json") for step in steps}
+    uris = {step: run.phase_uri(phase, step) for step in steps} | {"evaluated": run.measured_uri(phase)}
+    reports = {step: read_published(uri, "report.json") for step, uri in uris.items()}
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
     trained, measured = reports["recovered"], reports["evaluated"]
     plan = read_published(run.phase_uri(phase, "scored"), "plan.json") if phase else {}
@@ -61,7 +62,7 @@ def _phase_record(run: Run, phase: int) -> PhaseRecord:
         importance=tuple(plan.get("importance", ())),
         sparsity=tuple(plan.get("sparsity", ())),
         # Without training the phase's own evaluation is of the pruned model.
-        perplexity_pruned=trained.get("perplexity_pruned")
+        perplexity_pruned=measured.get("perplexity_pruned")
         if trained
         else measured.get("perplexity")
         if phase

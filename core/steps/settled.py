@@ -47,7 +47,7 @@ def settle_precision(
     choices = _noted(store, key)
     if choices is None:
         here = functools.cache(lambda: choose_precision(pick_device()))
-        choices = {name: ACCELERATORS if name in accelerated else here() for name in automatic}
+        choices = {name: ACCELERATORS if name in accelerated else here() for name in SECTIONS}
         noted = {name: dataclasses.asdict(choice) for name, choice in choices.items()}
         content = json.dumps({"format": FORMAT, "choices": noted}, indent=1).encode()
         store.write_bytes(key, content, if_absent=True)

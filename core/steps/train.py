@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.run import Run
-from core.steps.evaluate import measure_perplexity
 from core.steps.once import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
 from core.storage.manifest import fetch
 from core.storage.store import join_uri
@@ -78,21 +77,13 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         belongs_to={"checkpoint": source, "data": digest_of(data_uri), "settings": run.settings.digest()},
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
-        if state is None:
-            # In the evaluation's precision, so that it compares with the perplexity after recovery.
-            precision = dtype_of(run.settings.evaluation.precision)
-            pruned = load_model(folder, dtype=precision, device=pick_device())
-            facts = {"perplexity_pruned": measure_perplexity(run, pruned, data_uri, work.scratch)}
-            del pruned
-        else:
-            facts = state.facts
-        save = functools.partial(states.save, network, facts=facts)
+        save = functools.partial(states.save, network)
         trained = _train(run, phase, network, data_uri, work, state, save)
     with CheckpointReader(folder) as reader:
         dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
     provenance = provenance_of(run, phase, source, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
-    return facts | {
+    return {
         "losses": trained.losses,
         "tokens": trained.tokens,
         "trained_tokens": trained.trained_tokens,

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.errors import IntegrityError, StorageError
+from core.errors import FormatError, IntegrityError, StorageError
 from core.storage.hashing import file_sha256
 from core.storage.layout import way_back
 from core.storage.store import check_key, join_uri, local_errors
+from core.untrusted import check_format
+
+FORMAT = 1
+"""Of ``MANIFEST.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the content of ``MANIFEST.json``."""
-        return json.dumps({"digest": self.digest, **dataclasses.asdict(self)}, indent=1) + "\n"
+        data = {"format": FORMAT, "digest": self.digest, **dataclasses.asdict(self)}
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "MANIFEST.json") -> "Manifest":
@@ -87,10 +92,13 @@ class Manifest:
             where: The manifest's name in errors.
 
         Raises:
+            FormatError: If a newer version has written it.
             IntegrityError: If it is not a manifest, was edited, or names a path outside of its directory.
         """
         try:
             data = json.loads(text)
+            if isinstance(data, dict):
+                check_format(data, FORMAT, where)
             entries = tuple(FileEntry(**entry) for entry in data["files"])
             manifest = cls(files=entries, metadata=dict(data["metadata"]), folder=data["folder"])
             for entry in entries:
@@ -99,6 +107,8 @@ class Manifest:
                     raise ValueError(f"{entry.path} lacks a size in bytes or a sha256")
             if data["digest"] != manifest.digest:
                 raise ValueError("its digest does not fit its list of files")
+        except FormatError:
+            raise
         except StorageError as error:
             problem = str(error)
         except KeyError as error:

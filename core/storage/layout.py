@@ -15,9 +15,18 @@ STEPS = {
 }
 """Folder of a phase to the step that publishes it, in their order."""
 
+REPORT = "report.json"
+"""What a step has told of its work, beside what it has made."""
+
+REPORT_FORMAT = 1
+
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
+_MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
 _ALONE = re.compile(r"(jobs|precisions)/[^/]+")
-_OF_A_RUN = rf"runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)}))"
+_OF_A_RUN = (
+    rf"runs/[^/]+/(?:data|final|(?:held-out|report){_MEASURED}"
+    rf"|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)}){_MEASURED}?)"
+)
 _PUBLICATION = re.compile(rf"({_OF_A_RUN})/.+")
 _PLACE = re.compile(rf"(.*)/({_OF_A_RUN}|bases/[^/]+)/.+")
 

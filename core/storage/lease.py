@@ -36,6 +36,9 @@ RENEW_S = 120.0
 LOOK_S = 5.0
 """How often it is looked at by one who waits."""
 
+FORMAT = 1
+"""Of a lease. Whatever a newer format adds, these entries stay: versions must see each other's leases."""
+
 _NUMBER = re.compile(r"[0-9]{4,9}\.json")
 _NOBODY = Owner(job="unknown", host="unknown", machine="")
 
@@ -67,7 +70,9 @@ class Lease:
     def to_json(self) -> bytes:
         """Return the file's content."""
         times = {"renewed": time_text(self.renewed_s), "renewed_s": self.renewed_s, "ttl_s": self.ttl_s}
-        return (json.dumps({**dataclasses.asdict(self.owner), **times}, indent=1) + "\n").encode()
+        return (
+            json.dumps({"format": FORMAT, **dataclasses.asdict(self.owner), **times}, indent=1) + "\n"
+        ).encode()
 
     @classmethod
     def from_json(cls, number: int, content: bytes) -> "Lease":

@@ -13,6 +13,7 @@ from typing import Any
 
 from core.errors import StorageError
 from core.storage.entries import FileEntry, Manifest
+from core.storage.layout import REPORT_FORMAT
 from core.storage.store import is_temporary, join_uri, local_errors, open_store
 from core.storage.transfer import (
     UPLOADED,
@@ -38,7 +39,7 @@ __all__ = [
     "read_published",
     "verify_folder",
 ]
-from core.untrusted import parse_object
+from core.untrusted import check_format, parse_object
 
 MANIFEST = "MANIFEST.json"
 
@@ -194,20 +195,31 @@ def verify_folder(folder: Path, *, may_differ: Sequence[str] = ()) -> Path:
 
 
 def read_published(uri: str, name: str) -> dict[str, Any]:
-    """Return a published JSON file; {} if the step has not published it (it had nothing to do)."""
+    """Return a published JSON file, less its format; {} if the step has not published it."""
     manifest = read_manifest(uri)
     if manifest is None or name not in {entry.path for entry in manifest.files}:
         return {}
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
     try:
-        return parse_object(content)
+        data = parse_object(content)
     except ValueError as error:
         raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
+    check_format(data, REPORT_FORMAT, f"{uri}/{name}")
+    data.pop("format", None)
+    return data
 
 
-def delete_publication(uri: str, *, keep_manifest: bool) -> None:
+def is_whole(uri: str) -> bool:
+    """Return whether something is published at ``uri`` and all its files are there."""
+    store, manifest = open_store(uri), read_manifest(uri)
+    return manifest is not None and all(store.exists(manifest.key(entry)) for entry in manifest.files)
+
+
+def delete_publication(uri: str, *, keep_manifest: bool, keep: Sequence[str] = ()) -> None:
     """Remove the files of the publication at ``uri``, and the manifest too unless ``keep_manifest``.
+
+    Files whose paths are in ``keep`` stay.
 
     What is gone already, or was never published, is no error.
     """
@@ -215,7 +227,7 @@ def delete_publication(uri: str, *, keep_manifest: bool) -> None:
     if not keep_manifest:
         store.delete(MANIFEST)  # first: a manifest promises its files
     if manifest is not None:
-        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files])
+        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files if entry.path not in keep])
     store.delete(UPLOADED)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
 from core.quantities import Interval
@@ -101,9 +101,7 @@ class SavedStates:
         check_fits(state, model)
         return state
 
-    def save(
-        self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "Progress", facts: Mapping[str, Any]
-    ) -> None:
+    def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "Progress") -> None:
         """Save the state if it is time to and the one before is up; what goes wrong is logged.
 
         It is on the local disk when this returns, and published while training goes on.
@@ -112,7 +110,6 @@ class SavedStates:
             model: See ``write_state``.
             optimizer: See ``write_state``.
             progress: See ``write_state``.
-            facts: See ``write_state``.
         """
         from core.training.state import write_state
 
@@ -125,7 +122,7 @@ class SavedStates:
         folder, step = self._folder / "saved", progress.next_step
         try:
             shutil.rmtree(self._folder, ignore_errors=True)
-            write_state(folder, model, optimizer, progress, belongs_to=self._belongs_to, facts=facts)
+            write_state(folder, model, optimizer, progress, belongs_to=self._belongs_to)
         except StorageError as error:
             log.warning(_NOT_SAVED, step, error)
             shutil.rmtree(folder, ignore_errors=True)

@@ -58,8 +58,6 @@ class TrainingState:
     """What has been done."""
     belongs_to: dict[str, Any]
     """What the training follows from."""
-    facts: dict[str, Any]
-    """What else the writer keeps beside it."""
 
 
 def write_state(
@@ -69,7 +67,6 @@ def write_state(
     progress: Progress,
     *,
     belongs_to: Mapping[str, str],
-    facts: Mapping[str, Any],
 ) -> None:
     """Write the state between two optimizer steps: 12 bytes a parameter.
 
@@ -79,7 +76,6 @@ def write_state(
         optimizer: AdamW over the model's parameters.
         progress: What has been done.
         belongs_to: What the training follows from, such as the digest of its data.
-        facts: JSON-able values to keep beside it.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -91,7 +87,7 @@ def write_state(
             for number, shard in enumerate(_in_shards(_tensors(model, optimizer)), start=1):
                 save_file(shard, directory / _shard_name(number))
                 content["shards"] = number
-            content |= {"belongs_to": dict(belongs_to), "facts": dict(facts)}
+            content["belongs_to"] = dict(belongs_to)
             (directory / STATE).write_text(json.dumps(content))
     except SafetensorError as error:
         raise StorageError(f"{directory} cannot be written: {error}. Free space.") from error
@@ -153,7 +149,6 @@ def read_state(directory: Path) -> TrainingState:
                 seconds=float(progress["seconds"]),
             ),
             belongs_to=dict(data["belongs_to"]),
-            facts=dict(data["facts"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path} is no state of a training: {error}.") from error
