@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-import shutil
 import shlex
+import shutil
 import typing
 
 import click
