@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -270,7 +271,10 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
 
     text = refused(calibrate, IntegrityError)
     assert "model.safetensors is not what its manifest says" in text
-    assert text.endswith("It is not used; delete the publication and rerun its step.")
+    base = folder / base_uri
+    assert (
+        f"It is not used. Remove it with `rm -rf {shlex.quote(str(base))}` and run its recipe again" in text
+    )
     assert tree(folder) == before
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import shutil
 import typing
 
 import click
@@ -66,13 +67,17 @@ def test_the_recipe_that_is_compiled_takes_its_overrides():
     assert "@sha256:" in settings.cluster.image
 
 
-def test_the_recipe_of_a_cluster_is_one(tmp_path):
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    included = yaml.safe_load(text)["include"]
-    assert (ROOT / "recipes" / included).is_file()
-    path = tmp_path / "ours.yaml"
-    path.write_text(text.replace(included, str(ROOT / "recipes" / included)))
-    assert load_recipe(path).cluster.components["recover-train"].memory == "128Gi"
+@pytest.mark.parametrize("page", ["docs/operating.md", "recipes/README.md"])
+def test_the_file_of_a_cluster_lies_over_a_run_of_the_paper(tmp_path, page):
+    site, recipe = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "recipes" / "site.yaml").write_text(site)
+    path = tmp_path / "recipes" / "ours.yaml"
+    path.write_text(recipe)
+    settings = load_recipe(path)
+    assert (settings.name, settings.prune.target) == ("qwen-on-our-cluster", "376.1M")
+    assert settings.cluster.memory == "64Gi"
+    assert settings.storage.store == "s3://adapt-pruner/store"
 
 
 def test_every_setting_that_is_named_exists():
@@ -119,7 +124,7 @@ def test_every_file_that_is_named_is_there():
     assert not missing
     assert len(set(paths)) > 5
     files = {path.name for folder in (MANIFESTS, ROOT / "recipes") for path in folder.rglob("*.yaml")}
-    assert set(re.findall(r"[\w.-]+\.yaml\b", PAGE)) <= files | {"pipeline.yaml"}
+    assert set(re.findall(r"[\w.-]+\.yaml\b", PAGE)) <= files | {"pipeline.yaml", "site.yaml"}
 
 
 def test_what_kubectl_is_asked_for_is_in_the_manifests():

@@ -459,7 +459,7 @@ def test_a_file_that_is_reached_twice_counts_once_below_all_that_include_it(tmp_
     ("task_data", "expected"),
     [
         ("{}", {}),
-        ("!replace {piqa: other}", {"piqa": "other"}),
+        ("!replace {boolq: other}", {"boolq": "other"}),
         ("!replace {}", {}),
         ("{boolq: other}", {"piqa": "data", "boolq": "other"}),
     ],

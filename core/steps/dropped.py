@@ -1,11 +1,11 @@
-"""Checkpoints of phases that a run which is done keeps no longer, and what needs them again."""
+"""Checkpoints of phases that a run which is done does not keep, until it is to be done again."""
 
 import logging
 
 from core.run import Run
-from core.storage.layout import REPORT, STEPS
+from core.storage.layout import REPORT
 from core.storage.manifest import MANIFEST, delete_publication, read_manifest, read_published
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -19,28 +19,21 @@ def drop_checkpoints(run: Run) -> None:
 
 
 def withdraw_dropped(run: Run) -> None:
-    """Let the steps compute checkpoints again that were dropped and that something missing is made of.
+    """Let the steps compute the checkpoints again that were dropped, as those of a run that was done are.
 
-    Of a run that was done a person may have removed what was damaged. A run that is done and is measured
-    again needs none of them: what it has not kept is not measured. The run's lease must be held.
+    A person has then removed something of the run that was damaged. What makes it again may need each of
+    them: their weights, or the figures beside these. The run's lease must be held. A run that
+    is done and is measured again needs none of them: what it has not kept is not measured.
     """
-    measured_again = Run.is_done(run.handle())
+    if Run.is_done(run.handle()):
+        return
     keys = set(open_store(run.store).list(f"{run.folder}/"))
-    uris = {join_uri(run.store, key) for key in keys}
-    checkpoints = ("recovered", "pruned") if run.settings.training.total_steps else ("pruned",)
-    needed = f"{run.folder}/final/{MANIFEST}" not in keys
-    for phase in reversed(range(1, len(run.phase_params) + 1)):
-        folder = f"{run.folder}/phases/{phase:02d}"
-        missing = {step for step in STEPS if f"{folder}/{step}/{MANIFEST}" not in keys}
-        needed |= not measured_again and f"{run.measured_uri(phase)}/{MANIFEST}" not in uris
-        for step in checkpoints:
-            if step not in missing and needed:
-                needed = not _has_files(run.phase_uri(phase, step), f"{folder}/{step}", keys)
-                if needed:
-                    log.info("phase %d: the %s checkpoint was dropped, and is needed again", phase, step)
-                    delete_publication(run.phase_uri(phase, step), keep_manifest=False)
-            needed |= step in missing  # it will be computed, from what comes before it
-        needed |= bool(missing & {"calibrated", "scored"})
+    for phase in range(1, len(run.phase_params) + 1):
+        for step in ("pruned", "recovered"):
+            uri, folder = run.phase_uri(phase, step), f"{run.folder}/phases/{phase:02d}/{step}"
+            if f"{folder}/{MANIFEST}" in keys and not _has_files(uri, folder, keys):
+                log.info("phase %d: the %s checkpoint was dropped, and is needed again", phase, step)
+                delete_publication(uri, keep_manifest=False)
 
 
 def _has_files(uri: str, folder: str, keys: set[str]) -> bool:
