@@ -46,6 +46,14 @@ def everything(store):
     return {key: store.read_bytes(key) for key in store.list() if "/_lease/" not in key}
 
 
+def status_in_mlflow(folder):
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return parent.info.status
+
+
 @contextlib.contextmanager
 def soon(action, *, after_s=0.3):
     """Call ``action`` while the block runs, after a while."""
@@ -61,8 +69,6 @@ def test_a_pipeline_that_meets_its_run_at_work_has_nothing_to_do_and_touches_not
     handle, base_uri = resolve(recipe, job="first")
     run_prepare_data(run=handle, base_uri=base_uri)
     before = everything(store)
-    # What an earlier attempt of the second one's first task could have left, had it held the lease.
-    store.write_bytes("jobs/second.json", store.read_bytes("jobs/first.json"))
     with soon(lambda: opening.show_life(handle)):
         told, _, other = resolve_or_tell(recipe | {"name": "another"}, job="second")
     assert other.startswith("job first on ")
@@ -72,19 +78,25 @@ def test_a_pipeline_that_meets_its_run_at_work_has_nothing_to_do_and_touches_not
     run_finalize(store=store.uri, job="second", succeeded=True)
     assert everything(store) == before
     assert read_lease(store, Run.load(handle).folder).owner.job == "first"
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
-    parents = [
-        run
-        for run in client.search_runs([experiment.experiment_id])
-        if "mlflow.parentRunId" not in run.data.tags
-    ]
-    assert [run.info.status for run in parents] == ["RUNNING"]
+    assert status_in_mlflow(tmp_path) == "RUNNING"
     note(
         TABLE,
         "a pipeline starts while another works on its run",
         "it succeeds, names that one, changes nothing",
     )
+
+
+def test_a_task_that_lost_its_lease_between_two_attempts_does_not_close_the_others_run(
+    recipe, store, tmp_path
+):
+    handle, _ = resolve(recipe, job="second")
+    release_lease(store, f"runs/{handle['key']}", "second")
+    other, _ = resolve(recipe, job="first")
+    with soon(lambda: opening.show_life(other)):
+        assert resolve_or_tell(recipe, job="second")[2].startswith("job first on ")
+    run_finalize(store=store.uri, job="first", succeeded=False)
+    run_finalize(store=store.uri, job="second", succeeded=True)
+    assert status_in_mlflow(tmp_path) == "FAILED"
 
 
 def test_a_dead_executions_lease_is_waited_for_and_taken_over(recipe, store):
