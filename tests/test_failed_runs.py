@@ -142,6 +142,8 @@ RECORDED = {
     "cluster.components.calibrate.memory or",
     "terminated": "the run was terminated, by a person or a program.",
     "longer than its timeout": "resolve-base: it took longer than cluster.components.resolve-base.timeout (",
+    "a signal that ended a container": "phase 1 recover-train: its pod was taken away (main: Error (exit "
+    "code 143)). Submit it again",
     "too large a temporary file": "resolve-base: its temporary files are too large (Usage of EmptyDir volume",
 }
 RECORDED_WAITS = {
