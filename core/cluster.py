@@ -144,7 +144,7 @@ class ClusterSettings:
     """How long an attempt of a task may take (``24h``, ``90min``), after which it counts as failed; 0 is
     without end."""
     retries: int = 2
-    """Attempts after the first: a task that is tried again goes on from what it has saved."""
+    """Attempts after the first, of what the installation tries again: failures, deleted pods, or both."""
     retry_wait: str = "30s"
     """Pause before the second attempt; it doubles with each further one."""
     retry_within: str = "720h"

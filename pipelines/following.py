@@ -62,7 +62,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         "pod deleted|exit code:? ?143|Evict|Preempt|low on resource|imminent node|unresponsive|NodeLost",
         "its pod was taken away",
-        f"{_RESUMES}, as --attempts does by itself.",
+        f"{_RESUMES}. --attempts does that by itself.",
     ),
 )
 _IMAGE, _TAKEN = _CAUSES[0][1], _CAUSES[-1][1]

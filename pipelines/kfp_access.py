@@ -116,8 +116,9 @@ class Client(kfp_client.Client):
             _return_http_data_only=True,
         )
         try:
-            workflow = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
-            status = workflow.get("status") or {}  # there is none before Argo has seen it
+            # A run that is pending has none yet.
+            workflow = json.loads(answer["pipeline_runtime"].get("workflow_manifest") or "{}")
+            status = workflow.get("status") or {}
             if packed := status.get("compressedNodes"):  # Argo's way once the whole is over 1 MiB
                 status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
         except (LookupError, TypeError, AttributeError, ValueError, EOFError, OSError, zlib.error):

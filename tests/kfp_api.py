@@ -50,8 +50,8 @@ def frame(state: str, *tasks: list[Node], error: str = "", **more: Any) -> dict[
 
 
 def frame_of(state: str, manifest: dict[str, Any] | None) -> dict[str, Any]:
-    """The same of a whole manifest; before Argo has seen a workflow it has no status."""
-    return {"state": state, "manifest": manifest or {"metadata": {}, "spec": {}}}
+    """The same of a whole manifest, of which there is none before Argo has seen it."""
+    return {"state": state, "manifest": manifest or {}}
 
 
 @dataclass(kw_only=True)
@@ -151,7 +151,7 @@ class KfpApi:
         self.check_job(data, wanted | {"service_account"})
         frames = self.frames or [frame("PENDING"), frame("RUNNING"), frame("SUCCEEDED")]
         run = self._keep(self.runs, "run_id", data | {"state": "PENDING"})
-        run |= {"frames": iter(frames), "manifest": {"metadata": {}, "spec": {}}}
+        run |= {"frames": iter(frames), "manifest": {}}
         return run
 
     def create_recurring(self, body: Any) -> dict[str, Any]:
@@ -271,8 +271,9 @@ class KfpApi:
     def workflow(self, run_id: str) -> dict[str, Any]:
         """Return a run as the older API does: with Argo's workflow, as text."""
         check(self.old, "no such API")
-        manifest = json.dumps(found(self.runs, run_id, "Run")["manifest"])
-        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}
+        manifest = found(self.runs, run_id, "Run")["manifest"]
+        runtime = {"workflow_manifest": json.dumps(manifest)} if manifest else {}
+        return {"run": {"id": run_id}, "pipeline_runtime": {"pipeline_manifest": "{}"} | runtime}
 
     def answer_recurring(
         self, method: str, id_: str | None, verb: str | None, query: dict[str, str], body: Any

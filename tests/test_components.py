@@ -157,6 +157,42 @@ def test_any_other_error_has_its_traceback_and_the_line():
     assert process.returncode == 1
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+TERMINATION = "import components.runtime, pathlib; components.runtime._TERMINATION_LOG = pathlib.Path({!r})\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("TargetError('prune.target=1 cannot', 'b is 2.')", "error: prune.target=1 cannot error: b is 2."),
+        ("ValueError('a\\nb s3://name:pass/word@host/x')", "error: ValueError: a b s3://name:***@host/x"),
+        ("TargetError('€' * 4000)", "error: " + "€" * ((4096 - len("error: ")) // 3)),
+    ],
+)
+def test_in_a_pod_kubernetes_is_told_why_a_task_failed(tmp_path, raised, told):
+    log = tmp_path / "termination-log"
+    log.touch()
+    code = TERMINATION.format(str(log)) + PREAMBLE + f"with task('publish'): raise {raised}"
+    process = python(code, env=POD)
+    process.communicate(timeout=60)
+    assert log.read_text() == told
+    assert len(log.read_bytes()) <= 4096
+    assert process.returncode == 1
+
+
+def test_elsewhere_nothing_is_written(tmp_path):
+    """Neither without Kubernetes nor where it has made no such file, nor where it cannot be written."""
+    there, missing = tmp_path / "termination-log", tmp_path / "missing"
+    there.touch()
+    code = PREAMBLE + "with task('publish'): raise TargetError('x')"
+    python(TERMINATION.format(str(there)) + code).communicate(timeout=60)
+    python(TERMINATION.format(str(missing)) + code, env=POD).communicate(timeout=60)
+    assert there.read_text() == ""
+    assert not missing.exists()
+    _, stderr = python(TERMINATION.format("/proc/version") + code, env=POD).communicate(timeout=60)
+    assert stderr.splitlines()[1:] == ["error: x"]
+
+
 def test_a_task_ends_when_the_local_run_that_reads_its_output_is_gone():
     code = PREAMBLE + "import time\nwith task('publish'):\n    print('up', flush=True)\n    time.sleep(60)"
     process = python(code, env={LOCAL: "1"})

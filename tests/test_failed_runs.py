@@ -111,7 +111,7 @@ def test_a_run_that_fails_says_why_in_one_line(api, recipe, what):
     tasks = [
         task("resolve-base", "Succeeded", ago=90, earlier="OOMKilled (exit code 137)"),  # then it went well
         task(place, phase_of_pod, message, ago=40, earlier="Error (exit code 9)"),
-        task("evaluate-3", "Failed", "main: Error (exit code 1)", ago=30),  # later
+        task("prepare-data", "Failed", "main: Error (exit code 1)", ago=30),  # later
         task("finalize", "Failed", "main: Error (exit code 1): error: no lease", ago=50),
     ]
     result = wait_for(api, frame("RUNNING", *tasks[:2]), frame("FAILED", *tasks))
@@ -142,6 +142,8 @@ RECORDED = {
     "cluster.components.calibrate.memory or",
     "terminated": "the run was terminated, by a person or a program.",
     "longer than its timeout": "resolve-base: it took longer than cluster.components.resolve-base.timeout (",
+    "a signal that ended a container": "phase 1 recover-train: its pod was taken away (main: Error (exit "
+    "code 143)). Submit it again",
     "too large a temporary file": "resolve-base: its temporary files are too large (Usage of EmptyDir volume",
 }
 RECORDED_WAITS = {
@@ -234,7 +236,7 @@ def test_a_run_whose_pods_were_taken_away_is_started_again(api, recipe, message)
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.split()) == 3
     assert result.stderr.count("phase 2 recover-train: its pod was taken away") == 2
-    assert "This is attempt 3 of 3:" in result.stderr
+    assert "Attempt 3 of 3:" in result.stderr
     names = [run["display_name"] for run in api.runs.values()]
     assert names == ["mine", "mine (attempt 2)", "mine (attempt 3)"]
     first, *others = api.runs.values()

@@ -336,7 +336,7 @@ def _wait(
             return
         if attempt == attempts or not ended.was_taken_away:
             raise ClusterError(f"{ended.trouble.text} {started.link}")
-        click.echo(f"{ended.trouble.text} This is attempt {attempt + 1} of {attempts}:", err=True)
+        click.echo(f"{ended.trouble.text}\nAttempt {attempt + 1} of {attempts}:", err=True)
 
 
 def _now() -> str:
