@@ -7,9 +7,16 @@ from components.decorator import component
 
 @component
 def resolve_base(
-    base_model: str, revision: str, target: str, method: str, recipe: dict, fixed: dict, job: str
-) -> NamedTuple("Outputs", run=dict, base_uri=str):
-    """Pin the base model's revision, plan the sizes of all phases and open the run."""
+    base_model: str,
+    revision: str,
+    target: str,
+    method: str,
+    recipe: dict,
+    fixed: dict,
+    job: str,
+    accelerated: list,
+) -> NamedTuple("Outputs", run=dict, base_uri=str, being_done_by=str):
+    """Pin the base model's revision, plan all phases and open the run, or say who works on it."""
     from components.runtime import task
 
     with task("resolve-base"):
@@ -23,4 +30,5 @@ def resolve_base(
             recipe=recipe,
             fixed=fixed,
             job=job,
+            accelerated=accelerated,
         )

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 from core.errors import AdaptPrunerError, full_disk
@@ -33,6 +34,10 @@ _QUIET = {
 _GC_THRESHOLD = 100_000
 
 
+_TERMINATION_LOG = Path("/dev/termination-log")
+_TERMINATION_LOG_BYTES = 4096  # the kubelet drops what is beyond
+
+
 def quiet_libraries() -> None:
     """Keep the bars of libraries out of the output, unless the environment asks for them."""
     for name, value in _QUIET.items():
@@ -44,7 +49,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """Run a step as a task: our log goes to stderr, each line with the phase and the step.
 
     A process that an error ends prints ``error: <text>`` last. A traceback comes before it unless the error
-    is one that is meant for the user.
+    is one that is meant for the user. In a pod Kubernetes is told the same.
 
     Args:
         step: The component's name, such as ``recover-train``.
@@ -74,6 +79,10 @@ def _log_to_stderr(where: str) -> Iterator[None]:
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}: %(message)s", "%H:%M:%S"))
     loggers = [logging.getLogger(name) for name in ("core", "components")]
     before = [(logger.level, logger.propagate) for logger in loggers]
+    root = logging.getLogger()
+    level_of_root = root.level
+    # kfp's executor logs at the root from INFO on, and botocore would tell each time where its keys are from.
+    root.setLevel(max(level_of_root, logging.WARNING))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -81,6 +90,7 @@ def _log_to_stderr(where: str) -> Iterator[None]:
     try:
         yield
     finally:
+        root.setLevel(level_of_root)
         for logger, (level, propagate) in zip(loggers, before, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -96,6 +106,15 @@ def _print_error(kind: type[BaseException], error: BaseException, traceback: Tra
         lines = [one_line(f"{kind.__name__}: {' '.join(str(error).split())}")]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
+    _tell_kubernetes(" ".join(f"error: {line}" for line in lines))
+
+
+def _tell_kubernetes(text: str) -> None:
+    """Write why a task has failed to where the kubelet looks: it becomes part of the state of the pod."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ and _TERMINATION_LOG.is_file():
+        content = text.encode()[:_TERMINATION_LOG_BYTES].decode(errors="ignore")
+        with contextlib.suppress(OSError):
+            _TERMINATION_LOG.write_text(content)
 
 
 def _end_with_the_run() -> None:

@@ -11,7 +11,7 @@ import fnmatch
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -30,8 +30,9 @@ from core.pointer import current_base
 from core.record import public_path
 from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
-from core.storage.manifest import MANIFEST, publish, read_manifest
+from core.storage.manifest import MANIFEST, publish, published_in, read_manifest
 from core.storage.store import join_uri
+from core.storage.transfer import verify_in_place
 from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,17 @@ def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
             "Correct the path."
         )
     files = tuple(FileEntry.of(location, path.name) for path in _belonging(location))
+    _compare_with_manifest(location, files)
     revision = Manifest(files=files).digest[:16]
     return _publish_once(store, revision, settings.base, lambda: _checked(location, settings.base)), revision
+
+
+def _compare_with_manifest(folder: Path, files: Iterable[FileEntry]) -> None:
+    """Refuse a base model that was published and is damaged."""
+    published, found = published_in(folder), {entry.path: entry for entry in files}
+    for entry in published[1].files if published else ():
+        if _is_wanted(entry.path) and found.get(entry.path) != entry:
+            verify_in_place(folder, str(folder.resolve()), [entry])
 
 
 def _publish_once(

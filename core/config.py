@@ -196,8 +196,9 @@ class CalibrationSettings:
     what goes beyond lies on disk, and what would be computed twice. ``auto`` is half of what is free."""
     pool_documents: int = 20_000
     """Documents that are tokenized at most to draw from."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format of weights and activations; gradients are summed in float32 either way."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of weights and activations; gradients are summed in float32 either way. ``auto``: what
+    the machine that begins the run computes faster in (``core.precision``), whatever machine resumes it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -245,8 +246,9 @@ class TrainingSettings:
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this l2 norm; 0 clips nothing."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
+    ``auto``: see ``calibration.precision``."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: str = "10min"
@@ -323,8 +325,8 @@ class EvaluationSettings:
     """Windows of text."""
     perplexity_length: int = 512
     """Tokens a window."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number format of the weights and activations."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the weights and activations. ``auto``: see ``calibration.precision``."""
     speed: bool = False
     """Whether publish measures how fast the result is beside the base model, in PyTorch and, where the
     package xllamacpp is installed, in llama.cpp. Takes memory for both models."""

@@ -66,7 +66,8 @@ def _overview(store: Store, run: str, files: list[StoredFile]) -> RunOverview:
     phase, last_step = _reached(run, keys, told.get("phases", 0))
     lease = read_lease(store, run)
     owner = str(lease.owner) if lease is not None and lease.is_live() else ""
-    state: State = "done" if f"{run}/DONE.json" in keys else "running" if owner else "interrupted"
+    done = {f"{run}/DONE.json", f"{run}/final/{MANIFEST}"} <= keys
+    state: State = "done" if done else "running" if owner else "interrupted"
     return RunOverview(
         key=run.removeprefix("runs/"),
         state=state if told else "damaged",

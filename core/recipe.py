@@ -18,9 +18,7 @@ import yaml
 
 from core.config import Settings
 from core.errors import SettingsError, refuse
-
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""What PyYAML raises: also what Python does of a date such as 2026-02-30, of too many digits or brackets."""
+from core.includes import NOT_YAML, load_yaml, read_recipe
 
 
 def settings_from_dict(data: Mapping[str, Any]) -> Settings:
@@ -40,20 +38,26 @@ def settings_from_dict(data: Mapping[str, Any]) -> Settings:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
-
-    A recipe may name one other file, relative to itself, under ``include:``. Its settings are taken where the
-    recipe says nothing: sections are merged, lists and single values replaced.
+    """Read a recipe with what it includes, and apply ``section.key=value`` overrides (values are YAML).
 
     Raises:
-        SettingsError: If a file is missing, is not YAML, or holds wrong settings.
+        SettingsError: If a file is missing, is not YAML, or holds wrong settings. What an included file sets
+            wrongly is told with that file's name.
     """
-    data = _read(path)
-    if "include" in data:
-        data = _merge(_read_included(path, data.pop("include")), data)
+    files = read_recipe(path)
+    data, own, problems = files.merged(), dict[str, Any](), list[str]()
     for override in overrides:
-        _override(data, override)
-    return settings_from_dict(data)
+        try:
+            _override(data, override)
+            _override(own, override)
+        except SettingsError as error:
+            problems.extend(error.problems)
+    try:
+        settings = settings_from_dict(data)
+    except SettingsError as error:
+        problems.extend(files.located(problem, own) for problem in error.problems)
+    refuse(problems)
+    return settings
 
 
 def with_fixed(recipe: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,40 +90,6 @@ def with_fixed(recipe: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]]
     return result
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingsError(
-            [f"recipe {path} cannot be read ({error.strerror}). Give the path of a YAML file."]
-        ) from None
-    except _NOT_YAML as error:
-        raise SettingsError(
-            [f"recipe {path} is not valid YAML: {' '.join(str(error).split())}. Correct it there."]
-        ) from None
-    if not isinstance(data, dict):
-        raise SettingsError([f"recipe {path} must be a mapping of sections such as model: and prune:."])
-    return data
-
-
-def _read_included(path: Path, name: Any) -> dict[str, Any]:
-    if not isinstance(name, str):
-        raise SettingsError([f"include={name!r} in recipe {path} must be one file, relative to the recipe."])
-    data = _read(path.parent / name)
-    if "include" in data:
-        raise SettingsError([f"recipe {path.parent / name} is included, so it cannot include another file."])
-    return data
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``above`` over ``below``; mappings that both hold are merged in turn."""
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merge(below[key], above[key])
-    return merged
-
-
 def _override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -131,10 +101,10 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise SettingsError([f"--set {override}: {section} is not a section."])
         data = inner
     try:
-        data[key] = yaml.safe_load(text) if text else ""  # YAML's empty value would be null
+        data[key] = load_yaml(text) if text else ""  # YAML's empty value would be null
     except yaml.YAMLError:
         data[key] = text
-    except _NOT_YAML as error:
+    except NOT_YAML as error:
         raise SettingsError(
             [f"--set {name}={text[:100]} cannot be read: {error}. Correct it, or put text in quotes."]
         ) from None

@@ -96,6 +96,8 @@ class RunRecord:
     """Resolved revision of the base model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings, as a recipe holds them."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Section whose precision was ``auto`` to what its number format follows from."""
     phases: tuple[PhaseRecord, ...] = ()
     """Phase 0 (dense) first, then those that are done, in order."""
     checkpoint_uri: str = ""
@@ -140,8 +142,8 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
 
 
-def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", error: bool = True) -> str:
-    """Write a share as percent, with ``unit`` and ± its standard error, and any other value as it is."""
+def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = " %", error: bool = True) -> str:
+    """Write a task's metric: a share in percent, ± its standard error, and any other value as it is."""
     values = {name.split(",")[0]: value for name, value in metrics.items()}
     value, deviation = values.get(metric), values.get(f"{metric}_stderr")
     if value is None:

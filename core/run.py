@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.config import Settings
@@ -13,6 +13,7 @@ from core.model.shape import LayerShape, ModelShape
 from core.recipe import settings_from_dict
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
+from core.storage.manifest import MANIFEST
 from core.storage.owner import Owner
 from core.storage.store import join_uri, open_store
 from core.untrusted import parse_object
@@ -33,6 +34,7 @@ class Run:
         dense: Sizes of the base model.
         phase_params: Parameters that each phase ends at.
         job: The execution that asks; of no concern to ``run.json``.
+        chosen: Section whose precision was ``auto`` to what its number format follows from.
     """
 
     store: str
@@ -43,6 +45,7 @@ class Run:
     dense: ModelShape
     phase_params: tuple[int, ...]
     job: str
+    chosen: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def key_of(revision: str, settings: Settings) -> str:
@@ -84,6 +87,7 @@ class Run:
                 ),
                 phase_params=params,
                 job=str(handle.get("job", "")),
+                chosen={str(name): str(text) for name, text in data.get("chosen", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:
             said = " ".join(str(error).split())[:300].rstrip(".")
@@ -91,8 +95,9 @@ class Run:
 
     @staticmethod
     def is_done(handle: Mapping[str, Any]) -> bool:
-        """Return whether the run that tasks were handed has been published."""
-        return open_store(str(handle["store"])).exists(f"runs/{handle['key']}/DONE.json")
+        """Return whether the run that tasks were handed has been published, and still is."""
+        store, run = open_store(str(handle["store"])), f"runs/{handle['key']}"
+        return all(store.exists(f"{run}/{file}") for file in ("DONE.json", f"final/{MANIFEST}"))
 
     def save(self) -> None:
         """Write ``run.json``.

@@ -24,9 +24,10 @@ from components.publish import publish
 from components.recover_train import recover_train
 from components.resolve_base import resolve_base
 from components.score_layers import score_layers
+from core.cluster import ComponentName
 from core.config import Settings
 from core.errors import SettingsError
-from pipelines.cluster import configure
+from pipelines.cluster import PHASE_OF_NESTED, configure
 from pipelines.ir import (
     LARGEST_WORKFLOW_BYTES,
     Document,
@@ -49,7 +50,7 @@ _FIXED = (("prune", "phases"), ("prune", "steps_per_phase"), ("evaluation", "spe
 """What the compiled pipeline depends on: how many tasks there are, and which of them get accelerators."""
 
 Place = Callable[..., dsl.PipelineTask]
-"""Configures a task for the cluster: ``place(task, gpu=True)``."""
+"""Configures a task for the cluster: ``place(task, gpu=True, phase=1)``."""
 
 
 def compile_pipeline(settings: Settings, output: Path) -> None:
@@ -106,7 +107,8 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
         What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
     """
     phases = phases or settings.prune.phases
-    place = _place_here if local else functools.partial(configure, settings=settings.cluster)
+    on_cluster = functools.partial(configure, settings=settings.cluster, recipe=settings.name)
+    place = _place_here if local else on_cluster
     phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
 
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
@@ -138,9 +140,11 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
                 recipe=recipe,
                 fixed=fixed_settings(settings, phases),
                 job=job,
+                accelerated=[] if local else accelerated_sections(settings),
             )
             place(resolved, gpu=False)
-            needed = place(needs_run(run=resolved.outputs["run"]), gpu=False)
+            opened = {name: resolved.outputs[name] for name in ("run", "being_done_by")}
+            needed = place(needs_run(**opened), gpu=False)
             with dsl.If(needed.output == True, name="not done yet"):  # noqa: E712 (evaluated by the cluster)
                 _prune_and_train(
                     resolved,
@@ -154,7 +158,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     return adapt_pruner
 
 
-def _place_here(task: dsl.PipelineTask, *, gpu: bool) -> dsl.PipelineTask:
+def _place_here(task: dsl.PipelineTask, *, gpu: bool, phase: int | str = "") -> dsl.PipelineTask:
     """Leave a task as it is, but for caching: this machine is all it gets."""
     return task.set_caching_options(False)
 
@@ -185,6 +189,20 @@ def fixed_settings(settings: Settings, phases: int) -> dict[str, dict[str, Any]]
     return fixed
 
 
+def accelerated_sections(settings: Settings) -> list[str]:
+    """Return the sections of a recipe whose tasks get accelerators on the cluster."""
+    components: dict[str, ComponentName] = {
+        "calibration": "calibrate",
+        "training": "recover-train",
+        "evaluation": "evaluate",
+    }
+    return [
+        section
+        for section, component in components.items()
+        if settings.cluster.gpus_of(component, gpu_task=True)
+    ]
+
+
 def _prune_and_train(
     resolved: dsl.PipelineTask,
     phases: int,
@@ -202,7 +220,7 @@ def _prune_and_train(
     def measure(phase: int) -> dsl.PipelineTask:
         task = evaluate(run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri)
         name = f"evaluate phase {phase:0{digits}}" if phase else "evaluate dense model"
-        return place(task, gpu=True).set_display_name(name)
+        return place(task, gpu=True, phase=phase).set_display_name(name)
 
     evaluations = [measure(0)]
     for phase in range(1, phases + 1):
@@ -223,16 +241,16 @@ def _build_phase(place: Place, *, gpu_scoring: bool) -> BaseComponent:
         """Prune a little, then train a little."""
         common = {"run": run, "phase": phase}
         measured = calibrate(checkpoint_uri=checkpoint_uri, data_uri=data_uri, **common)
-        place(measured, gpu=True)
+        place(measured, gpu=True, phase=PHASE_OF_NESTED)
         statistics = measured.outputs["statistics"]
         planned = score_layers(
             checkpoint_uri=checkpoint_uri, data_uri=data_uri, statistics=statistics, **common
         )
-        place(planned, gpu=gpu_scoring)
+        place(planned, gpu=gpu_scoring, phase=PHASE_OF_NESTED)
         pruned = prune_step(checkpoint_uri=checkpoint_uri, plan=planned.outputs["plan"], **common)
-        place(pruned, gpu=False)
+        place(pruned, gpu=False, phase=PHASE_OF_NESTED)
         recovered = recover_train(checkpoint_uri=pruned.outputs["Output"], data_uri=data_uri, **common)
-        place(recovered, gpu=True)
+        place(recovered, gpu=True, phase=PHASE_OF_NESTED)
         return recovered.outputs["Output"]
 
     return phase_pipeline

@@ -1,4 +1,6 @@
-"""What a task needs on a Kubernetes cluster: image, resources, volumes, credentials, retries."""
+"""What a task needs on a Kubernetes cluster: image, resources, volumes, credentials, retries, labels."""
+
+import re
 
 from kfp import dsl, kubernetes
 
@@ -20,17 +22,30 @@ CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")
 SCRATCH = "/scratch"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
+COMPONENT_LABEL, PHASE_LABEL, RECIPE_LABEL = (
+    f"adapt-pruner/{name}" for name in ("component", "phase", "recipe")
+)
+PHASE_OF_NESTED = "{{=split(tasks.name + '-1', '-')[1]}}"
+"""Value of a label that Argo replaces by the phase: the nested pipelines of the phases are its tasks phase,
+phase-2, phase-3. KFP has no labels that differ between tasks of one definition, and a definition of its own
+for each task of each phase doubles the workflow: 20 phases would not fit into what Argo can store. Single
+quotes, as it stands in JSON within JSON."""
+
 _GROUP = 0  # of the image's home folder
 _BACKOFF_FACTOR = 2.0
 
 
-def configure(task: dsl.PipelineTask, settings: ClusterSettings, *, gpu: bool) -> dsl.PipelineTask:
+def configure(
+    task: dsl.PipelineTask, settings: ClusterSettings, *, recipe: str, gpu: bool, phase: int | str = ""
+) -> dsl.PipelineTask:
     """Give a task all that its pods need, and switch its caching off.
 
     Args:
         task: A task of one of our components.
         settings: The recipe's ``cluster`` section.
+        recipe: The recipe's name.
         gpu: Whether the task computes on accelerators.
+        phase: The phase, 0 for the dense model, or ``PHASE_OF_NESTED``; "" for a task that runs once.
 
     Returns:
         The same task.
@@ -44,8 +59,21 @@ def configure(task: dsl.PipelineTask, settings: ClusterSettings, *, gpu: bool) -
     _set_environment(task, settings)
     _set_attempts(task, settings)
     _set_identity(task, settings)
+    _set_labels(task, {COMPONENT_LABEL: component, PHASE_LABEL: str(phase), RECIPE_LABEL: label_of(recipe)})
     # A cached output would name a checkpoint that nobody has looked for. Steps find their own publications.
     return task.set_container_image(settings.image).set_caching_options(False)
+
+
+def label_of(name: str) -> str:
+    """Return a name as the value of a label: at most 63 letters, digits, hyphens, underscores and dots."""
+    return re.sub("[^A-Za-z0-9._-]+", "-", name).strip("-_.")[:63].strip("-_.")
+
+
+def _set_labels(task: dsl.PipelineTask, labels: dict[str, str]) -> None:
+    """Label the pods, which are all called alike, so that ``kubectl`` finds them."""
+    for key, value in labels.items():
+        if value:
+            kubernetes.add_pod_label(task, key, value)
 
 
 def _set_resources(task: dsl.PipelineTask, settings: ClusterSettings, gpus: int) -> None:

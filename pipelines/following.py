@@ -1,59 +1,48 @@
-"""Following a run on a cluster: how its tasks get on, and in one line why it cannot go on.
+"""Following a run on a cluster: how its tasks get on, and in one line why it waits or has failed.
 
-The API of Kubeflow Pipelines tells the state of each task, and mostly not why: a task whose image cannot be
-pulled stands as running for ever. Why is looked for wherever it may stand: with the tasks, with Argo's pods.
+The state of the run is that of the API; all else is read from Argo's workflow (see ``workflow.py``).
 """
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ClusterError
 from core.record import seconds_text
 from pipelines.kfp_access import QUOTA, Client, explain, is_passing, one_line, quiet, quota_advice
-from pipelines.pods import Pod, troubled_pods
+from pipelines.workflow import FAILED, TaskState, Workflow, read_workflow
 
 _ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
-_WAITS = {"", "PENDING", "RUNNING", "RUNTIME_STATE_UNSPECIFIED"}
 _TRIES = 8
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_SLOW_S = 30.0
-"""After so long a pod that waits is asked why."""
-_LATE_S = 300.0
-_PENDING = (
-    "it has waited for over five minutes, and the API does not say why. See `kubectl describe pod`: mostly "
-    "an image that cannot be pulled, no node with room, a quota, or a queue that has not admitted it."
-)
+_SLOW_S, _LATE_S = 30.0, 300.0
+"""How long a pod may wait before its reason is told, and before one without a reason is."""
 
-_NAMELESS = "a task"
-_IMAGE = "ImagePull|ErrImage|InvalidImageName|pull access denied|manifest unknown|failed to pull"
-_NODES = "Unschedulable|nodes are available|Insufficient|FailedScheduling"
+_RESUMES = "Submit it again: it resumes where it stopped"
 _CAUSES: tuple[tuple[str, str, str], ...] = (
-    # what is said, what that is, what to do
+    # Argo's reason, what that is, and what to do; {own} is where the task's settings are
     (
-        _IMAGE,
+        "ImagePull|ErrImage|InvalidImageName|pull access denied|manifest unknown|failed to pull",
         "its image cannot be pulled",
         "Correct cluster.image, push it, or give the namespace's service account the registry's secret.",
     ),
-    (QUOTA.pattern, "a quota is used up", quota_advice()),
+    (QUOTA.pattern, "a quota is used up", quota_advice("{own}")),
     (
-        _NODES,
+        "Unschedulable|nodes are available|Insufficient|FailedScheduling",
         "no node has room for it",
-        "Lower cluster.gpus, cluster.cpu or cluster.memory, correct cluster.gpu_type, or add nodes.",
+        "Lower {own}.gpus, {own}.cpu or {own}.memory, correct {own}.gpu_type, or add nodes.",
     ),
     (
         "OOMKilled|exit code:? ?137|out of memory",
         "it ran out of memory",
-        "Raise cluster.memory or lower micro_batch; submitted again, the run goes on where it stopped.",
+        "Raise {own}.memory or lower micro_batch, and submit it again: it resumes where it stopped.",
     ),
     (
         "SchedulingGated|scheduling gate",
         "Kueue has not admitted it",
-        "Wait, or look at the queue that cluster.queue names: is it there, has it room?",
+        "Wait, or look at the queue that {own}.queue names: is it there, has it room?",
     ),
     (
         "CreateContainerConfigError",
@@ -61,24 +50,32 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "Build the image from docker/Dockerfile, and let cluster.run_as_user be a number other than 0.",
     ),
     (
-        "Evicted|Preempt|pod deleted|low on resource|node (was )?(lost|shut)|imminent node",
-        "its node took it away",
-        "Submit it again: the run goes on where it stopped.",
+        "DeadlineExceeded|longer than the specified deadline|exceeded its deadline",
+        "it took longer than {own}.timeout",
+        "Raise that, and submit it again: it resumes where it stopped.",
+    ),
+    (
+        "EmptyDir|exceed.*ephemeral",
+        "its temporary files are too large",
+        "Raise {own}.scratch, or {own}.shared_memory if that volume is named.",
+    ),
+    (
+        "pod deleted|exit code:? ?143|Evict|Preempt|low on resource|imminent node|unresponsive|NodeLost",
+        "its pod was taken away",
+        f"{_RESUMES}, as --attempts does by itself.",
     ),
 )
+_IMAGE, _TAKEN = _CAUSES[0][1], _CAUSES[-1][1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskState:
-    """A task of a run, as the API tells of it."""
+class Trouble:
+    """Why a run waits or has failed."""
 
-    name: str
-    state: str
-    """Of the API's states; "" if there is none yet."""
-    reason: str = ""
-    """What is said of why it is in that state."""
-    seconds: float = 0.0
-    """How long it took, or has taken so far."""
+    about: str
+    """The task and what that is: while a run waits, the words for it may change."""
+    text: str
+    """All of it in one line, with what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +83,13 @@ class Progress:
     """A run at one time."""
 
     state: str
-    tasks: tuple[TaskState, ...]
-    """Those that there are so far, in the order of their start."""
-    trouble: str = ""
-    """Why it waits or has failed, and what to do; "" if nothing is known."""
+    """Of the API's states."""
+    workflow: Workflow | None
+    """None where the server does not give it."""
+    trouble: Trouble | None = None
+    """None if nothing is known."""
+    was_taken_away: bool = False
+    """Whether it has failed for lost pods alone, and may be started again."""
 
     @property
     def has_ended(self) -> bool:
@@ -107,6 +107,8 @@ class Patience:
     """Between two questions."""
     image_s: float = 300.0
     """For an image that cannot be pulled: a registry may come back."""
+    since: float = field(default_factory=time.monotonic)
+    """When the waiting began."""
 
 
 def follow(
@@ -132,31 +134,34 @@ def follow(
         ClusterError: If the cluster cannot be asked any more, an image cannot be pulled, or time is up. The
             run goes on then.
     """
-    started, stuck_since = time.monotonic(), None
+    stuck_since = None
     while True:
-        progress = _progress(client, run_id, tasks, patience)
+        run, manifest = _ask(client, run_id, patience)
+        progress = _progress(run, None if manifest is None else read_workflow(manifest, tasks))
         show(progress)
         if progress.has_ended:
             return progress
-        now = time.monotonic()
-        stuck_since = (stuck_since or now) if _IMAGE_TROUBLE in progress.trouble else None
-        if stuck_since is not None and now - stuck_since >= patience.image_s:
-            raise ClusterError(f"{progress.trouble} The run waits: {client.link('runs', run_id)}")
-        if patience.timeout_s and now - started >= patience.timeout_s:
+        now, trouble = time.monotonic(), progress.trouble
+        stuck_since = (stuck_since or now) if trouble and trouble.about.endswith(_IMAGE) else None
+        if trouble and stuck_since is not None and now - stuck_since >= patience.image_s:
+            raise ClusterError(f"{trouble.text} The run waits: {client.link('runs', run_id)}")
+        if patience.timeout_s and now - patience.since >= patience.timeout_s:
             raise ClusterError(
                 f"--timeout: the run has not ended in {seconds_text(patience.timeout_s)}, and goes on. "
                 f"Follow it at {client.link('runs', run_id)}"
             )
-        left = started + patience.timeout_s - now if patience.timeout_s else patience.poll_s
+        left = patience.since + patience.timeout_s - now if patience.timeout_s else patience.poll_s
         time.sleep(min(patience.poll_s, left))
 
 
-def _ask(client: Client, run_id: str, patience: Patience) -> Any:
-    """Return the run; what passes is waited for, longer each time."""
+def _ask(client: Client, run_id: str, patience: Patience) -> tuple[Any, dict[str, Any] | None]:
+    """Return the run and Argo's workflow; what passes is waited for, longer each time."""
+    run = None
     for attempt in range(_TRIES):
         try:
             with quiet():
-                return client.get_run(run_id)
+                run = client.get_run(run_id)
+                return run, client.workflow(run_id)
         except ClusterError as error:
             problem: str = str(error)
         except Exception as error:
@@ -166,97 +171,63 @@ def _ask(client: Client, run_id: str, patience: Patience) -> Any:
                 time.sleep(min(_LONGEST_PAUSE_S, pause))
                 continue
         break
+    if run is not None:
+        return run, None  # the older API is the one that is not there
     raise ClusterError(f"{problem} The run goes on: {client.link('runs', run_id)}")
 
 
-def _progress(client: Client, run_id: str, tasks: Mapping[str, str], patience: Patience) -> Progress:
-    """Ask for a run, and for its pods where it waits or has failed."""
-    run = _ask(client, run_id, patience)
-    details = list((run.run_details and run.run_details.task_details) or ())
-    details.sort(key=lambda detail: (_when(detail.create_time), _when(detail.start_time)))
-    states = tuple(_states(details, tasks))
-    slow = any(detail.state == "PENDING" and _seconds(detail) > _SLOW_S for detail in details)
-    pods: list[Pod] = []
-    if slow or run.state == "FAILED":
-        with quiet():
-            pods = troubled_pods(client, run_id, tasks)
-    return Progress(state=str(run.state or ""), tasks=states, trouble=_trouble(run, details, states, pods))
+def _progress(run: Any, workflow: Workflow | None) -> Progress:
+    state, found = str(run.state or ""), workflow or Workflow()
+    was_terminated = found.was_terminated or any(
+        past.state in ("CANCELING", "CANCELED") for past in run.state_history or ()
+    )
+    if state not in _ENDED:
+        trouble = None if was_terminated else _why_it_waits(found)
+        return Progress(state=state, workflow=workflow, trouble=trouble)
+    if state == "CANCELED" or (state == "FAILED" and was_terminated):
+        text = f"the run was terminated, by a person or a program. {_RESUMES}."
+        return Progress(state=state, workflow=workflow, trouble=Trouble(about="terminated", text=text))
+    if state != "FAILED":
+        return Progress(state=state, workflow=workflow)
+    # finalize runs whatever has failed before it, and may fail for the same reason
+    failed = sorted((t for t in found.tasks + found.drivers if t.phase in FAILED), key=_order_of_failure)
+    failed = [task for task in failed if "finalize" not in task.name] or failed
+    troubles = [_explained(task) for task in failed]
+    if not troubles:
+        said = found.message or one_line((run.error and run.error.message) or "")
+        text = f"the run failed{said and ': '}{said}. Its log is in the UI."
+        troubles = [Trouble(about="the run", text=text)]
+    taken = all(trouble.about.endswith(_TAKEN) for trouble in troubles)
+    return Progress(state=state, workflow=workflow, trouble=troubles[0], was_taken_away=taken)
 
 
-def _states(details: list[Any], tasks: Mapping[str, str]) -> Iterator[TaskState]:
-    """Yield the tasks of the pipeline, without drivers, executors and groups.
-
-    The API does not say to which phase a task belongs. Phases come one after another: the n-th task of a name
-    is that of phase n.
-    """
-    counts = Counter[str]()
-    by_shown = {shown: name for name, shown in tasks.items()}
-    for detail in details:
-        name = by_shown.get(detail.display_name, detail.display_name)
-        if name not in tasks:
-            continue
-        counts[name] += 1
-        yield TaskState(
-            name=tasks[name].format(counts[name]),
-            state=str(detail.state or ""),
-            reason=_reason(detail),
-            seconds=_seconds(detail),
-        )
+def _order_of_failure(task: TaskState) -> tuple[float, float]:
+    return task.finished, task.started
 
 
-def _when(moment: datetime | None) -> float:
-    """Return a time in seconds since 1970; 0 for none, which the API writes as the year 1."""
-    return max(moment.timestamp(), 0.0) if moment else 0.0
+def _why_it_waits(workflow: Workflow) -> Trouble | None:
+    waiting = [task for task in workflow.tasks + workflow.drivers if task.phase == "Pending"]
+    slow = [task for task in waiting if time.time() - task.started > _SLOW_S]
+    for task in slow:
+        if _cause(task.message):
+            return _explained(task)
+    for task in slow:
+        if time.time() - task.started > _LATE_S:
+            about = f"{task.name} has waited for over five minutes"
+            said = f" ({task.message})" if task.message else ""
+            return Trouble(about=about, text=f"{about}{said}. See `kubectl describe pod`.")
+    return None
 
 
-def _seconds(detail: Any) -> float:
-    begin = _when(detail.start_time) or _when(detail.create_time)
-    return max((_when(detail.end_time) or time.time()) - begin, 0.0) if begin else 0.0
-
-
-def _reason(detail: Any) -> str:
-    """Return what is said of a task or run: beside it, or in its history."""
-    history = list(detail.state_history or ())
-    if detail.state != "FAILED":
-        history = history[-1:]  # what a task has waited for before is over
-    found = [detail.error] + [status.error for status in reversed(history)]
-    return next((one_line(error.message) for error in found if error and error.message), "")
-
-
-def _trouble(run: Any, details: list[Any], states: tuple[TaskState, ...], pods: list[Pod]) -> str:
-    """Return in one line why a run waits or has failed, and what to do."""
-    failed = run.state == "FAILED"
-    wanted = {"FAILED"} if failed else _WAITS
-    said = [(task.name, task.reason) for task in states if task.state in wanted]
-    # What stands for a pod, whose name says nothing: a task's driver, and its executor.
-    said += [(_task_of(detail), _reason(detail)) for detail in details if (detail.state or "") in wanted]
-    done = {task.name for task in states if task.state in ("SUCCEEDED", "SKIPPED")}  # at a later attempt
-    said += [
-        (pod.task or "a task", pod.message) for pod in pods if pod.failed == failed and pod.task not in done
-    ]
-    said.append(("the run", _reason(run)))
-    for name, reason in said:
-        if cause := _cause(reason):
-            return f"{name}: {cause[0]} ({reason}). {cause[1]}"
-    if run.state == "CANCELED":
-        return "the run was cancelled. Submit it again: it goes on where it stopped."
-    if not failed:
-        late = [detail for detail in details if detail.state == "PENDING" and _seconds(detail) > _LATE_S]
-        return f"{_waiting(late[0], states)}: {_PENDING}" if late else ""
-    name, reason = next((each for each in said if each[1]), said[0])
-    return f"{name} failed{f': {reason}' if reason else ''}. Its log is in the UI."
-
-
-def _waiting(detail: Any, states: tuple[TaskState, ...]) -> str:
-    """Return whose pod it is that waits: its own name, or that of the tasks that seem to run."""
-    name = _task_of(detail)
-    running = [task.name for task in states if task.state == "RUNNING"]
-    return name if name != _NAMELESS or not running else " or ".join(running)
-
-
-def _task_of(detail: Any) -> str:
-    name = str(detail.display_name or _NAMELESS)
-    return _NAMELESS if name.startswith("executor") else one_line(name.removesuffix("-driver"), 60)
+def _explained(task: TaskState) -> Trouble:
+    """Return why a task waits or has failed: by Kubernetes' words, or by the last line of its own log."""
+    how, error, own_words = task.message.partition("error: ")
+    if cause := _cause(how if error else task.message):
+        what, advice = (text.format(own=task.settings) for text in cause)
+        about = f"{task.name}: {what}"
+        return Trouble(about=about, text=f"{about} ({one_line(task.message, 400)}). {advice}")
+    text = f"{task.name} failed: {own_words}." if own_words else f"{task.name} failed: {task.message}."
+    return Trouble(about=task.name, text=text if own_words else f"{text} Its log is in the UI.")
 
 
 def _cause(reason: str) -> tuple[str, str] | None:
@@ -264,6 +235,3 @@ def _cause(reason: str) -> tuple[str, str] | None:
         if re.search(pattern, reason, re.IGNORECASE):
             return what, advice
     return None
-
-
-_IMAGE_TROUBLE = _CAUSES[0][1]

@@ -91,8 +91,9 @@ def workflow_bytes(pipeline: Document, platform: Document) -> int:
     Argo stores the specification as it is, and the status, once the whole is too large, with its nodes as
     base64 of gzip. So this writes both as KFP's and Argo's sources do, with stand-ins for names and times:
 
-    * Specification: every component, container and Kubernetes configuration once, as text; a driver and an
-      executor for each task of each DAG, with the task's definition as text.
+    * Specification: every DAG, Kubernetes configuration and container, with its component, once as text;
+      containers that are equal are one. A driver and an executor for each task of each DAG, with the task's
+      definition as text.
     * Status: four nodes a task that runs in a container (driver, executor, retries, attempt) and two a DAG
       task. A node repeats its inputs with all placeholders replaced: the driver's component, container and
       configuration, and thrice the pod's patch, which is made of them.
@@ -104,9 +105,15 @@ def workflow_bytes(pipeline: Document, platform: Document) -> int:
     """
     executors = pipeline["deploymentSpec"]["executors"]
     configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    texts = [pipeline["root"], *pipeline["components"].values()]
-    texts += [executor["container"] for executor in executors.values()] + list(configs.values())
-    specification = [{"name": f"components-{_HASH}", "value": _text(part)} for part in texts]
+    components = pipeline["components"].values()
+    tasks = {
+        _text(executors[component["executorLabel"]]["container"]): _text(component)
+        for component in components
+        if "executorLabel" in component
+    }
+    dags = [pipeline["root"], *(component for component in components if "dag" in component)]
+    texts = [*map(_text, dags), *tasks.keys(), *tasks.values(), *map(_text, configs.values())]
+    specification = [{"name": f"components-{_HASH}", "value": text} for text in texts]
     specification += [entry for dag in _dags(pipeline) for entry in _template_tasks(dag)]
     nodes = sorted(_nodes(pipeline, platform, pipeline["root"], "root"), key=lambda node: node["id"])
     status = base64.b64encode(gzip.compress(_text(nodes).encode(), compresslevel=6, mtime=0))

@@ -104,26 +104,24 @@ class Client(kfp_client.Client):
             return f"{id_} (set KF_PIPELINES_UI_ENDPOINT for a link)"
         return f"{self._get_url_prefix()}/#/{kind}/details/{id_}"
 
-    def workflow(self, run_id: str) -> dict[str, Any]:
-        """Return a run as Argo sees it, by the older API; nothing where the server does not give it."""
+    def workflow(self, run_id: str) -> dict[str, Any] | None:
+        """Return a run as Argo sees it, by the older API; None where that gives none."""
+        answer = self._run_api.api_client.call_api(
+            "/apis/v1beta1/runs/{run_id}",
+            "GET",
+            path_params={"run_id": run_id},
+            header_params={"Accept": "application/json"},
+            response_type="object",
+            auth_settings=["Bearer"],
+            _return_http_data_only=True,
+        )
         try:
-            answer = self._run_api.api_client.call_api(
-                "/apis/v1beta1/runs/{run_id}",
-                "GET",
-                path_params={"run_id": run_id},
-                header_params={"Accept": "application/json"},
-                response_type="object",
-                auth_settings=["Bearer"],
-                _return_http_data_only=True,
-            )
             workflow = json.loads(answer["pipeline_runtime"]["workflow_manifest"])
-            status = workflow["status"]
-            if packed := status.get("compressedNodes"):  # Argo's way with a large status
+            status = workflow.get("status") or {}  # there is none before Argo has seen it
+            if packed := status.get("compressedNodes"):  # Argo's way once the whole is over 1 MiB
                 status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
-        except (kfp_server_api.ApiException, exceptions.HTTPError, ClusterError):
-            return {}  # who asks for the run itself will hear of it
         except (LookupError, TypeError, AttributeError, ValueError, EOFError, OSError, zlib.error):
-            return {}
+            return None
         return dict(workflow)
 
     def place(self) -> str:
@@ -253,12 +251,10 @@ def _explain_answer(error: kfp_server_api.ApiException, host: str) -> str:
     return f"{host} answers {error.status} ({said}). Look at its server, and try again later."
 
 
-def quota_advice() -> str:
-    """Return what to do where a quota is used up."""
-    return (
-        "Wait for other runs to end, ask for a larger quota, or lower cluster.gpus, cluster.cpu and "
-        "cluster.memory."
-    )
+def quota_advice(own: str = "cluster") -> str:
+    """Return what to do where a quota is used up, by the settings under ``own``."""
+    names = f"{own}.gpus, {own}.cpu and {own}.memory"
+    return f"Wait for other runs to end, ask for a larger quota, or lower {names}."
 
 
 def _message(error: kfp_server_api.ApiException) -> tuple[str, bool]:

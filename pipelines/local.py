@@ -22,7 +22,8 @@ from core.config import Settings
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.record import RunRecord
 from core.run import Run
-from core.storage.manifest import fetch
+from core.steps.once import CARD
+from core.storage.manifest import fetch, read_manifest, verify_folder
 from core.storage.owner import LOCAL
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
@@ -94,7 +95,7 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     """Return what a finished run has measured.
 
     ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads
-    to its checkpoint and ``output/base`` to the model that it was made of.
+    to its checkpoint, which is verified, and ``output/base`` to the model that it was made of.
 
     Args:
         handle: The run's handle.
@@ -103,10 +104,14 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     run = Run.load(handle)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         folder = fetch(run.uri("final"), Path(scratch), only=["report.html", "record.json"])
+        is_local = folder != Path(scratch)
+        if is_local:  # links will lead there
+            verify_folder(folder, may_differ=(CARD,))
         shutil.copyfile(folder / "report.html", output / "report.html")
         record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
-        _link(output / "model", folder if folder != Path(scratch) else None)
-    _link(output / "base", open_store(run.base_uri).local_path(""))
+        _link(output / "model", folder if is_local else None)
+    base = read_manifest(run.base_uri)
+    _link(output / "base", open_store(run.base_uri).local_path(base.folder if base else ""))
     return record
 
 

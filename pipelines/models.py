@@ -15,27 +15,40 @@ from core.config import EvaluationSettings
 from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
-from core.model.build import load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.export.hub_files import CARD
+from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.precision import choose_precision, resolved, warn_if_emulated
 from core.record import SpeedRecord, perplexity_text
-from core.storage.manifest import fetch
+from core.storage.manifest import fetch, published_in, verify_folder
 from core.tracking.report import speed_rows
 from core.training.mixture import write_perplexity_windows
 from core.untrusted import foreign_errors
 
 
 @contextlib.contextmanager
-def local_checkpoint(model: str, only: Sequence[str] | None = None) -> Iterator[Path]:
+def local_checkpoint(model: str, *, only: Sequence[str] | None = None, verify: bool = True) -> Iterator[Path]:
     """Give the folder of a checkpoint; a published one is verified, one that is elsewhere fetched first.
 
     Args:
-        model: A folder, or the URI of a publication.
-        only: Files that are needed; None for all.
+        model: A folder, which is verified whole if it is a publication, less the model card: that may have
+            been edited. Or the URI of a publication.
+        only: Files that are fetched of a URI; None for all.
+        verify: Whether a folder is verified here.
     """
     if "://" not in model:
-        yield Path(model)
+        yield verify_folder(Path(model), may_differ=(CARD,)) if verify else Path(model)
         return
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         yield fetch(model, Path(scratch), only=only)
+
+
+def verified_text(directory: Path) -> str:
+    """Return what ``local_checkpoint`` has compared of a folder; "" if it is no publication."""
+    published = published_in(directory)
+    if published is None:
+        return ""
+    manifest = published[1]
+    return f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:,.1f} MB: as the manifest says (sha256)"
 
 
 def layer_table(directory: Path) -> Table:
@@ -57,7 +70,9 @@ def layer_table(directory: Path) -> Table:
 def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     """Measure a checkpoint as a run measures its phases, and return the figures."""
     device = pick_device()
-    model = load_model(directory, dtype=getattr(torch, settings.precision), device=device)
+    settings = resolved(settings, lambda: choose_precision(device))
+    warn_if_emulated("evaluation", settings.precision, device)
+    model = load_model(directory, dtype=dtype_of(settings.precision), device=device)
     tokenizer = load_tokenizer(directory)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")

@@ -1,5 +1,6 @@
 """What a person sees of a run on a cluster: lines of what started and ended; on a terminal, what runs."""
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -9,19 +10,22 @@ from rich.table import Table
 from rich.text import Text
 
 from core.record import seconds_text
-from pipelines.following import Progress, TaskState
+from pipelines.following import Progress
+from pipelines.workflow import FAILED, TaskState
 
-_SAYS = {
-    "": "waits",
-    "RUNTIME_STATE_UNSPECIFIED": "waits",
-    "PENDING": "waits",
-    "RUNNING": "started",
-    "CANCELING": "is being cancelled",
-    "CANCELED": "cancelled",
-    "PAUSED": "paused",
+_SAYS = {"Pending": "waits", "Running": "started"}
+_STYLES = {"Failed": "red", "Error": "red", "FAILED": "red", "Skipped": "dim"}
+_NO_WORKFLOW = (
+    "Kubeflow Pipelines does not serve its older API (v1beta1) here: only the state of the run is shown. Its "
+    "tasks are in the UI."
+)
+_RETRIES = {
+    # Argo's policy to what it means
+    "OnFailure": "tasks that fail are tried again, cluster.retries times; a deleted pod ends the run",
+    "OnError": "deleted pods are tried again; tasks that fail are not, whatever cluster.retries says",
+    "Always": "tasks that fail and deleted pods are tried again, cluster.retries times",
+    "OnTransientError": "what Argo takes for a passing error is tried again; other failures are not",
 }
-_WAITS = {state for state, said in _SAYS.items() if said == "waits"}
-_STYLES = {"FAILED": "red", "CANCELED": "yellow", "SKIPPED": "dim"}
 
 
 class RunView:
@@ -29,7 +33,7 @@ class RunView:
 
     def __init__(self, console: Console, tasks: Mapping[str, str]) -> None:
         """Show a run of ``tasks`` on ``console``."""
-        self._console, self._seen, self._trouble = console, dict[str, str](), ""
+        self._console, self._seen, self._told = console, dict[str, str](), set[str]()
         self._width = max((len(shown.format("00")) for shown in tasks.values()), default=0)
         self._live = (
             Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
@@ -50,36 +54,56 @@ class RunView:
 
     def show(self, progress: Progress) -> None:
         """Show what is new."""
-        for task in progress.tasks:
-            if progress.has_ended and task.state in _WAITS:
-                continue  # it will not run
-            if self._seen.get(task.name) != task.state:
-                self._seen[task.name] = task.state
-                if self._live is None or progress.has_ended or task.state not in _SAYS:
-                    self._print(task.name, _said(task), _STYLES.get(task.state, ""))
-        if progress.trouble != self._trouble and not progress.has_ended:
-            self._trouble = progress.trouble
-            if progress.trouble:
-                self._console.print(Text(progress.trouble, style="yellow"), soft_wrap=True)
+        workflow = progress.workflow
+        if workflow is None:
+            self._tell(_NO_WORKFLOW)
+            self._note("the run", progress.state, 0.0, progress.state.lower() or "pending")
+        elif workflow.tasks or workflow.drivers:  # before, Argo has not added its defaults
+            policy = workflow.retry_policy
+            self._tell(f"retries: {_RETRIES.get(policy, 'see Argo')} (Argo's retryPolicy is {policy} here)")
+        for task in workflow.tasks if workflow else ():
+            if task.phase not in _SAYS:
+                self._note(task.name, task.phase, task.finished, _said(task))
+            elif task.phase == "Running" and not self._live and not progress.has_ended:
+                self._note(task.name, task.phase, task.started, _said(task))
+        if progress.trouble and not progress.has_ended:
+            self._tell(progress.trouble.text, progress.trouble.about)
         if self._live:
             self._live.update(self._table(progress), refresh=True)
 
-    def _print(self, name: str, said: str, style: str) -> None:
-        text = Text.assemble((f"{name:<{self._width}}", "cyan"), "  ", (said, style))
-        self._console.print(text, soft_wrap=True)
+    def _tell(self, text: str, about: str = "") -> None:
+        """Print a line, but only one of those about the same."""
+        if (about or text) not in self._told:
+            self._told.add(about or text)
+            self._console.print(Text(text, style="yellow"), soft_wrap=True)
+
+    def _note(self, name: str, phase: str, moment: float, said: str) -> None:
+        """Print what has become of something, and when."""
+        if self._seen.get(name) != phase:
+            self._seen[name] = phase
+            clock = time.strftime("%H:%M:%S", time.localtime(moment or None))
+            line = Text.assemble(
+                f"{clock}  ", (f"{name:<{self._width}}", "cyan"), "  ", (said, _STYLES.get(phase, ""))
+            )
+            self._console.print(line, soft_wrap=True)
 
     def _table(self, progress: Progress) -> Table:
         table = Table(box=None, show_header=False)
-        done = sum(task.state in ("SUCCEEDED", "SKIPPED") for task in progress.tasks)
-        for task in progress.tasks:
-            if task.state in _SAYS:
-                table.add_row(task.name, _said(task), seconds_text(task.seconds), task.reason)
+        tasks = progress.workflow.tasks if progress.workflow else ()
+        for task in tasks:
+            if task.phase in _SAYS:
+                table.add_row(task.name, _said(task), seconds_text(_seconds(task)), task.message)
+        done = sum(task.phase in ("Succeeded", "Skipped") for task in tasks)
         table.add_row(progress.state.lower() or "pending", f"{done} tasks done")
         return table
 
 
 def _said(task: TaskState) -> str:
-    said = _SAYS.get(task.state, task.state.lower())
-    if task.state in ("SUCCEEDED", "FAILED"):
-        said += f" after {seconds_text(task.seconds)}"
-    return said
+    if task.phase in _SAYS or task.phase == "Skipped":
+        return _SAYS.get(task.phase, "skipped")
+    said = "failed" if task.phase in FAILED else task.phase.lower()
+    return f"{said} after {seconds_text(_seconds(task))}"
+
+
+def _seconds(task: TaskState) -> float:
+    return max((task.finished or time.time()) - task.started, 0.0)

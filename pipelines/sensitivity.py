@@ -1,5 +1,6 @@
 """What ``adapt-pruner sensitivity`` does: texts into tokens, the study, and how it is shown."""
 
+import functools
 import json
 import math
 import tempfile
@@ -11,11 +12,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.config import CalibrationSettings, PruneSettings, Settings, TextSource
+from core.config import CalibrationSettings, EvaluationSettings, PruneSettings, Settings, TextSource
 from core.errors import DataError
 from core.evaluation.progress import Progress
 from core.model.build import dtype_of, load_config, load_model, load_tokenizer, pick_device
 from core.model.families import family_of
+from core.precision import choose_precision, resolved
 from core.pruning.adapt import settings_for
 from core.pruning.calibration import draw_calibration
 from core.pruning.measurement import measure_checkpoint
@@ -38,7 +40,7 @@ class Study:
         sparsity: Share of each layer that goes, in (0, 1).
         part: What the layers lose.
         settings: A recipe: its texts, its sizes, and all that it says of how scores and similarities are
-            measured. Without one they are measured in the checkpoint's own number format.
+            measured. Without one they are measured in the number format that this machine computes faster in.
         text: Path of the text to measure on; None takes the recipe's. Without a recipe, half of it is
             calibrated on.
         sequences: Sequences to calibrate on and to measure on; None takes the recipe's.
@@ -61,20 +63,20 @@ class Study:
             UnsupportedModelError: If the recipe asks for heads of a family that can lose none.
         """
         tokens, held_out = self._tokens(load_tokenizer(directory))
-        given = self.settings
-        calibration = given.calibration if given else CalibrationSettings()
+        given, here = self.settings, functools.cache(lambda: choose_precision(pick_device()))
+        calibration = resolved(given.calibration if given else CalibrationSettings(), here)
+        evaluation = resolved(given.evaluation if given else EvaluationSettings(), here)
         prune = settings_for(given.prune if given else PruneSettings(), family_of(load_config(directory)))
         statistics = measure_checkpoint(
             directory,
             tokens,
             calibration,
             prune,
-            dtype=dtype_of(calibration.precision) if given else None,
+            dtype=dtype_of(calibration.precision),
             seed=given.seed if given else 0,
         )
         # The losses need all layers at once, so this is loaded only when what was measured on is gone.
-        precision = given.evaluation.precision if given else "auto"
-        model = load_model(directory, dtype=dtype_of(precision), device=pick_device())
+        model = load_model(directory, dtype=dtype_of(evaluation.precision), device=pick_device())
         progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
         try:
             return layer_sensitivity(
@@ -84,7 +86,7 @@ class Study:
                 sparsity=self.sparsity,
                 part=self.part,
                 attention_unit=prune.attention_unit,
-                batch_size=given.evaluation.batch_size if given else 8,
+                batch_size=evaluation.batch_size,
                 advance=progress.add,
             )
         finally:

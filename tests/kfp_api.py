@@ -5,18 +5,16 @@ read by the models of ``kfp_server_api``, pipelines by the protocol buffers of t
 pipeline.
 """
 
-import base64
 import contextlib
 import datetime
 import email
 import email.policy
-import gzip
 import http.server
 import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -25,6 +23,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from tests.argo import Node, task_details, workflow
 from tests.kfp_models import Refused, check, found, is_cron, only, strict
 
 _ROOT = "/apis/v2beta1"
@@ -44,34 +43,15 @@ class Cut(Exception):
     """The connection ends without an answer."""
 
 
-def task(name: str, state: str, **more: Any) -> dict[str, Any]:
-    """What the API says of a task: mostly no error, see kubeflow/pipelines 14007."""
-    return {"display_name": name, "task_id": f"{name}-id", "state": state, **more}
+def frame(state: str, *tasks: list[Node], error: str = "", **more: Any) -> dict[str, Any]:
+    """What both APIs say of a run at one time: its state, and Argo's workflow of these tasks."""
+    manifest = workflow([node for nodes in tasks for node in nodes], **more) if tasks or more else None
+    return frame_of(state, manifest) | ({"error": {"code": 13, "message": error}} if error else {})
 
 
-def failure(message: str) -> dict[str, Any]:
-    """An error of a task or run, where the API tells one."""
-    return {"code": 13, "message": message}
-
-
-def pod(place: str, phase: str, message: str = "", started: int = 0) -> dict[str, Any]:
-    """A pod in the status of Argo's workflow; ``place``: ``phase-2.calibrate.executor``."""
-    return {
-        "name": f"adapt-pruner-x.root.{place}",
-        "displayName": place.rpartition(".")[2],
-        "type": "Pod",
-        "phase": phase,
-        "startedAt": f"2026-01-01T00:00:{started:02d}Z",
-        **({"message": message} if message else {}),
-    }
-
-
-def frame(
-    state: str, *tasks: dict[str, Any], pods: Sequence[dict[str, Any]] = (), error: str = ""
-) -> dict[str, Any]:
-    """What the API says of a run at one time; of its pods only in its older form."""
-    found: dict[str, Any] = {"state": state, "run_details": {"task_details": list(tasks)}, "pods": pods}
-    return found | ({"error": failure(error)} if error else {})
+def frame_of(state: str, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """The same of a whole manifest; before Argo has seen a workflow it has no status."""
+    return {"state": state, "manifest": manifest or {"metadata": {}, "spec": {}}}
 
 
 @dataclass(kw_only=True)
@@ -94,8 +74,6 @@ class KfpApi:
     frames: list[dict[str, Any]] = field(default_factory=list)
     """What a run comes to, from question to question; the last one stays."""
     requests: list[str] = field(default_factory=list)
-    packs: bool = False
-    """Whether Argo packs the status of a workflow, as it does where it is large."""
     old: bool = True
     """Whether the older API, v1beta1, is served."""
     hook: Callable[[str], None] = lambda request: None
@@ -173,7 +151,7 @@ class KfpApi:
         self.check_job(data, wanted | {"service_account"})
         frames = self.frames or [frame("PENDING"), frame("RUNNING"), frame("SUCCEEDED")]
         run = self._keep(self.runs, "run_id", data | {"state": "PENDING"})
-        run["frames"] = iter(frames)
+        run |= {"frames": iter(frames), "manifest": {"metadata": {}, "spec": {}}}
         return run
 
     def create_recurring(self, body: Any) -> dict[str, Any]:
@@ -275,24 +253,25 @@ class KfpApi:
         if case == ("POST", "runs", "all"):
             return self.create_run(body)
         if case == ("GET", "runs", "one"):
-            run = found(self.runs, id_, "Run")
-            run |= next(run["frames"], {})
-            return run
+            return self.advance(found(self.runs, id_, "Run"))
         if kind == "recurringruns":
             return self.answer_recurring(method, id_, verb, query, body)
         raise Refused(404, "Not Found", body=b"404 page not found")
 
+    def advance(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Let a run come to its next frame."""
+        run |= next(run["frames"], {})
+        history = run.setdefault("state_history", [])
+        if not history or history[-1]["state"] != run["state"]:
+            history.append({"state": run["state"]})
+        if (details := task_details(run["manifest"])) is not None:  # packed nodes leave those of before
+            run["run_details"] = {"task_details": details}
+        return run
+
     def workflow(self, run_id: str) -> dict[str, Any]:
         """Return a run as the older API does: with Argo's workflow, as text."""
         check(self.old, "no such API")
-        run = found(self.runs, run_id, "Run")
-        pods = run.get("pods", ())
-        nodes = {f"adapt-pruner-x-{i}": node for i, node in enumerate(pods)}
-        status: dict[str, Any] = {"phase": "Running", "nodes": nodes}
-        if self.packs:
-            packed = gzip.compress(json.dumps(status.pop("nodes")).encode())
-            status["compressedNodes"] = base64.b64encode(packed).decode()
-        manifest = json.dumps({"metadata": {"name": "adapt-pruner-x"}, "status": status})
+        manifest = json.dumps(found(self.runs, run_id, "Run")["manifest"])
         return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": manifest}}
 
     def answer_recurring(
@@ -359,7 +338,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except Cut:
             self.close_connection = True
         else:
-            shown = {key: value for key, value in answer.items() if key not in ("frames", "pods")}
+            shown = {key: value for key, value in answer.items() if key not in ("frames", "manifest")}
             self._send(200, json.dumps(shown).encode(), {"Content-Type": "application/json"})
 
     do_POST = do_DELETE = do_GET

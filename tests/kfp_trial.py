@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 
 import yaml
 from click.testing import CliRunner
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from core.recipe import settings_from_dict
 from pipelines.cli import main
 from pipelines.submit import compile_package
+from tests.argo import task
 
 RECIPE = {
     "name": "Trial run",
@@ -60,3 +62,38 @@ def error_of(result, status=1):
     assert lines[0].startswith("error: ")
     assert lines[0].isprintable()
     return lines[0].removeprefix("error: ")
+
+
+FIRST = task("resolve-base", "Succeeded", ago=600)
+"""A task that is done."""
+STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
+
+
+def phase(number, last="Succeeded", steps=STEPS):
+    """The tasks of a phase, of which the last may not be done yet."""
+    name = "phase" if number == 1 else f"phase-{number}"
+    states = ["Succeeded"] * (len(steps) - 1) + [last]
+    start = 500 - 40 * number
+    return [
+        task(f"{name}.{step}", state, ago=start - 10 * i)
+        for i, (step, state) in enumerate(zip(steps, states, strict=True))
+    ]
+
+
+def lines_of(result):
+    """What was shown, without its times."""
+    lines = [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in result.stderr.splitlines()[1:]]
+    return [re.sub(r"after .*", "after", re.sub(r" +", " ", line)) for line in lines]
+
+
+def wait_for(api, *frames):
+    api.frames = list(frames)
+    return submit(api, "--wait", "--every", "0.01s")
+
+
+def failure_of(result):
+    """The one line of the error."""
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.endswith(f" {result.stdout.split()[-1]}")
+    return line.removeprefix("error: ")

@@ -114,7 +114,14 @@ class Artifact:
         self.path, self.metadata = str(path), {}
 
 
-def resolve(recipe, *, job="job"):
+def resolve(recipe, *, job="job", accelerated=()):
+    """Call resolve-base where no other execution is at work."""
+    handle, base_uri, being_done_by = resolve_or_tell(recipe, job=job, accelerated=accelerated)
+    assert being_done_by == ""
+    return handle, base_uri
+
+
+def resolve_or_tell(recipe, *, job, accelerated=()):
     """Call resolve-base as the pipeline does: five settings apart, the rest as a dict."""
     from core.steps import run_resolve_base
 
@@ -128,6 +135,7 @@ def resolve(recipe, *, job="job"):
         fixed={"prune": {"phases": prune.pop("phases")}},
         recipe=rest,
         job=job,
+        accelerated=accelerated,
     )
 
 
@@ -170,7 +178,7 @@ def run_all(recipe, folder, *, job="job"):
     from core import steps
 
     run, base_uri = resolve(recipe, job=job)
-    if steps.run_needs_run(run=run):
+    if steps.run_needs_run(run=run, being_done_by=""):
         data_uri = steps.run_prepare_data(run=run, base_uri=base_uri)
         evaluate(run, 0, base_uri, data_uri, folder)
         checkpoint_uri = base_uri

@@ -290,16 +290,16 @@ def test_a_run_starts_work_only_when_its_base_has_moved_on(folder):
     recipe = recipe_with({"model.base": "models/HEAD"})
     run, base_uri = resolve(recipe, job="monday")
     assert base_uri == (folder / "models" / "1").as_uri()
-    assert run_needs_run(run=run)
+    assert run_needs_run(run=run, being_done_by="")
     open_store(run["store"]).write_bytes(f"runs/{run['key']}/DONE.json", b"{}")
     Run.load(run).release()
     again, _ = resolve(recipe, job="tuesday")
     assert again["key"] == run["key"]
-    assert not run_needs_run(run=again)
+    assert not run_needs_run(run=again, being_done_by="")
     (folder / "models" / "HEAD").write_text("2\n")
     moved, _ = resolve(recipe, job="wednesday")
     assert moved["key"] != run["key"]
-    assert run_needs_run(run=moved)
+    assert run_needs_run(run=moved, being_done_by="")
     assert dataclasses.asdict(Run.load(moved).settings.model)["base"] == "models/HEAD"
     note("Faults", "a scheduled run whose base is the same as before", "nothing is computed")
     note("Faults", "a scheduled run whose base has moved on", "a new run starts")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import typing
 
 import pytest
@@ -13,11 +14,16 @@ from core.errors import SettingsError
 from core.recipe import settings_from_dict
 from core.storage.store import open_store
 from pipelines.adapt_accel import compile_pipeline, recipe_parameter
-from pipelines.cluster import CONFIG_KEYS
+from pipelines.cluster import CONFIG_KEYS, label_of
 from tests.ir import dags, executors, parse
 from tests.project import ROOT
 
-LEAST = {"model": {"base": "m"}, "calibration": {"source": {"path": "c.txt"}}, "prune": {"phases": 1}}
+LEAST = {
+    "name": "trial",
+    "model": {"base": "m"},
+    "calibration": {"source": {"path": "c.txt"}},
+    "prune": {"phases": 1},
+}
 ENVIRONMENT = [{"name": "TMPDIR", "value": "/scratch"}, {"name": "HF_HOME", "value": "/scratch/huggingface"}]
 SHARED = {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "1Gi"}
 SELECTOR = {"pool": "big", "example.com/zone": "1"}
@@ -110,7 +116,11 @@ CASES = [
         {"queue": "research"},
         "needs-run",
         "podMetadata.labels",
-        {"kueue.x-k8s.io/queue-name": "research"},
+        {
+            "kueue.x-k8s.io/queue-name": "research",
+            "adapt-pruner/component": "needs-run",
+            "adapt-pruner/recipe": "trial",
+        },
     ),
 ]
 COMPONENTS = typing.get_args(ComponentName)
@@ -131,7 +141,7 @@ def compiled(folder, cluster):
                 continue
             config = kubernetes_pb2.KubernetesExecutorConfig()
             json_format.ParseDict(json_format.MessageToDict(configs[label]), config)
-            found[label.removeprefix("exec-")] = {
+            found[re.sub(r"^exec-|-\d+$", "", label)] = {
                 **json_format.MessageToDict(executors(spec)[label]),
                 **json_format.MessageToDict(task),
                 **json_format.MessageToDict(config),
@@ -205,6 +215,21 @@ def test_gpu_tasks_alone_go_to_the_gpu_nodes(tmp_path):
     assert {name for name, pod in pods.items() if piece(pod, "tolerations")} == on_gpus
     assert {name for name, found in labels.items() if found == {"a": "b", "c": "d"}} == on_gpus
     assert {name for name, found in labels.items() if found == {"a": "b"}} == set(COMPONENTS) - on_gpus
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("table5-qwen2.5-0.5b", "table5-qwen2.5-0.5b"),
+        ("Llama_3.2 (1B), 50 %", "Llama_3.2-1B-50"),
+        ("  ümlaut/näme!", "mlaut-n-me"),
+        ("x" * 62 + "._" + "y" * 9, "x" * 62),
+        ("???", ""),
+    ],
+)
+def test_a_recipes_name_becomes_a_valid_label(name, label):
+    assert label_of(name) == label
+    assert re.fullmatch(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?", label)  # Kubernetes' own rule
 
 
 def test_pods_run_as_the_images_user_and_read_the_keys_that_are_there(plain):

@@ -120,6 +120,26 @@ def test_log_lines_of_a_task_name_its_phase_and_step():
     assert process.returncode == 0
 
 
+def test_libraries_are_heard_from_warnings_on_whatever_kfp_has_set():
+    lines = [
+        "import logging",
+        "logging.basicConfig(format='[KFP Executor] %(message)s', level=logging.INFO)",  # as it does
+        "boto = logging.getLogger('botocore.credentials')",
+        PREAMBLE,
+        "logging.info('before')",
+        "with task('publish'):",
+        "    boto.info('Found credentials in environment variables.')",
+        "    boto.warning('a warning')",
+        "    boto.error('an error')",
+        "    log.info('ours')",
+        "logging.info('after')",
+    ]
+    _, stderr = python("\n".join(lines)).communicate(timeout=60)
+    heard = [line.rpartition("publish: ")[2].removeprefix("[KFP Executor] ") for line in stderr.splitlines()]
+    assert heard[-1] == "after"
+    assert heard[:-2] == ["before", "started", "a warning", "an error", "ours"]
+
+
 def test_an_error_that_is_meant_for_the_user_is_one_line():
     process = python(
         PREAMBLE + "with task('publish'): raise TargetError('prune.target=1 cannot be reached.')"
@@ -176,7 +196,8 @@ def chatty(phase: int, text: str) -> str:
         logging.getLogger("core.x").info("says %s", text)
         if phase == 2:
             logging.getLogger("core.x").warning("phase 2 chatty: already done")
-        logging.getLogger("other").info("mutters %s", text)
+        logging.getLogger("other").info("whispers %s", text)
+        logging.getLogger("other").warning("mutters %s", text)
         print("printed", text)
         return text
 
@@ -247,6 +268,7 @@ def test_a_local_run_shows_our_lines_only_and_keeps_the_rest_in_the_log(tmp_path
     log = (tmp_path / "run.log").read_text()
     assert "printed hello" in log
     assert "mutters hello" in log
+    assert "whispers" not in log
     assert log.count("says hello") == 2
     assert "Got executor_input" in log
     captured = capsys.readouterr()

@@ -348,16 +348,20 @@ def recipe(store, project):
         yield recipe_with({"storage.store": store.uri, "training.tokens": "0", "training.sources": []})
 
 
-def test_a_second_execution_of_a_run_is_refused_and_the_first_is_not_disturbed(recipe, store):
+def test_a_second_local_execution_of_a_run_is_refused_and_the_first_is_not_disturbed(
+    recipe, store, monkeypatch
+):
     handle, base_uri = resolve(recipe, job="first")
     assert handle == {"store": store.uri, "key": handle["key"], "job": "first"}
+    monkeypatch.setenv(LOCAL, str(os.getpid()))
     with pytest.raises(LeaseError, match="job first on "):
         resolve(recipe, job="second")
+    monkeypatch.delenv(LOCAL)
     assert sorted(store.list("jobs/")) == ["jobs/first.json"]
     run_finalize(store=store.uri, job="second", succeeded=False)  # what its exit handler does
     assert read_lease(store, f"runs/{handle['key']}").owner.job == "first"
     resolve(recipe, job="first")  # a task that is tried again
-    assert run_needs_run(run=handle)
+    assert run_needs_run(run=handle, being_done_by="")
     assert read_manifest(run_prepare_data(run=handle, base_uri=base_uri)) is not None
 
 
@@ -397,7 +401,7 @@ def test_a_run_that_is_done_needs_no_lease(recipe, store, tmp_path):
     folder = f"runs/{handle['key']}"
     take_lease(store, folder, Owner.of("somebody"))
     again, _ = resolve(recipe, job="second")
-    assert not run_needs_run(run=again)
+    assert not run_needs_run(run=again, being_done_by="")
     run_finalize(store=store.uri, job="second", succeeded=True)
     assert read_lease(store, folder).owner.job == "somebody"
     assert list(store.list("jobs/")) == []

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -10,13 +11,13 @@ from kfp import compiler
 from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from core.cluster import ClusterSettings
+from core.cluster import ClusterSettings, ComponentSettings
 from core.config import (
     EvaluationSettings,
 )
 from core.recipe import settings_from_dict, with_fixed
 from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
-from pipelines.cluster import CONFIG_KEYS, SECRET_KEYS
+from pipelines.cluster import CONFIG_KEYS, PHASE_OF_NESTED, SECRET_KEYS
 from tests.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag
 
 
@@ -145,6 +146,12 @@ def test_a_run_that_is_done_ends_after_needs_run(ir):
     assert set(outer.tasks) - {"resolve-base", "needs-run"} == {"condition-2"}
 
 
+def test_needs_run_learns_who_else_works_on_the_run(ir):
+    edge = the_dag(ir[0], "needs-run").dag.tasks["needs-run"].inputs.parameters["being_done_by"]
+    assert edge.task_output_parameter.producer_task == "resolve-base"
+    assert edge.task_output_parameter.output_parameter_key == "being_done_by"
+
+
 def test_finalize_runs_whatever_happens_and_learns_how_it_ended(ir):
     root = ir[0].root.dag
     task = root.tasks["finalize"]
@@ -184,6 +191,57 @@ def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value(
     assert recipe["calibration"]["sequences"] == 7
 
 
+def labels_of_pods(ir):
+    """Executor label to the labels of its pods that are ours."""
+    configs = ir[1].platforms["kubernetes"].deployment_spec.executors
+    found = {label: json_format.MessageToDict(config)["podMetadata"] for label, config in configs.items()}
+    return {
+        executor: {
+            key.removeprefix("adapt-pruner/"): value
+            for key, value in metadata["labels"].items()
+            if key.startswith("adapt-pruner/")
+        }
+        for executor, metadata in found.items()
+    }
+
+
+def test_pods_are_labelled_with_component_phase_and_recipe(ir, phases):
+    found = labels_of_pods(ir)
+    nested = {f"exec-{step}" for step in STEPS}
+    for executor, labels in found.items():
+        component = re.sub(r"^exec-|-\d+$", "", executor)
+        assert labels["component"] == component
+        assert labels["recipe"] == "trial"
+        # What Argo makes of this was seen on a real cluster, and its parts are checked below.
+        phase = PHASE_OF_NESTED if executor in nested else labels.get("phase")
+        assert labels == {"component": component, "recipe": "trial"} | ({"phase": phase} if phase else {})
+    evaluations = {executor: labels["phase"] for executor, labels in found.items() if "evaluate" in executor}
+    expected = {"exec-evaluate": "0"} | {
+        f"exec-evaluate-{phase + 1}": str(phase) for phase in range(1, phases + 1)
+    }
+    assert evaluations == expected
+
+
+def test_argo_finds_the_phase_in_the_name_of_the_nested_pipeline(ir, phases):
+    """Evaluate the expression as Argo does, for each nested pipeline's task."""
+    (expression,) = re.fullmatch(r"\{\{=(.*)\}\}", PHASE_OF_NESTED).groups()
+    (suffix, separator, index) = re.fullmatch(
+        r"split\(tasks\.name \+ '([^']*)', '([^']*)'\)\[(\d)\]", expression
+    ).groups()
+    dag = the_dag(ir[0], "phase").dag
+    found = {
+        name: (name + suffix).split(separator)[int(index)]
+        for name, task in dag.tasks.items()
+        if ir[0].components[task.component_ref.name].HasField("dag")
+    }
+    given = {
+        name: str(int(dag.tasks[name].inputs.parameters["phase"].runtime_value.constant.number_value))
+        for name in found
+    }
+    assert found == given
+    assert len(found) == phases
+
+
 def test_nothing_is_cached_and_everything_is_tried_again(ir):
     for _, component in dags(ir[0]):
         for name, task in component.dag.tasks.items():
@@ -212,6 +270,31 @@ def test_only_tasks_that_compute_on_the_model_ask_for_gpus(ir):
         if label.startswith(("exec-calibrate", "exec-recover", "exec-evaluate"))
     }
     assert gpus(ir[0]) == dict.fromkeys(wanted, ("amd.com/gpu", "2"))
+
+
+def accelerated(path):
+    spec = parse(path)[0]
+    (task,) = [
+        dag.tasks["resolve-base"]
+        for dag in (spec.root.dag, *(component.dag for component in spec.components.values()))
+        if "resolve-base" in dag.tasks
+    ]
+    values = task.inputs.parameters["accelerated"].runtime_value.constant.list_value
+    return list(values)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sections"),
+    [
+        ({}, ["calibration", "training", "evaluation"]),
+        ({"gpus": 0}, []),
+        ({"components": {"evaluate": ComponentSettings(gpus=0)}}, ["calibration", "training"]),
+        ({"gpus": 0, "components": {"recover-train": ComponentSettings(gpus=1)}}, ["training"]),
+    ],
+)
+def test_resolve_base_is_told_whose_tasks_get_gpus(tmp_path, cluster, sections):
+    compile_pipeline(settings(1, cluster=ClusterSettings(**cluster)), tmp_path / "p.yaml")
+    assert accelerated(tmp_path / "p.yaml") == sections
 
 
 def test_scoring_asks_for_gpus_if_it_measures_again(tmp_path):

@@ -214,7 +214,7 @@ def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
         data_uri = run_prepare_data(run=handle, base_uri=base_uri)
         checkpoint_uri = run_phase(handle, 1, base_uri, data_uri, tmp_path)
         run_finalize(store=handle["store"], job="failed", succeeded=False)
-        assert run_needs_run(run=handle)
+        assert run_needs_run(run=handle, being_done_by="")
         fetch(checkpoint_uri, tmp_path / "unused")
 
 
@@ -342,7 +342,10 @@ def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_wh
         assert metrics.metadata["perplexity"] == phases[phase]["perplexity"]
         name = f"phase {phase}" if phase else "dense model"
         summary = (tmp_path / str(phase) / "summary").read_text()
-        assert summary.startswith(f"# {run.settings.name}, {name}\n\n| metric | value |")
+        heading, table = summary.split("\n\n")
+        assert heading == f"# {run.settings.name}, {name}"
+        dense, own = (f"{phases[i]['params']:,}" for i in (0, phase))
+        assert f"| parameters | {dense} | {own} |" in table if phase else f"| parameters | {dense} |" in table
         picture = (tmp_path / str(phase) / "picture").read_text()
         assert f"{run.settings.name}, {name}" in picture
         assert "<svg" in picture

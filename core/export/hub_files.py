@@ -7,7 +7,7 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
-from core.storage.manifest import MANIFEST, OWN, fetch, read_manifest
+from core.storage.manifest import OWN, published_in, verify_folder
 from core.storage.store import is_temporary
 from core.untrusted import check_file, parse_object, read_limited
 
@@ -41,10 +41,10 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         CheckpointError: If it is no complete checkpoint, or holds pickles.
         IntegrityError: If it is a publication, and a file is not what its manifest says.
     """
-    manifest = read_manifest(str(folder)) if (folder / MANIFEST).is_file() else None
-    if manifest is not None:
-        names = [entry.path for entry in manifest.files]
-        folder = fetch(str(folder), folder, only=[name for name in names if name != CARD])
+    published = published_in(folder)
+    if published is not None:
+        names = [entry.path for entry in published[1].files]
+        folder = verify_folder(folder, may_differ=(CARD,))
     else:
         paths = [path for path in folder.rglob("*") if not path.is_dir() and not is_temporary(path.name)]
         names = [path.relative_to(folder).as_posix() for path in paths]

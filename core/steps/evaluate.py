@@ -9,6 +9,7 @@ from core.steps.once import Artifact, Workspace, compute_once, read_published, t
 from core.steps.records import collect_record
 from core.storage.manifest import fetch
 from core.tracking.mlflow import ChildRun
+from core.tracking.summary import build_phase_summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,13 +36,17 @@ def run_evaluate(
         summary: Gets them as a table (Markdown).
         picture: Gets the widths of all layers, the training loss and the times of the phase (HTML).
     """
+    from core.tracking.report import build_phase_report
+
     this = Run.load(run)
     evaluation = this.settings.evaluation
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.evaluation.benchmarks import evaluate_tasks
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+        from core.precision import warn_if_emulated
 
+        warn_if_emulated("evaluation", evaluation.precision, pick_device())
         folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
         model = load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
         report: dict[str, Any] = {
@@ -70,10 +75,9 @@ def run_evaluate(
     series = {name: value for name, value in figures.items() if value is not None}
     tracker_of(this).log_phase(phase, series)
     metrics.metadata |= series
-    rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in series.items())
-    name = f"phase {phase}" if phase else "dense model"
-    _write(summary, f"# {this.settings.name}, {name}\n\n| metric | value |\n|---|---|\n{rows}\n")
-    _write(picture, _drawn(this, phase, checkpoint_uri))
+    record = collect_record(this, checkpoint_uri, sorted({0, max(0, phase - 1), phase}))
+    _write(summary, build_phase_summary(record))
+    _write(picture, build_phase_report(record))
 
 
 def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratch: Path) -> float | None:
@@ -88,13 +92,6 @@ def measure_perplexity(run: Run, model: "PreTrainedModel", data_uri: str, scratc
     name = "perplexity.safetensors"
     windows = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
     return perplexity(model, windows, batch_size=settings.batch_size)
-
-
-def _drawn(run: Run, phase: int, checkpoint_uri: str) -> str:
-    from core.tracking.report import build_phase_report
-
-    phases = sorted({0, max(0, phase - 1), phase})
-    return build_phase_report(collect_record(run, checkpoint_uri, phases))
 
 
 def _write(artifact: Artifact, text: str) -> None:

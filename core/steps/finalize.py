@@ -4,10 +4,10 @@ import logging
 
 from core.errors import LeaseError, StorageError
 from core.run import Run
-from core.steps.once import read_published, tracker_of
+from core.steps.dropped import drop_checkpoints
+from core.steps.once import tracker_of
 from core.storage.garbage import find_garbage, remove
 from core.storage.layout import pointer_of
-from core.storage.manifest import delete_publication
 from core.storage.store import open_store
 from core.untrusted import parse_object
 
@@ -36,18 +36,12 @@ def run_finalize(*, store: str, job: str, succeeded: bool) -> None:
             done = Run.is_done(handle)
             tracker_of(run).finish("FINISHED" if succeeded or done else "FAILED")
             if done:
-                _drop_checkpoints(run)
+                drop_checkpoints(run)
                 _clean(run)
         run.release()
     except LeaseError as error:
         log.info("left to another execution: %s", error)
     open_store(store).delete(pointer_of(job))
-
-
-def _drop_checkpoints(run: Run) -> None:
-    for phase in _phases_to_drop(run):
-        for step in ("pruned", "recovered"):
-            delete_publication(run.phase_uri(phase, step), keep_manifest=True)
 
 
 def _clean(run: Run) -> None:
@@ -58,20 +52,3 @@ def _clean(run: Run) -> None:
     remove(store, files)
     if files:
         log.info("removed %d files that belong to nothing any more", len(files))
-
-
-def _phases_to_drop(run: Run) -> list[int]:
-    """Return the phases whose checkpoints ``storage.keep`` does not ask for; the final one is kept apart."""
-    keep, phases = run.settings.storage.keep, range(1, len(run.phase_params) + 1)
-    if keep == "all":
-        return []
-    if keep == "last":
-        return list(phases)
-    if keep == "best":
-        perplexities = {
-            p: read_published(run.phase_uri(p, "evaluated"), "report.json").get("perplexity") for p in phases
-        }
-        measured = {p: value for p, value in perplexities.items() if value is not None}
-        best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]
-        return [phase for phase in phases if phase != best]
-    return [phase for phase in phases if phase % int(keep)]

@@ -14,6 +14,7 @@ from core.errors import StorageError
 from core.licence import card_facts, known_facts
 from core.record import public_path
 from core.run import Run
+from core.steps.opening import show_life
 from core.storage.entries import Manifest
 from core.storage.manifest import fetch, publish, read_manifest
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
@@ -80,6 +81,7 @@ def compute_once(
     manifest = read_manifest(uri)
     if manifest is not None:
         log.info("already done")
+        show_life(run.handle())  # a run that finds much of it done works for longer than its lease lasts
         if not tracker.is_logged(phase, step):
             with tracker.child(phase, step) as child:
                 _log_published(uri, child, track)

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from core.errors import TargetError, UnsupportedModelError
 from core.recipe import settings_from_dict, with_fixed
 from core.run import Run
 from core.steps.once import Workspace, compute_once, tracker_of
+from core.steps.opening import open_run, show_life
 from core.storage.layout import pointer_of
 from core.storage.manifest import fetch, read_manifest
 from core.storage.store import open_store
@@ -32,7 +33,8 @@ def run_resolve_base(
     recipe: Mapping[str, Any],
     fixed: Mapping[str, Mapping[str, Any]],
     job: str,
-) -> tuple[dict[str, str], str]:
+    accelerated: Collection[str] = (),
+) -> tuple[dict[str, str], str, str]:
     """Pin the base model's revision, plan the sizes of all phases and open the run.
 
     Args:
@@ -43,19 +45,22 @@ def run_resolve_base(
         recipe: All other settings.
         fixed: Settings that the pipeline was compiled for, by section; N_P is one.
         job: Identifies this execution; finalize finds the run by it.
+        accelerated: Sections whose tasks get accelerators, which this machine may not have.
 
     Returns:
-        The handle that later steps load the run by, and the URI of the base model's publication.
+        The handle that later steps load the run by, the URI of the base model's publication, and which other
+        execution works on the run; "" if none does.
 
     Raises:
         SettingsError: If a setting is wrong.
         CheckpointError: If there is no such base model.
         UnsupportedModelError: If its family is not supported, or does not lose what the settings ask for.
         TargetError: If the target cannot be reached.
-        LeaseError: If another execution works on the run.
+        LeaseError: If another execution works on the run, and this one is a local run.
     """
     from core.base import import_base
     from core.model.build import load_config
+    from core.steps.settled import settle_precision
 
     own: dict[str, dict[str, Any]] = {
         "model": {"base": base_model, "revision": revision},
@@ -68,6 +73,7 @@ def run_resolve_base(
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
     dense, phase_params = _sizes_of_phases(settings, config)
+    settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
     run = Run(
         store=settings.storage.store,
         key=Run.key_of(commit, settings),
@@ -77,18 +83,19 @@ def run_resolve_base(
         dense=dense,
         phase_params=phase_params,
         job=job,
+        chosen=chosen,
     )
-    done = Run.is_done(run.handle())
-    if not done:
-        with run.working():
-            run.save()
+    if other := open_run(run):
+        log.info("run %s is being done by %s", run.key, other)
+        return run.handle(), base_uri, other
     open_store(run.store).write_bytes(pointer_of(job), json.dumps(run.handle()).encode())
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
-    if not done:
+    if not Run.is_done(run.handle()):
         tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
+        tags |= {f"adapt_pruner.precision.{section}": text for section, text in chosen.items()}
         tracker_of(run).start(settings.to_dict(), tags)
-    return run.handle(), base_uri
+    return run.handle(), base_uri, ""
 
 
 def _sizes_of_phases(settings: Settings, config: Any) -> tuple["ModelShape", tuple[int, ...]]:
@@ -138,8 +145,17 @@ def _announce_size(sizing: "Sizing", target: str, target_params: int) -> None:
     log.info("the nearest size to the target is %s parameters: %s", f"{nearest:,}", widths)
 
 
-def run_needs_run(*, run: Mapping[str, Any]) -> bool:
-    """Return whether the run is still to be done."""
+def run_needs_run(*, run: Mapping[str, Any], being_done_by: str) -> bool:
+    """Return whether the run is still to be done, and by this execution.
+
+    Args:
+        run: The run's handle.
+        being_done_by: Which other execution works on it; "" if none does.
+    """
+    if being_done_by:
+        log.info("run %s is being done by %s: there is nothing to do here", run["key"], being_done_by)
+        return False
+    show_life(run)
     done = Run.is_done(run)
     log.info("run %s is done already" if done else "run %s is not done yet", run["key"])
     return not done

@@ -172,10 +172,12 @@ def _measure(
     layers: "tuple[LayerPlan, ...] | None" = None,
 ) -> "Statistics":
     """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
-    from core.model.build import dtype_of
+    from core.model.build import dtype_of, pick_device
+    from core.precision import warn_if_emulated
     from core.pruning.measurement import measure_checkpoint
 
     settings = run.settings
+    warn_if_emulated("calibration", settings.calibration.precision, pick_device())
     return measure_checkpoint(
         fetch(checkpoint_uri, scratch),
         _draw(run, phase, step, data_uri, scratch),

@@ -25,6 +25,7 @@ def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunR
         base=base_name(run.settings.model.base),
         revision=run.revision,
         settings=run.settings.to_dict(),
+        chosen=dict(run.chosen),
         phases=tuple(_phase_record(run, phase) for phase in phases),
         checkpoint_uri=checkpoint_uri,
         tracking_uri=without_password(tracker.uri),  # a record is handed on

@@ -65,7 +65,9 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
 
     from core.model.build import dtype_of, load_model, pick_device
     from core.model.checkpoint import CheckpointReader, save_model
+    from core.precision import warn_if_emulated
 
+    warn_if_emulated("training", run.settings.training.precision, pick_device())
     folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
     network = load_model(folder, dtype=torch.float32, device=pick_device())
     source = digest_of(checkpoint_uri)

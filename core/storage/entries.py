@@ -11,6 +11,7 @@ from typing import Any
 
 from core.errors import IntegrityError, StorageError
 from core.storage.hashing import file_sha256
+from core.storage.layout import way_back
 from core.storage.store import check_key, join_uri, local_errors
 
 
@@ -108,4 +109,4 @@ class Manifest:
             problem = "it is no list of files"
         else:
             return manifest
-        raise IntegrityError(f"{where} is damaged: {problem.rstrip('.')}. Delete it and rerun its step.")
+        raise IntegrityError(f"{where} is damaged: {problem.rstrip('.')}. {way_back(where)}")

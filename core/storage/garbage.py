@@ -108,7 +108,7 @@ def clean(
             log.warning("spared: %s", error)
         finally:
             release_lease(store, run, owner.job)
-    rest = _Search(store=store, patience_s=patience_s).below("bases/", "jobs/")
+    rest = _Search(store=store, patience_s=patience_s).below("bases/", "jobs/", "precisions/")
     return removed + _remove_if(store, [piece for piece in rest.garbage if not piece.run], wanted[""])
 
 
@@ -142,6 +142,7 @@ class _Search:
             for file in (*self.store.stored(prefix), *_unfinished(self.store, prefix)):
                 places[folder_of(file.key)].append(file)
         pointers = places.pop("jobs", [])
+        self._look_at_precisions(places.pop("precisions", []))
         self.found.foreign.extend(file.key for file in places.pop("", []))
         for place, files in sorted(places.items()):
             if place.startswith("runs/"):
@@ -202,6 +203,11 @@ class _Search:
             self._add(place, loose)
         else:
             self.found.spared[place] = "it was written to less than a day ago"
+
+    def _look_at_precisions(self, files: list[StoredFile]) -> None:
+        """Spare what recipes have begun with: their runs would change."""
+        loose = [(_INTERRUPTED, file) for file in files if _is_unfinished(file)]
+        self._add("precisions", [pair for pair in loose if _is_old(pair[1], self.patience_s)])
 
     def _look_at_pointers(self, files: list[StoredFile]) -> None:
         """Find what points to runs that are done or that nobody works on."""

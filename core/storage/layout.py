@@ -1,6 +1,7 @@
 """Where things stand in a store; what this module does not know is not ours."""
 
 import re
+import shlex
 
 from core.errors import StorageError
 from core.storage.store import check_key
@@ -15,8 +16,10 @@ STEPS = {
 """Folder of a phase to the step that publishes it, in their order."""
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
-_PUBLICATION = re.compile(rf"(runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)})))/.+")
-_POINTER = re.compile(r"jobs/[^/]+")
+_ALONE = re.compile(r"(jobs|precisions)/[^/]+")
+_OF_A_RUN = rf"runs/[^/]+/(?:data|final|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)}))"
+_PUBLICATION = re.compile(rf"({_OF_A_RUN})/.+")
+_PLACE = re.compile(rf"(.*)/({_OF_A_RUN}|bases/[^/]+)/.+")
 
 
 def pointer_of(job: str) -> str:
@@ -24,14 +27,19 @@ def pointer_of(job: str) -> str:
     return f"jobs/{job}.json"
 
 
+def precisions_of(digest: str) -> str:
+    """Return the key of the file that tells what ``precision: auto`` has come to for a recipe."""
+    return f"precisions/{digest}.json"
+
+
 def folder_of(key: str) -> str:
-    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs`` or "" for none of them."""
+    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs``, ``precisions`` or ""."""
     try:
         check_key(key)
     except StorageError:
         return ""
-    if _POINTER.fullmatch(key):
-        return "jobs"
+    if match := _ALONE.fullmatch(key):
+        return match[1]
     match = _FOLDER.fullmatch(key)
     return match[1] if match else ""
 
@@ -40,3 +48,26 @@ def publication_of(key: str) -> str:
     """Return the folder of the run's publication that a key belongs to; "" if it belongs to none."""
     match = _PUBLICATION.fullmatch(key)
     return match[1] if match else ""
+
+
+def way_back(uri: str) -> str:
+    """Return what to do about a damaged file of a publication.
+
+    Args:
+        uri: Of the file; it tells whether the publication belongs to a run, and to which.
+    """
+    place = _PLACE.fullmatch(uri)
+    if place is None:
+        return (
+            "Copy it again from where it came. If it was changed on purpose, remove MANIFEST.json: then the "
+            "folder is an ordinary checkpoint."
+        )
+    store, publication = place.groups()
+    damaged = [f"{store}/{publication}"]
+    if publication.startswith("runs/") and not publication.endswith("/final"):
+        damaged.append(f"{store}/{folder_of(f'{publication}/file')}/DONE.json")
+    removed = " and ".join(damaged) if "://" in uri else f"it with `rm -rf {shlex.join(damaged)}`"
+    return (
+        f"Remove {removed} and run its recipe again (`adapt-pruner run`, or `submit`): what is missing is "
+        "computed again."
+    )

@@ -33,6 +33,8 @@ TTL_S = 600.0
 """How long a lease holds after it was renewed."""
 RENEW_S = 120.0
 """How often its owner renews it while it computes."""
+LOOK_S = 5.0
+"""How often it is looked at by one who waits."""
 
 _NUMBER = re.compile(r"[0-9]{4,9}\.json")
 _NOBODY = Owner(job="unknown", host="unknown", machine="")
@@ -143,6 +145,36 @@ def take_lease(store: Store, run: str, owner: Owner, *, ttl_s: float = TTL_S) ->
             log.info("taken over from %s, last heard of at %s", before.owner, time_text(before.renewed_s))
             _delete_up_to(store, run, before.number)
         return taken
+
+
+def renew_lease(store: Store, run: str, owner: Owner) -> None:
+    """Renew the lease if ``owner`` holds it, and leave another's alone.
+
+    Raises:
+        LeaseError: If another owner takes it over at this moment.
+    """
+    lease = read_lease(store, run)
+    if lease is not None and lease.owner.job == owner.job:
+        take_lease(store, run, owner)
+
+
+def watch_lease(store: Store, run: str) -> Lease | None:
+    """Wait until a lease is renewed, or nobody holds it: within ``TTL_S`` one or the other is so.
+
+    Returns:
+        The lease, renewed or in the hands of another owner, who is alive in either case; None if it was
+        released or has expired.
+    """
+    before = read_lease(store, run)
+    if before is not None and before.is_live():
+        until = time_text(before.expires_s)
+        log.info("%s holds the lease until %s: waiting whether it renews it", before.owner, until)
+    while before is not None and before.is_live():
+        time.sleep(LOOK_S)
+        lease = read_lease(store, run)
+        if lease != before:
+            return lease
+    return None
 
 
 def release_lease(store: Store, run: str, job: str) -> None:

@@ -18,6 +18,7 @@ from core.storage.transfer import (
     OccupiedError,
     download,
     in_parallel,
+    is_apart,
     upload_apart,
     upload_beside,
     verify_in_place,
@@ -31,7 +32,9 @@ __all__ = [
     "delete_publication",
     "fetch",
     "publish",
+    "published_in",
     "read_manifest",
+    "verify_folder",
 ]
 
 MANIFEST = "MANIFEST.json"
@@ -135,6 +138,56 @@ def fetch(uri: str, directory: Path, *, only: Sequence[str] | None = None) -> Pa
     if any(moved):
         _log_rate("fetched", store.uri, [size for size in moved if size], start)
     return directory
+
+
+def published_in(folder: Path) -> tuple[Path, Manifest] | None:
+    """Return the publication that the files in ``folder`` belong to: where its manifest is, and that.
+
+    Args:
+        folder: A publication, the folder beside its manifest that holds its files, or a link to either.
+
+    Returns:
+        None for any other folder.
+
+    Raises:
+        IntegrityError: If its manifest was damaged or edited.
+        StorageError: If it cannot be read.
+    """
+    place = folder.resolve()
+    if (place / MANIFEST).is_file():
+        manifest = read_manifest(str(place))
+        return None if manifest is None else (place, manifest)
+    if is_apart(place.name) and (place.parent / MANIFEST).is_file():
+        manifest = read_manifest(str(place.parent))
+        if manifest is not None and manifest.folder == place.name:
+            return place.parent, manifest
+    return None
+
+
+def verify_folder(folder: Path, *, may_differ: Sequence[str] = ()) -> Path:
+    """Compare the files of a publication with its manifest; a folder without one is left as it is.
+
+    Files beside those of the manifest are of no concern.
+
+    Args:
+        folder: See ``published_in``.
+        may_differ: Paths of files that a person may have edited.
+
+    Returns:
+        Where the files are: ``folder``, or the folder in it that its manifest names.
+
+    Raises:
+        IntegrityError: If a file is not what the manifest says.
+        StorageError: If one cannot be read.
+    """
+    published = published_in(folder)
+    if published is None:
+        return folder
+    start, (place, manifest) = time.monotonic(), published
+    entries = [entry for entry in manifest.files if entry.path not in may_differ]
+    verify_in_place(place / manifest.folder, join_uri(place, manifest.folder), entries)
+    _log_rate("verified", str(place), [entry.size for entry in entries], start)
+    return folder / manifest.folder if folder.resolve() == place else folder
 
 
 def delete_publication(uri: str, *, keep_manifest: bool) -> None:

@@ -8,6 +8,7 @@ of its files in a folder of its own, which the manifest then names.
 import functools
 import json
 import logging
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from typing import TypeVar
 from core.errors import IntegrityError, StorageError
 from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
+from core.storage.layout import way_back
 from core.storage.store import Store, check_key, join_uri, local_errors, replacing
 
 UPLOADED = "_UPLOADED.json"
@@ -75,6 +77,11 @@ def upload_apart(directory: Path, paths: Iterable[str], store: Store) -> tuple[l
         return FileEntry(path=path, size=size, sha256=sha256)
 
     return in_parallel(upload, paths), folder
+
+
+def is_apart(folder: str) -> bool:
+    """Return whether ``upload_apart`` may have given a folder its name."""
+    return re.fullmatch("[0-9a-f]{16}", folder) is not None
 
 
 def verify_in_place(folder: Path, where: str, entries: Iterable[FileEntry]) -> None:
@@ -171,4 +178,4 @@ def _size(directory: Path, path: str) -> int:
 
 def _unlike(where: str, entry: FileEntry, fault: str) -> IntegrityError:
     problem = f"{join_uri(where, entry.path)} is not what its manifest says: {fault}"
-    return IntegrityError(f"{problem}. It is not used; delete the publication and rerun its step.")
+    return IntegrityError(f"{problem}. It is not used. {way_back(join_uri(where, entry.path))}")

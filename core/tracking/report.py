@@ -63,7 +63,7 @@ def build_report(record: RunRecord) -> str:
         pictures=_drawn(pictures),
         seconds=_step_seconds(record.phases),
         usage=_usage(record) if record.checkpoint_uri else (),
-        settings=_settings(record.settings),
+        settings=_settings(record.settings, record.chosen),
     )
 
 
@@ -244,7 +244,9 @@ def _task_columns(
     phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
 ) -> dict[str, list[str]]:
     return {
-        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
+        f"{task}\n{metric}": [
+            score_text(phase.tasks.get(task, {}), metric, unit="", error=errors) for phase in phases
+        ]
         for task, metric in tasks.items()
     }
 
@@ -283,11 +285,16 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
     return blocks
 
 
-def _settings(settings: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+def _settings(settings: Mapping[str, Any], chosen: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Return section to (setting, value); a precision that was chosen says why."""
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
     sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
     sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
-    return {name: _flat(values, "") for name, values in sections.items()}
+    rows = {name: _flat(values, "") for name, values in sections.items()}
+    for where, why in chosen.items():
+        found = rows.get(where, [])
+        rows[where] = [(name, f"{value} ({why})" if name == "precision" else value) for name, value in found]
+    return rows
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, str]]:

@@ -69,6 +69,7 @@ def recover(
     Raises:
         TrainingError: If the loss or the norm of the gradients is not finite. That step changes nothing.
     """
+    assert settings.precision != "auto", "settled before the run"
     steps = len(input_ids) // settings.global_batch
     model.train().requires_grad_(True)
     if settings.gradient_checkpointing:

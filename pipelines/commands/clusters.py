@@ -96,6 +96,13 @@ def _with_access(command: Callable[..., Any]) -> Callable[..., Any]:
 @_SERVICE_ACCOUNT
 @click.option("--wait", is_flag=True, help="Follow the run to its end; exit with 1 if it fails.")
 @click.option("--timeout", default="0", help="With --wait: how long, such as 36h.  [default: for ever]")
+@click.option(
+    "--attempts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --wait: how many runs to start at most. Another follows one whose pod was deleted or evicted.",
+)
 @click.option("--every", default="10s", show_default=True, help="With --wait: how often to ask.")
 @_with_access
 def submit(
@@ -107,6 +114,7 @@ def submit(
     service_account: str,
     wait: bool,
     timeout: str,
+    attempts: int,
     every: str,
     **access: Any,
 ) -> None:
@@ -120,19 +128,22 @@ def submit(
         raise SettingsError([f"--every={every} would ask without a pause. Give a time such as 10s."])
     if timeout_s and not wait:
         raise SettingsError(["--timeout goes with --wait. Add it, or leave --timeout out."])
+    if attempts > 1 and not wait:
+        raise SettingsError(["--attempts goes with --wait. Add it, or leave --attempts out."])
     submission = _prepared(recipe, overrides, parameters, service_account)
     client = _connected(access)
 
-    from pipelines.submit import start
-
     if not run_name:
         run_name = f"{submission.settings.name} {_now()}"
-    started = start(client, submission, run_name=run_name, experiment=experiment)
-    state = "uploaded" if started.uploaded else "was there"
-    click.echo(f"version {started.version} of pipeline adapt-pruner: {state}", err=True)
-    click.echo(started.link)
+
+    def begin(attempt: int) -> "StartedRun":
+        name = run_name if attempt == 1 else f"{run_name} (attempt {attempt})"
+        return _start(client, submission, run_name=name, experiment=experiment)
+
     if wait:
-        _wait(client, submission, started, timeout_s=timeout_s, poll_s=poll_s)
+        _wait(client, submission, begin, attempts=attempts, timeout_s=timeout_s, poll_s=poll_s)
+    else:
+        begin(1)
 
 
 @click.command(
@@ -285,25 +296,47 @@ def _seconds(option: str, text: str) -> float:
     return interval.seconds
 
 
+def _start(client: "Client", submission: "Submission", *, run_name: str, experiment: str) -> "StartedRun":
+    from pipelines.submit import start
+
+    started = start(client, submission, run_name=run_name, experiment=experiment)
+    state = "uploaded" if started.uploaded else "was there"
+    click.echo(f"version {started.version} of pipeline adapt-pruner: {state}", err=True)
+    click.echo(started.link)
+    return started
+
+
 def _wait(
-    client: "Client", submission: "Submission", started: "StartedRun", *, timeout_s: float, poll_s: float
+    client: "Client",
+    submission: "Submission",
+    begin: Callable[[int], "StartedRun"],
+    *,
+    attempts: int,
+    timeout_s: float,
+    poll_s: float,
 ) -> None:
+    """Start a run and follow it, and start another after one that was taken away."""
     from rich.console import Console
 
     from pipelines.following import Patience, follow
     from pipelines.run_view import RunView
 
-    package, ctx = submission.package, click.get_current_context()
+    package, console = submission.package, Console(stderr=True, highlight=False)
     patience = Patience(timeout_s=timeout_s, poll_s=poll_s)
-    try:
-        with RunView(Console(stderr=True, highlight=False), package.tasks) as view:
-            ended = follow(client, started.id, package.tasks, view.show, patience)
-    except KeyboardInterrupt:
-        click.echo(f"error: interrupted; the run goes on: {started.link}", err=True)
-        ctx.exit(130)
-    if ended.state not in ("SUCCEEDED", "SKIPPED"):
-        raise ClusterError(f"{ended.trouble} {started.link}")
-    click.echo("succeeded", err=True)
+    for attempt in range(1, attempts + 1):
+        started = begin(attempt)
+        try:
+            with RunView(console, package.tasks) as view:
+                ended = follow(client, started.id, package.tasks, view.show, patience)
+        except KeyboardInterrupt:
+            click.echo(f"error: interrupted; the run goes on: {started.link}", err=True)
+            click.get_current_context().exit(130)
+        if ended.trouble is None:
+            click.echo("succeeded", err=True)
+            return
+        if attempt == attempts or not ended.was_taken_away:
+            raise ClusterError(f"{ended.trouble.text} {started.link}")
+        click.echo(f"{ended.trouble.text} This is attempt {attempt + 1} of {attempts}:", err=True)
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog=example("adapt-pruner inspect output/model"),
     help="Show the sizes and parameters of every layer of MODEL.\n\n"
-    f"{MODEL_HELP}; only its config.json is read.",
+    f"{MODEL_HELP}. Only its config.json is read; a folder that a run has published is verified whole.",
 )
 @click.argument("model")
 def inspect(model: str) -> None:
@@ -28,10 +28,12 @@ def inspect(model: str) -> None:
 
     from rich import print as show
 
-    from pipelines.models import layer_table, local_checkpoint
+    from pipelines.models import layer_table, local_checkpoint, verified_text
 
     with local_checkpoint(model, only=("config.json",)) as directory:
         show(layer_table(directory))
+        if text := verified_text(directory):
+            click.echo(text)
 
 
 @click.command(

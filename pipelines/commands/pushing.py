@@ -35,7 +35,7 @@ def push(model: str, repository: str, private: bool, revision: str, message: str
     from core.export.hub import plan_push, push_checkpoint
     from pipelines.models import local_checkpoint
 
-    with log_on_stderr(), local_checkpoint(model) as directory:
+    with log_on_stderr(), local_checkpoint(model, verify=False) as directory:
         if not dry_run:
             click.echo(
                 push_checkpoint(directory, repository, private=private, revision=revision, message=message)
