@@ -142,8 +142,8 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
 
 
-def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = " %", error: bool = True) -> str:
-    """Write a task's metric: a share in percent, ± its standard error, and any other value as it is."""
+def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", error: bool = True) -> str:
+    """Write a share as percent, with ``unit`` and ± its standard error, and any other value as it is."""
     values = {name.split(",")[0]: value for name, value in metrics.items()}
     value, deviation = values.get(metric), values.get(f"{metric}_stderr")
     if value is None:

@@ -103,7 +103,7 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
     for task, metrics in final.tasks.items():
         headline = headline_metric(metrics)
         if headline is not None and task in dense.tasks:
-            scores = [score_text(phase.tasks[task], headline[0]) for phase in (dense, final)]
+            scores = [score_text(phase.tasks[task], headline[0], unit=" %") for phase in (dense, final)]
             rows.append((f"{code(task)}, {headline[0]}, {items}", scores[0], scores[1]))
     return rows
 

@@ -244,9 +244,7 @@ def _task_columns(
     phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
 ) -> dict[str, list[str]]:
     return {
-        f"{task}\n{metric}": [
-            score_text(phase.tasks.get(task, {}), metric, unit="", error=errors) for phase in phases
-        ]
+        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
         for task, metric in tasks.items()
     }
 

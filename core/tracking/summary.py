@@ -34,7 +34,10 @@ def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
     yield "perplexity after pruning", *(perplexity_text(phase.perplexity_pruned) for phase in phases)
     yield "perplexity", *(perplexity_text(phase.perplexity) for phase in phases)
     for task, metric in _metrics(phases[-1].tasks):
-        yield f"{task}, {metric}", *(score_text(phase.tasks.get(task, {}), metric) for phase in phases)
+        yield (
+            f"{task}, {metric}",
+            *(score_text(phase.tasks.get(task, {}), metric, unit=" %") for phase in phases),
+        )
     yield "training tokens", *(f"{phase.tokens:,}" if phase.tokens else "-" for phase in phases)
     yield "time", *(seconds_text(sum(phase.seconds.values())) if phase.seconds else "-" for phase in phases)
 
