@@ -48,7 +48,8 @@ def model_card(
         model_type=config.get("model_type", ""),
         unequal="auto_map" in config,
         formats=formats,
-        making=_making(record),
+        calibrated_on=_source(record.settings.get("calibration", {}).get("source") or {}),
+        trained_on=listed(map(_source, record.settings.get("training", {}).get("sources", ()))),
         phases=_phase_columns(record.phases),
         settings=_settings(record.settings),
     )
@@ -106,38 +107,6 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
             scores = [score_text(phase.tasks[task], headline[0], unit=" %") for phase in (dense, final)]
             rows.append((f"{code(task)}, {headline[0]}, {items}", scores[0], scores[1]))
     return rows
-
-
-def _making(record: RunRecord) -> list[str]:
-    """Return a list in Markdown of the settings that matter most."""
-    prune, calibration, training = (
-        record.settings.get(name, {}) for name in ("prune", "calibration", "training")
-    )
-    lines = []
-    for text, section, name in (
-        ("method", prune, "method"),
-        ("target", prune, "target"),
-        ("worth of a group by", prune, "criterion"),
-        ("importance of a layer by similarity", prune, "similarity"),
-        ("what attention loses", prune, "attention_unit"),
-        ("profile", prune, "profile"),
-        ("seed", record.settings, "seed"),
-    ):
-        if name in section:
-            lines.append(f"* {text}: {code(section[name])}")
-    if calibration.get("source"):
-        lines.append(
-            f"* calibrated on {calibration['sequences']:,} sequences of {calibration['sequence_length']:,} "
-            f"tokens for each pruning step, from {_source(calibration['source'])}"
-        )
-    if record.trained:
-        sources = listed(_source(source) for source in training.get("sources", ()))
-        lines.append(
-            f"* trained on {sum(phase.tokens for phase in record.phases):,} tokens in sequences of "
-            f"{training['sequence_length']:,}, peak learning rate {training['learning_rate']:g}, "
-            f"from {sources}"
-        )
-    return lines
 
 
 def _phase_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
