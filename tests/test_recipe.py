@@ -481,6 +481,7 @@ def test_whatever_can_change_the_result_changes_the_digest():
         "phase_sizes": "linear",
         "steps_per_phase": 2,
         "amplitude": 0.02,
+        "amplitude_per": "step",
         "similarity": "euclidean",
         "attention_unit": "none",
         "criterion": "random",

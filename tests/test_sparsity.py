@@ -20,6 +20,7 @@ from core.pruning.sparsity import (
     sizes_for_target,
     smallest_params,
 )
+from tests.models import llama_similarities
 
 
 def uniform_shape(layers, kv_heads, per_group, width, hidden, outside=1000):
@@ -77,17 +78,38 @@ def test_sparsity_grows_where_importance_is_at_most_step_over_amplitude():
         sparsity = after
 
 
-def test_the_counts_of_table_8_are_approached():
-    similarity = [0.2] + [0.85 + 0.13 * min(1, i / 10) for i in range(30)] + [0.75]
-    importance = normalise_importance([-s for s in similarity])
+@pytest.mark.parametrize(
+    ("amplitude", "billions"), [(0, 4.54), (0.005, 4.62), (0.01, 4.61), (0.02, 4.43), (0.04, 4.04)]
+)
+def test_fifty_steps_of_1_percent_land_on_the_counts_of_table_8(amplitude, billions):
+    importance = normalise_importance([-s for s in llama_similarities()])
     sizing = Sizing(dense=LLAMA_8B, current=LLAMA_8B, cuts=attention_cuts("kv_group", LLAMA_8B, LLAMA_8B))
-    paper = {0: 4.54, 0.005: 4.62, 0.01: 4.61, 0.02: 4.43, 0.04: 4.04}
-    for amplitude, billions in paper.items():
-        sparsity = (0.0,) * 32
-        for _ in range(50):  # 50 steps of 1 %; the paper's A is what a step adds, whatever its size
-            sparsity = next_sparsity(sparsity, importance, step=0.01, amplitude=2 * amplitude)
-        found = LLAMA_8B.with_layers(sizes_at(sizing, sparsity)).num_params() / 1e9
-        assert found == pytest.approx(billions, rel=0.06 if amplitude else 0.001)
+    sparsity = (0.0,) * 32
+    for _ in range(50):
+        sparsity = next_sparsity(sparsity, importance, step=0.01, amplitude=amplitude, per="step")
+    found = LLAMA_8B.with_layers(sizes_at(sizing, sparsity)).num_params() / 1e9
+    assert found == pytest.approx(billions, rel=0.005)
+
+
+def test_an_amplitude_per_share_does_not_depend_on_the_number_of_steps():
+    importance = (-1.0, -0.2, 0.3, 0.9)
+    once = next_sparsity((0.3,) * 4, importance, step=0.06, amplitude=0.02)
+    thrice = (0.3,) * 4
+    for _ in range(3):
+        # In steps of 2 % the two ways are one: so do the published scripts prune a phase.
+        assert next_sparsity(thrice, importance, step=0.02, amplitude=0.02, per="step") == pytest.approx(
+            next_sparsity(thrice, importance, step=0.02, amplitude=0.02)
+        )
+        thrice = next_sparsity(thrice, importance, step=0.02, amplitude=0.02)
+    assert once == pytest.approx(thrice)
+    assert next_sparsity((0.3,) * 4, importance, step=0.06, amplitude=0.02, per="step") == pytest.approx(
+        (0.38, 0.364, 0.354, 0.342)
+    )
+
+
+@pytest.mark.parametrize("per", ["share", "step"])
+def test_a_step_that_removes_nothing_moves_no_sparsity(per):
+    assert next_sparsity((0.1, 0.2), (1.0, -1.0), step=0.0, amplitude=0.5, per=per) == (0.1, 0.2)
 
 
 def can_absorb(sizing, target):

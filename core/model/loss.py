@@ -101,7 +101,7 @@ def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
     finally:
         del decoder.forward
     assert isinstance(logits, Tensor)
-    return logits[0]
+    return logits.squeeze(0)  # an index would copy the gradient on its way back
 
 
 def _wide(logits: Tensor) -> Tensor:

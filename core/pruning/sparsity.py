@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from core.errors import TargetError
 from core.model.shape import LayerShape, ModelShape
@@ -10,7 +11,7 @@ from core.pruning.attention import AttentionCut
 
 MAX_SPARSITY = 0.99
 REFERENCE_STEP = 0.02
-"""Sparsity of the pruning step that the paper's amplitude is quoted at."""
+"""Step that an amplitude per share is quoted at: the steps in which the published scripts prune a phase."""
 
 
 def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
@@ -32,17 +33,26 @@ def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
 
 
 def next_sparsity(
-    sparsity: Sequence[float], importance: Sequence[float], *, step: float, amplitude: float
+    sparsity: Sequence[float],
+    importance: Sequence[float],
+    *,
+    step: float,
+    amplitude: float,
+    per: Literal["share", "step"] = "share",
 ) -> tuple[float, ...]:
     """Accumulate one pruning step: s(t) = clamp(s(t-1) + dS - A(dS) * I, 0, 0.99) (eq. 6, Algorithm 1).
 
     Args:
         sparsity: s(t-1), each layer's removed share of its prunable width at the start.
         importance: I(t), normalised to [-1, 1].
-        step: dS, the mean sparsity that the step adds.
-        amplitude: A at a step of 2 %; it grows in proportion to the step.
+        step: dS, the mean sparsity that the step adds; 0 changes nothing.
+        amplitude: A.
+        per: ``step``: A(dS) = A, as in the paper. ``share``: A(dS) = A * dS / 2 %, so that one step equals
+            several smaller ones.
     """
-    spread = amplitude * step / REFERENCE_STEP
+    if step <= 0:
+        return tuple(sparsity)
+    spread = amplitude if per == "step" else amplitude * step / REFERENCE_STEP
     return tuple(
         min(max(s + step - spread * i, 0.0), MAX_SPARSITY) for s, i in zip(sparsity, importance, strict=True)
     )
