@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,41 @@ def test_random_models_end_at_the_exact_target(unit, multiple):
             current, sparsity = found, tuple(min(max(s + shift, 0.0), 0.99) for s in sparsity)
             tried += 1
     assert tried > 100
+
+
+def totals(sizing):
+    """All parameter counts that the rules allow."""
+    current, sums = sizing.current, {sizing.current.outside_params}
+    for index, layer in enumerate(current.layers):
+        least = 1 if sizing.cuts[index].unit else sizing.attention_units(index)
+        ways = {
+            current.layer_num_params(replace(sizing.with_attention_units(index, units), mlp_width=width))
+            for units in range(least, sizing.attention_units(index) + 1)
+            for width in range(1, layer.mlp_width + 1)
+        }
+        sums = {total + way for total in sums for way in ways}
+    return sums
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head", "none"])
+def test_a_size_is_missed_by_more_than_half_a_channel_only_where_every_way_misses_it(unit):
+    """Where MLPs are narrow the last head may take too much, and no width can make up for it."""
+    rng = random.Random(unit)
+    missed = 0
+    for _ in range(150):
+        dense = uniform_shape(rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3), rng.randint(3, 10), 4)
+        sizing = sizing_for(PruneSettings(attention_unit=unit, width_multiple=1), dense, dense)
+        importance = normalise_importance([rng.random() for _ in dense.layers])
+        least = smallest(sizing)
+        for target in rng.sample(range(least, dense.num_params()), 5):
+            step = (dense.num_params() - target) / sizing.prunable_params()
+            sparsity = next_sparsity((0.0,) * len(dense.layers), importance, step=step, amplitude=0.02)
+            layers, _ = sizes_for_target(sizing, sparsity, importance, target)
+            found = abs(dense.with_layers(layers).num_params() - target)
+            if found > dense.mlp_channel_params / 2:
+                missed += 1
+                assert found == min(abs(total - target) for total in totals(sizing))
+    assert missed < 150, "most targets are met"
 
 
 def test_portable_runs_end_at_the_nearest_size_that_multiples_of_256_reach():

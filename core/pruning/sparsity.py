@@ -1,7 +1,7 @@
 """How much each layer loses: importance, adaptive sparsity that accumulates, and the exact size (eq. 3-6)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -199,8 +199,25 @@ def sizes_for_target(
     low, high = _bisect(lambda d: sizing.params(units(d), widths(d, units(d))) - target_params)
     before = units(low)
     kept = _drop_due_units(sizing, before, units(high), widths(low, before), importance, target_params)
-    shift, _ = _bisect(lambda d: sizing.params(kept, widths(d, kept)) - target_params)
-    return sizing.layers(kept, _round_widths(sizing, kept, widths(shift, kept), target_params)), shift
+
+    def sized(units: Sequence[int]) -> tuple[float, tuple[LayerShape, ...], float]:
+        shift, _ = _bisect(lambda d: sizing.params(units, widths(d, units)) - target_params)
+        layers = sizing.layers(units, _round_widths(sizing, units, widths(shift, units), target_params))
+        return abs(sizing.current.with_layers(layers).num_params() - target_params), layers, shift
+
+    missed, layers, shift = sized(kept)
+    if missed > sizing.width_multiple * sizing.current.mlp_channel_params / 2:
+        # Widths at their bounds cannot make up for the last attention unit: one more or fewer may be closer.
+        _, layers, shift = min((sized(kept), *map(sized, _neighbours(sizing, kept))), key=lambda way: way[0])
+    return layers, shift
+
+
+def _neighbours(sizing: Sizing, units: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the units of attention with one more, or one fewer, in one of the layers."""
+    for index, count in enumerate(units):
+        for other in (count + 1, count - 1):
+            if sizing.units_at(index, math.inf) <= other <= sizing.attention_units(index):
+                yield [*units[:index], other, *units[index + 1 :]]
 
 
 def _bisect(excess: Callable[[float], float]) -> tuple[float, float]:
