@@ -207,7 +207,10 @@ def reference(model: PreTrainedModel, tokens: torch.Tensor, *, micro_batch: int)
     losses = []
     for batch in tokens.to(model.device).split(micro_batch):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+        )
+        loss = loss / tokens[:, 1:].numel()
         loss.backward()
         losses.append(loss.item())
     family, shapes = family_of(model.config), layer_shapes(model.config)
@@ -235,7 +238,7 @@ def reference(model: PreTrainedModel, tokens: torch.Tensor, *, micro_batch: int)
     return Statistics(
         similarities=similarities / tokens.numel(),
         scores=tuple(scores),
-        loss=sum(losses) / len(losses),
+        loss=sum(losses),
         tokens=tokens.numel(),
     )
 

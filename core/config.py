@@ -72,7 +72,10 @@ class PruneSettings:
     """Pruning steps in a phase; importance is measured anew before each. 0 takes as many as keep a step from
     removing more than 5 % of the parameters."""
     amplitude: float = 0.02
-    """A of eq. 6 at a step of 2 %: how far the sparsity of layers spreads. 0 prunes all layers alike."""
+    """A of eq. 6: how far the sparsity of layers spreads. 0 prunes all layers alike."""
+    amplitude_per: Literal["share", "step"] = "share"
+    """What A is for. ``share``: a step of 2 %, and in proportion for others, so that the number of steps does
+    not matter. ``step`` (the paper): each step, whatever its size."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How the input and the output of a layer are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
@@ -385,6 +388,11 @@ class Settings:
                 f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer "
                 f"steps for prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the "
                 "batch."
+            )
+        if self.prune.criterion == "taylor_per_microbatch" and not self.calibration.micro_batch:
+            problems.append(
+                "prune.criterion=taylor_per_microbatch needs calibration.micro_batch: with 0 the free memory "
+                "would change the scores. Set it, or take taylor_l1."
             )
         refuse(problems)
 

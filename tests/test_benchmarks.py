@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.config import EvaluationSettings
 from core.errors import CheckpointError, DataError
-from core.evaluation import benchmarks, progress
+from core.evaluation import progress
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.task_data import task_problems
 
@@ -314,22 +315,28 @@ def test_bfloat16_arithmetic_leaves_float32_weights_alone(llama, tokenizer, tmp_
     assert llama.lm_head.weight.dtype == torch.float32
 
 
-def test_whole_documents_are_scored_in_single_windows_of_bounded_length(
-    llama, tokenizer, tmp_path, monkeypatch
-):
+def test_whole_documents_are_scored_in_windows_of_the_models_own_length(llama, tokenizer, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
     page = "Iron is a metal that rusts in air and water"
     write(tmp_path / "short/test", [{"page": page}])
     score = log_likelihood(llama, tokenizer, "<|im_end|>", page)
     short = evaluate_tasks(llama, tokenizer, settings_for(tmp_path / "short", "wikitext"))["wikitext"]
     assert short["word_perplexity"] == pytest.approx(math.exp(-score / len(page.split())), rel=1e-4)
 
+    llama.config.max_position_embeddings = 16
+    long = " ".join([page] * 5)
+    write(tmp_path / "long/test", [{"page": long}])
     shapes = set()
-    llama.register_forward_pre_hook(lambda module, args: shapes.add(tuple(args[0].shape)))
-    monkeypatch.setattr(benchmarks, "_ROLLING_TOKENS", 16)
-    write(tmp_path / "long/test", [{"page": " ".join([page] * 5)}, {"page": page}])
-    evaluate_tasks(llama, tokenizer, settings_for(tmp_path / "long", "wikitext", batch_size=4))
+    hook = llama.model.layers[0].register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape[:2]))
+    found = evaluate_tasks(llama, tokenizer, settings_for(tmp_path / "long", "wikitext"))["wikitext"]
+    hook.remove()
     assert {rows for rows, _ in shapes} == {1}
     assert max(length for _, length in shapes) == 16
+    theirs = HFLM(pretrained=llama, tokenizer=tokenizer, backend="causal", softmax_dtype="float32")
+    request = SimpleNamespace(args=(long,))
+    score = theirs.loglikelihood_rolling([request], disable_tqdm=True)[0]
+    assert found["word_perplexity"] == pytest.approx(math.exp(-score / len(long.split())), rel=1e-4)
 
 
 def test_a_task_with_examples_and_two_filters_keeps_the_filters_apart(llama, tokenizer, tmp_path):

@@ -62,7 +62,8 @@ class Oracle:
         self.model.zero_grad()
         for batch in batches:
             logits = self.model(batch).logits[:, :-1]
-            cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+            loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+            (loss / TOKENS[:, 1:].numel()).backward()
 
     def unit(self, criterion, members):
         """The score of a group, given as (kind, unit) pairs, by loops."""

@@ -6,7 +6,6 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from core.errors import CheckpointError, DataError
-from core.evaluation import perplexity as module
 from core.evaluation import progress
 from core.evaluation.perplexity import perplexity
 
@@ -60,23 +59,11 @@ def test_a_cap_on_the_logits_is_honoured(windows):
     assert perplexity(gemma, windows, batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
-def test_small_slices_of_logits_give_the_same(llama, windows, monkeypatch):
-    expected = perplexity(llama, windows, batch_size=4)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 3 * 67 + 1)
-    assert perplexity(llama, windows, batch_size=4) == pytest.approx(expected, rel=1e-7)
-
-
-def test_a_forward_pass_takes_no_more_windows_than_memory_allows(llama, windows, monkeypatch):
+def test_a_forward_pass_takes_as_many_windows_as_are_asked_for(llama, windows):
     batches = []
-    llama.register_forward_pre_hook(
-        lambda _, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    llama.model.layers[0].register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     perplexity(llama, windows, batch_size=4)
-    monkeypatch.setattr(module, "_BATCH_LOGITS", 2 * 11 * 67)
-    perplexity(llama, windows, batch_size=4)
-    monkeypatch.setattr(module, "_BATCH_LOGITS", 1)
-    perplexity(llama, windows, batch_size=4)
-    assert batches == [4, 1, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert batches == [4, 1]
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(llama, windows):

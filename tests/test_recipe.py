@@ -598,6 +598,7 @@ OTHERS = {
     "phase_sizes": "linear",
     "steps_per_phase": 2,
     "amplitude": 0.5,
+    "amplitude_per": "step",
     "similarity": "euclidean",
     "attention_unit": "none",
     "criterion": "random",

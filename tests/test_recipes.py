@@ -2,30 +2,41 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from core.errors import SettingsError
 from core.evaluation.task_data import task_problems
 from core.model.build import model_shape
-from core.pruning.adapt import sizing_for
+from core.model.shape import LayerShape
+from core.pruning.adapt import plan_step, sizing_for
+from core.pruning.importance import LayerScores, Statistics
 from core.pruning.sparsity import smallest_params
 from core.recipe import load_recipe
 from pipelines.adapt_accel import compile_pipeline, largest_phases
 from pipelines.cli import main
+from tests.models import llama_similarities
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PAPER = [path for path in RECIPES if path.stem != "demo"]
 
+TABLE_8 = {0.02: "4.43B", 0: "4.54B", 0.005: "4.62B", 0.01: "4.61B", 0.04: "4.04B"}
+
+
+def prune_only(*targets):
+    return [(target, "0", 1, 50, 0.02) for target in targets]
+
+
 # base, and the (target, tokens, phases, steps a phase, amplitude) of each command in the head of the file
-PRUNE_ONLY = [(target, "0", 1, 50, 0.02) for target in ("80%", "60%", "40%")]
 ROWS = {
-    "table1-llama-3.1-8b": ("meta-llama/Llama-3.1-8B", [*PRUNE_ONLY, ("6.66B", "0", 1, 50, 0.02)]),
-    "table1-llama-3.2-3b": ("meta-llama/Llama-3.2-3B", PRUNE_ONLY),
-    "table1-llama-3.2-1b": ("meta-llama/Llama-3.2-1B", PRUNE_ONLY),
+    "table1-llama-3.1-8b": ("meta-llama/Llama-3.1-8B", prune_only("6.66B", "5.25B", "3.96B")),
+    "table1-llama-3.2-3b": ("meta-llama/Llama-3.2-3B", prune_only("2.70B", "2.10B", "1.59B")),
+    "table1-llama-3.2-1b": ("meta-llama/Llama-3.2-1B", prune_only("1.05B", "851M", "669M")),
     "table3-mobilellm-350m": ("facebook/MobileLLM-350M", [("125M", "3.87B", 20, 1, 0.02)]),
     "table4-mobilellm-600m": (
         "facebook/MobileLLM-600M",
@@ -46,7 +57,7 @@ ROWS = {
     ),
     "table8-llama-3.1-8b": (
         "meta-llama/Llama-3.1-8B",
-        [("50%", "0", 1, 50, amplitude) for amplitude in (0.02, 0, 0.005, 0.01, 0.04)],
+        [(target, "0", 1, 50, amplitude) for amplitude, target in TABLE_8.items()],
     ),
 }
 
@@ -187,6 +198,84 @@ def test_a_base_model_can_be_cut_to_every_target_that_recipes_ask_of_it(base):
     for prune in targets:
         target = prune.target_params(dense.num_params())
         assert smallest_params(sizing_for(prune, dense, dense), target) < target < dense.num_params()
+
+
+@pytest.mark.parametrize(
+    "base", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-1B"]
+)
+def test_the_percentages_of_table_1_are_shares_of_each_decoder_layer(base):
+    dense = geometry(base)
+    found = [
+        s.prune.target_params(0)
+        for path in PAPER
+        if "table1" in path.stem
+        for s in variants(path)
+        if s.model.base == base
+    ]
+    for target, share in zip(found, (0.2, 0.4, 0.6), strict=True):
+        layers = []
+        for layer in dense.layers:
+            kv_heads = layer.kv_heads - int(layer.kv_heads * share)
+            heads = kv_heads * layer.heads_per_group
+            width = round(layer.mlp_width * (1 - share))
+            layers.append(LayerShape(query_heads=heads, kv_heads=kv_heads, mlp_width=width))
+        assert target == pytest.approx(dense.with_layers(tuple(layers)).num_params(), rel=0.012)
+        assert target != pytest.approx(dense.num_params() * (1 - share), rel=0.015)
+
+
+def plan_all_steps(prune, dense, similarities):
+    """The sparsities after each step of a phase on a model that never changes how alike its layers are."""
+    current, sparsities = dense, [(0.0,) * len(dense.layers)]
+    target = prune.target_params(dense.num_params())
+    for number in range(prune.steps_per_phase):
+        scores = tuple(
+            LayerScores(
+                query_heads=torch.zeros(layer.query_heads),
+                kv_groups=torch.zeros(layer.kv_heads),
+                mlp_channels=torch.zeros(layer.mlp_width),
+            )
+            for layer in current.layers
+        )
+        step = plan_step(
+            Statistics(
+                similarities=torch.tensor(similarities, dtype=torch.float64),
+                scores=scores,
+                loss=1.0,
+                tokens=1,
+            ),
+            dense=dense,
+            current=current,
+            sparsity=sparsities[-1],
+            target_params=target,
+            steps_left=prune.steps_per_phase - number,
+            settings=prune,
+        )
+        current, sparsities = step.shape, [*sparsities, step.sparsity]
+        if current.num_params() <= target:
+            break
+    return current, sparsities
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PAPER if p.stem in ("table1-llama-3.1-8b", "table8-llama-3.1-8b")], ids=str
+)
+def test_runs_without_training_add_the_papers_amplitude_at_each_step(path):
+    dense = geometry("meta-llama/Llama-3.1-8B")
+    # Channels in bundles of 64: the same shares, fewer numbers to sort.
+    layer = replace(dense.layers[0], mlp_width=dense.layers[0].mlp_width // 64)
+    dense = replace(dense, layers=(layer,) * 32, mlp_channel_params=64 * dense.mlp_channel_params)
+    similarities = llama_similarities()
+    mean = sum(similarities) / 32
+    largest = max(abs(value - mean) for value in similarities)
+    for settings in variants(path):
+        prune = settings.prune
+        shape, sparsities = plan_all_steps(prune, dense, similarities)
+        target = prune.target_params(dense.num_params())
+        assert abs(shape.num_params() - target) <= dense.mlp_channel_params / 2
+        removed = (dense.num_params() - target) / sum(map(dense.prunable_params, dense.layers))
+        for similarity, first in zip(similarities, sparsities[1], strict=True):
+            expected = removed / 50 - prune.amplitude * (mean - similarity) / largest
+            assert first == pytest.approx(max(0, expected), abs=1e-12)
 
 
 def test_the_readme_lists_every_recipe():

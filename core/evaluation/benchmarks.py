@@ -18,6 +18,7 @@ from core.config import EvaluationSettings
 from core.errors import CheckpointError
 from core.evaluation.progress import Progress
 from core.evaluation.task_data import load_tasks
+from core.model.loss import final_states, loss_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _SEED = 1234  # lm-eval's own for few-shot examples
 _BOOTSTRAP_DRAWS = 1000  # for metrics whose standard error has no formula; accuracies have one
-_ROLLING_TOKENS = 2048
 
 
 def evaluate_tasks(
@@ -122,12 +122,10 @@ def _run(
 def _language_model() -> type:
     """Make the class, because lm-eval costs half a second to import."""
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class LanguageModel(HFLM):
-        """lm-eval's Hugging Face model without bars, and with bounded windows for whole documents."""
-
-        batch_size_per_gpu: int
-        _max_length: int | None
+        """lm-eval's Hugging Face model without bars, and with bounded memory for whole documents."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -136,13 +134,27 @@ def _language_model() -> type:
             return super().generate_until(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-            # A batch of windows as long as the model can read needs tens of GB for its logits.
-            before = self.batch_size_per_gpu, self._max_length
-            self.batch_size_per_gpu, self._max_length = 1, min(self.max_length, _ROLLING_TOKENS)
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-            finally:
-                self.batch_size_per_gpu, self._max_length = before
+            # lm-eval's own would hold the logits of a window as long as the model can read: tens of GB.
+            found = []
+            for (text,) in (request.args for request in requests):
+                windows = get_rolling_token_windows(
+                    token_list=self.tok_encode(text),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                found.append(sum(self._continuation(*make_disjoint_window(window)) for window in windows))
+                self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+            return found
+
+        def _continuation(self, context: list[int], continuation: list[int]) -> float:
+            ids = torch.tensor([context + continuation], device=self.device)
+            dtype = self.mixed_precision_dtype
+            with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                states = final_states(self.model, ids[:, :-1])
+                states = torch.cat([states, states[:, -1:]], dim=1)  # the last token predicts nothing
+                first = len(context) - 1
+                return -loss_sum(self.model, states[:, first:], ids[:, first:])
 
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Any]:
             return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})

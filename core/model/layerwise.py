@@ -14,13 +14,11 @@ from core.memory import available_bytes
 from core.model.build import build_model, config_with_layers, load_config, model_shape
 from core.model.checkpoint import CheckpointReader
 from core.model.families import family_of
+from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LOGIT_BYTES = 2**26
-"""Memory for the float32 logits that are held at once: 340 tokens at V = 49,152."""
 
 Resident = Callable[[int], AbstractContextManager[torch.nn.Module]]
 """Brings the decoder layer of a number into memory while it is used."""
@@ -68,47 +66,26 @@ class LayerwiseModel:
         output = self.layers[index](state, **self._calls[state.shape[:2]][index])
         return output[0] if isinstance(output, tuple) else output
 
-    def head_gradient(self, batch: Tensor, state: Tensor) -> tuple[float, Tensor]:
+    def head_gradient(self, batch: Tensor, state: Tensor, *, predictions: int) -> tuple[float, Tensor]:
         """Return a batch's causal-LM loss and its gradient by the last layer's output.
 
-        Everything after the layers (final norm, output head, soft caps) is run by the model's own code, on a
-        few sequences at a time.
+        Everything after the layers (final norm, output head, soft caps) is run by the model's own code.
 
         Args:
             batch: (B, T) token ids.
             state: (B, T, D) output of the last layer.
+            predictions: What the loss is divided by: of the batch, or of a larger set that it is a part of.
 
         Returns:
-            Mean loss in nats a token, and the (B, T, D) gradient.
+            Summed loss / ``predictions`` in nats, and the (B, T, D) gradient.
         """
-        rows = max(1, _LOGIT_BYTES // (4 * self.model.config.vocab_size * batch.shape[1]))
-        predictions = batch.shape[0] * (batch.shape[1] - 1)
-        total, gradients = 0.0, []
-        for ids, part in zip(batch.to(self.model.device).split(rows), state.split(rows), strict=True):
-            part = part.detach().requires_grad_()
-            passes: list[Callable[..., Any]] = [lambda x, **_: x] * (len(self.layers) - 1)
-            with torch.enable_grad(), replaced(self.layers, [*passes, lambda *_, part=part, **__: part]):
-                logits = self.model(input_ids=ids, use_cache=False).logits
-            loss, gradient = _cross_entropy(logits.detach(), ids)
-            gradient = gradient.div_(predictions).to(logits.dtype)
-            gradients.append(torch.autograd.grad(logits, part, gradient)[0])
-            total += loss
-        return total / predictions, torch.cat(gradients)
-
-
-def _cross_entropy(logits: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-    """Return the summed next-token loss of (B, T, V) logits and its gradient by them: softmax less one-hot.
-
-    By hand, because it takes one array of the logits' size where autograd takes four.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = ids[:, 1:, None]
-    normaliser = wide.logsumexp(dim=-1, keepdim=True)
-    loss = (normaliser[:, :-1] - wide[:, :-1].gather(2, targets)).sum().item()
-    gradient = (wide - normaliser).exp_()
-    gradient[:, :-1].scatter_add_(2, targets, gradient.new_full((), -1.0).expand_as(targets))
-    gradient[:, -1] = 0  # the last token predicts nothing
-    return loss, gradient
+        ids = batch.to(self.model.device)
+        last = state.detach().requires_grad_()
+        passes: list[Callable[..., Any]] = [lambda x, **_: x] * (len(self.layers) - 1)
+        with torch.enable_grad(), replaced(self.layers, [*passes, lambda *_, **__: last]):
+            states = final_states(self.model, ids)
+        loss, gradient = loss_gradient(self.model, states, ids, scale=1 / predictions)
+        return loss / predictions, torch.autograd.grad(states, last, gradient)[0]
 
 
 @contextlib.contextmanager

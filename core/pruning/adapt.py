@@ -117,7 +117,9 @@ def plan_step(
     importance = normalise_importance([-s for s in statistics.similarities.tolist()])
     to_remove = max(current.num_params() - target_params, 0) / steps_left
     added = to_remove / sizing.prunable_params()
-    after = next_sparsity(sparsity, importance, step=added, amplitude=settings.amplitude)
+    after = next_sparsity(
+        sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
+    )
     layers = sizes_at(sizing, after)
     if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
         layers, shift = sizes_for_target(sizing, after, importance, target_params)

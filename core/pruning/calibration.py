@@ -93,7 +93,8 @@ def measure(
             disk.
         tokens: (S, T) int64 token ids.
         micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
-            The loss is the sum over micro-batches of each one's mean over its tokens, as the paper's.
+            The loss is the mean over all predictions of the set, so that no split changes a score (but of
+            the criterion ``taylor_per_microbatch``, which is about the split).
         similarity: How a layer's input and output are compared.
         criterion: How groups are scored.
         seed: Seed of the criterion ``random``.
@@ -121,7 +122,7 @@ def measure(
     return Statistics(
         similarities=similarities / tokens.numel(),
         scores=tuple(passes.scores[index] for index in range(len(layerwise.layers))),
-        loss=sum(losses) / len(losses),
+        loss=sum(losses),
         tokens=tokens.numel(),
     )
 
@@ -192,10 +193,13 @@ class _Passes:
         return similarities, states
 
     def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
-        """Return each micro-batch's loss and its gradient by the last layer's output."""
+        """Return each micro-batch's part of the loss and its gradient by the last layer's output."""
         losses, gradients = [], []
+        sequences, length = self.tokens.shape
         for rows, state in zip(self.batches, states, strict=True):
-            loss, gradient = self.model.head_gradient(self.tokens[rows], state.to(self.device))
+            loss, gradient = self.model.head_gradient(
+                self.tokens[rows], state.to(self.device), predictions=sequences * (length - 1)
+            )
             _check_finite("the calibration loss", torch.tensor(loss))
             losses.append(loss)
             gradients.append(gradient.cpu())

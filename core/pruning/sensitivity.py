@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.config import AttentionUnit
@@ -16,6 +15,7 @@ from core.errors import CheckpointError, TargetError
 from core.model.build import layer_shapes, model_shape
 from core.model.families import Family, family_of
 from core.model.layerwise import replaced
+from core.model.loss import final_states, loss_sum
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.attention import attention_cuts
 from core.pruning.importance import Statistics
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 Part = Literal["both", "mlp", "attention"]
 """What a layer loses: MLP channels and attention groups, or one of them."""
-
-_BATCH_LOGITS = 2**27  # of one forward pass: 0.5 GiB in float32
-_CHUNK_LOGITS = 2**24  # that are float32 at once: 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +96,7 @@ def layer_sensitivity(
             go, and one of each stays.
         part: What the layers lose.
         attention_unit: What attention loses.
-        batch_size: Sequences a forward pass; fewer are taken where the logits would need over 0.5 GiB. The
-            states between all layers are held for one batch at a time.
+        batch_size: Sequences a forward pass. The states between all layers are held for one batch at a time.
         advance: Called with a number of sequences each time that a layer has been tried on so many.
 
     Raises:
@@ -172,7 +168,7 @@ def losses_with_layer_pruned(
         model: Left as it was found.
         tokens: (S, T) integer token ids.
         plans: What each layer keeps.
-        batch_size: Sequences a forward pass at most.
+        batch_size: Sequences a forward pass.
         advance: Called with the number of sequences that a layer has been tried on.
 
     Raises:
@@ -180,16 +176,15 @@ def losses_with_layer_pruned(
     """
     family, shapes = family_of(model.config), layer_shapes(model.config)
     layers = list(model.get_submodule(family.layers).children())
-    rows = max(1, min(batch_size, _BATCH_LOGITS // (tokens.shape[1] * int(model.config.vocab_size))))
     dense, pruned = 0.0, [0.0] * len(layers)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in tokens.to(model.device, torch.long).split(rows):
+            for batch in tokens.to(model.device, torch.long).split(batch_size):
                 outputs: list[Any] = []
                 with _recorded(layers, outputs):
-                    dense += _loss_sum(model, batch)
+                    dense += loss_sum(model, final_states(model, batch), batch)
                 for index, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
                     below = outputs[index - 1] if index else None
                     skipped = [lambda *_, below=below, **__: below] * index
@@ -197,7 +192,7 @@ def losses_with_layer_pruned(
                         replaced(layers[:index], skipped),
                         _silenced(family, shape, layers[index], plan),
                     ):
-                        pruned[index] += _loss_sum(model, batch)
+                        pruned[index] += loss_sum(model, final_states(model, batch), batch)
                     advance(len(batch))
     finally:
         model.train(was_training)
@@ -208,16 +203,6 @@ def losses_with_layer_pruned(
             "the loss is not a number, as the model's logits are not. Check the checkpoint."
         )
     return found[0], found[1:]
-
-
-def _loss_sum(model: "PreTrainedModel", batch: Tensor) -> float:
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    chunk = max(1, _CHUNK_LOGITS // logits.shape[1])
-    return sum(
-        F.cross_entropy(part.to(wide), targets, reduction="none").double().sum().item()
-        for part, targets in zip(logits.split(chunk), batch[:, 1:].flatten().split(chunk), strict=True)
-    )
 
 
 @contextlib.contextmanager

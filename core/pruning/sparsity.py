@@ -1,8 +1,9 @@
 """How much each layer loses: importance, adaptive sparsity that accumulates, and the exact size (eq. 3-6)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from core.errors import TargetError
 from core.model.shape import LayerShape, ModelShape
@@ -10,7 +11,7 @@ from core.pruning.attention import AttentionCut
 
 MAX_SPARSITY = 0.99
 REFERENCE_STEP = 0.02
-"""Sparsity of the pruning step that the paper's amplitude is quoted at."""
+"""Step that an amplitude per share is quoted at: the steps in which the published scripts prune a phase."""
 
 
 def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
@@ -32,17 +33,26 @@ def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
 
 
 def next_sparsity(
-    sparsity: Sequence[float], importance: Sequence[float], *, step: float, amplitude: float
+    sparsity: Sequence[float],
+    importance: Sequence[float],
+    *,
+    step: float,
+    amplitude: float,
+    per: Literal["share", "step"] = "share",
 ) -> tuple[float, ...]:
     """Accumulate one pruning step: s(t) = clamp(s(t-1) + dS - A(dS) * I, 0, 0.99) (eq. 6, Algorithm 1).
 
     Args:
         sparsity: s(t-1), each layer's removed share of its prunable width at the start.
         importance: I(t), normalised to [-1, 1].
-        step: dS, the mean sparsity that the step adds.
-        amplitude: A at a step of 2 %; it grows in proportion to the step.
+        step: dS, the mean sparsity that the step adds; 0 changes nothing.
+        amplitude: A.
+        per: ``step``: A(dS) = A, as in the paper. ``share``: A(dS) = A * dS / 2 %, so that one step equals
+            several smaller ones.
     """
-    spread = amplitude * step / REFERENCE_STEP
+    if step <= 0:
+        return tuple(sparsity)
+    spread = amplitude if per == "step" else amplitude * step / REFERENCE_STEP
     return tuple(
         min(max(s + step - spread * i, 0.0), MAX_SPARSITY) for s, i in zip(sparsity, importance, strict=True)
     )
@@ -189,8 +199,25 @@ def sizes_for_target(
     low, high = _bisect(lambda d: sizing.params(units(d), widths(d, units(d))) - target_params)
     before = units(low)
     kept = _drop_due_units(sizing, before, units(high), widths(low, before), importance, target_params)
-    shift, _ = _bisect(lambda d: sizing.params(kept, widths(d, kept)) - target_params)
-    return sizing.layers(kept, _round_widths(sizing, kept, widths(shift, kept), target_params)), shift
+
+    def sized(units: Sequence[int]) -> tuple[float, tuple[LayerShape, ...], float]:
+        shift, _ = _bisect(lambda d: sizing.params(units, widths(d, units)) - target_params)
+        layers = sizing.layers(units, _round_widths(sizing, units, widths(shift, units), target_params))
+        return abs(sizing.current.with_layers(layers).num_params() - target_params), layers, shift
+
+    missed, layers, shift = sized(kept)
+    if missed > sizing.width_multiple * sizing.current.mlp_channel_params / 2:
+        # Widths at their bounds cannot make up for the last attention unit: one more or fewer may be closer.
+        _, layers, shift = min((sized(kept), *map(sized, _neighbours(sizing, kept))), key=lambda way: way[0])
+    return layers, shift
+
+
+def _neighbours(sizing: Sizing, units: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the units of attention with one more, or one fewer, in one of the layers."""
+    for index, count in enumerate(units):
+        for other in (count + 1, count - 1):
+            if sizing.units_at(index, math.inf) <= other <= sizing.attention_units(index):
+                yield [*units[:index], other, *units[index + 1 :]]
 
 
 def _bisect(excess: Callable[[float], float]) -> tuple[float, float]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.config import TrainingSettings
 from core.errors import TrainingError
+from core.model.loss import final_states, loss_gradient
 from core.training.state import Progress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
@@ -159,15 +159,14 @@ def _accumulate(
     total = 0.0
     for ids, mask in _micro_batches(input_ids, trained, settings.micro_batch):
         ids = ids.to(model.device).long()
-        labels = ids[:, 1:].masked_fill(mask[:, 1:].to(model.device) == 0, -100)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / max(
-            counted, 1
-        )
-        loss.backward()
-        total += loss.item()
-    return total, counted
+            states = final_states(model, ids)
+            loss, gradient = loss_gradient(
+                model, states, ids, scale=1 / max(counted, 1), trained=mask.to(model.device)
+            )
+        states.backward(gradient)
+        total += loss
+    return total / max(counted, 1), counted
 
 
 def _micro_batches(input_ids: Tensor, trained: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,121 @@
+"""The next-token loss of a causal language model and its gradient, a chunk of positions at a time.
+
+Logits are the largest array of a small model: V numbers a position. Only those of one chunk exist at once,
+and only of positions whose next token counts. The model's own code computes them from the final hidden
+states, because some families scale or cap them.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits that exist at once, 64 MiB in float32: 340 positions at V = 49,152. A GPU needs more to be busy."""
+
+
+def final_states(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    """Return the (B, T, D) hidden states that the output head reads, for (B, T) token ids."""
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    assert isinstance(states, Tensor)
+    return states
+
+
+def loss_sum(model: "PreTrainedModel", states: Tensor, ids: Tensor) -> float:
+    """Return the next-token loss, summed over all predictions, in nats.
+
+    Args:
+        model: Its output head is used, in the number format of ``states`` or of the caller's autocast.
+        states: (B, T, D) hidden states from ``final_states``.
+        ids: (B, T) int64 token ids; the first of a sequence is not predicted, the last predicts nothing.
+
+    Returns:
+        The sum over B * (T - 1) predictions; each is float32 (float64 for float64 states), the sum float64.
+    """
+    targets = ids[:, 1:].flatten()
+    rows = states[:, :-1].flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    with torch.no_grad():
+        for part, of_part in _chunks(model, rows, targets):
+            losses = F.cross_entropy(_wide(_logits(model, part)), of_part, reduction="none")
+            total += losses.double().sum()
+    return total.item()
+
+
+def loss_gradient(
+    model: "PreTrainedModel", states: Tensor, ids: Tensor, *, scale: float, trained: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Return the summed next-token loss and the gradient of ``scale`` times it by the hidden states.
+
+    Parameters of the head that require a gradient get theirs added to ``grad``; a frozen head costs nothing.
+
+    Args:
+        model: As for ``loss_sum``.
+        states: (B, T, D) hidden states from ``final_states``; their graph is left to the caller.
+        ids: (B, T) int64 token ids.
+        scale: What the sum is multiplied by, such as 1 / predictions.
+        trained: (B, T), not 0 where a token is a target; None for all. Other positions cost nothing.
+
+    Returns:
+        The sum, unscaled, and the (B, T, D) gradient in the format of ``states``.
+    """
+    rows, targets = states.detach()[:, :-1], ids[:, 1:]
+    counts = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
+    rows, targets = rows[counts], targets[counts]
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    gradients = []
+    with torch.enable_grad():
+        for part, of_part in _chunks(model, rows, targets):
+            part = part.detach().requires_grad_()
+            logits = _logits(model, part)
+            loss, gradient = _cross_entropy(logits.detach(), of_part)
+            with torch.autocast(logits.device.type, enabled=False):
+                logits.backward(gradient.mul_(scale).to(logits.dtype))
+            assert part.grad is not None
+            gradients.append(part.grad)
+            total += loss
+    gradient = torch.zeros_like(states, requires_grad=False)
+    gradient[:, :-1][counts] = torch.cat(gradients)
+    return total.item(), gradient
+
+
+def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (N, D) states and their (N,) targets; without any, one pair that is empty."""
+    size = max(1, _CHUNK_LOGITS.get(rows.device.type, 2**24) // int(model.config.vocab_size))
+    yield from zip(rows.split(size), targets.split(size), strict=True)
+
+
+def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
+    """Let the model compute (N, V) logits from (N, D) hidden states, by its own code."""
+    decoder = model.get_decoder()
+    output = BaseModelOutputWithPast(last_hidden_state=states[None])
+    decoder.forward = lambda *_, **__: output
+    try:
+        logits = model(input_ids=None, use_cache=False).logits
+    finally:
+        del decoder.forward
+    assert isinstance(logits, Tensor)
+    return logits.squeeze(0)  # an index would copy the gradient on its way back
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of (N, V) logits and its gradient by them: softmax less one-hot.
+
+    By hand, because it takes one array of the logits' size where autograd takes four.
+    """
+    wide = _wide(logits)
+    normaliser = wide.logsumexp(dim=-1, keepdim=True)
+    loss = (normaliser - wide.gather(1, targets[:, None])).double().sum()
+    gradient = (wide - normaliser).exp_()
+    gradient.scatter_add_(1, targets[:, None], gradient.new_full((), -1.0).expand(len(targets), 1))
+    return loss, gradient
