@@ -1,6 +1,7 @@
 """What every task does around its step: live log lines, the time it took, and errors of one line.
 
-A component's body imports this inside the task, so it must not import kfp.
+A component's body imports this inside the task, so it must import neither kfp nor torch, which reads on
+import what is set here.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from core.cores import use_own_cores
 from core.errors import AdaptPrunerError, full_disk
 from core.record import seconds_text
 from core.redaction import one_line
@@ -52,6 +54,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """
     where = step if phase is None else f"phase {phase} {step}"
     quiet_libraries()
+    use_own_cores()
     gc.set_threshold(_GC_THRESHOLD)
     if os.environ.get(LOCAL):
         threading.Thread(target=_end_with_the_run, daemon=True).start()

@@ -5,7 +5,7 @@ from core.evaluation import likelihoods
 from core.evaluation.likelihoods import can_share, log_likelihoods
 from tests.models import CONFIGS, UNEQUAL, Float64Throughout, tiny
 
-# Contexts that several answers share, one whose beginning another is, answers of one token and of the same tokens.
+# Contexts of several answers, one that begins another, answers of one token, the same request twice.
 REQUESTS = [
     ([5, 9], [11, 12, 13]),
     ([5, 9], [11, 12, 14]),

@@ -79,8 +79,8 @@ def log_likelihoods(
         precision: Arithmetic of the forward pass (autocast); None takes the weights' own.
 
     Yields:
-        The request's number, the sum of its continuation's log-probabilities (float32), and whether each token
-        of it is the likeliest. Requests with one context come one after another.
+        The request's number, the sum of its continuation's log-probabilities (float32), and whether each of
+        its tokens is the likeliest. Requests with one context come one after another.
     """
     limit = _PASS_TOKENS.get(model.device.type, _ACCELERATOR_PASS_TOKENS)
     for batch in _passes(requests, batch_size, limit):
