@@ -6,7 +6,6 @@ Part of `benchmarks/overhead.py`, which runs it.
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -124,16 +123,15 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def busy_process(wanted: bool) -> Iterator[None]:
-    """Keep all cores busy by a process of the lowest priority whose threads spin as torch's do."""
+    """Keep all cores busy by a process of the same priority, whose threads spin as torch's do by default."""
     if not wanted:
         yield
         return
-    command = ["nice", "-n", "19", sys.executable, "-c", BUSY]
-    process = subprocess.Popen(command, env=environment(), start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", BUSY], env=environment())
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 

@@ -8,17 +8,22 @@ from core.control_groups import PROC, control_groups
 
 _CPUS = Path("/sys/devices/system/cpu")
 
+# Turns that a waiting thread spins before it sleeps: some 10 us, enough for the gaps within a forward pass.
+# libgomp's own 300,000 let two processes on the same cores slow each other twentyfold, as each thread spins
+# on the core that the thread it waits for needs. Without any, a busy machine wakes threads late.
+_SPINS = "1000"
+
 
 def use_own_cores() -> None:
-    """Let OpenMP, and what follows its settings, use this process's cores and wait without spinning.
+    """Let OpenMP, and what follows its settings, use this process's cores and soon sleep where it waits.
 
     Torch, MKL, OpenBLAS and Arrow follow. What the environment says already stays. They read it when they are
     loaded, so call this before torch is imported; processes that are started later inherit it.
     """
-    # A thread that spins while it waits takes its core from the thread that it waits for, as soon as there
-    # are more threads than cores: two such processes are enough, and both come to a crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        # The policy for LLVM's and Intel's OpenMP, the count for GNU's, which torch on CPUs brings.
+        os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": _SPINS})
 
 
 def usable_cores(cpus: Path = _CPUS, proc: Path = PROC) -> int:
