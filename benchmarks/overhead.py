@@ -6,7 +6,8 @@ takes is overhead, but for what calibrate and recover-train do once with each we
 that it is made of. Time it on an idle machine: seconds far above the CPU seconds tell that it was busy.
 
 Then what waiting and the number of threads cost: the demo's benchmark items, answered with torch's own
-defaults and with what `core.cores` sets, alone, beside a process that keeps all cores busy, and under CPU quotas (of a control group where this user may make one, else by affinity).
+defaults and with what `core.cores` sets, alone, beside a process that keeps all cores
+busy, and under CPU quotas (of a control group where this user may make one, else by affinity).
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py output/model --repeat 5
