@@ -5,8 +5,13 @@ a benchmark) on the real model, as `adapt-pruner run` does: each task a process 
 takes is overhead, but for what calibrate and recover-train do once with each weight. Then measures the parts
 that it is made of. Time it on an idle machine: seconds far above the CPU seconds tell that it was busy.
 
+Then what waiting and the number of threads cost: the demo's benchmark items, answered with torch's own
+defaults and with what `core.cores` sets, alone, beside a process that keeps all cores
+busy, and under CPU quotas (of a control group where this user may make one, else by affinity).
+
     python benchmarks/overhead.py
     python benchmarks/overhead.py output/model --repeat 5
+    python benchmarks/overhead.py --only threads
 """
 
 import argparse
@@ -19,9 +24,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from threads import measure_threads
 
 from core.recipe import load_recipe
 from pipelines.adapt_accel import build_pipeline
@@ -95,20 +102,32 @@ def main() -> None:
     parser.add_argument(
         "--repeat", type=int, default=3, help="runs, of which the quickest counts (default: 3)"
     )
+    parser.add_argument("--only", choices=("tasks", "threads"), help="Measure one of the two.")
     arguments = parser.parse_args()
+    figures: dict[str, Any] = {
+        "benchmark": "overhead",
+        "model": arguments.model or "demo",
+        "repeat": arguments.repeat,
+        "cores": os.cpu_count(),
+    }
+    if arguments.only != "threads":
+        figures |= measure_tasks(arguments.model, arguments.repeat)
+    if arguments.only != "tasks":
+        figures["threads"] = measure_threads(arguments.model, arguments.repeat)
+    print(json.dumps(figures))
+
+
+def measure_tasks(model: str | None, repeat: int) -> dict[str, Any]:
+    """Measure the overhead of each task, print it, and return the figures."""
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
-        runs = [task_seconds(arguments.model, Path(folder), seed) for seed in range(1 + arguments.repeat)]
+        runs = [task_seconds(model, Path(folder), seed) for seed in range(1 + repeat)]
         parts = part_seconds(Path(folder))
     first, warm = runs[0], runs[1:]
     tasks = {name: min(run[name] for run in warm) for name in first}  # (seconds, CPU seconds)
     once_s = first["resolve-base"][0] - tasks["resolve-base"][0]
     report(tasks, parts, once_s)
     slowest = max(seconds for seconds, _ in tasks.values())
-    figures = {
-        "benchmark": "overhead",
-        "model": arguments.model or "demo",
-        "repeat": arguments.repeat,
-        "cores": os.cpu_count(),
+    return {
         "tasks_s": {name: round(seconds, 3) for name, (seconds, _) in tasks.items()},
         "tasks_cpu_s": {name: round(cpu, 3) for name, (_, cpu) in tasks.items()},
         "parts_s": {name: round(seconds, 3) for name, seconds in parts.items()},
@@ -117,7 +136,6 @@ def main() -> None:
         "limit_s": LIMIT_S,
         "within_limit": slowest < LIMIT_S,
     }
-    print(json.dumps(figures))
 
 
 class Stopwatch(RunProgress):

@@ -1,6 +1,7 @@
 """What every task does around its step: live log lines, the time it took, and errors of one line.
 
-A component's body imports this inside the task, so it must not import kfp.
+A component's body imports this inside the task, so it must import neither kfp nor torch, which reads on
+import what is set here.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from core.cores import use_own_cores
 from core.errors import AdaptPrunerError, full_disk
 from core.record import seconds_text
 from core.redaction import one_line
@@ -57,6 +59,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """
     where = step if phase is None else f"phase {phase} {step}"
     quiet_libraries()
+    use_own_cores()
     gc.set_threshold(_GC_THRESHOLD)
     if os.environ.get(LOCAL):
         threading.Thread(target=_end_with_the_run, daemon=True).start()

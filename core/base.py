@@ -8,6 +8,7 @@ network is needed no more.
 
 import contextlib
 import fnmatch
+import functools
 import json
 import logging
 import tempfile
@@ -182,13 +183,18 @@ def _dequantized(location: Path) -> Iterator[Path]:
     def unreadable(said: str) -> CheckpointError:
         return CheckpointError(f"{location} cannot be read as GGUF: {said}. Fetch it again.")
 
-    log.info("dequantizing %s (once; about half a minute)", location.name)
+    log.info("dequantizing %s (once; some seconds)", location.name)
     # Alone in a folder: the library would also read what lies beside the file, adapters and code among it.
-    with foreign_errors(unreadable), tempfile.TemporaryDirectory(prefix="adapt-pruner-") as alone:
-        (Path(alone) / "model.gguf").symlink_to(location.resolve())
+    with (
+        foreign_errors(unreadable),
+        tempfile.TemporaryDirectory(prefix="adapt-pruner-") as alone,
+        _one_gguf_reader(),
+    ):
+        file = Path(alone) / "model.gguf"
+        file.symlink_to(location.resolve())
         source: dict[str, Any] = {
             "pretrained_model_name_or_path": alone,
-            "gguf_file": "model.gguf",
+            "gguf_file": file.name,
             "trust_remote_code": False,
         }
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -201,13 +207,27 @@ def _dequantized(location: Path) -> Iterator[Path]:
             model = build_model(config)
         model.load_state_dict(quantized.state_dict(), assign=True)
         model.tie_weights()
-        facts = gguf_facts(location)
+        facts = gguf_facts(file)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         tokenizer.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
         provenance = {"base": location.name, **facts}
         save_model(model, Path(scratch), companions=None, provenance=provenance)
         yield Path(scratch)
+
+
+@contextlib.contextmanager
+def _one_gguf_reader() -> Iterator[None]:
+    """Let all who read a GGUF file share one reader: it takes seconds to list a vocabulary."""
+    import gguf
+
+    original = gguf.GGUFReader
+    opened = functools.cache(original)
+    gguf.GGUFReader = lambda path: opened(str(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _import_from_hub(name: str, revision: str, store: str) -> tuple[str, str]:

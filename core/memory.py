@@ -5,15 +5,15 @@ from pathlib import Path
 import psutil
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
+from core.control_groups import PROC, control_groups
 
 
-def available_bytes(device: str | torch.device = "cpu", cgroup: Path = _CGROUP) -> int:
-    """Return the free memory of an accelerator, or of the host within its container's limit.
+def available_bytes(device: str | torch.device = "cpu", proc: Path = PROC) -> int:
+    """Return the free memory of an accelerator, or of the host within its container's limits.
 
     Args:
         device: Whose memory.
-        cgroup: Where the container's control group is mounted (version 2).
+        proc: This process's folder under ``/proc``, which names its control groups.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -21,11 +21,21 @@ def available_bytes(device: str | torch.device = "cpu", cgroup: Path = _CGROUP) 
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, no limit ("max"), or control groups of version 1
-        return free
+    return min(
+        [free, *(left for group in control_groups("memory", proc) if (left := _left(group)) is not None)]
+    )
+
+
+def _left(group: Path) -> int | None:
+    """Return the bytes that a control group may still take; None without a limit."""
     # Pages of files that the kernel can drop count as used.
-    return min(free, limit - used + int(statistics.get("inactive_file", 0)))
+    if (group / "memory.max").exists():
+        limit, used, droppable = "memory.max", "memory.current", "inactive_file"
+    else:  # version 1
+        limit, used, droppable = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / used).read_text()) - int(statistics.get(droppable, 0))
+        return int((group / limit).read_text()) - taken
+    except (OSError, ValueError):  # the root, which has no limit, or "max"
+        return None

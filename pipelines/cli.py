@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from core.cores import use_own_cores
 from core.errors import AdaptPrunerError, SettingsError, full_disk
 from pipelines.commands import clusters, models, pushing, recipes, sharing, stores
 
@@ -40,6 +41,7 @@ def main() -> None:
 
     Exit status: 0 done, 1 failed, 2 the settings are wrong.
     """
+    use_own_cores()
 
 
 for _command in (

@@ -1,28 +1,53 @@
+import psutil
 import pytest
 import torch
 
 from core.memory import available_bytes
+from tests.groups import proc_with
+
+FILES = {
+    2: {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 400\ninactive_file 250"},
+    1: {
+        "memory.limit_in_bytes": 1000,
+        "memory.usage_in_bytes": 700,
+        "memory.stat": "inactive_file 7\ntotal_inactive_file 250",
+    },
+}
+UNLIMITED = {2: {"memory.max": "max"}, 1: {"memory.limit_in_bytes": 9223372036854771712}}
 
 
-@pytest.fixture
-def cgroup(tmp_path):
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 400000\ninactive_file 250000\n")
-    return tmp_path
+def tree(folder, version, groups):
+    return proc_with(
+        folder,
+        version,
+        {f"{group}/{name}": text for group, files in groups.items() for name, text in files.items()},
+    )
 
 
-def test_a_containers_limit_bounds_what_is_free(cgroup):
-    assert available_bytes("cpu", cgroup) == 1_000_000 - 700_000 + 250_000
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_bounds_what_is_free(tmp_path, version):
+    proc = tree(tmp_path, version, {"pod/task": FILES[version], "pod": FILES[version] | UNLIMITED[version]})
+    assert available_bytes("cpu", proc) == 1000 - 700 + 250
 
 
-def test_without_a_limit_the_machine_counts(cgroup):
-    (cgroup / "memory.max").write_text("max\n")
-    assert available_bytes("cpu", cgroup) > 2**24
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_pods_limit_bounds_its_containers(tmp_path, version):
+    proc = tree(tmp_path, version, {"pod/task": FILES[version] | UNLIMITED[version], "pod": FILES[version]})
+    assert available_bytes("cpu", proc) == 1000 - 700 + 250
 
 
-def test_without_control_groups_the_machine_counts(tmp_path):
-    assert available_bytes("cpu", tmp_path / "none") > 2**24
+@pytest.mark.parametrize("version", [1, 2])
+def test_without_a_limit_the_machine_counts(tmp_path, monkeypatch, version):
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    proc = tree(tmp_path, version, {"pod/task": FILES[version] | UNLIMITED[version]})
+    assert available_bytes("cpu", proc) == machine.available
+
+
+def test_without_control_groups_the_machine_counts(tmp_path, monkeypatch):
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    assert available_bytes("cpu", tmp_path / "none") == machine.available
 
 
 def test_what_pytorch_keeps_of_an_accelerators_memory_is_free(monkeypatch):

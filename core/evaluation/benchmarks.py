@@ -16,6 +16,7 @@ import torch
 
 from core.config import EvaluationSettings
 from core.errors import CheckpointError
+from core.evaluation.likelihoods import Request, can_share, log_likelihoods
 from core.evaluation.progress import Progress
 from core.evaluation.task_data import load_tasks
 from core.model.loss import final_states, loss_sum
@@ -157,9 +158,25 @@ def _language_model() -> type:
                 return -loss_sum(self.model, states[:, first:], ids[:, first:])
 
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Any]:
-            return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})
+            wanted = [_fitting(*request[1:], self.max_length) for request in requests]
+            if not can_share(self.model, wanted):
+                return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})
+            answers: list[Any] = [None] * len(requests)
+            for number, *answer in log_likelihoods(
+                self.model, wanted, batch_size=self.batch_size, precision=self.mixed_precision_dtype
+            ):
+                answers[number] = tuple(answer)
+                if (asked := requests[number][0]) is not None:  # None: a window of a whole document
+                    self.cache_hook.add_partial("loglikelihood", asked, answers[number])
+            return answers
 
     return LanguageModel
+
+
+def _fitting(context: list[int], continuation: list[int], max_length: int) -> Request:
+    """Cut a context from the left, as lm-eval does, so that the model can read it with its continuation."""
+    assert 0 < len(continuation) <= max_length, "lm-eval demands it, too"
+    return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
 class _AnswerCounter:

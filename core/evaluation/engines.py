@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from core.cores import usable_cores
 from core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Torch:
 
         from core.model.build import dtype_of, load_config, load_model
 
-        torch.set_num_threads(workload.threads or physical_cores())
+        torch.set_num_threads(workload.threads or usable_cores())
         load_config(path)  # transformers' model classes take seconds to import, which is no part of loading
         from transformers import DynamicCache
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
@@ -98,7 +98,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_parallel, params.n_ctx = parallel, parallel * length
-        threads = workload.threads or physical_cores()
+        threads = workload.threads or usable_cores()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup, params.ui, params.verbosity, params.fit_params = False, False, -1, False
         self.device = "cpu" if device == "cpu" else accelerator_of(xllamacpp.get_device_info())
@@ -153,11 +153,6 @@ def accelerator_of(devices: Sequence[Mapping[str, Any]]) -> str:
     """
     names = [str(device["name"]) for device in devices if device["type"].name.endswith("GPU")]
     return names[0].rstrip("0123456789").lower() if names else "cpu"
-
-
-def physical_cores() -> int:
-    """Return the CPU cores that this process may use, without hyperthreads."""
-    return min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
 
 
 def peak_rss_bytes() -> int:

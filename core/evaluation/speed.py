@@ -34,7 +34,7 @@ class Workload:
         new_tokens: Tokens that are decoded after a prompt, one at a time.
         batches: Sequences at a time; each is a measurement of its own.
         rounds: Times that everything is measured; one more goes before to warm up.
-        threads: CPU threads; 0 takes one a physical core.
+        threads: CPU threads; 0 takes one a physical core that may be used.
         dtype: Number format of the weights in PyTorch, ``auto`` as they are stored.
     """
 

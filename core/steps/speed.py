@@ -15,7 +15,7 @@ from core.record import SpeedRecord
 
 log = logging.getLogger(__name__)
 
-BRIEF = Workload(new_tokens=16, rounds=3)
+BRIEF = Workload(prompt_tokens=64, new_tokens=16, rounds=3)
 """What publish takes the time for."""
 
 
