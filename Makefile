@@ -1,6 +1,6 @@
 # make demo        prune a real model on this machine and show the result
 # make test        the quick tests          make test-slow   the long ones, on the real model
-# make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (40 minutes)
+# make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
 # make clean       remove what was made here, except output/
@@ -48,7 +48,7 @@ torture: $(INSTALLED)
 	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=$(CURDIR)/output/evidence.jsonl \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
 		-m "not gpu" $$(grep -l "^from tests.evidence" tests/test_*.py) $(PYTEST_FLAGS)
-	$(BIN)/python -m tests.evidence output/evidence.jsonl docs/reliability.md
+	$(BIN)/python -m tests.evidence output/evidence.jsonl docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
