@@ -3,6 +3,7 @@
 # make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
+# make docs        write docs/settings.md from the settings' docstrings
 # make clean       remove what was made here, except output/
 #
 # Whatever comes first makes .venv. Needed: Python 3.11 or newer with venv, make, git.
@@ -26,7 +27,7 @@ LOCK ?= docker/requirements.lock
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test test-slow test-image torture lint lock clean
+.PHONY: install demo test test-slow test-image torture lint lock docs clean
 
 install: $(INSTALLED)
 
@@ -61,6 +62,10 @@ lock: $(INSTALLED)
 	$(BIN)/python docker/lock.py > docker/requirements.lock.new
 	mv docker/requirements.lock.new docker/requirements.lock
 	touch $(INSTALLED)
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/write_settings.py > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
