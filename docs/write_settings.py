@@ -15,8 +15,8 @@ from core.config import Settings, TextSource
 
 HEAD = """# Settings
 
-Every setting of a recipe, as `section.key`. What has a default may be left out; a recipe may `include:` one
-other, and `--set section.key=value` overrides it on the command line. Unknown keys, values out of range and
+Every setting of a recipe, as `section.key`. What has a default may be left out; a recipe may `include:`
+others, and `--set section.key=value` overrides it on the command line. Unknown keys, values out of range and
 impossible combinations are reported all at once, before anything starts. Counts may be written as `3.87B`,
 shares as `80%`, sizes as `16GB`, times as `10min`. The code is in [core/settings](../core/settings).
 
