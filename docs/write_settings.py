@@ -20,16 +20,20 @@ others, and `--set section.key=value` overrides it on the command line. Unknown 
 impossible combinations are reported all at once, before anything starts. Counts may be written as `3.87B`,
 shares as `80%`, sizes as `16GB`, times as `10min`. The code is in [core/settings](../core/settings).
 
+*Kind* says what another value means for a run: `result` is another run; `how` resumes the same run;
+`measured` measures again and computes nothing else; `place` is the same run (of the base model its pinned
+revision counts, not its name).
+
 Written by `make docs`; do not edit.
 """
 PARTS = (
-    ("Text sources", "A text source, as in `calibration.source` and `training.sources`:", TextSource),
-    ("Components", "What `cluster.components` may say of one component:", ComponentSettings),
-    ("Tolerations", "An entry of `cluster.tolerations` and `cluster.gpu_tolerations`:", Toleration),
+    ("Text sources", "A text source; its kind is that of the setting that holds it:", TextSource, ""),
+    ("Components", "What `cluster.components` may say of one component:", ComponentSettings, "place"),
+    ("Tolerations", "An entry of `cluster.tolerations` and `cluster.gpu_tolerations`:", Toleration, "place"),
 )
 
 NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true, false"}
-NAMES |= {part: f"[{title.lower()}](#{title.lower().replace(' ', '-')})" for title, _, part in PARTS}
+NAMES |= {part: f"[{title.lower()}](#{title.lower().replace(' ', '-')})" for title, _, part, _ in PARTS}
 
 
 def meanings(section: type) -> dict[str, str]:
@@ -68,29 +72,34 @@ def default(field: dataclasses.Field[typing.Any]) -> str:
     return str(value)
 
 
-def table(section: type, prefix: str = "") -> str:
+def table(section: type, prefix: str = "", inherited: str = "result") -> str:
     """Return the fields of a dataclass as a table, less those that are sections."""
     hints, texts = typing.get_type_hints(section), meanings(section)
     rows = [
         " | ".join(
-            [f"| `{prefix}{field.name}`", default(field), kind(hints[field.name]), f"{texts[field.name]} |"]
+            [
+                f"| `{prefix}{field.name}`",
+                default(field),
+                kind(hints[field.name]),
+                field.metadata.get("kind", inherited),
+                f"{texts[field.name]} |",
+            ]
         )
         for field in dataclasses.fields(section)
         if not (section is Settings and dataclasses.is_dataclass(hints[field.name]))
     ]
-    return "\n".join(["| setting | default | takes | meaning |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["| setting | default | takes | kind | meaning |", "|---|---|---|---|---|", *rows, ""])
 
 
 def page() -> str:
     """Return the whole page."""
     hints, texts = typing.get_type_hints(Settings), meanings(Settings)
     parts = [HEAD, table(Settings)]
-    parts += [
-        f"## {name}\n\n{texts[name]}\n\n{table(hints[name], f'{name}.')}"
-        for name in (field.name for field in dataclasses.fields(Settings))
-        if dataclasses.is_dataclass(hints[name])
-    ]
-    parts += [f"## {title}\n\n{text}\n\n{table(part)}" for title, text, part in PARTS]
+    for field in dataclasses.fields(Settings):
+        if dataclasses.is_dataclass(section := hints[field.name]):
+            rows = table(section, f"{field.name}.", field.metadata.get("kind", "result"))
+            parts.append(f"## {field.name}\n\n{texts[field.name]}\n\n{rows}")
+    parts += [f"## {title}\n\n{text}\n\n{table(part, inherited=kind)}" for title, text, part, kind in PARTS]
     return "\n".join(parts)
 
 
