@@ -1,8 +1,9 @@
 # make demo        prune a real model on this machine and show the result
 # make test        the quick tests          make test-slow   the long ones, on the real model
-# make torture     what docs/reliability.md tells: kills, faults, damage; writes its tables anew (40 minutes)
+# make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
 # make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
+# make docs        write docs/settings.md from the settings' docstrings
 # make clean       remove what was made here, except output/
 #
 # Whatever comes first makes .venv. Needed: Python 3.11 or newer with venv, make, git.
@@ -26,7 +27,7 @@ LOCK ?= docker/requirements.lock
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test test-slow test-image torture lint lock clean
+.PHONY: install demo test test-slow test-image torture lint lock docs clean
 
 install: $(INSTALLED)
 
@@ -48,7 +49,7 @@ torture: $(INSTALLED)
 	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=$(CURDIR)/output/evidence.jsonl \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
 		-m "not gpu" $$(grep -l "^from tests.evidence" tests/test_*.py) $(PYTEST_FLAGS)
-	$(BIN)/python -m tests.evidence output/evidence.jsonl docs/reliability.md
+	$(BIN)/python -m tests.evidence output/evidence.jsonl docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -61,6 +62,10 @@ lock: $(INSTALLED)
 	$(BIN)/python docker/lock.py > docker/requirements.lock.new
 	mv docker/requirements.lock.new docker/requirements.lock
 	touch $(INSTALLED)
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/write_settings.py > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

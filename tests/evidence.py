@@ -1,7 +1,8 @@
-"""What the reliability tests try, how often, and what happens: the tables of docs/reliability.md.
+"""What the reliability tests try, how often, and what happens.
 
 A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
-and ``python -m tests.evidence NOTES docs/reliability.md`` writes them into the document's tables.
+and ``python -m tests.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of that
+folder, and their totals into ``reliability.md``.
 """
 
 import datetime
@@ -12,14 +13,28 @@ import sys
 from pathlib import Path
 
 EVIDENCE = "ADAPT_PRUNER_EVIDENCE"
+EVIDENCE_HEAD = """# Evidence
+
+What was tried against the promises of [reliability.md](reliability.md), how often, and what happened.
+Written by `make torture`; do not edit.
+"""
+TABLES = (
+    "Publishing",
+    "Integrity",
+    "Faults",
+    "Kills",
+    "Resumed training",
+    "Leases and cleaning",
+    "Security",
+)
+"""The tables, in their order."""
 
 
 def note(table, tried, happened, times=1):
     """Add a row, or ``times`` to an equal one.
 
     Args:
-        table: The table's heading: Publishing, Integrity, Faults, Kills, Resumed training, Leases and
-            cleaning, or Security.
+        table: One of ``TABLES``.
         tried: What was done to the program, without what changes from run to run.
         happened: What came of it, made of what was observed; without paths, times and other noise.
         times: How often.
@@ -43,33 +58,45 @@ def tables(lines):
     return found
 
 
-def render(document, lines, when):
-    """Return the document with all of its tables written anew.
+def evidence(found, when):
+    """Return the page with all rows.
 
     Args:
-        document: Markdown, in which ``<!-- table NAME -->`` and ``<!-- end -->`` enclose each table.
-        lines: What ``note`` has written.
+        found: What ``tables`` returns.
         when: The day of the notes.
 
     Raises:
-        ValueError: If a table of the notes has no place in the document.
+        ValueError: If a table has no place in ``TABLES``.
     """
-    found = tables(lines)
-
-    def table(match):
-        name = match[1]
-        rows = sorted(found.pop(name, {}).items())
-        total = f"{sum(times for _, times in rows):,} tries in all, last made on {when}."
-        head = "| tried | times | what happened | test |\n|---|---:|---|---|"
+    if unknown := found.keys() - set(TABLES):
+        raise ValueError(f"no place for the tables: {', '.join(sorted(unknown))}")
+    parts = [EVIDENCE_HEAD]
+    for name in TABLES:
+        rows = found.get(name, {})
         body = [
             f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |"
-            for (tried, happened, test), times in rows
+            for (tried, happened, test), times in sorted(rows.items())
         ]
-        return "\n".join([f"<!-- table {name} -->", total, "", head, *body, "<!-- end -->"])
+        head = [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
+        parts.append(
+            "\n".join([*head, "| tried | times | what happened | test |", "|---|---:|---|---|", *body, ""])
+        )
+    return "\n".join(parts)
 
-    written = re.sub(r"<!-- table ([^>]+) -->.*?<!-- end -->", table, document, flags=re.DOTALL)
-    if found:
-        raise ValueError(f"no place in the document for: {', '.join(found)}")
+
+def with_summary(document, found, when):
+    """Return a document with the totals between ``<!-- summary -->`` and ``<!-- end -->``."""
+    rows = [
+        f"| [{name}](reliability-evidence.md#{name.lower().replace(' ', '-')}) "
+        f"| {len(found.get(name, {})):,} | {sum(found.get(name, {}).values()):,} | {when} |"
+        for name in TABLES
+    ]
+    table = "\n".join(["| what | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
+    written, places = re.subn(
+        r"(<!-- summary -->\n).*?(<!-- end -->)", rf"\1{table}\n\2", document, flags=re.DOTALL
+    )
+    if places != 1:
+        raise ValueError(f"{places} places for the summary, 1 wanted")
     return written
 
 
@@ -78,6 +105,9 @@ def _cell(text):
 
 
 if __name__ == "__main__":
-    notes, target = map(Path, sys.argv[1:])
+    notes, folder = map(Path, sys.argv[1:])
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    target.write_text(render(target.read_text(), notes.read_text().splitlines(), today))
+    found = tables(notes.read_text().splitlines())
+    (folder / "reliability-evidence.md").write_text(evidence(found, today))
+    promises = folder / "reliability.md"
+    promises.write_text(with_summary(promises.read_text(), found, today))

@@ -1,4 +1,4 @@
-"""The README's commands do what it says, on a tiny project in the demo's place."""
+"""What README says to type does what it says, on a tiny project in the demo's place."""
 
 import itertools
 import os
@@ -14,17 +14,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.project import ROOT, command_line, write_recipe
 
 README = (ROOT / "README.md").read_text()
+MODELS = (ROOT / "docs" / "models.md").read_text()
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.strip().splitlines()
 ]
-SETTINGS = re.findall(r"^\| (`[a-z_]+\.[a-z_`, .]+`) \| ([^|]*) \|", README, re.MULTILINE)
 
 
 def test_every_command_is_of_a_kind_that_is_tried():
@@ -139,7 +138,7 @@ def _end(server):
 
 def test_the_python_example_loads_the_model(demo, monkeypatch):
     folder, _ = demo
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", MODELS, re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
     exec(example, names)
@@ -147,36 +146,15 @@ def test_the_python_example_loads_the_model(demo, monkeypatch):
     assert len(names["tokenizer"]) == names["model"].config.vocab_size
 
 
-def test_the_table_of_settings_gives_true_defaults():
-    from core.config import Settings
-
-    sections = {name: hint for name, hint in Settings.__annotations__.items()}
-    rows = [(name, default) for names, default in SETTINGS for name, default in _pairs(names, default)]
-    assert len(rows) > 8
-    for name, default in rows:
-        section, key = name.split(".")
-        assert key in sections[section].__dataclass_fields__, name
-        stated = yaml.safe_load(default) if default.strip() else None
-        if stated is not None and not default.strip().isupper():
-            assert str(getattr(sections[section], key)) == str(stated), name
-
-
-def _pairs(names, default):
-    split = [name.strip(" `") for name in names.split(",")]
-    defaults = default.split(",") if len(split) > 1 else [default]
-    return zip(split, defaults, strict=True)
+def test_what_comes_out_is_there(demo):
+    folder, _ = demo
+    named = re.findall(r"^\| `(output/demo/[\w./]+)` \|", README, re.MULTILINE)
+    assert len(named) > 3
+    assert not [name for name in named if not (folder / name).exists()]
 
 
 def test_the_tree_names_what_is_there():
-    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
-    for line in tree.splitlines():
-        name = line.split()[0].rstrip(",")
-        place = ROOT / "core" / name if line.startswith("  ") else ROOT / name
-        assert place.exists(), name
-
-
-def test_every_linked_file_is_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert links
-    assert not missing
+    (tree,) = re.findall(r"\n```\n(components/.*?)```", README, re.DOTALL)
+    folders = [line.split()[0] for line in tree.splitlines()]
+    assert len(folders) > 5
+    assert not [name for name in folders if not (ROOT / name).is_dir()]
