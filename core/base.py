@@ -221,13 +221,14 @@ def _one_gguf_reader() -> Iterator[None]:
     """Let all who read a GGUF file share one reader: it takes seconds to list a vocabulary."""
     import gguf
 
-    original = gguf.GGUFReader
+    library: Any = gguf
+    original = library.GGUFReader
     opened = functools.cache(original)
-    gguf.GGUFReader = lambda path: opened(str(path))
+    library.GGUFReader = lambda path: opened(str(path))
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        library.GGUFReader = original
 
 
 def _import_from_hub(name: str, revision: str, store: str) -> tuple[str, str]:

@@ -30,14 +30,15 @@ def usable_cores(cpus: Path = _CPUS, proc: Path = PROC) -> int:
     """Return how many threads of this process can compute at once, at least 1.
 
     These are the physical cores that it may run on, but no more than the CPU time that its control groups
-    allow, rounded up.
+    allow, rounded down: two threads that share 1.5 cores are no faster than one, as one waits while the other
+    is throttled.
 
     Args:
         cpus: Where Linux describes the CPUs.
         proc: This process's folder under ``/proc``, which names its control groups.
     """
     quotas = [quota for group in control_groups("cpu", proc) if (quota := _quota(group)) is not None]
-    return max(1, math.ceil(min([_physical_cores(cpus), *quotas])))
+    return max(1, math.floor(min([_physical_cores(cpus), *quotas])))
 
 
 def _physical_cores(cpus: Path) -> int:

@@ -41,7 +41,7 @@ def test_without_a_description_of_the_cores_cpus_count(cpus, tmp_path, monkeypat
 VERSION_2 = [
     ({"pod/task/cpu.max": "max 100000", "pod/cpu.max": "max 100000"}, 4),
     ({"pod/task/cpu.max": "200000 100000"}, 2),
-    ({"pod/task/cpu.max": "150000 100000"}, 2),
+    ({"pod/task/cpu.max": "150000 100000"}, 1),
     ({"pod/task/cpu.max": "100000 100000"}, 1),
     ({"pod/task/cpu.max": "10000 100000"}, 1),
     ({"pod/task/cpu.max": "75000 25000"}, 3),
@@ -61,7 +61,7 @@ def test_quotas_of_version_2_at_every_level(cpus, tmp_path, files, cores):
 
 @pytest.mark.parametrize(
     ("own", "above", "cores"),
-    [(-1, -1, 4), (200_000, -1, 2), (150_000, -1, 2), (-1, 100_000, 1), (300_000, 200_000, 2), (1000, -1, 1)],
+    [(-1, -1, 4), (200_000, -1, 2), (150_000, -1, 1), (-1, 100_000, 1), (300_000, 200_000, 2), (1000, -1, 1)],
 )
 def test_quotas_of_version_1_at_every_level(cpus, tmp_path, own, above, cores):
     files = {"pod/task/cpu.cfs_quota_us": own, "pod/cpu.cfs_quota_us": above}

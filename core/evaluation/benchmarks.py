@@ -158,7 +158,7 @@ def _language_model() -> type:
                 return -loss_sum(self.model, states[:, first:], ids[:, first:])
 
         def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[Any]:
-            wanted = [_fitting(*request[1:], self.max_length) for request in requests]
+            wanted = [_fitting(request[1], request[2], self.max_length) for request in requests]
             if not can_share(self.model, wanted):
                 return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})
             answers: list[Any] = [None] * len(requests)

@@ -120,18 +120,18 @@ def _passes(requests: Sequence[Request], batch_size: int, limit: int) -> Iterato
     for number, (context, _) in enumerate(requests):
         groups.setdefault(tuple(context), []).append(number)
     batch = _Pass()
-    for index, (context, numbers) in enumerate(groups.items()):
+    for index, (shared, numbers) in enumerate(groups.items()):
         last: int | None = None  # where the context ends in this pass
         for number in numbers:
             # The last token predicts nothing that is asked for.
             continuation = requests[number][1][:-1]
-            more = len(continuation) + (len(context) if last is None else 0)
+            more = len(continuation) + (len(shared) if last is None else 0)
             if batch.requests and (len(batch.requests) == batch_size or len(batch.tokens) + more > limit):
                 yield batch
                 batch, last = _Pass(), None
             if last is None:
-                last = batch.append(context, start=0, context=index, continuation=_CONTEXT)[-1]
-            own = batch.append(continuation, start=len(context), context=index, continuation=number)
+                last = batch.append(shared, start=0, context=index, continuation=_CONTEXT)[-1]
+            own = batch.append(continuation, start=len(shared), context=index, continuation=number)
             batch.requests.append(number)
             batch.predicting.append([last, *own])
     if batch.requests:
