@@ -42,14 +42,14 @@ test-slow: $(INSTALLED)
 
 test-image: $(INSTALLED)
 	@test -n "$(IMAGE)" || { echo "error: no image is named. Build one and give it: make test-image IMAGE=..." >&2; exit 1; }
-	IMAGE=$(IMAGE) $(BIN)/pytest tests/test_container.py $(PYTEST_FLAGS)
+	IMAGE=$(IMAGE) $(BIN)/pytest tests/cluster/test_container.py $(PYTEST_FLAGS)
 
 torture: $(INSTALLED)
 	mkdir -p output && rm -f output/evidence.jsonl
 	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=$(CURDIR)/output/evidence.jsonl \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
-		-m "not gpu" $$(grep -l "^from tests.evidence" tests/test_*.py) $(PYTEST_FLAGS)
-	$(BIN)/python -m tests.evidence output/evidence.jsonl docs
+		-m "not gpu" $$(grep -l "^from tests.support.evidence" tests/test_*.py) $(PYTEST_FLAGS)
+	$(BIN)/python -m tests.support.evidence output/evidence.jsonl docs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ takes is overhead, but for what calibrate and recover-train do once with each we
 that it is made of. Time it on an idle machine: seconds far above the CPU seconds tell that it was busy.
 
 Then what waiting and the number of threads cost: the demo's benchmark items, answered with torch's own
-defaults and with what `core.cores` sets, alone, beside a process that keeps all cores
+defaults and with what `core.machine.cores` sets, alone, beside a process that keeps all cores
 busy, and under CPU quotas (of a control group where this user may make one, else by affinity).
 
     python benchmarks/overhead.py
@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from threads import measure_threads
 
-from core.recipe import load_recipe
+from core.settings.recipe import load_recipe
 from pipelines.adapt_accel import build_pipeline
-from pipelines.local import run_pipeline
-from pipelines.progress import RunProgress
+from pipelines.local.progress import RunProgress
+from pipelines.local.run import run_pipeline
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 LIMIT_S = 6.0
@@ -70,13 +70,13 @@ import torch; lap("import torch")
 import transformers; lap("import transformers")
 from core.model.build import load_model
 from core.model.checkpoint import save_model
-from core.storage.manifest import fetch, publish
+from core.storage.publication import fetch, publish
 lap("import core")
 import mlflow; lap("import mlflow")
 import datasets; lap("import datasets")
 import lm_eval.evaluator, lm_eval.models.huggingface; lap("import lm_eval")
 folder, scratch, uri = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-from core.placement import TrackingSettings
+from core.settings.storage import TrackingSettings
 from core.tracking.mlflow import open_tracker
 tracker = open_tracker(TrackingSettings(uri=uri), key="overhead", name="overhead")
 tracker.start({}, {}); lap("MLflow: open the parent run")

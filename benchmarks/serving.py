@@ -17,16 +17,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from core.config import EvaluationSettings, PruneSettings, Settings, TrainingSettings
-from core.evaluation.speed import Workload
+from core.evaluation.speed.comparison import Workload
 from core.export.gguf_quantization import GgufDtype
-from core.placement import StorageSettings, TrackingSettings
-from core.recipe import load_recipe
-from core.record import SpeedRecord
-from core.run import Run
+from core.runs.record import SpeedRecord
+from core.runs.run import Run
+from core.settings.recipe import load_recipe
+from core.settings.schema import EvaluationSettings, PruneSettings, Settings, TrainingSettings
+from core.settings.storage import StorageSettings, TrackingSettings
 from core.steps.speed import compare_speed
-from core.storage.manifest import fetch
-from pipelines.local import run_local
+from core.storage.publication import fetch
+from pipelines.local.run import run_local
 from pipelines.models import params_of, speed_table
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"

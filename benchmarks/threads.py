@@ -1,4 +1,4 @@
-"""What the settings of `core.cores` are worth: benchmark items answered with and without them.
+"""What the settings of `core.machine.cores` are worth: benchmark items answered with and without them.
 
 Part of `benchmarks/overhead.py`, which runs it.
 """
@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from core.base import import_base
-from core.config import ModelSettings
-from core.control_groups import control_groups
-from core.recipe import load_recipe
+from core.bases.importing import import_base
+from core.machine.control_groups import control_groups
+from core.settings.recipe import load_recipe
+from core.settings.schema import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -34,12 +34,12 @@ from pathlib import Path
 
 folder, recipe, items, rounds, ours = sys.argv[1:]
 if ours == "ours":
-    from core.cores import use_own_cores
+    from core.machine.cores import use_own_cores
     use_own_cores()
 import torch
 from core.evaluation.benchmarks import evaluate_tasks
 from core.model.build import load_model, load_tokenizer
-from core.recipe import load_recipe
+from core.settings.recipe import load_recipe
 
 settings = load_recipe(Path(recipe)).evaluation
 settings = dataclasses.replace(

@@ -7,7 +7,7 @@ import functools
 
 from kfp import dsl
 
-from core.cluster import ClusterSettings
+from core.settings.cluster import ClusterSettings
 
 component = functools.partial(
     dsl.component, base_image=ClusterSettings.image, packages_to_install=[], install_kfp_package=False

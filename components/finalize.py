@@ -11,7 +11,7 @@ def finalize(recipe: dict, job: str, status: dsl.PipelineTaskFinalStatus):
     from components.runtime import task
 
     with task("finalize"):
-        from core.placement import StorageSettings
+        from core.settings.storage import StorageSettings
         from core.steps import run_finalize
 
         # An exit task sees the pipeline's parameters only, and an edited recipe may lack the section.

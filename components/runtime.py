@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from core.cores import use_own_cores
 from core.errors import AdaptPrunerError, full_disk
-from core.record import seconds_text
+from core.machine.cores import use_own_cores
 from core.redaction import one_line
+from core.runs.record import seconds_text
 from core.storage.owner import LOCAL
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import textwrap
 import types
 import typing
 
-from core.cluster import ComponentSettings, Toleration
-from core.config import Settings, TextSource
+from core.settings.cluster import ComponentSettings, Toleration
+from core.settings.schema import Settings, TextSource
 
 HEAD = """# Settings
 

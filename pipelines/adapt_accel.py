@@ -24,9 +24,9 @@ from components.publish import publish
 from components.recover_train import recover_train
 from components.resolve_base import resolve_base
 from components.score_layers import score_layers
-from core.cluster import ComponentName
-from core.config import Settings
 from core.errors import SettingsError
+from core.settings.cluster import ComponentName
+from core.settings.schema import Settings
 from pipelines.cluster import PHASE_OF_NESTED, configure
 from pipelines.ir import (
     LARGEST_WORKFLOW_BYTES,

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from core.cores import use_own_cores
 from core.errors import AdaptPrunerError, SettingsError, full_disk
+from core.machine.cores import use_own_cores
 from pipelines.commands import clusters, models, pushing, recipes, sharing, stores
 
 

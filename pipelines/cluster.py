@@ -4,7 +4,7 @@ import re
 
 from kfp import dsl, kubernetes
 
-from core.cluster import ClusterSettings, Toleration, seconds_of
+from core.settings.cluster import ClusterSettings, Toleration, seconds_of
 
 SECRET_KEYS = (
     "AWS_ACCESS_KEY_ID",

@@ -11,17 +11,17 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import TextStreamer
 
-from core.config import EvaluationSettings
+from core.data.mixture import write_perplexity_windows
 from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.export.hub_files import CARD
+from core.machine.precision import choose_precision, resolved, warn_if_emulated
 from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
-from core.precision import choose_precision, resolved, warn_if_emulated
-from core.record import SpeedRecord, perplexity_text
-from core.storage.manifest import fetch, published_in, verify_folder
-from core.tracking.report import speed_rows
-from core.training.mixture import write_perplexity_windows
+from core.report.report import speed_rows
+from core.runs.record import SpeedRecord, perplexity_text
+from core.settings.schema import EvaluationSettings
+from core.storage.publication import fetch, published_in, verify_folder
 from core.untrusted import foreign_errors
 
 

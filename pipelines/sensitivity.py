@@ -12,20 +12,20 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.config import CalibrationSettings, EvaluationSettings, PruneSettings, Settings, TextSource
+from core.data.mixture import write_calibration_pool, write_perplexity_windows
 from core.errors import DataError
-from core.evaluation.progress import Progress
+from core.machine.precision import choose_precision, resolved
 from core.model.build import dtype_of, load_config, load_model, load_tokenizer, pick_device
 from core.model.families import family_of
-from core.precision import choose_precision, resolved
-from core.pruning.adapt import settings_for
-from core.pruning.calibration import draw_calibration
-from core.pruning.measurement import measure_checkpoint
+from core.progress import Progress
+from core.pruning.planning import settings_for
+from core.pruning.scoring.calibration import draw_calibration
+from core.pruning.scoring.measurement import measure_checkpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
-from core.record import perplexity_text
-from core.tracking.figures import inline_svg, sensitivity_figure
-from core.tracking.templates import render
-from core.training.mixture import write_calibration_pool, write_perplexity_windows
+from core.report.figures import inline_svg, sensitivity_figure
+from core.report.templates import render
+from core.runs.record import perplexity_text
+from core.settings.schema import CalibrationSettings, EvaluationSettings, PruneSettings, Settings, TextSource
 
 _SEQUENCES, _LENGTH = 16, 256
 """Where no recipe says how much to calibrate and to measure on."""

@@ -3,8 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import BUCKET, S3Server
-from tests.servers import s3_server as run_s3_server
+from tests.support.servers import BUCKET, S3Server
+from tests.support.servers import s3_server as run_s3_server
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,7 +77,7 @@ def tokenizer(tokenizer_definition):
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory, tokenizer_definition):
-    """The folder of a tiny project (see ``tests.project``); tests change copies of it."""
-    from tests.project import make_project
+    """The folder of a tiny project (see ``tests.support.project``); tests change copies of it."""
+    from tests.support.project import make_project
 
     return make_project(tmp_path_factory.mktemp("project"), tokenizer_of(tokenizer_definition))

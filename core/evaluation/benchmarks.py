@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from core.config import EvaluationSettings
 from core.errors import CheckpointError
 from core.evaluation.likelihoods import Request, can_share, log_likelihoods
-from core.evaluation.progress import Progress
 from core.evaluation.task_data import load_tasks
 from core.model.loss import final_states, loss_sum
+from core.progress import Progress
+from core.settings.schema import EvaluationSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError, DataError
-from core.evaluation.progress import Progress
 from core.model.loss import final_states, loss_sum
+from core.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from core.config import EvaluationSettings
-from core.data import locate
+from core.data.texts import locate
 from core.errors import DataError
+from core.settings.schema import EvaluationSettings
 
 if TYPE_CHECKING:
     import datasets

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from core.config import PORTABLE_WIDTH
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
 from core.model.build import head_dim, layer_shapes, load_config, model_shape
 from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
 from core.model.families import family_of
 from core.model.shape import LayerShape
+from core.settings.schema import PORTABLE_WIDTH
 
 _CODE = "configuration_decilm.py"
 _ROPE_TYPES = ("default", "linear", "llama3")

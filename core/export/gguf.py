@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf.utility import size_label
 
+from core.bases.licence import card_facts, known_facts
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
 from core.export.generation import end_ids, generation_config
@@ -27,7 +28,6 @@ from core.export.gguf_quantization import (
 )
 from core.export.gguf_rope import FACTORS, add_rope, frequency_factors
 from core.export.gguf_tokenizer import add_tokenizer
-from core.licence import card_facts, known_facts
 from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
 from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json
 from core.model.shape import LayerShape

@@ -7,7 +7,7 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
-from core.storage.manifest import OWN, published_in, verify_folder
+from core.storage.publication import OWN, published_in, verify_folder
 from core.storage.store import is_temporary
 from core.untrusted import check_file, parse_object, read_limited
 

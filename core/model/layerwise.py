@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError
-from core.memory import available_bytes
+from core.machine.memory import available_bytes
 from core.model.build import build_model, config_with_layers, load_config, model_shape
 from core.model.checkpoint import CheckpointReader
 from core.model.families import family_of

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from core.config import AttentionUnit
 from core.model.shape import LayerShape, ModelShape
-from core.pruning.importance import LayerScores
+from core.pruning.scoring.statistics import LayerScores
+from core.settings.schema import AttentionUnit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.errors import PlanError
 from core.model.shape import LayerShape
-from core.pruning.importance import LayerScores
+from core.pruning.scoring.statistics import LayerScores
 from core.untrusted import check_format, parse_object
 
 FORMAT = 1

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from core.config import AttentionUnit
 from core.errors import CheckpointError, TargetError
 from core.model.build import layer_shapes, model_shape
 from core.model.families import Family, family_of
@@ -18,9 +17,10 @@ from core.model.layerwise import replaced
 from core.model.loss import final_states, loss_sum
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.attention import attention_cuts
-from core.pruning.importance import Statistics
 from core.pruning.plan import LayerPlan, select_groups
+from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import Sizing, sizes_at
+from core.settings.schema import AttentionUnit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,9 +2,9 @@
 
 import logging
 
-from core.run import Run
+from core.runs.run import Run
 from core.storage.layout import REPORT
-from core.storage.manifest import MANIFEST, delete_publication, read_manifest, read_published
+from core.storage.publication import MANIFEST, delete_publication, read_manifest, read_published
 from core.storage.store import open_store
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.run import Run
+from core.report.summary import build_phase_summary
+from core.runs.run import Run
 from core.steps.once import HELD_OUT, Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
-from core.storage.manifest import fetch, is_whole, read_published
+from core.storage.publication import fetch, is_whole, read_published
 from core.tracking.mlflow import ChildRun
-from core.tracking.summary import build_phase_summary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ def run_evaluate(
         summary: Gets them as a table (Markdown).
         picture: Gets the widths of all layers, the training loss and the times of the phase (HTML).
     """
-    from core.tracking.report import build_phase_report
+    from core.report.report import build_phase_report
 
     this = Run.load(run)
     evaluation = this.settings.evaluation
@@ -50,8 +50,8 @@ def run_evaluate(
             log.info("not measured: storage.keep=%s has kept no checkpoint", this.settings.storage.keep)
             return {"tasks": {}}
         from core.evaluation.benchmarks import evaluate_tasks
+        from core.machine.precision import warn_if_emulated
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
-        from core.precision import warn_if_emulated
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
 

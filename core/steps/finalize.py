@@ -3,7 +3,7 @@
 import logging
 
 from core.errors import LeaseError, StorageError
-from core.run import Run
+from core.runs.run import Run
 from core.steps.dropped import drop_checkpoints
 from core.steps.once import tracker_of
 from core.storage.garbage import find_garbage, remove

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.addresses import base_name
+from core.bases.licence import card_facts, known_facts
 from core.errors import StorageError
-from core.licence import card_facts, known_facts
-from core.record import public_path
-from core.run import Run
+from core.runs.record import public_path
+from core.runs.run import Run
+from core.settings.addresses import base_name
 from core.steps.opening import show_life
-from core.storage.entries import Manifest
 from core.storage.layout import REPORT, REPORT_FORMAT
-from core.storage.manifest import fetch, publish, read_manifest, read_published
+from core.storage.manifest import Manifest
+from core.storage.publication import fetch, publish, read_manifest, read_published
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import LeaseError
-from core.run import Run
+from core.runs.run import Run
 from core.steps.dropped import withdraw_dropped
 from core.storage.layout import pointer_of
 from core.storage.lease import renew_lease, time_text, watch_lease

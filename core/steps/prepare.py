@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.config import Settings
 from core.errors import TargetError, UnsupportedModelError
-from core.recipe import settings_from_dict, with_fixed
-from core.run import Run
+from core.runs.run import Run
+from core.settings.recipe import settings_from_dict, with_fixed
+from core.settings.schema import Settings
 from core.steps.once import HELD_OUT, Workspace, compute_once, tracker_of
 from core.steps.opening import open_run, show_life
 from core.storage.layout import pointer_of
-from core.storage.manifest import fetch, read_manifest
+from core.storage.publication import fetch, read_manifest
 from core.storage.store import open_store
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run_resolve_base(
         TargetError: If the target cannot be reached.
         LeaseError: If another execution works on the run, and this one is a local run.
     """
-    from core.base import import_base
+    from core.bases.importing import import_base
     from core.model.build import load_config
     from core.steps.settled import settle_precision
 
@@ -102,8 +102,8 @@ def _sizes_of_phases(settings: Settings, config: Any) -> tuple["ModelShape", tup
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
     from core.model.families import family_of
-    from core.pruning.adapt import settings_for, sizing_for
     from core.pruning.phases import phase_sizes
+    from core.pruning.planning import settings_for, sizing_for
     from core.pruning.sparsity import smallest_params
 
     obstacle = decilm_obstacle(config) if settings.prune.profile == "portable" else None
@@ -166,10 +166,10 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     Returns:
         URI of the data.
     """
+    from core.data.mixture import write_calibration_pool, write_perplexity_windows, write_slices
     from core.model.build import load_tokenizer
     from core.model.checkpoint import is_companion
     from core.pruning.phases import phase_steps
-    from core.training.mixture import write_calibration_pool, write_perplexity_windows, write_slices
 
     this = Run.load(run)
     settings = this.settings

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.run import Run
+from core.runs.run import Run
 from core.steps.once import (
     Artifact,
     Workspace,
@@ -15,14 +15,14 @@ from core.steps.once import (
     hand_over,
     provenance_of,
 )
-from core.storage.manifest import fetch, read_published
+from core.storage.publication import fetch, read_published
 from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.pruning.importance import Statistics
     from core.pruning.plan import LayerPlan
+    from core.pruning.scoring.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def run_score_layers(
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import layer_shapes, load_config
         from core.model.families import family_of
-        from core.pruning.adapt import plan_phase, settings_for
-        from core.pruning.importance import Statistics
+        from core.pruning.planning import plan_phase, settings_for
+        from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
@@ -151,7 +151,7 @@ def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Ten
     """Return the calibration set of a pruning step of a phase, both counted over the run."""
     from safetensors.torch import load_file
 
-    from core.pruning.calibration import draw_calibration
+    from core.pruning.scoring.calibration import draw_calibration
 
     name = "calibration.safetensors"
     pool = load_file(fetch(data_uri, scratch, only=[name]) / name)["input_ids"]
@@ -171,9 +171,9 @@ def _measure(
     layers: "tuple[LayerPlan, ...] | None" = None,
 ) -> "Statistics":
     """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
+    from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, pick_device
-    from core.precision import warn_if_emulated
-    from core.pruning.measurement import measure_checkpoint
+    from core.pruning.scoring.measurement import measure_checkpoint
 
     settings = run.settings
     warn_if_emulated("calibration", settings.calibration.precision, pick_device())

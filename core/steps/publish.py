@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ExportError
-from core.record import RunRecord, SpeedRecord, accuracies
-from core.run import Run
+from core.runs.record import RunRecord, SpeedRecord, accuracies
+from core.runs.run import Run
 from core.steps.once import (
     CARD,
     Artifact,
@@ -25,7 +25,7 @@ from core.steps.once import (
 )
 from core.steps.records import collect_record
 from core.storage.layout import REPORT
-from core.storage.manifest import fetch, read_manifest, read_published
+from core.storage.publication import fetch, read_manifest, read_published
 from core.tracking.mlflow import ChildRun
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
     uri, report_uri, phases = this.uri("final"), this.report_uri(), len(this.phase_params)
 
     def write_report(folder: Path, work: Workspace) -> RunRecord:
-        from core.tracking.report import build_report
+        from core.report.report import build_report
 
         record = collect_record(this, uri, range(phases + 1))  # asks MLflow, which may be away
         record = dataclasses.replace(record, speed=_measure_speed(this, folder, work))
@@ -99,8 +99,8 @@ def _register(run: Run, uri: str, record: RunRecord, speedups: Mapping[str, floa
 
 def _write_card(run: Run, record: RunRecord, work: Workspace) -> None:
     """Write the model card, and put the base model's licence files beside it."""
-    from core.licence import LEGAL
-    from core.tracking.card import model_card
+    from core.bases.licence import LEGAL
+    from core.report.card import model_card
 
     manifest = read_manifest(run.base_uri)
     names = [entry.path for entry in manifest.files] if manifest else []

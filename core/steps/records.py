@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from core.addresses import base_name
-from core.record import LayerSizes, PhaseRecord, RunRecord
 from core.redaction import without_password
-from core.run import Run
+from core.runs.record import LayerSizes, PhaseRecord, RunRecord
+from core.runs.run import Run
+from core.settings.addresses import base_name
 from core.steps.once import tracker_of
-from core.storage.manifest import read_published
+from core.storage.publication import read_published
 
 
 def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunRecord:

@@ -10,11 +10,11 @@ import json
 import logging
 from collections.abc import Collection
 
-from core.config import Settings
 from core.errors import StorageError
+from core.machine.precision import ACCELERATORS, SECTIONS, Choice, choose_precision
 from core.model.build import pick_device
-from core.precision import ACCELERATORS, SECTIONS, Choice, choose_precision
-from core.run import Run
+from core.runs.run import Run
+from core.settings.schema import Settings
 from core.storage.layout import precisions_of
 from core.storage.store import Store, open_store
 from core.untrusted import parse_object

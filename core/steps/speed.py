@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ExportError, SettingsError, UnsupportedModelError
-from core.evaluation.speed import Runtime, Workload, compare
+from core.evaluation.speed.comparison import Runtime, Workload, compare
 from core.export.gguf import export_gguf
 from core.export.gguf_quantization import GgufDtype
 from core.model.build import load_config
-from core.record import SpeedRecord
+from core.runs.record import SpeedRecord
 
 log = logging.getLogger(__name__)
 

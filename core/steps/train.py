@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
-from core.run import Run
+from core.runs.run import Run
 from core.steps.once import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
-from core.storage.manifest import fetch
+from core.storage.publication import fetch
 from core.storage.store import join_uri
 from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
@@ -62,9 +62,9 @@ def _states_uri(run: Run, phase: int) -> str:
 def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Workspace) -> dict[str, Any]:
     import torch
 
+    from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, load_model, pick_device
     from core.model.checkpoint import CheckpointReader, save_model
-    from core.precision import warn_if_emulated
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
@@ -110,7 +110,7 @@ def _train(
     import torch
     from safetensors.torch import load_file
 
-    from core.training.mixture import slice_name
+    from core.data.mixture import slice_name
     from core.training.recover import recover
 
     name = slice_name(phase)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from core.errors import IntegrityError, StorageError
-from core.storage.entries import FileEntry, Manifest
 from core.storage.hashing import file_sha256
 from core.storage.layout import way_back
+from core.storage.manifest import FileEntry, Manifest
 from core.storage.store import Store, check_key, join_uri, local_errors, replacing
 
 UPLOADED = "_UPLOADED.json"

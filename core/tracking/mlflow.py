@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.errors import TrackingError
-from core.placement import TrackingSettings
+from core.settings.storage import TrackingSettings
 from core.tracking.client import (
     absolute_uri,
     connect,

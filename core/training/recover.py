@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from core.config import TrainingSettings
 from core.errors import TrainingError
 from core.model.loss import final_states, loss_gradient
+from core.settings.schema import TrainingSettings
 from core.training.state import Progress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 

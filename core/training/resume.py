@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
 from core.quantities import Interval
-from core.storage.manifest import MANIFEST, fetch, publish
+from core.storage.publication import MANIFEST, fetch, publish
 from core.storage.store import join_uri, open_store
 
 if TYPE_CHECKING:

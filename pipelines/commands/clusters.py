@@ -11,8 +11,8 @@ from core.errors import ClusterError, SettingsError
 from pipelines.commands.console import example
 
 if TYPE_CHECKING:
-    from pipelines.kfp_access import Access, Client
-    from pipelines.submit import StartedRun, Submission
+    from pipelines.remote.client import Access, Client
+    from pipelines.remote.submission import StartedRun, Submission
 
 _EXPERIMENT = "adapt-pruner"
 _ACCESS = (
@@ -203,7 +203,7 @@ def schedule(
 
 
 def _expression(cron: str | None) -> str:
-    from pipelines.cron import six_fields
+    from pipelines.remote.cron import six_fields
 
     if cron is None:
         raise SettingsError(
@@ -213,8 +213,8 @@ def _expression(cron: str | None) -> str:
 
 
 def _set_schedule(client: "Client", submission: "Submission", expression: str, experiment: str) -> None:
-    from pipelines.schedule import list_schedules, set_schedule
-    from pipelines.submit import slug
+    from pipelines.remote.schedules import list_schedules, set_schedule
+    from pipelines.remote.submission import slug
 
     made, outcome = set_schedule(client, submission, expression, experiment=experiment)
     click.echo(f"{made.name}: {outcome}, {made.cron} (UTC unless the cluster says otherwise)")
@@ -235,7 +235,7 @@ def _list_schedules(client: "Client") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.schedule import list_schedules
+    from pipelines.remote.schedules import list_schedules
 
     found = list_schedules(client)
     if not found:
@@ -249,7 +249,7 @@ def _list_schedules(client: "Client") -> None:
 
 
 def _change_schedule(client: "Client", what: Literal["pause", "resume", "delete"], name: str) -> None:
-    from pipelines.schedule import change
+    from pipelines.remote.schedules import change
 
     change(client, name, what)
     click.echo(f"{name}: {what}d")
@@ -258,11 +258,11 @@ def _change_schedule(client: "Client", what: Literal["pause", "resume", "delete"
 def _prepared(
     recipe: Path, overrides: tuple[str, ...], parameters: tuple[str, ...], service_account: str
 ) -> "Submission":
-    from core.recipe import load_recipe
+    from core.settings.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
 
-    from pipelines.submit import hints, prepare
+    from pipelines.remote.submission import hints, prepare
 
     submission = prepare(settings, parameters, service_account=service_account)
     for hint in hints(submission.settings):
@@ -271,13 +271,13 @@ def _prepared(
 
 
 def _connected(options: dict[str, Any]) -> "Client":
-    from pipelines.kfp_access import connect
+    from pipelines.remote.client import connect
 
     return connect(_access(**options))
 
 
 def _access(*, no_verify_tls: bool, **options: Any) -> "Access":
-    from pipelines.kfp_access import Access
+    from pipelines.remote.client import Access
 
     secret = os.environ.get("KF_PIPELINES_APP_OAUTH2_CLIENT_SECRET", "")
     token = os.environ.get("KFP_EXISTING_TOKEN", "")
@@ -297,7 +297,7 @@ def _seconds(option: str, text: str) -> float:
 
 
 def _start(client: "Client", submission: "Submission", *, run_name: str, experiment: str) -> "StartedRun":
-    from pipelines.submit import start
+    from pipelines.remote.submission import start
 
     started = start(client, submission, run_name=run_name, experiment=experiment)
     state = "uploaded" if started.uploaded else "was there"
@@ -318,8 +318,8 @@ def _wait(
     """Start a run and follow it, and start another after one that was taken away."""
     from rich.console import Console
 
-    from pipelines.following import Patience, follow
-    from pipelines.run_view import RunView
+    from pipelines.remote.following import Patience, follow
+    from pipelines.remote.view import RunView
 
     package, console = submission.package, Console(stderr=True, highlight=False)
     patience = Patience(timeout_s=timeout_s, poll_s=poll_s)

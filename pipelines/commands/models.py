@@ -11,7 +11,7 @@ from core.errors import SettingsError
 from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
 
 if TYPE_CHECKING:
-    from core.evaluation.speed import Runtime
+    from core.evaluation.speed.comparison import Runtime
     from core.export.gguf_quantization import GgufDtype
     from core.pruning.sensitivity import Part
 
@@ -64,8 +64,8 @@ def evaluate(
 
     from rich import print as show
 
-    from core.config import EvaluationSettings, TextSource
-    from core.recipe import load_recipe
+    from core.settings.recipe import load_recipe
+    from core.settings.schema import EvaluationSettings, TextSource
 
     settings = load_recipe(recipe).evaluation if recipe else EvaluationSettings()
     chosen: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "tasks": tasks or None}
@@ -147,13 +147,13 @@ def benchmark(
     prepare_for(model)
     prepare_for(against, name="--against")
     if json_file is not None:
-        from pipelines.folders import check_file
+        from pipelines.local.folders import check_file
 
         check_file(f"--json={json_file}", json_file)
 
     from rich import print as show
 
-    from core.evaluation.speed import Workload
+    from core.evaluation.speed.comparison import Workload
     from core.model.build import pick_device
     from core.steps.speed import compare_speed
     from pipelines.models import local_checkpoint, params_of, speed_table
@@ -231,8 +231,8 @@ def sensitivity(
         )
     prepare_for(model)
 
-    from core.recipe import load_recipe
-    from pipelines.folders import check_folders
+    from core.settings.recipe import load_recipe
+    from pipelines.local.folders import check_folders
 
     settings = load_recipe(recipe) if recipe else None
     if text is None and (settings is None or settings.evaluation.perplexity is None):

@@ -11,8 +11,8 @@ from core.errors import SettingsError
 from pipelines.commands.console import example
 
 if TYPE_CHECKING:
-    from core.record import RunRecord
-    from pipelines.local import LocalRun
+    from core.runs.record import RunRecord
+    from pipelines.local.run import LocalRun
 
 _OVERRIDES = click.option(
     "--set",
@@ -41,14 +41,14 @@ def run(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
     Checks all settings first. A run that was interrupted or failed goes on where it stopped when the same
     command is given again; nothing is computed twice.
     """
-    from core.recipe import load_recipe
+    from core.settings.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     output = output or Path("output") / recipe.stem
 
     from rich.console import Console
 
-    from pipelines.local import run_local
+    from pipelines.local.run import run_local
 
     finished = run_local(settings, output, Console(stderr=True, highlight=False))
     _show_result(finished, output)
@@ -57,8 +57,8 @@ def run(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
 def _show_result(finished: "LocalRun", output: Path) -> None:
     from rich.console import Console
 
-    from core.record import seconds_text
-    from core.tracking.report import phase_table
+    from core.report.report import phase_table
+    from core.runs.record import seconds_text
 
     record = finished.record
     console = Console(highlight=False)
@@ -106,7 +106,7 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     """
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError([f"--output={output} must end in .yaml. Rename it."])
-    from core.recipe import load_recipe
+    from core.settings.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
 
@@ -119,7 +119,7 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
         raise SettingsError(
             [f"--output={output} cannot be written ({error.strerror}). Name another file."]
         ) from None
-    from pipelines.submit import hints, out_of_reach
+    from pipelines.remote.submission import hints, out_of_reach
 
     for hint in (*out_of_reach(settings), *hints(settings)):
         click.echo(f"hint: {hint}", err=True)

@@ -52,7 +52,7 @@ def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") ->
     prepare_for(model)
 
     from core.export.exported import check_absent
-    from pipelines.folders import check_folders
+    from pipelines.local.folders import check_folders
 
     check_absent(output)
     check_folders({f"OUTPUT={output}": output.parent})

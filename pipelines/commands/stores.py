@@ -16,7 +16,7 @@ from pipelines.commands.console import example, log_on_stderr
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from core.overview import RunOverview
+    from core.runs.overview import RunOverview
     from core.storage.garbage import Findings
     from core.storage.store import Store
 
@@ -34,7 +34,7 @@ def runs(store: str, as_json: bool) -> None:
     """Show the runs in a store."""
     opened = _open(store)
 
-    from core.overview import list_runs
+    from core.runs.overview import list_runs
 
     found = list_runs(opened)
     if as_json:
@@ -58,7 +58,7 @@ def clean(store: str, yes: bool) -> None:
     """Remove from a store what belongs to nothing any more."""
     opened = _open(store)
 
-    from core.record import bytes_text
+    from core.runs.record import bytes_text
     from core.storage.garbage import clean as remove_garbage
     from core.storage.garbage import find_garbage
     from core.storage.owner import Owner
@@ -101,7 +101,7 @@ def _print(table: "Table") -> None:
 def _runs_table(found: "list[RunOverview]") -> "Table":
     from rich.table import Table
 
-    from core.record import bytes_text
+    from core.runs.record import bytes_text
 
     table = Table("run", "name", "base", "target", "state", "phase", "last step", box=None)
     table.add_column("size", justify="right")
@@ -117,7 +117,7 @@ def _runs_table(found: "list[RunOverview]") -> "Table":
 def _show_findings(found: "Findings") -> None:
     from rich.table import Table
 
-    from core.record import bytes_text
+    from core.runs.record import bytes_text
 
     table = Table("where", "what", box=None)
     table.add_column("files", justify="right")
@@ -141,7 +141,7 @@ def _printable(text: str) -> str:
 
 
 def _age(seconds: float) -> str:
-    from core.record import seconds_text
+    from core.runs.record import seconds_text
 
     days = int(seconds // 86_400)
     return f"{days} days ago" if days > 1 else f"{seconds_text(max(seconds, 0.0))} ago"

@@ -1,0 +1,1 @@
+"""Texts and conversations: read, mixed, tokenized, packed."""

@@ -1,0 +1,366 @@
+"""Write the token files of a run: training slices, the calibration pool and the windows for perplexity."""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.data.packing import (
+    Tokenized,
+    opening_ids,
+    pack,
+    tokenize_conversations,
+    tokenize_documents,
+)
+from core.data.texts import iter_conversations, iter_documents
+from core.errors import DataError, StorageError
+from core.settings.schema import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_BATCH_DOCUMENTS = 256
+_PROGRESS_INTERVAL_S = 30.0
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """What one source gave to the mixture."""
+
+    path: str
+    """The source's path."""
+    share: float
+    """Share of the tokens that it was to give, in [0, 1]."""
+    tokens: int
+    """Tokens it gave, with those of its last document that no slice took."""
+    trained_tokens: int
+    """Those of them that are targets of the loss."""
+    documents: int
+    """Documents or conversations it gave, repetitions included."""
+    passes: int
+    """How many times it was read, the last time perhaps in part; 0 if it was never drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureReport:
+    """What the slices hold."""
+
+    sources: tuple[SourceReport, ...]
+    """One entry a source, in their order."""
+    sequence_length: int
+    """T, tokens a sequence."""
+    sequences: tuple[int, ...]
+    """Sequences of each phase's slice."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all slices."""
+        return self.sequence_length * sum(self.sequences)
+
+
+def slice_name(phase: int) -> str:
+    """Return the file of a phase's slice below the data directory; phases count from 1."""
+    return f"slices/phase-{phase:02d}.safetensors"
+
+
+def write_slices(
+    sources: Sequence[TextSource],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    sequence_length: int,
+    sequences: Sequence[int],
+    seed: int,
+    directory: Path,
+) -> MixtureReport:
+    """Mix, tokenize and pack the sources, and cut the stream into one file a phase (eq. 11).
+
+    The next document always comes from the source that is furthest behind its share of the tokens. A source
+    that runs dry is read again in another order. Same inputs and seed give the same bytes.
+
+    Args:
+        sources: The mixture; ``weight`` gives the shares.
+        tokenizer: The base model's.
+        sequence_length: T.
+        sequences: S of each phase: disjoint consecutive slices of one stream. Memory holds one of them.
+        seed: Seed of the sources' shuffles.
+        directory: Where ``slices/phase-01.safetensors`` and so on go: ``input_ids`` (S, T) int32 and
+            ``trained`` (S, T) uint8, which is 0 for the tokens of prompts.
+
+    Returns:
+        What was taken from each source.
+
+    Raises:
+        DataError: If a source cannot be read or holds nothing.
+        StorageError: If a file cannot be written.
+    """
+    weights = sum(source.weight for source in sources)
+    draws = [_Draw(source, source.weight / weights, tokenizer, seed) for source in sources]
+    stream = pack(_mix(draws), sequence_length)
+    for phase, wanted in enumerate(sequences, start=1):
+        ids = np.zeros((wanted, sequence_length), np.int32)
+        trained = np.zeros((wanted, sequence_length), np.uint8)
+        for row, sequence in enumerate(
+            _with_progress(islice(stream, wanted), phase, wanted, sequence_length)
+        ):
+            ids[row], trained[row] = sequence
+        _save(directory / slice_name(phase), {"input_ids": ids, "trained": trained})
+    return MixtureReport(
+        sources=tuple(draw.report() for draw in draws),
+        sequence_length=sequence_length,
+        sequences=tuple(sequences),
+    )
+
+
+def write_calibration_pool(
+    source: TextSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    sequence_length: int,
+    packing: bool,
+    documents: int,
+    at_least: int,
+    seed: int,
+    path: Path,
+) -> int:
+    """Write the sequences that calibration draws from: one window of each document that is long enough.
+
+    With ``packing``, shorter documents are joined to further sequences. Either way no document is in two of
+    them, so that whoever draws rows without replacement takes no document twice.
+
+    Args:
+        source: The calibration corpus, shuffled with ``seed``.
+        tokenizer: The base model's. Each row opens with what it puts before a text, such as a begin-of-text
+            token.
+        sequence_length: T.
+        packing: Whether documents that are too short are joined, instead of left out.
+        documents: How many documents are tokenized at most.
+        at_least: How many rows the caller needs.
+        seed: Seed of the shuffle and of where the windows lie.
+        path: A safetensors file with ``input_ids`` (P, T) int32.
+
+    Returns:
+        P, the rows written.
+
+    Raises:
+        DataError: If the corpus gives fewer than ``at_least`` rows.
+        StorageError: If the file cannot be written.
+    """
+    opening = opening_ids(tokenizer)
+    rows, read = _calibration_rows(
+        islice(_without_opening(source, tokenizer, seed), documents),
+        length=_body_length(sequence_length, opening),
+        # A text's end token belongs between documents, not into a window; a conversation's are its own.
+        end_tokens=1 if source.format == "text" else 0,
+        packing=packing,
+        rng=np.random.default_rng(seed),
+    )
+    if len(rows) < max(at_least, 1):
+        size, needed = f"{sequence_length:,} tokens", f"{max(at_least, 1):,} are needed"
+        if packing:
+            found = f"{read:,} documents fill only {len(rows):,} calibration sequences of {size}"
+        else:
+            found = f"only {len(rows):,} of {read:,} documents have the {size} of a calibration sequence"
+        advice = "" if packing else "set calibration.packing=true to join short documents, "
+        raise DataError(
+            f"{source.path}: {found}, but {needed}. Lower calibration.sequences or "
+            f"calibration.sequence_length, {advice}raise calibration.pool_documents, or name a larger corpus."
+        )
+    _save(path, {"input_ids": _open_rows(rows, opening)})
+    log.info(
+        "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, read
+    )
+    return len(rows)
+
+
+def _calibration_rows(
+    documents: Iterable[Tokenized], *, length: int, end_tokens: int, packing: bool, rng: np.random.Generator
+) -> tuple[list[NDArray[np.int32]], int]:
+    """Return (length,) rows, and how many documents were read."""
+    rows: list[NDArray[np.int32]] = []
+    joined = np.empty(0, np.int32)
+    read = 0
+    for ids, _ in documents:
+        read += 1
+        body = ids[: len(ids) - end_tokens]
+        if len(body) >= length:
+            start = int(rng.integers(len(body) - length + 1))
+            rows.append(body[start : start + length].copy())
+        elif packing:
+            joined = np.concatenate([joined, ids])
+            if len(joined) >= length:
+                rows.append(joined[:length])
+                # What is left of the document is dropped: in the next row it would be drawn a second time.
+                joined = np.empty(0, np.int32)
+    return rows, read
+
+
+def write_perplexity_windows(
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, path: Path
+) -> int:
+    """Write the windows for perplexity: the documents in file order, joined with end tokens and cut.
+
+    Args:
+        source: Text that is neither trained nor calibrated on.
+        tokenizer: The base model's. Each window opens with what it puts before a text.
+        windows: W, how many are wanted.
+        length: T, tokens a window.
+        path: A safetensors file with ``input_ids`` (W, T) int32.
+
+    Returns:
+        The windows written: ``windows``, or as many as the text fills.
+
+    Raises:
+        DataError: If the text does not fill one window.
+        StorageError: If the file cannot be written.
+    """
+    opening = opening_ids(tokenizer)
+    stream = pack(_without_opening(source, tokenizer, None), _body_length(length, opening))
+    rows = [window.ids for window in islice(stream, windows)]
+    if not rows:
+        raise DataError(
+            f"{source.path} does not fill one window of {length:,} tokens. "
+            "Name a longer text, or lower evaluation.perplexity_length in a recipe."
+        )
+    _save(path, {"input_ids": _open_rows(rows, opening)})
+    log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)
+    return len(rows)
+
+
+class _Draw:
+    """An endless stream of one source's documents, and the count of what was taken from it."""
+
+    def __init__(
+        self, source: TextSource, share: float, tokenizer: "PreTrainedTokenizerBase", seed: int
+    ) -> None:
+        self.source, self.share = source, share
+        self.tokens = self.trained_tokens = self.documents = self.passes = 0
+        self._stream = self._endless(tokenizer, seed)
+
+    def take(self) -> Tokenized:
+        document = next(self._stream)
+        self.tokens += len(document.ids)
+        self.trained_tokens += int(document.trained.sum())
+        self.documents += 1
+        return document
+
+    def report(self) -> SourceReport:
+        return SourceReport(
+            path=self.source.path,
+            share=self.share,
+            tokens=self.tokens,
+            trained_tokens=self.trained_tokens,
+            documents=self.documents,
+            passes=self.passes,
+        )
+
+    def _endless(self, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Iterator[Tokenized]:
+        for done in count():
+            empty = True
+            for document in _tokenized(self.source, tokenizer, seed + done):
+                empty = False
+                self.passes = done + 1
+                yield document
+            if empty:
+                kind = (
+                    "documents" if self.source.format == "text" else "replies that the chat template writes"
+                )
+                raise DataError(
+                    f"{self.source.path} holds no {kind}. Check its field and format, or leave it out."
+                )
+            log.info("%s: all documents taken, starting over (pass %d)", self.source.path, done + 2)
+
+
+def _mix(draws: Sequence[_Draw]) -> Iterator[Tokenized]:
+    total = 0
+    while True:
+        # Counting tokens, not documents: the sources' documents differ in length by orders of magnitude.
+        furthest_behind = max(draws, key=lambda draw: (draw.share * total - draw.tokens, draw.share))
+        document = furthest_behind.take()
+        total += len(document.ids)
+        yield document
+
+
+def _tokenized(
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
+) -> Iterator[Tokenized]:
+    if source.format == "text":
+        for texts in _batches(iter_documents(source, seed)):
+            yield from tokenize_documents(texts, tokenizer)
+    else:
+        for conversations in _batches(iter_conversations(source, seed)):
+            yield from tokenize_conversations(conversations, tokenizer)
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH_DOCUMENTS)):
+        yield batch
+
+
+def _without_opening(
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
+) -> Iterator[Tokenized]:
+    opening = opening_ids(tokenizer)
+    for document in _tokenized(source, tokenizer, seed):
+        opened = document.ids[: len(opening)].tolist() == opening
+        skipped = len(opening) if opened else 0
+        yield Tokenized(document.ids[skipped:], document.trained[skipped:])
+
+
+def _body_length(length: int, opening: Sequence[int]) -> int:
+    if length <= len(opening):
+        raise DataError(f"sequences of {length} tokens leave no room for text. Raise the sequence length.")
+    return length - len(opening)
+
+
+def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> NDArray[np.int32]:
+    body = np.stack(rows)
+    first = np.tile(np.array(opening, np.int32), (len(body), 1))
+    return np.concatenate([first, body], axis=1)
+
+
+def _with_progress(
+    stream: Iterable[Tokenized], phase: int, wanted: int, sequence_length: int
+) -> Iterator[Tokenized]:
+    started = reported = time.monotonic()
+    for done, sequence in enumerate(stream, start=1):
+        yield sequence
+        now = time.monotonic()
+        if done == wanted or now - reported > _PROGRESS_INTERVAL_S:
+            reported = now
+            rate = done * sequence_length / max(now - started, 1e-9)
+            left = (wanted - done) * sequence_length / rate
+            log.info(
+                "slice %d: %d of %d sequences, %.0f tokens/s, %.0f s left", phase, done, wanted, rate, left
+            )
+
+
+def _save(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file; nothing half-written stays under its final name."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"{path} cannot be written ({reason}). Free space or choose another folder."
+        ) from error

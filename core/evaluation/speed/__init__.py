@@ -1,0 +1,1 @@
+"""How fast two checkpoints are side by side."""

@@ -1,0 +1,1 @@
+"""What the machine has and may use: memory, cores, number formats."""

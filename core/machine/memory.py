@@ -1,0 +1,41 @@
+"""How much memory there is, and what may be done with it."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from core.machine.control_groups import PROC, control_groups
+
+
+def available_bytes(device: str | torch.device = "cpu", proc: Path = PROC) -> int:
+    """Return the free memory of an accelerator, or of the host within its container's limits.
+
+    Args:
+        device: Whose memory.
+        proc: This process's folder under ``/proc``, which names its control groups.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        # What PyTorch keeps of memory that it has freed is not free to the driver, but it is to us.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = int(psutil.virtual_memory().available)
+    return min(
+        [free, *(left for group in control_groups("memory", proc) if (left := _left(group)) is not None)]
+    )
+
+
+def _left(group: Path) -> int | None:
+    """Return the bytes that a control group may still take; None without a limit."""
+    # Pages of files that the kernel can drop count as used.
+    if (group / "memory.max").exists():
+        limit, used, droppable = "memory.max", "memory.current", "inactive_file"
+    else:  # version 1
+        limit, used, droppable = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / used).read_text()) - int(statistics.get(droppable, 0))
+        return int((group / limit).read_text()) - taken
+    except (OSError, ValueError):  # the root, which has no limit, or "max"
+        return None

@@ -1,0 +1,196 @@
+"""Adapt-Pruner's decisions: statistics in, kept groups and the new cumulative sparsity out (Algorithm 1)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from core.errors import UnsupportedModelError
+from core.model.families import Family
+from core.model.shape import ModelShape
+from core.pruning.attention import attention_cuts
+from core.pruning.phases import pruning_steps
+from core.pruning.plan import LayerPlan, Plan, select_groups
+from core.pruning.scoring.statistics import LayerScores, Statistics
+from core.pruning.sparsity import (
+    MAX_SPARSITY,
+    Sizing,
+    next_sparsity,
+    normalise_importance,
+    sizes_at,
+    sizes_for_target,
+)
+from core.settings.schema import PORTABLE_WIDTH, AttentionUnit, PruneSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one pruning step decides.
+
+    Attributes:
+        layers: What each layer keeps.
+        shape: Sizes of the model that stays.
+        importance: Normalised importance of each layer.
+        sparsity: Cumulative sparsity of each layer after the step.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    shape: ModelShape
+    importance: tuple[float, ...]
+    sparsity: tuple[float, ...]
+
+
+def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
+    """Return the settings as they apply to a family.
+
+    The portable profile stands for whole attention and MLP widths that are multiples of 256. ``auto`` leaves
+    attention whole where no head can go. It compares attention with MLP channels by their scores, so it
+    stands for ``kv_group`` under a criterion whose scores are not the loss's.
+
+    Raises:
+        UnsupportedModelError: If the settings ask for heads of such a family.
+    """
+    if settings.profile == "portable":
+        multiple = max(settings.width_multiple, PORTABLE_WIDTH)
+        return replace(settings, attention_unit="none", width_multiple=multiple)
+    if settings.attention_unit == "auto":
+        comparable = settings.criterion.startswith("taylor")
+        unit: AttentionUnit = "auto" if comparable else "kv_group"
+        return replace(settings, attention_unit=unit if family.prunes_heads else "none")
+    if family.prunes_heads or settings.attention_unit == "none":
+        return settings
+    raise UnsupportedModelError(
+        f"prune.attention_unit={settings.attention_unit}: {family.model_type} normalises queries and keys "
+        "over all heads at once, so none can go without a change to the others. Set prune.attention_unit to "
+        "auto or none."
+    )
+
+
+def sizing_for(
+    settings: PruneSettings,
+    dense: ModelShape,
+    current: ModelShape,
+    scores: Sequence[LayerScores] | None = None,
+) -> Sizing:
+    """Return the rules by which sparsities become sizes under the settings of a run.
+
+    Args:
+        settings: Attention unit and width multiple.
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        scores: Scores of each layer's groups; None to ask what could be reached at all.
+    """
+    return Sizing(
+        dense=dense,
+        current=current,
+        cuts=attention_cuts(settings.attention_unit, dense, current, scores),
+        by_budget=settings.attention_unit == "auto",
+        width_multiple=settings.width_multiple,
+    )
+
+
+def plan_step(
+    statistics: Statistics,
+    *,
+    dense: ModelShape,
+    current: ModelShape,
+    sparsity: Sequence[float],
+    target_params: int,
+    steps_left: int,
+    settings: PruneSettings,
+) -> Step:
+    """Decide one pruning step on the way to a phase's target.
+
+    Args:
+        statistics: Measured on the model as pruned so far.
+        dense: Sizes at the start of the run.
+        current: Sizes now.
+        sparsity: Cumulative sparsity of each layer so far.
+        target_params: Where the phase ends.
+        steps_left: Steps of the phase that are left, this one included; the last one lands on the target,
+            as does an earlier one that would cross it.
+        settings: Amplitude, attention unit and width multiple.
+
+    Raises:
+        TargetError: If the target cannot be reached.
+    """
+    sizing = sizing_for(settings, dense, current, statistics.scores)
+    # eq. 4-5: a layer that leaves its input as it was matters least.
+    importance = normalise_importance([-s for s in statistics.similarities.tolist()])
+    to_remove = max(current.num_params() - target_params, 0) / steps_left
+    added = to_remove / sizing.prunable_params()
+    after = next_sparsity(
+        sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
+    )
+    layers = sizes_at(sizing, after)
+    if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
+        layers, shift = sizes_for_target(sizing, after, importance, target_params)
+        # Widths that were rounded down ask the others to wait, but that takes back nothing of earlier steps.
+        shift = max(shift, -added)
+        after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
+    plans = tuple(
+        select_groups(scores, now, wanted)
+        for scores, now, wanted in zip(statistics.scores, current.layers, layers, strict=True)
+    )
+    return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=after)
+
+
+def plan_phase(
+    statistics: Statistics,
+    *,
+    dense: ModelShape,
+    current: ModelShape,
+    sparsity: Sequence[float],
+    target_params: int,
+    settings: PruneSettings,
+    checkpoint: str,
+    statistics_digest: str,
+    remeasure: Callable[[tuple[LayerPlan, ...], int], Statistics],
+) -> Plan:
+    """Decide all pruning steps of a phase and compose them into one plan.
+
+    Args:
+        statistics: Measured on the checkpoint.
+        dense: Sizes at the start of the run.
+        current: Sizes of the checkpoint.
+        sparsity: Cumulative sparsity of each layer before the phase.
+        target_params: Where the phase ends.
+        settings: Steps, amplitude, attention unit and width multiple.
+        checkpoint: Digest of the checkpoint.
+        statistics_digest: Digest of the statistics.
+        remeasure: Takes what the steps so far keep of the checkpoint and the number of the next step (from
+            1), and returns statistics of the model that is left.
+
+    Raises:
+        TargetError: If the target cannot be reached.
+    """
+    plan: Plan | None = None
+    steps = pruning_steps(current.num_params(), target_params, settings.steps_per_phase)
+    for number in range(steps):
+        if number and current.num_params() <= target_params:
+            break
+        if number:
+            assert plan is not None, "the first step has made one"
+            statistics = remeasure(plan.layers, number)
+        step = plan_step(
+            statistics,
+            dense=dense,
+            current=current,
+            sparsity=sparsity,
+            target_params=target_params,
+            steps_left=steps - number,
+            settings=settings,
+        )
+        decided = Plan(
+            layers=step.layers,
+            before=current.layers,
+            checkpoint=checkpoint,
+            statistics=statistics_digest,
+            importance=step.importance,
+            sparsity=step.sparsity,
+            params_before=current.num_params(),
+            params_after=step.shape.num_params(),
+            target_params=target_params,
+        )
+        plan = decided if plan is None else plan.then(decided)
+        current, sparsity = step.shape, step.sparsity
+    assert plan is not None, "a phase has at least one step"
+    return plan

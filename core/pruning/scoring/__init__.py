@@ -1,0 +1,1 @@
+"""What layers and groups are worth, measured with the gradients of one layer in memory."""

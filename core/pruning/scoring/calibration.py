@@ -1,0 +1,275 @@
+"""Layer similarities and group scores with the gradients of one layer in memory (eq. 3-5, 7-10).
+
+One forward pass, layer by layer, keeps each layer's inputs in host memory and yields the similarities. The
+gradient by the last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate
+through it, reduce what its criterion observes to one number a group, free it, go down. The result is plain
+autograd's, to rounding.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from core.errors import CheckpointError, DataError
+from core.model.build import layer_shapes
+from core.model.families import family_of
+from core.model.layerwise import LayerwiseModel, frozen
+from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.criteria import CRITERIA, LayerScoring
+from core.pruning.scoring.kept_outputs import KeptOutputs
+from core.pruning.scoring.layer_inputs import LayerInputs
+from core.pruning.scoring.statistics import LayerScores, Statistics
+from core.settings.schema import CriterionName
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 30.0
+
+
+def draw_calibration(pool: Tensor, *, sequences: int, seed: int, step: int) -> Tensor:
+    """Draw the calibration set of one pruning step: fresh each step, no document twice.
+
+    Args:
+        pool: (P, T) token ids, one row a document.
+        sequences: S, rows to draw.
+        seed: Seed of the run.
+        step: Number of the pruning step within the run.
+
+    Returns:
+        (S, T) token ids.
+
+    Raises:
+        DataError: If the pool holds fewer documents.
+    """
+    if len(pool) < sequences:
+        raise DataError(
+            f"calibration.sequences={sequences} is more than the {len(pool)} documents of at least "
+            f"{pool.shape[1]} tokens in calibration.source. Lower it, or name a larger corpus."
+        )
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return pool[torch.randperm(len(pool), generator=generator)[:sequences]].long()
+
+
+def layer_similarity(
+    inputs: Tensor, outputs: Tensor, kind: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+) -> Tensor:
+    """Compare a layer's input and output at each token; larger is more alike (eq. 3).
+
+    Args:
+        inputs: (B, T, D) hidden states that enter the layer.
+        outputs: (B, T, D) hidden states that leave it.
+        kind: ``cosine``, or minus the l2 or l1 distance.
+
+    Returns:
+        (B, T) float32.
+    """
+    x, y = inputs.float(), outputs.float()
+    if kind == "cosine":
+        return torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-12)
+    return -torch.linalg.vector_norm(y - x, ord=2 if kind == "euclidean" else 1, dim=-1)
+
+
+def measure(
+    model: PreTrainedModel | LayerwiseModel,
+    tokens: Tensor,
+    *,
+    micro_batch: int = 0,
+    similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine",
+    criterion: CriterionName = "taylor_l1",
+    seed: int = 0,
+    state_bytes: int | None = None,
+    scratch: Path | None = None,
+    keep_bytes: int = 0,
+) -> Statistics:
+    """Measure layer similarities and group scores of a model on a calibration set.
+
+    Args:
+        model: Any number format; products and sums are float32. Left as it was found. Its layers may lie on
+            disk.
+        tokens: (S, T) int64 token ids.
+        micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
+            The loss is the mean over all predictions of the set, so that no split changes a score (but of
+            the criterion ``taylor_per_microbatch``, which is about the split).
+        similarity: How a layer's input and output are compared.
+        criterion: How groups are scored.
+        seed: Seed of the criterion ``random``.
+        state_bytes: Host memory for the layers' inputs; None for no limit.
+        scratch: Folder for what goes beyond ``state_bytes``.
+        keep_bytes: Memory on the model's device for outputs of projections, which the backward pass then need
+            not compute again: the same result in less time.
+
+    Raises:
+        StorageError: If ``scratch`` is full.
+        CheckpointError: If the loss, a similarity or a score is not finite.
+    """
+    layerwise = model if isinstance(model, LayerwiseModel) else LayerwiseModel(model)
+    micro_batch = micro_batch or fitting_micro_batch(
+        layerwise.model.config, tokens.shape, device=layerwise.model.device
+    )
+    passes = _Passes(layerwise, tokens, micro_batch, criterion, seed)
+    if passes.goes_back:
+        passes.make_room(state_bytes, scratch, keep_bytes)
+    with frozen(layerwise.model):
+        similarities, last = passes.forward(similarity)
+        losses, gradients = passes.head(last)
+        if passes.goes_back:
+            passes.backward(gradients)
+    return Statistics(
+        similarities=similarities / tokens.numel(),
+        scores=tuple(passes.scores[index] for index in range(len(layerwise.layers))),
+        loss=sum(losses),
+        tokens=tokens.numel(),
+    )
+
+
+class _Passes:
+    """The three passes over a model, and the scores that they find."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        tokens: Tensor,
+        micro_batch: int,
+        criterion: CriterionName,
+        seed: int,
+    ) -> None:
+        self.model, self.tokens = model, tokens
+        self.batches = [slice(i, i + micro_batch) for i in range(0, len(tokens), micro_batch)]
+        self.device = model.model.device
+        self.criterion, self.seed = criterion, seed
+        self.goes_back = CRITERIA[criterion].observed in ("weight_gradients", "output_gradients")
+        self.scores: dict[int, LayerScores] = {}
+
+    def make_room(self, state_bytes: int | None, scratch: Path | None, keep_bytes: int) -> None:
+        """Take the memory for what the forward pass keeps for the backward pass."""
+        model = self.model.model
+        sequences, length = self.tokens.shape
+        self.inputs = LayerInputs(
+            len(self.model.layers),
+            (sequences, length, model.config.hidden_size),
+            model.dtype,
+            limit_bytes=state_bytes,
+            scratch=scratch,
+        )
+        self.kept = KeptOutputs(
+            family_of(model.config),
+            self.model.layers,
+            (sequences, length),
+            dtype=model.dtype,
+            device=self.device,
+            budget_bytes=keep_bytes,
+        )
+
+    @torch.no_grad()
+    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> tuple[Tensor, list[Tensor]]:
+        """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
+        similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
+        states = [self.model.embed(self.tokens[rows]).cpu() for rows in self.batches]
+        progress = _Progress("forward", len(similarities))
+        for index in range(len(similarities)):
+            with self.model.resident(index) as layer:
+                scoring = None if self.goes_back else self._scoring(index, layer)
+                for number, rows in enumerate(self.batches):
+                    state = states[number].to(self.device)
+                    if scoring is None:
+                        self.inputs.put(index, rows, states[number])
+                        with self.kept.keep(index, rows, layer):
+                            after = self.model.run(index, state)
+                    else:
+                        with scoring.activations() as seen:
+                            after = self.model.run(index, state)
+                        scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
+                    similarities[index] += layer_similarity(state, after, similarity).double().sum().cpu()
+                    states[number] = after.cpu()
+                _check_finite(f"the similarity of layer {index}", similarities[index])
+                if scoring is not None:
+                    self._keep_scores(index, scoring)
+            progress.show(index + 1)
+        return similarities, states
+
+    def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Return each micro-batch's part of the loss and its gradient by the last layer's output."""
+        losses, gradients = [], []
+        sequences, length = self.tokens.shape
+        for rows, state in zip(self.batches, states, strict=True):
+            loss, gradient = self.model.head_gradient(
+                self.tokens[rows], state.to(self.device), predictions=sequences * (length - 1)
+            )
+            _check_finite("the calibration loss", torch.tensor(loss))
+            losses.append(loss)
+            gradients.append(gradient.cpu())
+        return losses, gradients
+
+    def backward(self, gradients: list[Tensor]) -> None:
+        """Score the layers from last to first."""
+        progress = _Progress("backward", len(self.model.layers))
+        for index in reversed(range(len(self.model.layers))):
+            with self.model.resident(index) as layer:
+                scoring = self._scoring(index, layer)
+                for number, rows in enumerate(self.batches):
+                    with self.kept.reuse(index, rows, layer):
+                        gradients[number] = self._layer_backward(index, rows, scoring, gradients[number])
+                self._keep_scores(index, scoring)
+            progress.show(len(self.model.layers) - index)
+
+    def _keep_scores(self, index: int, scoring: LayerScoring) -> None:
+        scores = scoring.scores()
+        _check_finite(f"a score of layer {index}", *vars(scores).values())
+        self.scores[index] = scores
+
+    def _scoring(self, index: int, layer: torch.nn.Module) -> LayerScoring:
+        config = self.model.model.config
+        shape, seed = layer_shapes(config)[index], self.seed * 10_007 + index
+        return LayerScoring(self.criterion, family_of(config), shape, layer, seed=seed)
+
+    def _layer_backward(self, index: int, rows: slice, scoring: LayerScoring, gradient: Tensor) -> Tensor:
+        """Back-propagate a micro-batch through a layer; returns the gradient by its input."""
+        state = self.inputs.take(index, rows).to(self.device).detach().requires_grad_()
+        of_weights = scoring.criterion.observed == "weight_gradients"
+        for weight in scoring.weights.values():
+            weight.requires_grad_(of_weights)
+        try:
+            with torch.enable_grad(), scoring.activations() as seen:
+                output = self.model.run(index, state)
+            observed = dict(scoring.weights) if of_weights else seen
+            found = torch.autograd.grad(output, [state, *observed.values()], gradient.to(self.device))
+        finally:
+            for weight in scoring.weights.values():
+                weight.requires_grad_(False)
+        scoring.add(
+            {name: (value.detach(), g) for (name, value), g in zip(observed.items(), found[1:], strict=True)},
+            tokens=state.shape[:2].numel(),
+        )
+        return found[0].cpu()
+
+
+def _check_finite(what: str, *values: Tensor) -> None:
+    """Refuse what would be pruned by as if it were a number; the values are in host memory."""
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise CheckpointError(
+            f"{what} is not finite, as the model's weights or activations are not. Check the checkpoint; if "
+            "a training has made it, lower training.learning_rate; else set calibration.precision to float32."
+        )
+
+
+class _Progress:
+    """A log line now and then: how far a pass is, and how long it may still take."""
+
+    def __init__(self, name: str, layers: int) -> None:
+        self._name, self._layers = name, layers
+        self._started = self._shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        log.debug("%s: layer %d of %d", self._name, done, self._layers)
+        if done == self._layers:
+            log.info("%s over %d layers took %.1f s", self._name, done, now - self._started)
+        elif now - self._shown > _PROGRESS_INTERVAL_S:
+            self._shown = now
+            left = (now - self._started) / done * (self._layers - done)
+            log.info("%s: %d of %d layers, %.0f s left", self._name, done, self._layers, left)

@@ -1,0 +1,155 @@
+"""The model card of a run's result: the ``README.md`` that lies in its folder and that the hub shows.
+
+It states what was measured and what is known; what is not is left out. The same record gives the same text.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from core.bases.licence import FACTS
+from core.report.report import speed_rows
+from core.report.templates import code, listed, render
+from core.runs.record import PhaseRecord, RunRecord, headline_metric, perplexity_text, public_path, score_text
+
+_OF_THE_PLACE = ("storage", "tracking", "cluster")
+
+
+def model_card(
+    record: RunRecord,
+    *,
+    config: Mapping[str, Any],
+    licence: Mapping[str, Any],
+    legal_files: Sequence[str] = (),
+    formats: Collection[str] = (),
+) -> str:
+    """Return the card of a run's last phase.
+
+    Args:
+        record: The run; the dense model and at least one phase.
+        config: The checkpoint's ``config.json``.
+        licence: What the base model states of its licence and languages (``core.bases.licence.FACTS``).
+        legal_files: Names of the base model's licence files that lie in the checkpoint's folder.
+        formats: Formats of ``adapt-pruner export`` that hold such a model.
+    """
+    return render(
+        "card.md",
+        record=record,
+        front_matter=_front_matter(record, licence, legal_files),
+        name=_short_name(record.base),
+        base=_base_text(record),
+        licence=licence,
+        licence_link=_licence_link(record, licence, legal_files),
+        legal_files=legal_files,
+        measures=_measures(record),
+        speed_rows=speed_rows,
+        model_type=config.get("model_type", ""),
+        unequal="auto_map" in config,
+        formats=formats,
+        calibrated_on=_source(record.settings.get("calibration", {}).get("source") or {}),
+        trained_on=listed(map(_source, record.settings.get("training", {}).get("sources", ()))),
+        phases=_phase_columns(record.phases),
+        settings=_settings(record.settings),
+    )
+
+
+def hub_id(record: RunRecord) -> str | None:
+    """Return the id of the base model on the Hugging Face hub; None if it came from somewhere else.
+
+    Only a revision on the hub is a commit; all others are digests of their content, and shorter.
+    """
+    on_the_hub = re.fullmatch("[0-9a-f]{40}", record.revision)
+    return record.base if on_the_hub and re.fullmatch(r"[\w.-]+/[\w.-]+", record.base) else None
+
+
+def _front_matter(record: RunRecord, licence: Mapping[str, Any], legal_files: Sequence[str]) -> str:
+    base = hub_id(record)
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base:
+        data["base_model"] = base
+        if record.trained:
+            data["base_model_relation"] = "finetune"
+    data |= {name: licence[name] for name in FACTS if name in licence}
+    link = _licence_link(record, licence, legal_files)
+    data.pop("license_link", None)
+    if link:
+        data["license_link"] = link
+    data["tags"] = ["adapt-pruner", "pruned"]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _licence_link(record: RunRecord, licence: Mapping[str, Any], legal_files: Sequence[str]) -> str | None:
+    """Return where the licence is: a link of the base's own repository does not lead anywhere from here."""
+    link, base = licence.get("license_link"), hub_id(record)
+    if link is None or "://" in link or link in legal_files:
+        return link
+    return f"https://huggingface.co/{base}/blob/{record.revision}/{link}" if base else None
+
+
+def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Return what was measured of both: (measure, base model, this model)."""
+    dense, final = record.phases[0], record.phases[-1]
+    evaluation = record.settings.get("evaluation", {})
+    rows = []
+    if dense.perplexity is not None and final.perplexity is not None:
+        windows = (
+            f"{evaluation.get('perplexity_windows')} windows of {evaluation.get('perplexity_length')} tokens"
+        )
+        measure = f"perplexity (lower is better), {windows} of {_source(evaluation.get('perplexity') or {})}"
+        rows.append((measure, perplexity_text(dense.perplexity), perplexity_text(final.perplexity)))
+    limit = evaluation.get("limit")
+    items = f"at most {limit} items" if limit else "all items"
+    for task, metrics in final.tasks.items():
+        headline = headline_metric(metrics)
+        if headline is not None and task in dense.tasks:
+            scores = [score_text(phase.tasks[task], headline[0], unit=" %") for phase in (dense, final)]
+            rows.append((f"{code(task)}, {headline[0]}, {items}", scores[0], scores[1]))
+    return rows
+
+
+def _phase_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
+    """Return header to one text a phase; columns without any value are left out."""
+    columns = {
+        "phase": [str(phase.phase) if phase.phase else "base model" for phase in phases],
+        "parameters": [f"{phase.params:,}" for phase in phases],
+        "perplexity pruned": [perplexity_text(phase.perplexity_pruned) for phase in phases],
+        "perplexity at the end": [perplexity_text(phase.perplexity) for phase in phases],
+        "training tokens": [f"{phase.tokens:,}" if phase.tokens else "-" for phase in phases],
+    }
+    return {header: cells for header, cells in columns.items() if set(cells) != {"-"}}
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Return the settings that decide the result as YAML, without where it was stored, tracked and run."""
+    kept = {name: _public(value) for name, value in settings.items() if name not in _OF_THE_PLACE}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+
+
+def _public(value: Any) -> Any:
+    """Return a setting without the folders, addresses and passwords that it may name."""
+    if isinstance(value, Mapping):
+        return {name: _public(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(inner) for inner in value]
+    return public_path(value) if isinstance(value, str) else value
+
+
+def _short_name(base: str) -> str:
+    return re.split(r"[/\\:]", public_path(base).rstrip("/"))[-1].removesuffix(".gguf") or "A model"
+
+
+def _base_text(record: RunRecord) -> str:
+    base, revision = hub_id(record), record.revision
+    if base:
+        return f"[{base}](https://huggingface.co/{base}/tree/{revision}) at commit {code(revision)}"
+    name = code(public_path(record.base))
+    return f"{name} (content {code(revision)})" if revision else name
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """Return what names a text: its path and, where they are not the usual ones, its subset and split."""
+    subset, split = source.get("subset"), source.get("split")
+    more = [str(subset)] * bool(subset) + [str(split)] * bool(split and split != "train")
+    return code(public_path(str(source.get("path", "")))) + (f" ({', '.join(more)})" if more else "")

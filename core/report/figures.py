@@ -1,0 +1,400 @@
+"""The pictures of a run, as matplotlib figures and as inline SVG.
+
+Blue is what stays, orange what goes, and the two differ in lightness, too, for colour-blind readers and grey
+prints. Importing matplotlib takes half a second, which the first figure pays.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from core.runs.record import LayerSizes, PhaseRecord, RunRecord, accuracies, count_text, perplexity_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_KEPT, _GONE, _DENSE, _RATE, _INK = "#0b4f7d", "#d55e00", "#767676", "#7b3294", "#333333"
+_TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b6b6b", "#000000")
+_TASK_MARKERS = "osD^vPX*"
+_FONTS = "'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_WIDTH = 10.6  # inches
+_FEW_PHASES = 4  # up to here phases have names and cells have numbers
+_MANY_LAYERS = 48  # above this bars and cells are too narrow for numbers
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "adapt-pruner",
+}
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def _figure(height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
+
+
+@_styled()
+def widths_figure(record: RunRecord) -> "Figure":
+    """Draw what every layer keeps and what each phase takes: MLP channels, query heads, KV heads."""
+    phases = record.phases
+    rows: list[tuple[str, Callable[[LayerSizes], int]]] = [
+        ("MLP width", lambda sizes: sizes.mlp_width),
+        ("query heads", lambda sizes: sizes.query_heads),
+    ]
+    if any(sizes.kv_heads != sizes.query_heads for sizes in phases[0].layers):
+        rows.append(("KV heads", lambda sizes: sizes.kv_heads))
+    else:
+        rows[1] = ("heads", rows[1][1])
+    ratios = [3.2, 1.0, 0.7][: len(rows)]
+    figure = _figure(0.9 + sum(ratios))
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for (label, size), ax in zip(rows, axes, strict=True):
+        _stack(ax, [[size(sizes) for sizes in phase.layers] for phase in phases])
+        ax.set_ylabel(label)
+    if len(phases[0].layers) <= _MANY_LAYERS:
+        _number_bars(axes[0], [sizes.mlp_width for sizes in phases[-1].layers])
+    _layer_axis(axes[-1], len(phases[0].layers))
+    _phase_key(figure, list(axes), phases)
+    return figure
+
+
+def _number_bars(ax: "Axes", sizes: Sequence[int]) -> None:
+    """Write each size at the foot of its bar, or on top of a bar that is too low to hold it."""
+    low = 0.15 * ax.get_ylim()[1]
+    for i, size in enumerate(sizes):
+        text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
+        gap = 0.02 * ax.get_ylim()[1]
+        ax.text(
+            i, gap if size > low else size + gap, str(size), color="white" if size > low else "black", **text
+        )
+
+
+def _stack(ax: "Axes", sizes: Sequence[Sequence[int]]) -> None:
+    """Stack bars a layer: the last phase's size, then what each phase took, back to the dense size.
+
+    Args:
+        ax: Where to draw.
+        sizes: A size for each phase (dense first) and layer.
+    """
+    floor = [0] * len(sizes[0])
+    _bars(ax, floor, sizes[-1], facecolor=_KEPT, edgecolor="none")
+    for before, after, colour in zip(sizes, sizes[1:], _phase_colours(len(sizes) - 1), strict=False):
+        _bars(ax, after, before, facecolor=colour, edgecolor="none")
+    _bars(ax, floor, sizes[0], facecolor="none", edgecolor=_DENSE, linewidth=0.7)
+    top = max(sizes[0])
+    if top <= 16:  # a line a head, so that heads can be counted
+        ax.hlines(range(1, top), -0.4, len(sizes[0]) - 0.6, color="white", linewidth=0.8)
+    ax.set_ylim(0, top * 1.03)
+    ax.set_xlim(-0.7, len(sizes[0]) - 0.3)
+    parts = 4 if top > 64 else 3 if top % 3 == 0 else 2 if top % 2 == 0 else 1
+    ax.set_yticks([round(top * i / parts) for i in range(parts + 1)])
+    ax.tick_params(axis="x", length=0)
+
+
+def _bars(ax: "Axes", bottoms: Sequence[int], tops: Sequence[int], **style: Any) -> None:
+    """Draw all bars as one path: with 20 phases of 32 layers, ten times smaller than a shape a bar."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    paths = [
+        Path([(i - 0.4, low), (i + 0.4, low), (i + 0.4, high), (i - 0.4, high), (i - 0.4, low)], closed=True)
+        for i, (low, high) in enumerate(zip(bottoms, tops, strict=True))
+        if high > low
+    ]
+    if paths:
+        ax.add_patch(PathPatch(Path.make_compound_path(*paths), **style))
+
+
+def _phase_key(figure: "Figure", axes: "list[Axes]", records: Sequence[PhaseRecord]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.patches import Patch
+
+    phases = len(records) - 1
+    colours = _phase_colours(phases)
+    handles = [Patch(color=_KEPT, label="kept")]
+    if phases <= _FEW_PHASES:
+        for before, after, colour in zip(records, records[1:], colours, strict=False):
+            when = "in" if after.phase == before.phase + 1 else "up to"
+            handles.append(Patch(color=colour, label=f"removed {when} phase {after.phase}"))
+    handles.append(Patch(facecolor="none", edgecolor=_DENSE, label="dense"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0.2)
+    if phases > _FEW_PHASES:
+        norm = BoundaryNorm([i + 0.5 for i in range(phases + 1)], phases)
+        scale = ScalarMappable(norm, ListedColormap(colours))
+        bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=40, label="removed in phase")
+        bar.set_ticks(_sparse(range(1, phases + 1), 10))
+        bar.ax.minorticks_off()
+        bar.ax.invert_yaxis()
+
+
+def _phase_colours(phases: int) -> list[tuple[float, float, float, float]]:
+    from matplotlib import colormaps
+
+    return [colormaps["YlOrBr"](0.2 + 0.5 * (i + 0.5) / phases) for i in range(phases)]
+
+
+@_styled()
+def layers_figure(record: RunRecord) -> "Figure":
+    """Draw importance and cumulative sparsity of every layer (columns) by phase (rows) as two heat maps."""
+    phases = [phase for phase in record.phases if phase.importance and phase.sparsity]
+    shares = [[100 * x for x in phase.sparsity] for phase in phases]
+    top = max(5.0, *(x for row in shares for x in row))
+    row_height = 0.4 if len(phases) <= _FEW_PHASES else 0.16
+    figure = _figure(1.5 + 2 * max(0.45, row_height * len(phases)))
+    above, below = figure.subplots(2, 1, sharex=True)
+    _heat_map(above, [phase.importance for phase in phases], phases, "PuOr", (-1, 1), "{:.1f}")
+    _heat_map(below, shares, phases, "Oranges", (0, top), "{:.0f}")
+    above.set_title("importance")
+    below.set_title("sparsity, % of the dense width")
+    _layer_axis(below, len(shares[0]))
+    return figure
+
+
+def _heat_map(
+    ax: "Axes",
+    rows: Sequence[Sequence[float]],
+    phases: Sequence[PhaseRecord],
+    colours: str,
+    limits: tuple[float, float],
+    text: str,
+) -> None:
+    import numpy as np
+
+    mesh = ax.pcolormesh(
+        rows, cmap=colours, vmin=limits[0], vmax=limits[1], edgecolors="white", linewidth=0.6
+    )
+    ax.set_xticks([])
+    names = [phase.phase for phase in phases]
+    ticks = _sparse(range(len(names)), 10)
+    ax.set_yticks([i + 0.5 for i in ticks], [str(names[i]) for i in ticks])
+    ax.set_ylabel("phase")
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.colorbar(mesh, ax=ax, pad=0.01, aspect=12).outline.set_visible(False)
+    if len(rows) <= _FEW_PHASES and len(rows[0]) <= _MANY_LAYERS:
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                red, green, blue, _ = mesh.to_rgba(np.array([value]))[0]
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
+                cell: dict[str, Any] = {
+                    "ha": "center",
+                    "va": "center",
+                    "fontsize": 7.5,
+                    "color": "white" if dark else _INK,
+                }
+                ax.text(x + 0.5, y + 0.5, text.format(value).replace("-0.0", "0.0"), **cell)
+
+
+def _layer_axis(ax: "Axes", layers: int) -> None:
+    middle = 0.5 if ax.collections and ax.get_xlim()[0] == 0 else 0.0  # cells begin where bars are centred
+    ticks = range(layers) if layers <= 40 else range(0, layers, 5)
+    ax.set_xticks([i + middle for i in ticks], [str(i) for i in ticks])
+    ax.tick_params(axis="x", length=0)
+    ax.set_xlabel("decoder layer")
+
+
+@_styled()
+def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) -> "Figure":
+    """Draw how much the loss grows (nats a token) as each layer alone is pruned, above its importance."""
+    figure = _figure(4.6)
+    axes = figure.subplots(2, 1, sharex=True)
+    rows = ((increases, _GONE, "loss increase, nats a token"), (importance, _KEPT, "importance"))
+    for ax, (values, colour, title) in zip(axes, rows, strict=True):
+        ax.bar(range(len(values)), values, color=colour)
+        middle, top = sorted(values)[len(values) // 2], max(values)
+        if top > 10 * middle > 0:  # one layer that towers above the others would hide how they differ
+            linear = 10.0 ** math.ceil(math.log10(middle))
+            ax.set_yscale("symlog", linthresh=linear)
+            ax.set_yticks([0, linear / 2, *(linear * 10**k for k in range(9) if linear * 10**k <= top)])
+            ax.yaxis.set_major_formatter("{x:g}")
+            title += f" (logarithmic above {linear:g})"
+        ax.set_title(title)
+        ax.grid(True, axis="y")
+        ax.set_axisbelow(True)
+    _layer_axis(axes[1], len(importance))
+    return figure
+
+
+@_styled()
+def quality_figure(record: RunRecord) -> "Figure | None":
+    """Draw perplexity and accuracy of every phase against its parameters; None if neither was measured."""
+    draw: list[Callable[[Axes, RunRecord], None]] = []
+    if any(phase.perplexity is not None for phase in record.phases):
+        draw.append(_draw_perplexity)
+    if any(accuracies(phase) for phase in record.phases):
+        draw.append(_draw_accuracy)
+    if not draw:
+        return None
+    figure = _figure(3.6)
+    for ax, panel in zip(figure.subplots(1, len(draw), squeeze=False)[0], draw, strict=True):
+        panel(ax, record)
+        ax.set_xlabel("parameters (the dense model is on the left)")
+        ax.invert_xaxis()
+        ax.margins(x=0.09)
+        ax.xaxis.set_major_formatter(lambda value, _: count_text(round(value)).replace(".0", ""))
+        ax.grid(True)
+        ax.set_axisbelow(True)
+    return figure
+
+
+def _draw_perplexity(ax: "Axes", record: RunRecord) -> None:
+    path: list[tuple[int, float]] = []
+    pruned: list[tuple[int, float]] = []
+    ended: list[tuple[int, float]] = []
+    for phase in record.phases:
+        if record.trained and phase.perplexity_pruned is not None and math.isfinite(phase.perplexity_pruned):
+            pruned.append((phase.params, phase.perplexity_pruned))
+            path.append(pruned[-1])
+        if phase.perplexity is not None and math.isfinite(phase.perplexity):
+            ended.append((phase.params, phase.perplexity))
+            path.append(ended[-1])
+    if not path:
+        return
+    ax.plot(*zip(*path, strict=True), color="#b5b5b5", linewidth=1, zorder=1)
+    if pruned:
+        ax.plot(*zip(*pruned, strict=True), "^", color=_GONE, label="pruned, before recovery")
+    ax.plot(*zip(*ended, strict=True), "o", color=_KEPT, label="after recovery" if pruned else "pruned")
+    if record.phases[0].perplexity is not None:
+        ax.plot(*ended[0], "s", color=_DENSE, markersize=7, label="dense")
+    few = len(record.phases) - 1 <= _FEW_PHASES
+    for points, offset in ((pruned, 8), (ended, -14)):
+        for i, (params, value) in enumerate(points):
+            if few or i == len(points) - 1 or (points is ended and i == 0):
+                place: dict[str, Any] = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
+                ax.annotate(perplexity_text(value), (params, value), **place)
+    values = [value for _, value in path]
+    if max(values) > 4 * min(values):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.margins(y=0.18)
+    ax.set_title("perplexity (lower is better)")
+    ax.legend(loc="upper left")
+
+
+def _draw_accuracy(ax: "Axes", record: RunRecord) -> None:
+    """Draw a line a task, or the mean alone where there are more tasks than colours."""
+    measured = [(phase.params, accuracies(phase)) for phase in record.phases]
+    measured = [(params, values) for params, values in measured if values]
+    tasks = list(measured[0][1])
+    if len(tasks) > len(_TASK_COLOURS):
+        means = [100 * sum(values.values()) / len(values) for _, values in measured]
+        ax.plot([params for params, _ in measured], means, "o-", color=_KEPT)
+        ax.set_title(f"mean accuracy of {len(tasks)} benchmarks, % (higher is better)")
+    else:
+        for task, colour, marker in zip(tasks, _TASK_COLOURS, _TASK_MARKERS, strict=False):
+            line = [(params, 100 * values[task]) for params, values in measured if task in values]
+            ax.plot(*zip(*line, strict=True), marker=marker, color=colour, label=task.replace("$", r"\$"))
+        ax.set_title("accuracy, % (higher is better)")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+@_styled()
+def training_figure(record: RunRecord) -> "Figure | None":
+    """Draw training loss and learning rate against the global step; None if nothing was trained."""
+    points = [point for phase in record.phases for point in phase.losses]
+    if not points:
+        return None
+    figure = _figure(3.9)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+    window = max(5, len(points) // 50)
+    many = len(points) >= 8 * window
+    for phase in record.phases:
+        steps = [step for step, _, _ in phase.losses]
+        losses = [loss for _, loss, _ in phase.losses]
+        if many:
+            above.plot(steps, losses, color="#8fb8d3", linewidth=0.8, label="each step")
+            above.plot(
+                steps, _smooth(losses, window), color=_KEPT, linewidth=1.8, label=f"mean of {window} steps"
+            )
+        else:
+            above.plot(steps, losses, "o-", color=_KEPT, markersize=3)
+    if many:
+        figure.legend(handles=above.get_lines()[:2], loc="outside upper right", ncols=2)
+    steps = [step for step, _, _ in points]
+    below.plot(steps, [rate for _, _, rate in points], color=_RATE)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    below.set_ylim(bottom=0)
+    above.set_ylabel("training loss")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("optimizer step, over all phases")
+    _mark_phases((above, below), [p for p in record.phases if p.losses], steps[-1] - steps[0])
+    return figure
+
+
+def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: int) -> None:
+    """Draw a line where a phase begins, with its number wherever there is room for one."""
+    last = -math.inf
+    for phase in phases:
+        start = phase.losses[0][0]
+        for ax in axes:
+            ax.axvline(start, color="#c9c9c9", linewidth=0.8, zorder=0)
+        if start - last >= 0.03 * span:
+            text = f"phase {phase.phase}" if len(phases) <= _FEW_PHASES else str(phase.phase)
+            axes[0].text(start, 1.02, text, transform=axes[0].get_xaxis_transform(), color=_DENSE, fontsize=8)
+            last = start
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of the last ``window`` values at each point."""
+    means = []
+    for i in range(len(values)):
+        part = values[max(0, i + 1 - window) : i + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def _sparse(items: Sequence[int], most: int) -> list[int]:
+    """Thin ``items`` to at most ``most``, at equal distances, with the last one."""
+    return list(items[::-1][:: -(-len(items) // most)][::-1]) if items else []
+
+
+@_styled()
+def inline_svg(figure: "Figure", *, name: str, label: str) -> str:
+    """Return ``figure`` as an SVG element to stand inside HTML.
+
+    Args:
+        figure: The figure.
+        name: A short word that makes the ids of this picture different from those of others on the page.
+        label: What a screen reader says; plain text without markup.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", _FONTS, text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

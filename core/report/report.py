@@ -1,0 +1,308 @@
+"""The report of a run: one HTML file that holds everything it shows, and the table for the terminal."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.redaction import without_password
+from core.report.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
+from core.report.templates import render
+from core.runs.record import (
+    PhaseRecord,
+    RunRecord,
+    SpeedRecord,
+    accuracies,
+    count_text,
+    headline_metric,
+    perplexity_text,
+    score_text,
+    seconds_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+_Card = tuple[str, tuple[str, ...], str]
+"""A heading, one value or two, and a small text."""
+
+_MANY_TASKS = 4  # above this the benchmarks have a table of their own
+
+
+def build_report(record: RunRecord) -> str:
+    """Return the report of a run as one HTML document that loads nothing from elsewhere.
+
+    The same record gives the same text. What was not measured is left out.
+    """
+    revision = f" @ {record.revision}" if record.revision else ""
+    tracked = f", MLflow run {record.tracking_run}" if record.tracking_run else ""
+    tasks = _tasks(record.phases)
+    apart = len(tasks) > _MANY_TASKS
+    columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
+    has_layers = any(phase.importance and phase.sparsity for phase in record.phases)
+    pictures = {
+        "widths": (widths_figure(record) if len(record.phases) > 1 else None, "Width of every layer"),
+        "layers": (
+            layers_figure(record) if has_layers else None,
+            "Importance and sparsity of every layer",
+        ),
+        "quality": (quality_figure(record), "Perplexity and accuracy against parameters"),
+        "training": (training_figure(record), "Training loss and learning rate"),
+    }
+    return render(
+        "report.html",
+        title=_title(record),
+        subtitle=f"{record.base}{revision}, run {record.key}{tracked}",
+        record=record,
+        cards=_headline(record),
+        phases=_phase_columns(record, {} if apart else tasks) if record.phases else {},
+        has_tasks=bool(tasks),
+        benchmarks=columns if apart else {},
+        speed_columns=_speed_columns,
+        pictures=_drawn(pictures),
+        seconds=_step_seconds(record.phases),
+        usage=_usage(record) if record.checkpoint_uri else (),
+        settings=_settings(record.settings, record.chosen),
+    )
+
+
+def build_phase_report(record: RunRecord) -> str:
+    """Return the report of one phase as one HTML document that loads nothing from elsewhere.
+
+    Args:
+        record: The dense model, the phase before and the phase; the dense model alone is its own phase.
+    """
+    last = record.phases[-1]
+    name = f"phase {last.phase}" if last.phase else "dense model"
+    text = f"{count_text(last.tokens)} training tokens" if last.tokens else "no training"
+    pictures = {
+        "widths": (widths_figure(record), "Width of every layer"),
+        "training": (
+            training_figure(dataclasses.replace(record, phases=(last,))),
+            "Training loss and learning rate",
+        ),
+    }
+    return render(
+        "phase.html",
+        title=f"{record.name}, {name}",
+        subtitle=f"{record.base}, run {record.key}",
+        record=record,
+        cards=[*_measures(record), ("Time", (seconds_text(sum(last.seconds.values())),), text)],
+        pictures=_drawn(pictures),
+        seconds=last.seconds,
+    )
+
+
+def phase_table(record: RunRecord) -> "Table":
+    """Return the table of phases for a terminal; with a few benchmarks it fits 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    phases = record.phases
+    tasks = _tasks(phases)
+    columns = {"phase": _names(phases), "parameters": [f"{phase.params:,}" for phase in phases]}
+    columns |= _perplexity_columns(record)
+    if len(tasks) <= _MANY_TASKS:
+        columns |= _task_columns(phases, tasks, errors=False)
+    else:
+        found = [accuracies(phase).values() for phase in phases]
+        means = [f"{100 * sum(values) / len(values):.1f}" if values else "-" for values in found]
+        columns[f"accuracy, mean\nof {max(map(len, found))} tasks"] = means
+    columns["seconds"] = [f"{sum(phase.seconds.values()):,.0f}" for phase in phases]
+    table = Table(title=Text(_title(record)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if tasks:
+        table.caption, table.caption_justify = Text("Accuracies in %."), "left"
+    for header in columns:
+        side: Literal["left", "right"] = "left" if header == "phase" else "right"
+        table.add_column(Text(header), justify=side, no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def speed_rows(speed: SpeedRecord) -> list[tuple[str, str, str, str]]:
+    """Return what was measured in one runtime as (measure, base, checkpoint, ratio); above 1 is better."""
+    rows = []
+    for job, (base, checkpoint) in speed.tokens_per_s.items():
+        kind, batch = job.split()
+        name = {"prompt": "reading prompts", "decode": "writing answers"}[kind]
+        together = f", {batch} together" if batch != "1" else ""
+        rates = (f"{base:,.1f}", f"{checkpoint:,.1f}", f"{speed.speedups[job]:.2f}")
+        rows.append((f"{name}{together} (tokens/s)", *rates))
+    (base, checkpoint), (base_bytes, own_bytes) = speed.load_s, speed.memory_bytes
+    rows.append(("loading (s)", f"{base:.2f}", f"{checkpoint:.2f}", f"{base / checkpoint:.2f}"))
+    megabytes = (f"{base_bytes / 1e6:,.0f}", f"{own_bytes / 1e6:,.0f}", f"{base_bytes / own_bytes:.2f}")
+    rows.append(("peak memory (MB)", *megabytes))
+    return rows
+
+
+def _title(record: RunRecord) -> str:
+    base = record.base.rstrip("/").rsplit("/", 1)[-1]
+    return f"{record.name}: {base}" if base else record.name
+
+
+def _headline(record: RunRecord) -> list[_Card]:
+    """Return the result in large numbers: size, perplexity, accuracy (dense and final) and time."""
+    if not record.phases:
+        return []
+    items = _measures(record)
+    if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
+        phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
+        tokens = count_text(sum(phase.tokens for phase in record.phases))
+        text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
+        items.append(("Time", (seconds_text(seconds),), text))
+    return items
+
+
+def _measures(record: RunRecord) -> list[_Card]:
+    """Return size, perplexity and accuracy of the dense and of the last model, as far as they are known."""
+    dense, final = record.phases[0], record.phases[-1]
+    items: list[_Card] = []
+    items.append(
+        ("Parameters", (count_text(dense.params), count_text(final.params)), _size_text(dense, final))
+    )
+    if dense.perplexity and final.perplexity:
+        values = (perplexity_text(dense.perplexity), perplexity_text(final.perplexity))
+        text = f"{100 * (final.perplexity / dense.perplexity - 1):+.0f} %"
+        if record.trained and final.perplexity_pruned is not None:
+            text += f"; {perplexity_text(final.perplexity_pruned)} before the last recovery"
+        items.append(("Perplexity (lower is better)", values, text))
+    before, after = accuracies(dense), accuracies(final)
+    if tasks := [task for task in before if task in after]:
+        means = [100 * sum(values[task] for task in tasks) / len(tasks) for values in (before, after)]
+        text = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} benchmarks"
+        items.append(("Accuracy (higher is better)", (f"{means[0]:.1f} %", f"{means[1]:.1f} %"), text))
+    return items
+
+
+def _size_text(dense: PhaseRecord, final: PhaseRecord) -> str:
+    if final is dense:
+        return f"{final.params:,}, not pruned yet"
+    miss = final.params - final.target_params
+    where = f"{abs(miss):,} {'above' if miss > 0 else 'below'} target" if miss else "exactly the target"
+    return f"{final.params:,}, {100 * (1 - final.params / dense.params):.1f} % removed; {where}"
+
+
+def _speed_columns(speed: SpeedRecord) -> dict[str, Sequence[str]]:
+    headers = ("measured in turn", "dense", "pruned", "ratio")
+    return dict(zip(headers, zip(*speed_rows(speed), strict=True), strict=True))
+
+
+def _drawn(pictures: "Mapping[str, tuple[Figure | None, str]]") -> dict[str, str | None]:
+    """Return the figures, each with what a screen reader says of it, as SVG."""
+    return {
+        name: None if figure is None else inline_svg(figure, name=name, label=label)
+        for name, (figure, label) in pictures.items()
+    }
+
+
+def _names(phases: Sequence[PhaseRecord]) -> list[str]:
+    return [str(phase.phase) if phase.phase else "dense" for phase in phases]
+
+
+def _tasks(phases: Sequence[PhaseRecord]) -> dict[str, str]:
+    """Return every task with its headline metric."""
+    found = {}
+    for phase in phases:
+        for task, metrics in phase.tasks.items():
+            if task not in found and (best := headline_metric(metrics)) is not None:
+                found[task] = best[0]
+    return found
+
+
+def _phase_columns(record: RunRecord, tasks: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return header to one text a phase; columns without any value are left out."""
+    phases = record.phases
+    dense = phases[0].params if phases else 1
+    columns = {
+        "phase": _names(phases),
+        "parameters": [f"{phase.params:,}" for phase in phases],
+        "of\ndense": [f"{100 * phase.params / dense:.1f} %" for phase in phases],
+    }
+    columns |= _perplexity_columns(record)
+    columns |= _task_columns(phases, tasks, errors=True)
+    columns["training\ntokens"] = [count_text(phase.tokens) if phase.tokens else "-" for phase in phases]
+    columns["time"] = [seconds_text(sum(p.seconds.values())) if p.seconds else "-" for p in phases]
+    return _without_empty(columns)
+
+
+def _perplexity_columns(record: RunRecord) -> dict[str, list[str]]:
+    ended = [perplexity_text(phase.perplexity) for phase in record.phases]
+    if not record.trained:
+        return _without_empty({"perplexity": ended})
+    pruned = [perplexity_text(phase.perplexity_pruned) for phase in record.phases]
+    return _without_empty({"perplexity\npruned": pruned, "perplexity\nrecovered": ended})
+
+
+def _without_empty(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {header: cells for header, cells in columns.items() if any(cell != "-" for cell in cells)}
+
+
+def _task_columns(
+    phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
+) -> dict[str, list[str]]:
+    return {
+        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
+        for task, metric in tasks.items()
+    }
+
+
+def _step_seconds(phases: Sequence[PhaseRecord]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for phase in phases:
+        for step, seconds in phase.seconds.items():
+            totals[step] = totals.get(step, 0.0) + seconds
+    return totals
+
+
+def _usage(record: RunRecord) -> list[tuple[str, str]]:
+    """Return what to type to talk to the result, to inspect it, to load it and to see the runs."""
+    place = without_password(record.checkpoint_uri.removeprefix("file://"))
+    folder, fetch = place, ""
+    if "://" in place:
+        folder = "pruned"
+        fetch = f"from core.storage.publication import fetch\nfetch({place!r}, Path({folder!r}))\n"
+    shell = (
+        f'adapt-pruner generate {shlex.quote(folder)} "The capital of France is"\n'
+        f"adapt-pruner inspect {shlex.quote(folder)}"
+    )
+    python = (
+        f"from pathlib import Path\nfrom core.model.build import load_model, load_tokenizer\n{fetch}"
+        f"model = load_model(Path({folder!r}))\ntokenizer = load_tokenizer(Path({folder!r}))"
+    )
+    blocks = [("The checkpoint", place), ("On the command line", shell), ("In Python", python)]
+    if "://" in place:
+        blocks = [blocks[0], blocks[2], blocks[1]]  # fetched in Python first
+    uri = without_password(record.tracking_uri)
+    if uri.startswith(("http://", "https://")):
+        blocks.append(("The run in MLflow", uri))
+    elif uri:
+        blocks.append(("The run in MLflow", f"mlflow ui --backend-store-uri {shlex.quote(uri)}"))
+    return blocks
+
+
+def _settings(settings: Mapping[str, Any], chosen: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Return section to (setting, value); a precision that was chosen says why."""
+    own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
+    sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
+    sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
+    rows = {name: _flat(values, "") for name, values in sections.items()}
+    for where, why in chosen.items():
+        found = rows.get(where, [])
+        rows[where] = [(name, f"{value} ({why})" if name == "precision" else value) for name, value in found]
+    return rows
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, str]]:
+    """Flatten settings to (name within the section, text): ``sources[0].path``."""
+    if isinstance(value, Mapping) and value:
+        dot = "." if name else ""
+        return [row for key, inner in value.items() for row in _flat(inner, f"{name}{dot}{key}")]
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        return [row for i, item in enumerate(value) for row in _flat(item, f"{name}[{i}]")]
+    if not name:
+        return []
+    items = value if isinstance(value, list | tuple) else () if value in (None, {}) else (value,)
+    return [(name, without_password(", ".join(map(str, items))) or "-")]

@@ -1,0 +1,48 @@
+"""The table of one phase, in Markdown, as the KFP UI shows it."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from core.runs.record import PhaseRecord, RunRecord, perplexity_text, score_text, seconds_text
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")
+
+
+def build_phase_summary(record: RunRecord) -> str:
+    """Return what was measured in a phase beside the dense model.
+
+    Args:
+        record: The dense model first and the phase last; the dense model alone is its own phase.
+    """
+    dense, phase = record.phases[0], record.phases[-1]
+    shown = [dense, phase] if phase.phase else [dense]
+    names = [f"phase {each.phase}" if each.phase else "dense model" for each in shown]
+    rows = [(escaped(measure), *cells) for measure, *cells in _rows(shown) if set(cells) != {"-"}]
+    lines = [("measure", *names), ("---", *["---:"] * len(names)), *rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"# {escaped(record.name)}, {names[-1]}\n\n{table}\n"
+
+
+def escaped(text: str) -> str:
+    """Return a text in one line that Markdown shows as it is: ``acc_norm`` without italics."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
+    """Yield measures with one cell a phase, a dash where it was not measured."""
+    yield "parameters", *(f"{phase.params:,}" for phase in phases)
+    yield "perplexity after pruning", *(perplexity_text(phase.perplexity_pruned) for phase in phases)
+    yield "perplexity", *(perplexity_text(phase.perplexity) for phase in phases)
+    for task, metric in _metrics(phases[-1].tasks):
+        yield (
+            f"{task}, {metric}",
+            *(score_text(phase.tasks.get(task, {}), metric, unit=" %") for phase in phases),
+        )
+    yield "training tokens", *(f"{phase.tokens:,}" if phase.tokens else "-" for phase in phases)
+    yield "time", *(seconds_text(sum(phase.seconds.values())) if phase.seconds else "-" for phase in phases)
+
+
+def _metrics(tasks: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, str]]:
+    for task, metrics in tasks.items():
+        names = dict.fromkeys(name.partition(",")[0] for name in metrics)  # lm-eval: "acc_norm,none"
+        yield from ((task, name) for name in names if not name.endswith("_stderr"))

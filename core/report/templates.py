@@ -1,0 +1,54 @@
+"""The templates of the report, of the other HTML pages and of the model card."""
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from core.runs.record import count_text, perplexity_text, seconds_text
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of the folder beside this module.
+
+    Args:
+        template: Its file name; in a ``.html`` every value is escaped that is not ``markupsafe.Markup``.
+        values: By the names that the template has for them; a missing one is an error.
+    """
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("core.tracking"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "thousands": "{:,}".format,
+        "count": count_text,
+        "perplexity": perplexity_text,
+        "duration": seconds_text,
+        "code": code,
+        "listed": listed,
+    }
+    environment.globals["zip"] = zip
+    return environment
+
+
+def code(text: Any) -> str:
+    """Return text between backticks, without what would end them, the line or the cell of a table."""
+    plain = re.sub(r"[`|\s]+", " ", str(text))
+    return f"`{plain}`"
+
+
+def listed(items: Iterable[str]) -> str:
+    """Write a list in a sentence: a, b and c."""
+    *first, last = list(items) or [""]
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,1 @@
+"""Runs in a store: their identity, what they have measured, which there are."""

@@ -1,0 +1,216 @@
+"""The compiled pipeline on this machine: every task a process of its own, one after another."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfp import local
+from kfp.dsl.base_component import BaseComponent
+from rich.console import Console
+
+import core
+from core.errors import AdaptPrunerError, SettingsError, StorageError
+from core.runs.record import RunRecord
+from core.runs.run import Run
+from core.settings.schema import Settings
+from core.steps.once import CARD
+from core.storage.owner import LOCAL
+from core.storage.publication import fetch, read_manifest, verify_folder
+from core.storage.store import open_store
+from core.tracking.client import absolute_uri
+from pipelines.adapt_accel import build_pipeline
+from pipelines.local.folders import check_folders, holding_folder
+from pipelines.local.progress import RunProgress
+
+
+class RunError(AdaptPrunerError):
+    """A task of a local run has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRun:
+    """A run that has ended well.
+
+    Attributes:
+        store: URI of the store.
+        key: The run key.
+        record: What it has measured.
+        seconds: How long it took.
+        was_done: Whether an earlier run had done everything.
+        found_done: Steps that an earlier run had done.
+    """
+
+    store: str
+    key: str
+    record: RunRecord
+    seconds: float
+    was_done: bool
+    found_done: int
+
+
+def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
+    """Run the pipeline on this machine, and fetch its results.
+
+    Args:
+        settings: The run's settings; relative paths start at the current directory.
+        output: Folder for the results, for what kfp leaves (removed after success) and for ``run.log``.
+        console: Where progress is shown.
+
+    Raises:
+        SettingsError: If the output folder or the store cannot be written; nothing has started then.
+        LeaseError: If another process runs into the output folder; nothing has changed then.
+        RunError: If a task fails.
+    """
+    settings = with_absolute_store(settings)
+    check_writable(settings, output)
+    with holding_folder(output, f"--output={output}"):
+        root = output / "kfp"
+        shutil.rmtree(root, ignore_errors=True)
+        started = time.monotonic()
+        progress = RunProgress(console, phases=settings.prune.phases)
+        run_pipeline(build_pipeline(settings, local=True), root, output / "run.log", progress)
+        seconds = time.monotonic() - started
+        run = _resolved_run(root)
+        shutil.rmtree(root, ignore_errors=True)
+        return LocalRun(
+            store=run["store"],
+            key=run["key"],
+            record=fetch_results(run, output),
+            seconds=seconds,
+            was_done="publish" not in progress.steps,
+            found_done=progress.found_done,
+        )
+
+
+def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
+    """Return what a finished run has measured.
+
+    ``output/report.html`` becomes a copy of its report; where the store is a folder, ``output/model`` leads
+    to its checkpoint, which is verified, and ``output/base`` to the model that it was made of.
+
+    Args:
+        handle: The run's handle.
+        output: The folder.
+    """
+    run = Run.load(handle)
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        folder = fetch(run.report_uri(), Path(scratch, "report"), only=["report.html", "record.json"])
+        elsewhere = Path(scratch, "final")
+        final = fetch(run.uri("final"), elsewhere, only=[])
+        is_local = final != elsewhere
+        if is_local:  # links will lead there
+            verify_folder(final, may_differ=(CARD,))
+        shutil.copyfile(folder / "report.html", output / "report.html")
+        record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
+        _link(output / "model", final if is_local else None)
+    base = read_manifest(run.base_uri)
+    _link(output / "base", open_store(run.base_uri).local_path(base.folder if base else ""))
+    return record
+
+
+def _link(link: Path, folder: Path | None) -> None:
+    """Let ``link`` lead to a folder, unless something that is no link stands there."""
+    if folder is not None and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(folder, link.parent.resolve()), target_is_directory=True)
+
+
+def with_absolute_store(settings: Settings) -> Settings:
+    """Return the settings with absolute paths for what others must find later: the store, MLflow's database.
+
+    The base model and the texts keep their paths: they are part of the run key, which must not change when a
+    project is moved.
+
+    Raises:
+        SettingsError: If the store's URI is of no known kind.
+    """
+    try:
+        store = open_store(settings.storage.store).uri
+    except StorageError as error:
+        raise SettingsError([f"storage.store: {error}"]) from error
+    return dataclasses.replace(
+        settings,
+        storage=dataclasses.replace(settings.storage, store=store),
+        tracking=dataclasses.replace(settings.tracking, uri=absolute_uri(settings.tracking.uri)),
+    )
+
+
+def check_writable(settings: Settings, output: Path) -> None:
+    """Check that the output folder and a store that is a folder can be written; both are created.
+
+    Raises:
+        SettingsError: If one cannot.
+    """
+    folders = {f"--output={output}": output}
+    store = open_store(settings.storage.store).local_path("")
+    if store is not None:
+        folders[f"storage.store={settings.storage.store}"] = store
+    check_folders(folders)
+
+
+def run_pipeline(pipeline: BaseComponent, root: Path, log_path: Path, progress: RunProgress) -> None:
+    """Run a pipeline of our components under ``kfp.local``.
+
+    Args:
+        pipeline: What ``dsl.pipeline`` returned.
+        root: Folder for what the tasks put out.
+        log_path: File that gets all that kfp and the tasks print.
+        progress: Shows it.
+
+    Raises:
+        RunError: If a task fails.
+    """
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
+    try:
+        with log_path.open("w") as log, _task_environment(), _quiet_kfp(), progress.reading(log):
+            pipeline()
+    except RuntimeError as error:  # kfp's word for "a task has failed"
+        what = [f"{failure.step} failed: {failure.reason}" for failure in progress.failures] or [str(error)]
+        raise RunError(
+            f"{what[0]} The same command resumes after the last finished step; all output is in {log_path}."
+        ) from error
+
+
+def _resolved_run(root: Path) -> dict[str, str]:
+    """Return what resolve-base gave out: the store and the run key."""
+    (output,) = root.rglob("resolve-base/executor_output.json")
+    return json.loads(output.read_text())["parameterValues"]["run"]
+
+
+@contextlib.contextmanager
+def _task_environment() -> Iterator[None]:
+    """Let tasks find this very package, whatever the current directory holds, and clean up after them."""
+    before = dict(os.environ)
+    source = str(Path(core.__file__).parents[1])
+    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+        os.environ["PYTHONSAFEPATH"] = "1"  # python -m would look into the current directory first
+        os.environ[LOCAL] = str(os.getpid())
+        os.environ["TMPDIR"] = scratch  # each task leaves a copy of its component's source behind
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet_kfp() -> Iterator[None]:
+    """Silence kfp's remarks on settings that only a cluster uses, and its log outside of tasks."""
+    silent = logging.NullHandler()
+    logging.getLogger().addHandler(silent)  # with no handler at all, kfp's calls would add one to stderr
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().removeHandler(silent)

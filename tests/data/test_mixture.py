@@ -1,0 +1,338 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
+
+from core.data.mixture import slice_name, write_calibration_pool, write_perplexity_windows, write_slices
+from core.data.packing import PLAIN_TEMPLATE
+from core.data.texts import iter_documents
+from core.errors import DataError, StorageError
+from core.settings.schema import TextSource
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def documents(seed: int, count: int, words: tuple[int, int]) -> list[str]:
+    """Make documents that no other call makes, of a random number of words."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(*words, count)
+    return [f"{seed}:{n} " + " ".join(map(str, rng.integers(0, 10**4, size))) for n, size in enumerate(sizes)]
+
+
+def text_source(path: Path, texts: list[str], weight: float = 1.0) -> TextSource:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return TextSource(path=str(path), weight=weight)
+
+
+def read_slices(directory: Path, phases: int) -> tuple[np.ndarray, np.ndarray]:
+    slices = [load_file(directory / slice_name(phase)) for phase in range(1, phases + 1)]
+    ids = np.concatenate([tensors["input_ids"] for tensors in slices])
+    return ids, np.concatenate([tensors["trained"] for tensors in slices])
+
+
+def test_slices_are_disjoint_consecutive_parts_of_one_stream(tmp_path, tokenizer):
+    sources = [
+        text_source(tmp_path / "a.jsonl", documents(1, 300, (5, 60))),
+        text_source(tmp_path / "b.jsonl", documents(2, 300, (5, 60))),
+    ]
+    for name, sequences in (("parts", [3, 0, 40, 57]), ("whole", [100])):
+        report = write_slices(
+            sources, tokenizer, sequence_length=48, sequences=sequences, seed=5, directory=tmp_path / name
+        )
+        assert (report.sequences, report.tokens) == (tuple(sequences), 4800)
+    parts, whole = read_slices(tmp_path / "parts", 4), read_slices(tmp_path / "whole", 1)
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert ours.shape == (100, 48)
+        assert np.array_equal(ours, theirs)
+    assert load_file(tmp_path / "parts" / slice_name(3))["input_ids"].shape == (40, 48)
+    # One pass: every document, up to the cut at the end, stands whole in the stream and only once.
+    found = tokenizer.decode(whole[0].reshape(-1)).split("<|im_end|>")[:-1]
+    assert len(set(found)) == len(found)
+    assert set(found) <= set(documents(1, 300, (5, 60)) + documents(2, 300, (5, 60)))
+
+
+def test_same_inputs_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_path, tokenizer):
+    sources = [text_source(tmp_path / f"{n}.jsonl", documents(n, 60, (5, 60))) for n in (1, 2)]
+    contents = []
+    for run, seed in enumerate((7, 7, 8)):
+        folder = tmp_path / str(run)
+        write_slices(sources, tokenizer, sequence_length=32, sequences=[10, 30], seed=seed, directory=folder)
+        write_calibration_pool(
+            sources[0],
+            tokenizer,
+            sequence_length=16,
+            packing=True,
+            documents=50,
+            at_least=1,
+            seed=seed,
+            path=folder / "pool.safetensors",
+        )
+        contents.append([path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()])
+    assert len(contents[0]) == 3
+    assert contents[0] == contents[1]
+    assert all(one != other for one, other in zip(contents[0], contents[2], strict=True))
+
+
+def test_token_shares_follow_the_weights_though_document_lengths_differ(tmp_path, tokenizer):
+    sizes, weights = ((200, 300), (5, 10), (30, 60)), (1.0, 2.5, 1.5)
+    sources = [
+        text_source(tmp_path / f"{n}.jsonl", documents(n, 400, size), weight)
+        for n, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+    ]
+    report = write_slices(
+        sources, tokenizer, sequence_length=64, sequences=[700], seed=0, directory=tmp_path / "out"
+    )
+    ids, _ = read_slices(tmp_path / "out", 1)
+    by_source = np.zeros(3)
+    for document in tokenizer.decode(ids.reshape(-1)).split("<|im_end|>"):
+        by_source[int(document.partition(":")[0] or 0)] += len(tokenizer.encode(document)) + 1
+    longest = max(len(tokenizer.encode(text)) for text in documents(0, 400, sizes[0])) + 1
+    for n, source in enumerate(report.sources):
+        assert abs(source.tokens - weights[n] / 5 * 700 * 64) <= 2 * longest
+        assert abs(source.tokens - by_source[n]) <= longest  # the last document is cut
+        assert source.share == weights[n] / 5
+        assert source.trained_tokens == source.tokens
+
+
+def test_a_source_that_runs_dry_starts_over_in_another_order(tmp_path, tokenizer):
+    texts = documents(3, 20, (10, 20))
+    source = text_source(tmp_path / "a.jsonl", texts)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    report = write_slices(
+        [source], tokenizer, sequence_length=10, sequences=[25 * tokens // 100], seed=0, directory=tmp_path
+    )
+    ids, _ = read_slices(tmp_path, 1)
+    found = tokenizer.decode(ids.reshape(-1)).split("<|im_end|>")
+    passes = [found[start : start + 20] for start in (0, 20)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(texts)
+    assert passes[0] != passes[1]
+    (given,) = report.sources
+    assert (given.passes, given.documents) == (3, len(found))
+
+
+def test_prompts_are_masked_in_the_slices_and_texts_are_not(tmp_path, tokenizer):
+    rows = [{"q": f"question {n}", "a": f"answer {n}"} for n in range(50)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = TextSource(
+        path=str(tmp_path / "chat.jsonl"), format="instruction", prompt_fields=("q",), response_field="a"
+    )
+    text = text_source(tmp_path / "text.jsonl", documents(4, 50, (10, 20)))
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    report = write_slices(
+        [chat, text], tokenizer, sequence_length=32, sequences=[40], seed=0, directory=tmp_path
+    )
+    ids, trained = read_slices(tmp_path, 1)
+    assert (ids.dtype, trained.dtype) == (np.int32, np.uint8)
+    masked = tokenizer.decode(ids[trained == 0])
+    learnt = tokenizer.decode(ids[trained == 1])
+    assert "question" in masked
+    assert "question" not in learnt
+    assert "answer" in learnt
+    assert "answer" not in masked
+    assert report.sources[0].trained_tokens < report.sources[0].tokens
+    assert abs(report.sources[0].tokens - report.sources[1].tokens) < 100
+
+
+def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenizer):
+    full = text_source(tmp_path / "full.jsonl", documents(1, 5, (5, 9)))
+    empty = text_source(tmp_path / "empty.jsonl", ["", " "])
+    with pytest.raises(DataError, match=r"empty\.jsonl holds no documents"):
+        write_slices([full, empty], tokenizer, sequence_length=8, sequences=[9], seed=0, directory=tmp_path)
+    assert not (tmp_path / "slices").exists()
+    rows = [{"messages": [{"role": "user", "content": "anyone?"}]}]
+    (tmp_path / "mute.jsonl").write_text(json.dumps(rows[0]))
+    mute = TextSource(path=str(tmp_path / "mute.jsonl"), format="chat", field="messages")
+    with pytest.raises(DataError, match=r"mute\.jsonl holds no replies"):
+        write_slices([mute], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path)
+
+
+def test_calibration_rows_are_windows_of_distinct_documents_that_are_long_enough(tmp_path, tokenizer):
+    texts = documents(6, 80, (1, 30))
+    source = text_source(tmp_path / "a.jsonl", [*texts, *texts])
+    encoded = [tokenizer.encode(text) for text in texts]
+    count = write_calibration_pool(
+        source,
+        tokenizer,
+        sequence_length=40,
+        packing=False,
+        documents=1000,
+        at_least=10,
+        seed=2,
+        path=tmp_path / "pool.safetensors",
+    )
+    rows = load_file(tmp_path / "pool.safetensors")["input_ids"]
+    assert rows.shape == (count, 40)
+    assert rows.dtype == np.int32
+    assert count == sum(len(ids) >= 40 for ids in encoded)
+    places = []
+    for row in rows.tolist():
+        found = [
+            (n, start)
+            for n, ids in enumerate(encoded)
+            for start in range(len(ids) - 39)
+            if ids[start : start + 40] == row
+        ]
+        assert len(found) == 1
+        places += found
+    assert len({n for n, _ in places}) == count
+    assert len({start for _, start in places}) > 5  # the windows do not all lie at the start
+
+
+def test_a_calibration_pool_reads_no_more_documents_than_asked(tmp_path, tokenizer):
+    source = text_source(tmp_path / "a.jsonl", documents(6, 80, (40, 50)))
+    settings = {"sequence_length": 40, "packing": False, "seed": 2, "path": tmp_path / "pool.safetensors"}
+    assert write_calibration_pool(source, tokenizer, documents=30, at_least=30, **settings) == 30
+    with pytest.raises(DataError, match=r"only 30 of 30 documents have the 40 tokens .* 31 are needed"):
+        write_calibration_pool(source, tokenizer, documents=30, at_least=31, **settings)
+    with pytest.raises(DataError, match="only 0 of 80 documents"):
+        write_calibration_pool(
+            source, tokenizer, documents=100, at_least=1, **{**settings, "sequence_length": 4000}
+        )
+
+
+def plain_packing(documents: list[list[int]], end: int, length: int) -> list[list[int] | None]:
+    """What packing should give, token by token; None stands for the window of a long document."""
+    rows, row = [], []
+    for ids in documents:
+        if len(ids) >= length:
+            rows.append(None)
+            continue
+        for token in [*ids, end]:
+            row.append(token)
+            if len(row) == length:
+                rows.append(row)
+                row = []
+                break
+    return rows
+
+
+def test_packing_joins_short_documents_and_leaves_none_in_two_sequences(tmp_path, tokenizer):
+    texts = documents(9, 90, (1, 14))
+    source = text_source(tmp_path / "a.jsonl", texts)
+    path = tmp_path / "pool.safetensors"
+    settings = {"sequence_length": 30, "documents": 80, "at_least": 1, "seed": 3, "path": path}
+    count = write_calibration_pool(source, tokenizer, packing=False, **settings)
+    windows = load_file(path)["input_ids"].tolist()
+    packed = write_calibration_pool(source, tokenizer, packing=True, **settings)
+    rows = load_file(path)["input_ids"]
+    assert (rows.dtype, rows.shape) == (np.int32, (packed, 30))
+    drawn = [tokenizer.encode(text) for text in iter_documents(source, 3)][:80]
+    expected = plain_packing(drawn, tokenizer.eos_token_id, 30)
+    assert sum(row is None for row in expected) == count >= 5
+    assert packed >= count + 10
+    long = iter(windows)  # a long document gives the same window, packing or not
+    assert rows.tolist() == [next(long) if row is None else row for row in expected]
+    joined = [row for row, want in zip(rows, expected, strict=True) if want is not None]
+    parts = [part for row in joined for part in tokenizer.decode(row).split("<|im_end|>") if part]
+    assert all(any(text.startswith(part) for text in texts) for part in parts)
+    assert len(set(parts)) == len(parts) > 2 * len(joined)
+
+
+def test_packed_rows_open_with_the_begin_token_and_a_dialogue_keeps_its_own_end(tmp_path, tokenizer):
+    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    rows = [{"q": f"question {n}", "a": f"answer {n}"} for n in range(40)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = TextSource(
+        path=str(tmp_path / "chat.jsonl"), format="instruction", prompt_fields=("q",), response_field="a"
+    )
+    text = text_source(tmp_path / "a.jsonl", documents(8, 40, (2, 5)))
+    settings = {"sequence_length": 60, "documents": 99, "at_least": 2, "seed": 0}
+    for name, source in (("chat", chat), ("text", text)):
+        write_calibration_pool(source, tokenizer, packing=True, **settings, path=tmp_path / name)
+    spoken = tokenizer.decode(load_file(tmp_path / "chat")["input_ids"][0])
+    assert re.match(r"User: question \d+\n\nAssistant: ?answer \d+<\|im_end\|>User: ", spoken)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    write_calibration_pool(text, tokenizer, packing=True, **settings, path=tmp_path / "opened")
+    plain, opened = (load_file(tmp_path / name)["input_ids"] for name in ("text", "opened"))
+    assert (opened[:, 0] == begin).all()
+    assert begin not in opened[:, 1:]
+    assert opened[0, 1:].tolist() == plain[0, :59].tolist()
+
+
+def test_a_corpus_of_short_texts_serves_once_it_is_packed(tmp_path, tokenizer):
+    source = text_source(tmp_path / "a.jsonl", documents(6, 80, (3, 5)))
+    settings = {"sequence_length": 100, "documents": 90, "seed": 2, "path": tmp_path / "pool.safetensors"}
+    with pytest.raises(DataError, match=r"only 0 of 80 .* set calibration\.packing=true to join short"):
+        write_calibration_pool(source, tokenizer, packing=False, at_least=1, **settings)
+    count = write_calibration_pool(source, tokenizer, packing=True, at_least=1, **settings)
+    message = rf"80 documents fill only {count} calibration sequences of 100 tokens, but {count + 1} are"
+    with pytest.raises(DataError, match=message) as raised:
+        write_calibration_pool(source, tokenizer, packing=True, at_least=count + 1, **settings)
+    assert "calibration.packing" not in str(raised.value)
+
+
+def test_perplexity_windows_are_the_documents_in_order_joined_with_end_tokens(tmp_path, tokenizer):
+    texts = documents(7, 30, (5, 40))
+    source = text_source(tmp_path / "a.jsonl", texts)
+    stream = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
+    path = tmp_path / "windows.safetensors"
+    for wanted, given in ((5, 5), (10**6, len(stream) // 50)):
+        assert write_perplexity_windows(source, tokenizer, windows=wanted, length=50, path=path) == given
+        windows = load_file(path)["input_ids"]
+        assert windows.dtype == np.int32
+        assert windows.tolist() == np.reshape(stream[: given * 50], (given, 50)).tolist()
+    with pytest.raises(DataError, match="does not fill one window of 99,999 tokens"):
+        write_perplexity_windows(source, tokenizer, windows=1, length=99_999, path=path)
+
+
+def test_calibration_and_perplexity_rows_open_with_the_begin_token(tmp_path, tokenizer):
+    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    texts = documents(8, 30, (20, 40))
+    plain = [tokenizer.encode(text) for text in texts]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    source = text_source(tmp_path / "a.jsonl", texts)
+    path = tmp_path / "rows.safetensors"
+    write_calibration_pool(
+        source,
+        tokenizer,
+        sequence_length=16,
+        packing=False,
+        documents=30,
+        at_least=30,
+        seed=0,
+        path=path,
+    )
+    pool = load_file(path)["input_ids"]
+    write_perplexity_windows(source, tokenizer, windows=9, length=16, path=path)
+    windows = load_file(path)["input_ids"]
+    stream = [token for ids in plain for token in [*ids, tokenizer.eos_token_id]]
+    for rows in (pool, windows):
+        assert (rows[:, 0] == begin).all()
+        assert begin not in rows[:, 1:]
+    assert windows[:, 1:].reshape(-1).tolist() == stream[: 9 * 15]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, tokenizer):
+    source = text_source(tmp_path / "a.jsonl", documents(1, 5, (5, 9)))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_slices(
+            [source], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path / "file"
+        )
+    (tmp_path / "out" / slice_name(1)).mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"phase-01\.safetensors cannot be written"):
+        write_slices(
+            [source], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path / "out"
+        )
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["slices", "phase-01.safetensors"]
+
+
+def test_slices_are_read_lazily_by_safetensors(tmp_path, tokenizer):
+    source = text_source(tmp_path / "a.jsonl", documents(1, 50, (5, 9)))
+    write_slices([source], tokenizer, sequence_length=8, sequences=[6], seed=0, directory=tmp_path)
+    with safe_open(tmp_path / "slices/phase-01.safetensors", framework="np") as file:
+        assert set(file.keys()) == {"input_ids", "trained"}
+        assert file.get_slice("input_ids")[2:4].shape == (2, 8)

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+from core.errors import CheckpointError
+from core.model.build import load_model
+from core.model.checkpoint import INDEX, CheckpointReader, save_model, write_checkpoint
+from tests.support.models import UNEQUAL, tiny
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_model(tiny("llama", UNEQUAL), tmp_path, companions=None, provenance={"base": "tiny"})
+    return tmp_path
+
+
+def test_one_shard_a_layer_and_one_for_the_rest(checkpoint):
+    index = json.loads((checkpoint / INDEX).read_text())
+    shards = {name: shard for name, shard in index["weight_map"].items()}
+    assert {shard for name, shard in shards.items() if name.startswith("model.layers.1.")} == {
+        "model-00002-of-00004.safetensors"
+    }
+    assert shards["lm_head.weight"] == shards["model.norm.weight"] == "model-00004-of-00004.safetensors"
+    total = sum(p.numel() * p.element_size() for p in load_model(checkpoint).parameters())
+    assert index["metadata"]["total_size"] == total
+
+
+def test_a_layer_is_read_alone(checkpoint):
+    with CheckpointReader(checkpoint) as reader:
+        layer = reader.layer("model.layers.2")
+    assert layer["mlp.down_proj.weight"].shape == (48, 7)
+    assert len(layer) == 9
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
+    model = tiny("llama")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    write_checkpoint(
+        tmp_path, model.config, [model.state_dict() | old], 1, companions=None, provenance={"base": "old"}
+    )
+    assert load_model(tmp_path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_companions_of_the_base_come_along_and_weights_do_not(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "model.safetensors", "notes.txt"):
+        (base / name).write_text(name)
+    save_model(tiny("llama"), tmp_path / "out", companions=base, provenance={"base": "b"})
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "LICENSE", "adapt_pruner.json"} <= copied
+    assert not {"model.safetensors", "notes.txt"} & copied
+
+
+def test_a_missing_shard_is_named(checkpoint):
+    (checkpoint / "model-00003-of-00004.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00004\.safetensors is missing"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"\xff" * 8 + b[8:], lambda b: b""])
+def test_a_corrupt_shard_is_named(checkpoint, damage):
+    shard = checkpoint / "model-00001-of-00004.safetensors"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00004\.safetensors is not a valid safetensors"
+    ):
+        load_model(checkpoint)
+
+
+def test_an_index_cannot_name_a_file_elsewhere(checkpoint):
+    index = json.loads((checkpoint / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"secret\.safetensors is missing"):
+        load_model(checkpoint)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickles are never read"):
+        CheckpointReader(tmp_path)

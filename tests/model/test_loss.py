@@ -1,0 +1,135 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core.model import loss as module
+from core.model.loss import final_states, loss_gradient, loss_sum
+from tests.support.models import CONFIGS, Float64Throughout, random_tokens, tiny
+
+TOKENS = random_tokens(rows=5)
+VOCABULARY = 101
+
+
+@pytest.fixture(params=[VOCABULARY, 7 * VOCABULARY + 1, 10**6], ids=["1 position", "7 positions", "all"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", {"cpu": request.param})
+
+
+def some_trained():
+    mask = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    mask[2] = False
+    return mask.to(torch.uint8)
+
+
+def plain(model, trained=None):
+    """Losses by autograd on the logits of all positions at once."""
+    logits, targets = model(TOKENS).logits[:, :-1], TOKENS[:, 1:]
+    losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return losses.sum() if trained is None else losses[trained[:, 1:] == 1].sum()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("chunks")
+def test_the_sum_is_that_of_all_logits_at_once(name):
+    model = tiny(name)
+    with torch.no_grad(), Float64Throughout():
+        assert loss_sum(model, final_states(model, TOKENS), TOKENS) == pytest.approx(
+            plain(model).item(), rel=1e-13
+        )
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("trained", [None, some_trained()], ids=["all", "some"])
+@pytest.mark.usefixtures("chunks")
+def test_all_gradients_are_autograds(name, trained):
+    model = tiny(name)
+    with Float64Throughout():
+        (0.3 * plain(model, trained)).backward()
+        expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        states = final_states(model, TOKENS)
+        total, gradient = loss_gradient(model, states, TOKENS, scale=0.3, trained=trained)
+        states.backward(gradient)
+        assert total == pytest.approx(plain(model, trained).item(), rel=1e-13)
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_it_is_transformers_own_loss(name):
+    model, trained = tiny(name), some_trained()
+    labels = TOKENS.masked_fill(trained == 0, -100)
+    theirs = model(TOKENS, labels=labels).loss.item()
+    counted = int(trained[:, 1:].sum())
+    ours, _ = loss_gradient(model, final_states(model, TOKENS), TOKENS, scale=1.0, trained=trained)
+    assert ours / counted == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_frozen_head_gets_no_gradient(name):
+    model = tiny(name)
+    model.requires_grad_(False)
+    states = final_states(model, TOKENS).requires_grad_()
+    _, gradient = loss_gradient(model, states, TOKENS, scale=1.0)
+    expected = torch.autograd.grad(
+        cross_entropy(model.lm_head(states)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum"),
+        states,
+    )[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+    assert states.grad is None, "the caller goes on from the gradient that is returned"
+
+
+def test_without_a_trained_token_every_gradient_is_zero():
+    model = tiny("llama")
+    states = final_states(model, TOKENS)
+    total, gradient = loss_gradient(model, states, TOKENS, scale=1.0, trained=torch.zeros_like(TOKENS))
+    assert total == 0
+    assert not gradient.any()
+    assert not model.lm_head.weight.grad.any()
+
+
+class LargestLogits(TorchDispatchMode):
+    """Remembers the most rows of V numbers that any operation returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == VOCABULARY:
+                self.most = max(self.most, tensor.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("trained", [None, some_trained()], ids=["all", "some"])
+def test_the_logits_of_one_chunk_exist_at_once_and_of_trained_positions_only(trained, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", {"cpu": 7 * VOCABULARY})
+    model, read = tiny("llama"), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:-1].numel()))
+    states = final_states(model, TOKENS)
+    with LargestLogits() as logits:
+        loss_gradient(model, states, TOKENS, scale=1.0, trained=trained)
+    # The weight of the head, transposed, has V columns as well: D rows.
+    assert logits.most <= max(7, model.config.hidden_size)
+    assert max(read) == 7
+    assert sum(read) == (5 * 11 if trained is None else int(trained[:, 1:].sum()))
+    read.clear()
+    loss_sum(model, states.detach(), TOKENS)
+    assert max(read) == 7
+    assert sum(read) == 5 * 11
+
+
+def test_losses_of_bfloat16_logits_are_float32():
+    model = tiny("llama", dtype=torch.bfloat16)
+    states = final_states(model, TOKENS).detach()
+    logits = model.lm_head(states)[:, :-1].flatten(0, 1).float()
+    expected = cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum").item()
+    assert loss_sum(model, states, TOKENS) == pytest.approx(expected, rel=1e-5)
+    total, gradient = loss_gradient(model, states, TOKENS, scale=1.0)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert gradient.dtype == torch.bfloat16

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from core.errors import StorageError
+from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.calibration import measure
+from core.pruning.scoring.layer_inputs import LayerInputs
+from tests.support.models import CONFIGS, random_tokens, tiny
+
+
+def test_what_exceeds_the_limit_lies_on_disk_until_it_is_taken(tmp_path):
+    inputs = LayerInputs(3, (4, 5, 10), torch.float32, limit_bytes=1000, scratch=tmp_path)  # 800 a layer
+    states = {(layer, first): torch.randn(2, 5, 10) for layer in range(3) for first in (0, 2)}
+    for (layer, first), state in states.items():
+        inputs.put(layer, slice(first, first + 2), state)
+    assert len(list(tmp_path.iterdir())) == 4
+    for layer in (2, 1, 0):
+        for first in (0, 2):
+            assert torch.equal(inputs.take(layer, slice(first, first + 2)), states[layer, first])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_do_not_depend_on_where_the_layers_inputs_lie(dtype, tmp_path):
+    model, tokens = tiny("llama", dtype=dtype), random_tokens(rows=5)
+    expected = measure(model, tokens, micro_batch=2)
+    found = measure(model, tokens, micro_batch=2, state_bytes=0, scratch=tmp_path)
+    assert torch.equal(found.similarities, expected.similarities)
+    assert torch.equal(found.scores[1].mlp_channels, expected.scores[1].mlp_channels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_folder_that_takes_nothing_is_named(tmp_path):
+    inputs = LayerInputs(1, (2, 1, 3), torch.float32, limit_bytes=0, scratch=tmp_path / "missing")
+    with pytest.raises(StorageError, match=r"layer-000-000001\.safetensors cannot be written .*state_memory"):
+        inputs.put(0, slice(1, 2), torch.randn(1, 1, 3))
+
+
+def fitting(sequences, length, free_bytes):
+    device = torch.device("cpu")
+    config = CONFIGS["llama"]()
+    return fitting_micro_batch(config, (sequences, length), device=device, free_bytes=free_bytes)
+
+
+def test_micro_batches_share_the_sequences_out_evenly():
+    assert fitting(512, 64, 2**40) == 32  # 2,048 tokens
+    assert fitting(40, 64, 2**40) == 20  # not 32 and 8
+    assert fitting(3, 64, 2**40) == 3
+
+
+def test_little_memory_means_small_micro_batches():
+    a_lot, some, little = fitting(512, 64, 2**40), fitting(512, 64, 2**25), fitting(512, 64, 2**16)
+    assert a_lot > some > little == 1
+    assert fitting(512, 4096, 2**40) == 1

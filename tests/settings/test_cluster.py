@@ -1,0 +1,354 @@
+"""The recipe's ``cluster`` section: each setting reaches the pods, what is wrong is named, all at once."""
+
+import dataclasses
+import json
+import re
+import typing
+
+import pytest
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
+
+from core.errors import SettingsError
+from core.settings.cluster import ClusterSettings, ComponentName, ComponentSettings, Toleration
+from core.settings.recipe import settings_from_dict
+from core.storage.store import open_store
+from pipelines.adapt_accel import compile_pipeline, recipe_parameter
+from pipelines.cluster import CONFIG_KEYS, label_of
+from tests.support.ir import dags, executors, parse
+from tests.support.project import ROOT
+
+LEAST = {
+    "name": "trial",
+    "model": {"base": "m"},
+    "calibration": {"source": {"path": "c.txt"}},
+    "prune": {"phases": 1},
+}
+ENVIRONMENT = [{"name": "TMPDIR", "value": "/scratch"}, {"name": "HF_HOME", "value": "/scratch/huggingface"}]
+SHARED = {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "1Gi"}
+SELECTOR = {"pool": "big", "example.com/zone": "1"}
+TAINTS = [{"key": "dedicated", "value": "ml", "effect": "NoSchedule"}, {"operator": "Exists"}]
+TOLERATIONS = [
+    {"key": "dedicated", "operator": "Equal", "value": "ml", "effect": "NoSchedule"},
+    {"operator": "Exists"},
+]
+PULL = {"secretName": "regcred", "secretNameParameter": {"runtimeValue": {"constant": "regcred"}}}
+
+# The setting, as a recipe says it; a component whose pods show it; where in the IR; what must stand there.
+CASES = [
+    ("image", {"image": "r.example/i:1"}, "finalize", "container.image", "r.example/i:1"),
+    ("image_pull_policy", {"image_pull_policy": "Always"}, "evaluate", "imagePullPolicy", "Always"),
+    ("image_pull_secrets", {"image_pull_secrets": ["regcred"]}, "evaluate", "imagePullSecret", [PULL]),
+    ("run_as_user", {"run_as_user": 2000}, "evaluate", "securityContext.runAsUser", "2000"),
+    ("run_as_user", {"run_as_user": 0}, "evaluate", "securityContext", {"runAsNonRoot": True}),
+    ("secret", {"secret": "keys"}, "publish", "secretAsEnv.0.secretName", "keys"),
+    ("secret", {"secret": ""}, "publish", "secretAsEnv", None),
+    ("config_map", {"config_map": "places"}, "publish", "configMapAsEnv.0.configMapName", "places"),
+    ("config_map", {"config_map": ""}, "publish", "configMapAsEnv", None),
+    (
+        "environment",
+        {"environment": {"HTTPS_PROXY": "http://proxy:3128"}},
+        "needs-run",
+        "container.env",
+        [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    ),
+    ("gpus", {"gpus": 2}, "recover-train", "container.resources.accelerator.resourceCount", "2"),
+    ("gpus", {"gpus": 0}, "recover-train", "container.resources.accelerator", None),
+    (
+        "gpu_type",
+        {"gpu_type": "amd.com/gpu"},
+        "evaluate",
+        "container.resources.accelerator.resourceType",
+        "amd.com/gpu",
+    ),
+    ("gpu_node_selector", {"gpu_node_selector": SELECTOR}, "calibrate", "nodeSelector.labels", SELECTOR),
+    ("gpu_tolerations", {"gpu_tolerations": TAINTS}, "calibrate", "tolerations", TOLERATIONS),
+    ("cpu", {"cpu": "500m"}, "prune-step", "container.resources.resourceCpuRequest", "500m"),
+    ("memory", {"memory": "48Gi"}, "prune-step", "container.resources.resourceMemoryRequest", "48Gi"),
+    ("memory", {"memory": "48Gi"}, "prune-step", "container.resources.resourceMemoryLimit", "48Gi"),
+    (
+        "shared_memory",
+        {"shared_memory": "8Gi"},
+        "evaluate",
+        "emptyDirMounts",
+        [{**SHARED, "sizeLimit": "8Gi"}],
+    ),
+    ("shared_memory", {"shared_memory": ""}, "evaluate", "emptyDirMounts", None),
+    (
+        "scratch",
+        {"scratch": "90Gi"},
+        "publish",
+        "emptyDirMounts",
+        [SHARED, {"volumeName": "scratch", "mountPath": "/scratch", "sizeLimit": "90Gi"}],
+    ),
+    ("scratch", {"scratch": "90Gi"}, "publish", "container.env", ENVIRONMENT),
+    (
+        "scratch_storage_class",
+        {"scratch": "90Gi", "scratch_storage_class": "fast"},
+        "publish",
+        "genericEphemeralVolume",
+        [
+            {
+                "volumeName": "scratch",
+                "mountPath": "/scratch",
+                "accessModes": ["ReadWriteOnce"],
+                "size": "90Gi",
+                "storageClassName": "fast",
+            }
+        ],
+    ),
+    (
+        "scratch_storage_class",
+        {"scratch": "90Gi", "scratch_storage_class": "fast"},
+        "publish",
+        "container.env",
+        ENVIRONMENT,
+    ),
+    ("timeout", {"timeout": "1.5h"}, "recover-train", "activeDeadlineSeconds", "5400"),
+    ("retries", {"retries": 5}, "calibrate", "retryPolicy.maxRetryCount", 5),
+    ("retries", {"retries": 0}, "calibrate", "retryPolicy", None),
+    ("retry_wait", {"retry_wait": "2min"}, "calibrate", "retryPolicy.backoffDuration", "120s"),
+    ("retry_within", {"retry_within": "1h"}, "calibrate", "retryPolicy.backoffMaxDuration", "3600s"),
+    ("node_selector", {"node_selector": SELECTOR}, "needs-run", "nodeSelector.labels", SELECTOR),
+    ("tolerations", {"tolerations": TAINTS}, "needs-run", "tolerations", TOLERATIONS),
+    (
+        "queue",
+        {"queue": "research"},
+        "needs-run",
+        "podMetadata.labels",
+        {
+            "kueue.x-k8s.io/queue-name": "research",
+            "adapt-pruner/component": "needs-run",
+            "adapt-pruner/recipe": "trial",
+        },
+    ),
+]
+COMPONENTS = typing.get_args(ComponentName)
+OWN = [field.name for field in dataclasses.fields(ComponentSettings)]
+
+
+def compiled(folder, cluster):
+    """Component to all that the compiled pipeline says of its pods, read strictly."""
+    path = folder / "pipeline.yaml"
+    compile_pipeline(settings_from_dict({**LEAST, "cluster": cluster}), path)
+    spec, platform = parse(path)
+    configs = platform.platforms["kubernetes"].deployment_spec.executors
+    found = {}
+    for _, dag in dags(spec):
+        for task in dag.dag.tasks.values():
+            label = spec.components[task.component_ref.name].executor_label
+            if not label:
+                continue
+            config = kubernetes_pb2.KubernetesExecutorConfig()
+            json_format.ParseDict(json_format.MessageToDict(configs[label]), config)
+            found[re.sub(r"^exec-|-\d+$", "", label)] = {
+                **json_format.MessageToDict(executors(spec)[label]),
+                **json_format.MessageToDict(task),
+                **json_format.MessageToDict(config),
+            }
+    return found
+
+
+def piece(pods, where):
+    for key in where.split("."):
+        pods = pods[int(key)] if key.isdigit() else pods.get(key)
+        if pods is None:
+            return None
+    return pods
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("plain"), {})
+
+
+@pytest.mark.parametrize(("name", "cluster", "component", "where", "expected"), CASES)
+def test_a_setting_reaches_the_pods(tmp_path, plain, name, cluster, component, where, expected):
+    assert piece(compiled(tmp_path, cluster)[component], where) == expected
+    assert piece(plain[component], where) != expected, "else this would show nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "component", "where", "expected"), [case for case in CASES if case[0] in OWN]
+)
+def test_one_component_can_have_it_otherwise(tmp_path, plain, name, cluster, component, where, expected):
+    pods = compiled(tmp_path, {"components": {component: cluster}})
+    assert piece(pods.pop(component), where) == expected
+    assert pods == {other: plain[other] for other in pods}
+
+
+def test_variables_of_the_config_map_are_those_that_the_store_reads(monkeypatch):
+    values = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_DEFAULT_REGION": "eu-central-1"}
+    assert values.keys() | {"MLFLOW_TRACKING_URI"} == set(CONFIG_KEYS)
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    meta = open_store("s3://bucket/prefix")._client.meta
+    assert {"AWS_ENDPOINT_URL": meta.endpoint_url, "AWS_DEFAULT_REGION": meta.region_name} == values
+
+
+def test_every_setting_is_in_the_table():
+    names = {field.name for field in dataclasses.fields(ClusterSettings)}
+    assert {case[0] for case in CASES} == names - {"components"}
+    assert set(OWN) <= names
+
+
+def test_a_components_settings_are_those_of_the_cluster_and_have_no_defaults():
+    cluster = typing.get_type_hints(ClusterSettings)
+    for name, hint in typing.get_type_hints(ComponentSettings).items():
+        assert hint == cluster[name] | None
+    assert ComponentSettings().named() == {}
+
+
+def test_the_components_are_those_of_the_pipeline(plain):
+    assert set(plain) == set(COMPONENTS)
+    files = {path.stem.replace("_", "-") for path in (ROOT / "components").glob("*.py")}
+    assert set(COMPONENTS) == files - {"--init--", "decorator", "runtime"}
+
+
+def test_gpu_tasks_alone_go_to_the_gpu_nodes(tmp_path):
+    cluster = {"node_selector": {"a": "b"}, "gpu_node_selector": {"c": "d"}, "gpu_tolerations": TAINTS}
+    pods = compiled(tmp_path, {**cluster, "components": {"prune-step": {"gpus": 1}, "evaluate": {"gpus": 0}}})
+    labels = {name: piece(pod, "nodeSelector.labels") for name, pod in pods.items()}
+    on_gpus = {"calibrate", "score-layers", "recover-train", "prune-step"}
+    assert {name for name, pod in pods.items() if piece(pod, "tolerations")} == on_gpus
+    assert {name for name, found in labels.items() if found == {"a": "b", "c": "d"}} == on_gpus
+    assert {name for name, found in labels.items() if found == {"a": "b"}} == set(COMPONENTS) - on_gpus
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("table5-qwen2.5-0.5b", "table5-qwen2.5-0.5b"),
+        ("Llama_3.2 (1B), 50 %", "Llama_3.2-1B-50"),
+        ("  ümlaut/näme!", "mlaut-n-me"),
+        ("x" * 62 + "._" + "y" * 9, "x" * 62),
+        ("???", ""),
+    ],
+)
+def test_a_recipes_name_becomes_a_valid_label(name, label):
+    assert label_of(name) == label
+    assert re.fullmatch(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?", label)  # Kubernetes' own rule
+
+
+def test_pods_run_as_the_images_user_and_read_the_keys_that_are_there(plain):
+    for pods in plain.values():
+        assert pods["securityContext"] == {"runAsUser": "10001", "runAsGroup": "0", "runAsNonRoot": True}
+        assert pods["secretAsEnv"][0]["optional"] is pods["configMapAsEnv"][0]["optional"] is True
+
+
+# --- what is wrong
+
+WRONG = [
+    ({"image": "a b"}, "cluster.image=a b is no image."),
+    ({"image_pull_policy": "Sometimes"}, "cluster.image_pull_policy=Sometimes must be one of IfNotPresent, "),
+    (
+        {"image_pull_secrets": ["ok", "A"]},
+        "cluster.image_pull_secrets[1]=A is no name",
+    ),
+    ({"environment": {"A B": "x"}}, "cluster.environment.A B is no name of a variable."),
+    ({"environment": {"MY_TOKEN": "x"}}, "cluster.environment.MY_TOKEN could be read in the pipeline."),
+    (
+        {"environment": {"HTTPS_PROXY": "http://u:p@h"}},
+        "cluster.environment.HTTPS_PROXY=http://u:***@h holds",
+    ),
+    ({"run_as_user": -1}, "cluster.run_as_user=-1 must lie between 0 and 2,147,483,647."),
+    ({"secret": "my_keys"}, "cluster.secret=my_keys is no name"),
+    ({"config_map": "-x"}, "cluster.config_map=-x is no name"),
+    ({"gpus": 65}, "cluster.gpus=65 must lie between 0 and 64."),
+    ({"gpu_type": "H 100"}, "cluster.gpu_type=H 100 is no resource."),
+    ({"cpu": "four"}, "cluster.cpu=four is not a Kubernetes quantity. Write 4 or 500m."),
+    ({"cpu": "0"}, "cluster.cpu=0 is not a Kubernetes quantity."),
+    ({"memory": "32 GB"}, "cluster.memory=32 GB is not a Kubernetes quantity. Write 32Gi or 512Mi."),
+    ({"memory": "1.5Gi"}, "cluster.memory=1.5Gi is not a Kubernetes quantity."),
+    ({"shared_memory": "1GB"}, "cluster.shared_memory=1GB is not a Kubernetes quantity."),
+    ({"scratch": "big"}, "cluster.scratch=big is not a Kubernetes quantity."),
+    ({"scratch": "1Gi", "scratch_storage_class": "A"}, "cluster.scratch_storage_class=A is no name"),
+    ({"scratch_storage_class": "fast"}, "cluster.scratch_storage_class=fast needs scratch."),
+    ({"timeout": "200 steps"}, "cluster.timeout=200 steps is not a duration."),
+    ({"timeout": "1e9h"}, "cluster.timeout=1e9h is not a duration."),
+    ({"retries": 21}, "cluster.retries=21 must lie between 0 and 20."),
+    ({"retry_wait": "soon"}, "cluster.retry_wait=soon is not a duration."),
+    ({"retry_within": "10"}, "cluster.retry_within=10 is not a duration."),
+    ({"retry_within": "0"}, "cluster.retry_within=0 leaves no time for a second attempt."),
+    ({"node_selector": {"a b": "c"}}, "cluster.node_selector.a b=c is no label of a node."),
+    ({"node_selector": {"gpu": True}}, "cluster.node_selector.gpu=True must be of type str."),
+    ({"node_selector": "gpu"}, "cluster.node_selector='gpu' must be a mapping."),
+    ({"gpu_node_selector": {"a": "b c"}}, "cluster.gpu_node_selector.a=b c is no label of a node."),
+    ({"queue": "A"}, "cluster.queue=A is no name"),
+    ({"tolerations": [{}]}, "cluster.tolerations[0].key is empty, which needs operator=Exists."),
+    ({"tolerations": [{"key": "a b"}]}, "cluster.tolerations[0].key=a b is no key of a taint."),
+    ({"tolerations": [{"key": "a", "value": "b c"}]}, "cluster.tolerations[0].value=b c is no value"),
+    (
+        {"gpu_tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]},
+        "cluster.gpu_tolerations[0].value=b has no effect with operator=Exists.",
+    ),
+    ({"tolerations": [{"key": "a", "effect": "No"}]}, "cluster.tolerations[0].effect=No must be one of "),
+    (
+        {"components": {"recover-trian": {"gpus": 1}}},
+        "cluster.components.recover-trian is not a setting. Did you mean cluster.components.recover-train?",
+    ),
+    ({"components": {"x": {}}}, "cluster.components.x is not a setting. Known: resolve-base, needs-run, "),
+    (
+        {"components": {"evaluate": {"gpu": 2}}},
+        "cluster.components.evaluate.gpu is not a setting. Did you mean cluster.components.evaluate.gpus?",
+    ),
+    ({"components": {"evaluate": {"gpus": 99}}}, "cluster.components.evaluate.gpus=99 must lie between"),
+    ({"components": {"evaluate": {"image": "x"}}}, "cluster.components.evaluate.image is not a setting."),
+    ({"components": {"evaluate": 3}}, "cluster.components.evaluate=3 must be a mapping of settings."),
+    (
+        {"components": {"evaluate": {"scratch_storage_class": "fast"}}},
+        "cluster.components.evaluate.scratch_storage_class=fast needs scratch.",
+    ),
+    (
+        {
+            "scratch": "1Gi",
+            "scratch_storage_class": "fast",
+            "components": {"evaluate": {"scratch": ""}, "publish": {"gpus": 1}},
+        },
+        "cluster.components.evaluate.scratch_storage_class=fast needs scratch.",
+    ),
+]
+
+
+def problems(cluster):
+    with pytest.raises(SettingsError) as caught:
+        settings_from_dict({**LEAST, "cluster": cluster})
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("cluster", "problem"), WRONG)
+def test_what_is_wrong_is_named_with_its_value_and_the_way_out(cluster, problem):
+    (found,) = problems(cluster)
+    assert found.startswith(problem)
+    assert found.endswith((".", "?"))
+
+
+def test_all_that_is_wrong_is_listed_at_once():
+    cluster = {"cpu": "four", "gpus": -1, "queue": "A", "components": {"evaluate": {"memory": "x"}, "y": {}}}
+    names = [problem.split("=")[0].split(" ")[0] for problem in problems(cluster)]
+    assert sorted(names) == [
+        "cluster.components.evaluate.memory",
+        "cluster.components.y",
+        "cluster.cpu",
+        "cluster.gpus",
+        "cluster.queue",
+    ]
+
+
+def test_the_section_survives_the_way_through_json_and_stays_out_of_the_key_and_of_the_run_form():
+    cluster = {
+        "tolerations": TAINTS,
+        "node_selector": {"zone": 1.0},
+        "components": {"evaluate": {"gpus": 2.0, "tolerations": TAINTS[:1]}},
+    }
+    settings = settings_from_dict({**LEAST, "cluster": cluster})
+    assert settings.cluster.node_selector == {"zone": "1"}
+    own = ComponentSettings(
+        gpus=2, tolerations=(Toleration(key="dedicated", value="ml", effect="NoSchedule"),)
+    )
+    assert settings.cluster.components == {"evaluate": own}
+    assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    assert settings.digest() == settings_from_dict(LEAST).digest()
+    assert recipe_parameter(settings) == recipe_parameter(settings_from_dict(LEAST))

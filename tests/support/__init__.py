@@ -1,0 +1,1 @@
+"""What tests share: servers, stand-ins, tiny models and runs."""

@@ -1,0 +1,113 @@
+"""What the reliability tests try, how often, and what happens.
+
+A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
+and ``python -m tests.support.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of that
+folder, and their totals into ``reliability.md``.
+"""
+
+import datetime
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+EVIDENCE = "ADAPT_PRUNER_EVIDENCE"
+EVIDENCE_HEAD = """# Evidence
+
+What was tried against the promises of [reliability.md](reliability.md), how often, and what happened.
+Written by `make torture`; do not edit.
+"""
+TABLES = (
+    "Publishing",
+    "Integrity",
+    "Faults",
+    "Kills",
+    "Resumed training",
+    "Leases and cleaning",
+    "Security",
+)
+"""The tables, in their order."""
+
+
+def note(table, tried, happened, times=1):
+    """Add a row, or ``times`` to an equal one.
+
+    Args:
+        table: One of ``TABLES``.
+        tried: What was done to the program, without what changes from run to run.
+        happened: What came of it, made of what was observed; without paths, times and other noise.
+        times: How often.
+    """
+    path = os.environ.get(EVIDENCE)
+    if path:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0].rpartition("/")[2]
+        row = {"table": table, "tried": tried, "happened": happened, "test": test, "times": times}
+        with open(path, "a") as file:  # one short write: processes may append at the same time
+            file.write(json.dumps(row) + "\n")
+
+
+def tables(lines):
+    """Return, for each table, its rows in the order of their first note: (tried, happened, test) to times."""
+    found = {}
+    for line in lines:
+        row = json.loads(line)
+        rows = found.setdefault(row["table"], {})
+        key = (row["tried"], row["happened"], row["test"])
+        rows[key] = rows.get(key, 0) + row["times"]
+    return found
+
+
+def evidence(found, when):
+    """Return the page with all rows.
+
+    Args:
+        found: What ``tables`` returns.
+        when: The day of the notes.
+
+    Raises:
+        ValueError: If a table has no place in ``TABLES``.
+    """
+    if unknown := found.keys() - set(TABLES):
+        raise ValueError(f"no place for the tables: {', '.join(sorted(unknown))}")
+    parts = [EVIDENCE_HEAD]
+    for name in TABLES:
+        rows = found.get(name, {})
+        body = [
+            f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |"
+            for (tried, happened, test), times in sorted(rows.items())
+        ]
+        head = [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
+        parts.append(
+            "\n".join([*head, "| tried | times | what happened | test |", "|---|---:|---|---|", *body, ""])
+        )
+    return "\n".join(parts)
+
+
+def with_summary(document, found, when):
+    """Return a document with the totals between ``<!-- summary -->`` and ``<!-- end -->``."""
+    rows = [
+        f"| [{name}](reliability-evidence.md#{name.lower().replace(' ', '-')}) "
+        f"| {len(found.get(name, {})):,} | {sum(found.get(name, {}).values()):,} | {when} |"
+        for name in TABLES
+    ]
+    table = "\n".join(["| what | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
+    written, places = re.subn(
+        r"(<!-- summary -->\n).*?(<!-- end -->)", rf"\1{table}\n\2", document, flags=re.DOTALL
+    )
+    if places != 1:
+        raise ValueError(f"{places} places for the summary, 1 wanted")
+    return written
+
+
+def _cell(text):
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    notes, folder = map(Path, sys.argv[1:])
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    found = tables(notes.read_text().splitlines())
+    (folder / "reliability-evidence.md").write_text(evidence(found, today))
+    promises = folder / "reliability.md"
+    promises.write_text(with_summary(promises.read_text(), found, today))

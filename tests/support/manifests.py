@@ -1,0 +1,251 @@
+"""Kubernetes manifests without a cluster: kustomizations put together, their objects strictly read."""
+
+import re
+
+import yaml
+from kubernetes.client import models
+
+from tests.support.project import ROOT
+
+MANIFESTS = ROOT / "docker" / "kubernetes"
+VERSIONS = {
+    "ConfigMap": "v1",
+    "Deployment": "apps/v1",
+    "NetworkPolicy": "networking.k8s.io/v1",
+    "Secret": "v1",
+    "Service": "v1",
+    "ServiceAccount": "v1",
+    "StatefulSet": "apps/v1",
+}
+CHOICES = {
+    ("V1Capabilities", "drop"): {"ALL"},
+    ("V1DeploymentStrategy", "type"): {"Recreate", "RollingUpdate"},
+    ("V1NetworkPolicySpec", "policyTypes"): {"Ingress", "Egress"},
+    ("V1PersistentVolumeClaimSpec", "accessModes"): {"ReadWriteOnce"},
+    ("V1PodSecurityContext", "fsGroupChangePolicy"): {"OnRootMismatch", "Always"},
+    ("V1SeccompProfile", "type"): {"RuntimeDefault"},
+}
+KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "secretGenerator", "generatorOptions"}
+KNOWN |= {"images", "patches"}
+
+
+# --- kustomize: the part of it that our folders use
+
+
+def render(folder):
+    """The objects of a kustomization, as ``kubectl kustomize`` writes them; examples stand in for secrets."""
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert not kustomization.keys() - KNOWN, kustomization.keys() - KNOWN
+    objects = []
+    for resource in kustomization["resources"]:
+        path = folder / resource
+        objects += render(path) if path.is_dir() else yaml.safe_load_all(path.read_text())
+    for generator in kustomization.get("secretGenerator", ()):
+        data = {}
+        for name in generator["envs"]:
+            data |= environment(folder / f"{name}.example")
+        metadata = {"name": generator["name"]}
+        objects.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data})
+    for patch in kustomization.get("patches", ()):
+        change = yaml.safe_load((folder / patch["path"]).read_text())
+        (target,) = [found for found in objects if identity(found) == identity(change)]
+        _merge(target, change)
+    for found in objects:
+        found["metadata"]["namespace"] = kustomization["namespace"]
+        for label in kustomization.get("labels", ()):
+            found["metadata"].setdefault("labels", {}).update(label["pairs"])
+        for container in containers(found):
+            for image in kustomization.get("images", ()):
+                if container["image"] == image["name"]:
+                    container["image"] = f"{image['newName']}:{image['newTag']}@{image['digest']}"
+    return objects
+
+
+def environment(path, *, commented=False):
+    """The variables of an env file; also those in comments, which are there to be filled in."""
+    pattern = r"^#?([A-Z_]+)=(.*)$" if commented else r"^([A-Z_]+)=(.*)$"
+    return dict(re.findall(pattern, path.read_text(), re.MULTILINE))
+
+
+def identity(found):
+    return found["kind"], found["metadata"]["name"]
+
+
+def _merge(target, change):
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+# --- fields and types
+
+
+def misfits(found):
+    """Fields that the object's kind does not have, values of another type, and fields that are missing."""
+    if found.get("apiVersion") != VERSIONS.get(found.get("kind")):
+        return [f"{found.get('apiVersion')} {found.get('kind')} is of no known kind"]
+    return list(_misfits(f"V1{found['kind']}", found, f"{found['kind']}"))
+
+
+def _misfits(kind, value, where):
+    if match := re.fullmatch(r"list\[(.*)\]", kind):
+        if not isinstance(value, list):
+            yield f"{where} must be a list"
+            return
+        for i, item in enumerate(value):
+            yield from _misfits(match[1], item, f"{where}[{i}]")
+    elif match := re.fullmatch(r"dict\(str, (.*)\)", kind):
+        if not isinstance(value, dict):
+            yield f"{where} must be a mapping"
+            return
+        for key, item in value.items():
+            yield from _misfits(match[1], item, f"{where}.{key}")
+    elif kind == "object":  # a port: its number or its name
+        if type(value) not in (int, str):
+            yield f"{where} must be a number or a name"
+    elif kind in ("str", "int", "bool"):
+        if type(value).__name__ != kind:
+            yield f"{where}={value!r} must be of type {kind}"
+    else:
+        yield from _model_misfits(kind, value, where)
+
+
+def _model_misfits(kind, value, where):
+    if not isinstance(value, dict):
+        yield f"{where} must be a mapping"
+        return
+    model = getattr(models, kind)
+    names = {name: attribute for attribute, name in model.attribute_map.items()}
+    for key, item in value.items():
+        if key not in names:
+            yield f"{where}.{key} is no field of {kind}"
+            continue
+        yield from _misfits(model.openapi_types[names[key]], item, f"{where}.{key}")
+        chosen = item if isinstance(item, list) else [item]
+        if (kind, key) in CHOICES and not set(chosen) <= CHOICES[kind, key]:
+            yield f"{where}.{key}={item} is none of {sorted(CHOICES[kind, key])}"
+    try:
+        model(**{names[key]: item for key, item in value.items() if key in names})
+    except ValueError as error:  # a required field is not there
+        yield f"{where}: {error}"
+
+
+# --- what objects say of each other
+
+
+def pod(found):
+    """The pod template of an object, or nothing."""
+    return found["spec"].get("template", {}) if found["kind"] in ("Deployment", "StatefulSet") else {}
+
+
+def containers(found):
+    spec = pod(found).get("spec", {})
+    return [*spec.get("initContainers", ()), *spec.get("containers", ())]
+
+
+def filled_in(container, known):
+    """The command and the environment of a container, as the kubelet gives them to it."""
+    variables = {}
+    for source in container.get("envFrom", ()):
+        variables |= known["ConfigMap", source["configMapRef"]["name"]]["data"]
+    for env in container.get("env", ()):
+        variables[env["name"]] = _expanded(env.get("value", ""), variables)
+        for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
+            if reference := env.get("valueFrom", {}).get(field):
+                target = known[kind, reference["name"]]
+                variables[env["name"]] = target.get("data", target.get("stringData"))[reference["key"]]
+    return [_expanded(word, variables) for word in container.get("command", ())], variables
+
+
+def _expanded(text, variables):
+    return re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], text)
+
+
+def dangling(objects):
+    """Names, keys, ports and labels that lead to nothing."""
+    known = {identity(found): found for found in objects}
+    assert len(known) == len(objects)
+    found = [problem for one in objects if pod(one) for problem in _dangling_in_pod(one, known)]
+    for one in objects:
+        where = "/".join(identity(one))
+        if one["kind"] in ("Deployment", "StatefulSet"):
+            if not _matches(one["spec"]["selector"]["matchLabels"], one):
+                found.append(f"{where}: selects other pods than its own")
+            service = one["spec"].get("serviceName")
+            if service and ("Service", service) not in known:
+                found.append(f"{where}: no service {service}")
+        if one["kind"] == "Service":
+            ports = [port["targetPort"] for port in one["spec"]["ports"]]
+            found += _unreachable(where, one["spec"]["selector"], ports, objects)
+        if one["kind"] == "NetworkPolicy":
+            rules = one["spec"]["ingress"]
+            ports = [port["port"] for rule in rules for port in rule["ports"]]
+            found += _unreachable(where, one["spec"]["podSelector"]["matchLabels"], ports, objects)
+            for rule in rules:
+                for peer in rule["from"]:
+                    found += _unreachable(where, peer["podSelector"]["matchLabels"], [], objects)
+        texts = [str(value) for value in one.get("data", {}).values()]
+        texts += [env.get("value", "") for container in containers(one) for env in container.get("env", ())]
+        found += [f"{where}: {problem}" for text in texts for problem in _unknown_hosts(text, known)]
+    return found
+
+
+def _matches(labels, workload):
+    own = pod(workload).get("metadata", {}).get("labels", {})
+    return bool(own) and labels.items() <= own.items()
+
+
+def _unreachable(where, labels, ports, objects):
+    pods = [one for one in objects if _matches(labels, one)]
+    if not pods:
+        yield f"{where}: no pod has {labels}"
+    names = {port["name"] for one in pods for box in containers(one) for port in box.get("ports", ())}
+    for port in ports:
+        if pods and port not in names:
+            yield f"{where}: no port {port}"
+
+
+def _unknown_hosts(text, known):
+    """Services that an address of this namespace names, ``http://mlflow:5000``, and that are not there."""
+    for host, port in re.findall(r"(?://|@)([a-z0-9-]+):(\d+)", text):
+        service = known.get(("Service", host))
+        if service is None or int(port) not in {p["port"] for p in service["spec"]["ports"]}:
+            yield f"no service {host}:{port}"
+
+
+def _dangling_in_pod(one, known):
+    where, spec = "/".join(identity(one)), pod(one)["spec"]
+    account = spec["serviceAccountName"]
+    if ("ServiceAccount", account) not in known:
+        yield f"{where}: no service account {account}"
+    volumes = {volume["name"] for volume in spec.get("volumes", ())}
+    volumes |= {claim["metadata"]["name"] for claim in one["spec"].get("volumeClaimTemplates", ())}
+    mounted = {mount["name"] for box in containers(one) for mount in box.get("volumeMounts", ())}
+    for name in volumes ^ mounted:
+        yield f"{where}: volume {name} is not declared, or not mounted"
+    for box in containers(one):
+        ports = {port["name"] for port in box.get("ports", ())}
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            asked = box.get(probe, {})
+            action = asked.get("httpGet") or asked.get("tcpSocket")
+            if action and action["port"] not in ports:
+                yield f"{where}: {probe} asks port {action['port']}"
+        seen = set()
+        for env in box.get("env", ()):
+            for name in re.findall(r"\$\((\w+)\)", env.get("value", "")):
+                if name not in seen:
+                    yield f"{where}: $({name}) is not set before {env['name']}"
+            seen.add(env["name"])
+            for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
+                if reference := env.get("valueFrom", {}).get(field):
+                    target = known.get((kind, reference["name"]), {})
+                    if reference["key"] not in target.get("data", target.get("stringData", {})):
+                        yield f"{where}: no {kind} {reference['name']} with {reference['key']}"
+        for name in re.findall(r"\$\((\w+)\)", " ".join(box.get("command", ()))):
+            if name not in seen:
+                yield f"{where}: the command's $({name}) is not set"
+        for source in box.get("envFrom", ()):
+            if ("ConfigMap", source["configMapRef"]["name"]) not in known:
+                yield f"{where}: no ConfigMap {source['configMapRef']['name']}"

@@ -1,0 +1,252 @@
+"""The step recover-train in a process of its own, killed in the midst of a phase and started again."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.model.build import load_model
+from core.runs.run import Run
+from core.steps import (
+    run_calibrate,
+    run_prepare_data,
+    run_prune_step,
+    run_publish,
+    run_recover_train,
+    run_score_layers,
+)
+from core.steps.once import digest_of
+from core.storage.publication import delete_publication, fetch, publish, read_manifest, read_published
+from core.storage.store import join_uri
+from tests.support.evidence import note
+from tests.support.project import Artifact, recipe_with, resolve
+from tests.training.test_resume import TABLE, states_at
+
+
+def recover_train(job, die=None):
+    """Run recover-train in a process of its own; ``die`` is when it kills itself with SIGKILL.
+
+    Args:
+        job: Its arguments, the variables of its environment, and the file of its log.
+        die: ``("saved", n)``: as soon as the n-th state is published, in the midst of whatever step training
+            is at by then. ``("forward", n)``: at the n-th forward pass, in the midst of whatever publishing
+            is at by then. ``("done", 1)``: when the checkpoint is published, before states are removed.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(job["environment"])
+    event, count = die or ("", 0)
+    left = threading.Semaphore(max(count - 1, 0))
+    forwards = []
+
+    def happened(what):
+        if what == event and not left.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Watch(logging.FileHandler):
+        def emit(self, record):
+            super().emit(record)
+            if record.getMessage().startswith("saved the training state"):
+                happened("saved")
+            if record.getMessage().startswith(f"published {job['uri']}:"):
+                happened("done")
+
+    def at_forward(module, _):
+        if type(module).__name__ == "LlamaForCausalLM" and module.training:
+            forwards.append(1)
+            happened("forward")
+            if event == "saved" and len(forwards) > FORWARDS // 2:
+                time.sleep(60)  # a machine that is busy may need its time to publish so often
+
+    torch.nn.modules.module.register_module_forward_pre_hook(at_forward)
+    logging.getLogger("core").addHandler(Watch(job["log"]))
+    logging.getLogger("core").setLevel(logging.INFO)
+    run_recover_train(**job["given"], phase=1, model=Artifact(Path(job["log"]).with_suffix(".model")))
+
+
+TRAINING_STEPS = 20
+FORWARDS = 2 * TRAINING_STEPS  # two micro-batches a step
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A context whose processes start at once: they are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.training.test_training_kills", "transformers.models.llama.modeling_llama"]
+    )
+    return context
+
+
+@pytest.fixture(scope="module")
+def pruned(project, tmp_path_factory):
+    """A run of one phase up to recover-train, and the arguments of that."""
+    folder = tmp_path_factory.mktemp("pruned")
+    changes = {
+        "prune.phases": 1,
+        "training.tokens": str(TRAINING_STEPS * 6 * 32),
+        "training.save_every": "1 steps",
+        "storage.store": str(folder / "store"),
+    }
+    with contextlib.chdir(project):
+        handle, base_uri = resolve(recipe_with(changes))
+        data_uri = run_prepare_data(run=handle, base_uri=base_uri)
+        given = {"run": handle, "phase": 1, "checkpoint_uri": base_uri, "data_uri": data_uri}
+        statistics, plan = Artifact(folder / "statistics"), Artifact(folder / "plan")
+        run_calibrate(**given, statistics=statistics)
+        run_score_layers(**given, plan=plan)
+        checkpoint_uri = run_prune_step(
+            run=handle, phase=1, checkpoint_uri=base_uri, model=Artifact(folder / "m")
+        )
+    return Run.load(handle), {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri}
+
+
+@pytest.fixture
+def job_in(pruned, tmp_path):
+    """Make a job of ``recover_train`` in a store; what comes before stays where it is."""
+
+    def make(store, **training):
+        run, given = pruned
+        settings = dataclasses.replace(
+            run.settings, training=dataclasses.replace(run.settings.training, **training)
+        )
+        moved = dataclasses.replace(run, store=store, settings=settings)
+        moved.save()
+        return {
+            "given": given | {"run": moved.handle()},
+            "uri": moved.phase_uri(1, "recovered"),
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+            "log": str(tmp_path / f"{len(list(tmp_path.iterdir()))}.log"),
+        }
+
+    return make
+
+
+def run_in_a_process(processes, job, die=None):
+    process = processes.Process(target=recover_train, args=(job, die))
+    process.start()
+    process.join(300)
+    assert process.exitcode == (-signal.SIGKILL if die else 0)
+    return Path(job["log"]).read_text()
+
+
+def assert_equal_results(job, expected):
+    """Every published file but the report is the same, and of the report all that does not tell the time."""
+    assert digest_of(job["uri"]) == digest_of(expected["uri"])
+    reports = [read_published(each["uri"], "report.json") for each in (job, expected)]
+    for report in reports:
+        assert report.pop("seconds") > 0
+        assert report.pop("tokens_per_s") > 0
+    assert reports[0] == reports[1]
+    assert len(reports[0]["losses"]) == TRAINING_STEPS
+
+
+KILLS = {"saved": "once a state is up", "forward": "in a forward pass", "done": "once the result is up"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "precision", "kills"),
+    [
+        ("folder", "float32", [("saved", 1), ("saved", 2), ("done", 1)]),
+        ("s3", "bfloat16", [("saved", 1), ("forward", 7), ("saved", 1)]),
+    ],
+)
+def test_killed_in_the_midst_of_a_phase(place, precision, kills, processes, job_in, tmp_path, request):
+    store = str(tmp_path / "store") if place == "folder" else request.getfixturevalue("s3_store_uri")
+    expected = job_in(str(tmp_path / "undisturbed"), precision=precision, save_every="0")
+    assert "saved" not in run_in_a_process(processes, expected)
+    job = job_in(store, precision=precision)
+    states_uri, resumed_at = join_uri(job["uri"], "_resume"), []
+    for kill in [*kills, None]:
+        Path(job["log"]).unlink(missing_ok=True)
+        log = run_in_a_process(processes, job, kill)
+        resumed_at += [int(words.split()[0]) for words in log.split("resumed at step ")[1:]]
+        if kill is not None:
+            assert states_at(states_uri)
+            assert (read_manifest(job["uri"]) is None) == (kill[0] != "done")
+    assert resumed_at == sorted(resumed_at)
+    assert 0 < resumed_at[0] < resumed_at[-1] < TRAINING_STEPS
+    assert_equal_results(job, expected)
+    assert states_at(states_uri) == []
+    if place == "folder":
+        assert not Path(job["uri"], "_resume").exists()
+    moments = ", ".join(KILLS[event] for event, _ in kills)
+    happened = f"went on inside the phase {len(resumed_at)} times; curve and files equal to the last bit"
+    note(TABLE, f"recover-train ({place}, {precision}) is killed {moments}", f"{happened}; no state is left")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
+    """The moments are the system clock's: they differ from run to run."""
+    expected = job_in(str(tmp_path / "undisturbed"), save_every="0")
+    run_in_a_process(processes, expected)
+    job = job_in(s3_store_uri)
+    log, kills = Path(job["log"]), 0
+    log.touch()
+    while read_manifest(job["uri"]) is None:
+        process = processes.Process(target=recover_train, args=(job,))
+        process.start()
+        if kills < 40 and (kills < 5 or log.read_text().count("resumed at step") < 5):
+            process.join(random.uniform(0.1, 1))
+            process.kill()
+        process.join(300)
+        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL)
+    run_in_a_process(processes, job)
+    assert kills
+    assert_equal_results(job, expected)
+    assert states_at(join_uri(job["uri"], "_resume")) == []
+    happened = "the result is equal to the last bit; no state is left"
+    note(TABLE, "recover-train (s3, float32) is killed at random moments until it is done", happened, kills)
+
+
+def test_the_time_of_earlier_attempts_is_taken_over(processes, job_in, tmp_path):
+    job = job_in(str(tmp_path / "store"))
+    run_in_a_process(processes, job, ("saved", 1))
+    states_uri = join_uri(job["uri"], "_resume")
+    uri = join_uri(states_uri, states_at(states_uri)[-1])
+    changed = shutil.copytree(fetch(uri, tmp_path), tmp_path / "changed")
+    state = json.loads((changed / "state.json").read_text())
+    state["progress"]["seconds"] = 1e4
+    (changed / "state.json").write_text(json.dumps(state))
+    delete_publication(uri, keep_manifest=False)
+    publish(changed, uri)
+    run_in_a_process(processes, job)
+    report = read_published(job["uri"], "report.json")
+    assert report["seconds"] > 1e4
+    assert 0 < report["tokens_per_s"] < report["tokens"] / 1e4
+
+
+def test_what_lies_in_the_folder_of_a_checkpoint_is_not_published_with_it(job_in, tmp_path):
+    job = job_in(str(tmp_path / "store"), save_every="0")
+    run_recover_train(**job["given"], phase=1, model=Artifact(tmp_path / "model"))
+    late = Path(job["uri"], "_resume", "000003", "state.json")  # of a task that was thought to be gone
+    late.parent.mkdir(parents=True)
+    late.write_text("{}")
+    Path(job["uri"], "stray.txt").touch()
+    final = run_publish(
+        run=job["given"]["run"],
+        checkpoint_uri=job["uri"],
+        report=Artifact(tmp_path / "report"),
+        model=Artifact(tmp_path / "final-model"),
+    )
+    paths = {entry.path for entry in read_manifest(final).files}
+    assert {"config.json", "tokenizer.json", "record.json", "README.md"} < paths
+    assert not {path for path in paths if "_resume" in path or "stray" in path}
+    model = load_model(fetch(final, tmp_path / "fetched"))
+    assert torch.equal(model.lm_head.weight, load_model(Path(job["uri"])).lm_head.weight)
+    run_recover_train(**job["given"], phase=1, model=Artifact(tmp_path / "model"))  # done already
+    assert not late.parent.exists()
