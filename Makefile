@@ -48,7 +48,7 @@ torture: $(INSTALLED)
 	mkdir -p output && rm -f output/evidence.jsonl
 	OMP_NUM_THREADS=1 ADAPT_PRUNER_EXAMPLES=500 ADAPT_PRUNER_EVIDENCE=$(CURDIR)/output/evidence.jsonl \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile \
-		-m "not gpu" $$(grep -l "^from tests.support.evidence" tests/test_*.py) $(PYTEST_FLAGS)
+		-m "not gpu" $$(grep -rl "^from tests.support.evidence" --include="test_*.py" tests) $(PYTEST_FLAGS)
 	$(BIN)/python -m tests.support.evidence output/evidence.jsonl docs
 
 lint: $(INSTALLED)

@@ -201,7 +201,8 @@ class CalibrationSettings:
     """Documents that are tokenized at most to draw from."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of weights and activations; gradients are summed in float32 either way. ``auto``: what
-    the machine that begins the run computes faster in (``core.machine.precision``), whatever machine resumes it."""
+    the machine that begins the run computes faster in (``core.machine.precision``), whatever machine
+    resumes it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

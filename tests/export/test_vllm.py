@@ -1,4 +1,4 @@
-"""vLLM reads checkpoints as they are, and two exports; VLLM_PYTHON names it (see tests/support/vllm_answers.py)."""
+"""vLLM reads checkpoints as they are, and two exports; VLLM_PYTHON names it (see ``vllm_answers``)."""
 
 from pathlib import Path
 

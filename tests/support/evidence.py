@@ -1,8 +1,8 @@
 """What the reliability tests try, how often, and what happens.
 
 A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
-and ``python -m tests.support.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of that
-folder, and their totals into ``reliability.md``.
+and ``python -m tests.support.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of
+that folder, and their totals into ``reliability.md``.
 """
 
 import datetime

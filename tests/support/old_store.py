@@ -1,7 +1,7 @@
 """A small store of a run that was stopped while phase 2 trained, as a file that later versions must resume.
 
-``python -m tests.support.old_store tests/stores/format-1.tar.xz`` writes it. Do so for a new format only, beside the
-old ones: each file stands for the stores that people have.
+``python -m tests.support.old_store tests/stores/format-1.tar.xz`` writes it. Do so for a new format only,
+beside the old ones: each file stands for the stores that people have.
 """
 
 import contextlib
