@@ -13,7 +13,7 @@ def calibrate(
     from components.runtime import task
 
     with task("calibrate", phase):
-        from core.steps import run_calibrate
+        from core.steps.calibrate import run_calibrate
 
         run_calibrate(
             run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri, statistics=statistics

@@ -19,7 +19,7 @@ def evaluate(
     from components.runtime import task
 
     with task("evaluate", phase):
-        from core.steps import run_evaluate
+        from core.steps.evaluate import run_evaluate
 
         run_evaluate(
             run=run,

@@ -12,7 +12,7 @@ def finalize(recipe: dict, job: str, status: dsl.PipelineTaskFinalStatus):
 
     with task("finalize"):
         from core.settings.storage import StorageSettings
-        from core.steps import run_finalize
+        from core.steps.finalize import run_finalize
 
         # An exit task sees the pipeline's parameters only, and an edited recipe may lack the section.
         store = recipe.get("storage", {}).get("store", StorageSettings.store)

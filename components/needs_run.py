@@ -9,6 +9,6 @@ def needs_run(run: dict, being_done_by: str) -> bool:
     from components.runtime import task
 
     with task("needs-run"):
-        from core.steps import run_needs_run
+        from core.steps.needs_run import run_needs_run
 
         return run_needs_run(run=run, being_done_by=being_done_by)

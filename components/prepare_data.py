@@ -9,6 +9,6 @@ def prepare_data(run: dict, base_uri: str) -> str:
     from components.runtime import task
 
     with task("prepare-data"):
-        from core.steps import run_prepare_data
+        from core.steps.prepare_data import run_prepare_data
 
         return run_prepare_data(run=run, base_uri=base_uri)

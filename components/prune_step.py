@@ -13,6 +13,6 @@ def prune_step(
     from components.runtime import task
 
     with task("prune-step", phase):
-        from core.steps import run_prune_step
+        from core.steps.prune_step import run_prune_step
 
         return run_prune_step(run=run, phase=phase, checkpoint_uri=checkpoint_uri, model=pruned)

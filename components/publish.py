@@ -13,6 +13,6 @@ def publish(
     from components.runtime import task
 
     with task("publish"):
-        from core.steps import run_publish
+        from core.steps.publish import run_publish
 
         return run_publish(run=run, checkpoint_uri=checkpoint_uri, report=report, model=model)

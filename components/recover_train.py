@@ -13,7 +13,7 @@ def recover_train(
     from components.runtime import task
 
     with task("recover-train", phase):
-        from core.steps import run_recover_train
+        from core.steps.recover_train import run_recover_train
 
         return run_recover_train(
             run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri, model=recovered

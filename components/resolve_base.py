@@ -20,7 +20,7 @@ def resolve_base(
     from components.runtime import task
 
     with task("resolve-base"):
-        from core.steps import run_resolve_base
+        from core.steps.resolve_base import run_resolve_base
 
         return run_resolve_base(
             base_model=base_model,

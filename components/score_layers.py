@@ -18,6 +18,6 @@ def score_layers(
     from components.runtime import task
 
     with task("score-layers", phase):
-        from core.steps import run_score_layers
+        from core.steps.score_layers import run_score_layers
 
         run_score_layers(run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri, plan=plan)

@@ -30,6 +30,7 @@ from core.runs.record import public_path
 from core.settings.addresses import hub_address
 from core.settings.schema import ModelSettings
 from core.storage.hashing import file_sha256
+from core.storage.layout import CARD
 from core.storage.manifest import FileEntry, Manifest
 from core.storage.publication import MANIFEST, publish, published_in, read_manifest
 from core.storage.store import join_uri
@@ -38,7 +39,6 @@ from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_
 
 log = logging.getLogger(__name__)
 
-_CARD = "README.md"
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", *LEGAL)
 _HUB_TIMEOUT_S = 10
 
@@ -142,7 +142,7 @@ def _checked(location: Path, base: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
         for path in _belonging(location):
             (Path(scratch) / path.name).symlink_to(path.resolve())
-        _write_facts(Path(scratch), card_facts(location / _CARD), base)
+        _write_facts(Path(scratch), card_facts(location / CARD), base)
         yield Path(scratch)
 
 
@@ -246,7 +246,7 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
 
     log.info("downloading %s at %s", name, commit)
     # The config first: it tells whether the rest is of use.
-    for patterns in (["config.json"], [*_PATTERNS, _CARD]):
+    for patterns in (["config.json"], [*_PATTERNS, CARD]):
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
         load_config(folder)

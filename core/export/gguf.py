@@ -31,6 +31,7 @@ from core.export.gguf_tokenizer import add_tokenizer
 from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
 from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json
 from core.model.shape import LayerShape
+from core.storage.layout import CARD
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dty
         f"{base_name} pruned to {label}" if provenance.get("phase") else base_name or checkpoint.name
     )
     writer.add_size_label(label)
-    facts = known_facts(provenance) | card_facts(checkpoint / "README.md")
+    facts = known_facts(provenance) | card_facts(checkpoint / CARD)
     writer.add_license(facts.get("license", ""))
     if facts.get("language"):
         writer.add_languages(facts["language"])

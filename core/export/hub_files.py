@@ -7,13 +7,12 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
+from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import OWN, published_in, verify_folder
 from core.storage.store import is_temporary
 from core.untrusted import check_file, parse_object, read_limited
 
-CARD = "README.md"
-
-_STAYS_HERE = (*OWN, "report.json", "record.json", "report.html")
+_STAYS_HERE = (*OWN, REPORT, RECORD, HTML)
 """What belongs to the run; the report and the record name where it is stored and tracked."""
 _OF_A_CHECKPOINT = (
     "*.safetensors",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from core.report.summary import build_phase_summary
 from core.runs.run import Run
-from core.steps.once import HELD_OUT, Artifact, Workspace, compute_once, tracker_of
+from core.steps.frame import Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
+from core.storage.layout import HELD_OUT, REPORT
 from core.storage.publication import fetch, is_whole, read_published
 from core.tracking.mlflow import ChildRun
 
@@ -75,9 +76,9 @@ def run_evaluate(
 
     uri = this.measured_uri(phase)
     compute_once(this, uri, phase=phase, step="evaluate", compute=compute, track=track)
-    report = read_published(uri, "report.json")
+    report = read_published(uri, REPORT)
     before = [
-        read_published(this.phase_uri(phase, step), "report.json")
+        read_published(this.phase_uri(phase, step), REPORT)
         for step in ("calibrated", "scored", "pruned", "recovered")
     ]
     figures = {

@@ -5,7 +5,7 @@ import logging
 from core.errors import LeaseError, StorageError
 from core.runs.run import Run
 from core.steps.dropped import drop_checkpoints
-from core.steps.once import tracker_of
+from core.steps.frame import tracker_of
 from core.storage.garbage import find_garbage, remove
 from core.storage.layout import pointer_of
 from core.storage.store import open_store

@@ -13,8 +13,7 @@ from typing import Any
 from core.errors import ExportError
 from core.runs.record import RunRecord, SpeedRecord, accuracies
 from core.runs.run import Run
-from core.steps.once import (
-    CARD,
+from core.steps.frame import (
     Artifact,
     Workspace,
     base_facts,
@@ -24,13 +23,11 @@ from core.steps.once import (
     tracker_of,
 )
 from core.steps.records import collect_record
-from core.storage.layout import REPORT
+from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import fetch, read_manifest, read_published
 from core.tracking.mlflow import ChildRun
 
 log = logging.getLogger(__name__)
-
-RECORD, HTML = "record.json", "report.html"
 
 
 def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact, model: Artifact) -> str:

@@ -7,7 +7,8 @@ from core.redaction import without_password
 from core.runs.record import LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
-from core.steps.once import tracker_of
+from core.steps.frame import tracker_of
+from core.storage.layout import PLAN, REPORT
 from core.storage.publication import read_published
 
 
@@ -38,10 +39,10 @@ def _phase_record(run: Run, phase: int) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     steps = ("calibrated", "scored", "pruned", "recovered", "evaluated")
     uris = {step: run.phase_uri(phase, step) for step in steps} | {"evaluated": run.measured_uri(phase)}
-    reports = {step: read_published(uri, "report.json") for step, uri in uris.items()}
+    reports = {step: read_published(uri, REPORT) for step, uri in uris.items()}
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
     trained, measured = reports["recovered"], reports["evaluated"]
-    plan = read_published(run.phase_uri(phase, "scored"), "plan.json") if phase else {}
+    plan = read_published(run.phase_uri(phase, "scored"), PLAN) if phase else {}
     shapes = (
         [
             LayerSizes(

@@ -18,6 +18,15 @@ STEPS = {
 REPORT = "report.json"
 """What a step has told of its work, beside what it has made."""
 
+STATISTICS, PLAN = "statistics.safetensors", "plan.json"
+"""What calibrate and score-layers publish."""
+
+CALIBRATION_POOL, HELD_OUT = "calibration.safetensors", "perplexity.safetensors"
+"""Tokens to draw calibration sets from, and windows for perplexity; prepare-data publishes both."""
+
+RECORD, HTML, CARD = "record.json", "report.html", "README.md"
+"""What a run has measured: as data, as its report, as the model card."""
+
 REPORT_FORMAT = 1
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")

@@ -22,7 +22,7 @@ from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.runs.record import RunRecord
 from core.runs.run import Run
 from core.settings.schema import Settings
-from core.steps.once import CARD
+from core.storage.layout import CARD, HTML, RECORD
 from core.storage.owner import LOCAL
 from core.storage.publication import fetch, read_manifest, verify_folder
 from core.storage.store import open_store
@@ -103,14 +103,14 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     """
     run = Run.load(handle)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        folder = fetch(run.report_uri(), Path(scratch, "report"), only=["report.html", "record.json"])
+        folder = fetch(run.report_uri(), Path(scratch, "report"), only=[HTML, RECORD])
         elsewhere = Path(scratch, "final")
         final = fetch(run.uri("final"), elsewhere, only=[])
         is_local = final != elsewhere
         if is_local:  # links will lead there
             verify_folder(final, may_differ=(CARD,))
-        shutil.copyfile(folder / "report.html", output / "report.html")
-        record = RunRecord.from_dict(json.loads((folder / "record.json").read_text()))
+        shutil.copyfile(folder / HTML, output / HTML)
+        record = RunRecord.from_dict(json.loads((folder / RECORD).read_text()))
         _link(output / "model", final if is_local else None)
     base = read_manifest(run.base_uri)
     _link(output / "base", open_store(run.base_uri).local_path(base.folder if base else ""))

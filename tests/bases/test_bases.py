@@ -17,8 +17,8 @@ from core.settings.addresses import base_name
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import ModelSettings
 from core.settings.storage import TrackingSettings
-from core.steps import run_needs_run
-from core.steps.once import provenance_of
+from core.steps.frame import provenance_of
+from core.steps.needs_run import run_needs_run
 from core.storage.publication import publish, read_manifest
 from core.storage.store import join_uri, open_store
 from core.tracking.mlflow import open_tracker

@@ -90,7 +90,7 @@ def test_every_executor_runs_our_code_in_the_image_of_the_settings(ir):
     for executor in executors(ir[0]).values():
         assert executor.container.image == CLUSTER.image
         source = executor.container.command[-1]
-        assert "from core.steps import run_" in source
+        assert "from core.steps." in source
         assert "pip install" not in " ".join(executor.container.command)
 
 

@@ -20,7 +20,8 @@ from core.errors import (
     TargetError,
     UnsupportedModelError,
 )
-from core.steps import run_calibrate, run_prepare_data
+from core.steps.calibrate import run_calibrate
+from core.steps.prepare_data import run_prepare_data
 from core.storage.store import open_store
 from pipelines.cli import main
 from tests.support.project import Artifact, command_line, recipe_with, resolve, rewrite_base

@@ -16,7 +16,8 @@ from core.pruning.scoring.statistics import Statistics
 from core.pruning.sensitivity import losses_with_layer_pruned, plans_for_layers
 from core.runs.run import Run
 from core.settings.recipe import load_recipe
-from core.steps import run_calibrate, run_prepare_data
+from core.steps.calibrate import run_calibrate
+from core.steps.prepare_data import run_prepare_data
 from core.storage.publication import fetch
 from pipelines.cli import main
 from pipelines.sensitivity import Study

@@ -9,7 +9,10 @@ import pytest
 from mlflow import MlflowClient
 
 from core.runs.run import Run
-from core.steps import opening, run_finalize, run_needs_run, run_prepare_data
+from core.steps import opening
+from core.steps.finalize import run_finalize
+from core.steps.needs_run import run_needs_run
+from core.steps.prepare_data import run_prepare_data
 from core.storage import lease as lease_module
 from core.storage.lease import read_lease, release_lease, take_lease
 from core.storage.owner import LOCAL, Owner

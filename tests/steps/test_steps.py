@@ -23,13 +23,11 @@ from core.errors import IntegrityError, TrackingError
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.runs.run import Run
-from core.steps import (
-    run_finalize,
-    run_needs_run,
-    run_prepare_data,
-    run_prune_step,
-    run_score_layers,
-)
+from core.steps.finalize import run_finalize
+from core.steps.needs_run import run_needs_run
+from core.steps.prepare_data import run_prepare_data
+from core.steps.prune_step import run_prune_step
+from core.steps.score_layers import run_score_layers
 from core.storage.publication import fetch, read_manifest
 from core.storage.store import open_store
 from core.tracking.client import connect
@@ -311,7 +309,7 @@ def test_an_outage_of_mlflow_costs_no_result_and_no_figure(project, tmp_path, mo
 
     for name in ("log_batch", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, failing(name))
-    caplog.set_level(logging.DEBUG, logger="core.steps.once")
+    caplog.set_level(logging.DEBUG, logger="core.steps.frame")
     ended, tries = False, 0
     while not ended:
         tries += 1

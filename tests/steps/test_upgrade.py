@@ -15,7 +15,7 @@ from core.pruning.plan import Plan
 from core.runs.overview import list_runs
 from core.runs.record import RunRecord
 from core.runs.run import Run
-from core.steps.once import read_published
+from core.steps.frame import read_published
 from core.storage.garbage import find_garbage
 from core.storage.manifest import Manifest
 from core.storage.publication import read_manifest

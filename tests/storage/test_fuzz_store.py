@@ -8,7 +8,7 @@ from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 from core.runs.overview import list_runs
 from core.runs.run import Run
-from core.steps import run_finalize
+from core.steps.finalize import run_finalize
 from core.storage.lease import Lease, read_lease
 from core.storage.manifest import FileEntry, Manifest
 from core.storage.owner import Owner

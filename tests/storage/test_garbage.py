@@ -8,7 +8,8 @@ from urllib.parse import parse_qs, urlsplit
 import boto3
 import pytest
 
-from core.steps import run_finalize, run_prepare_data
+from core.steps.finalize import run_finalize
+from core.steps.prepare_data import run_prepare_data
 from core.storage.garbage import PATIENCE_S, clean, find_garbage
 from core.storage.lease import read_lease, take_lease
 from core.storage.owner import Owner

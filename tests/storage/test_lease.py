@@ -15,7 +15,9 @@ import pytest
 
 from core.errors import LeaseError
 from core.runs.run import Run
-from core.steps import run_finalize, run_needs_run, run_prepare_data
+from core.steps.finalize import run_finalize
+from core.steps.needs_run import run_needs_run
+from core.steps.prepare_data import run_prepare_data
 from core.storage import owner as owner_module
 from core.storage.lease import Lease, holding_lease, read_lease, release_lease, take_lease, time_text
 from core.storage.owner import LOCAL, Owner

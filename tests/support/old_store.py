@@ -60,12 +60,12 @@ def write_store(folder, tokenizer):
         saved.append(states)
 
     with contextlib.chdir(folder), contextlib.suppress(StoppedError):
-        from core import steps
+        from core.steps.prepare_data import run_prepare_data
 
         SavedStates.save = stop
         try:
             run, base_uri = resolve(RECIPE, job="old")
-            data_uri = steps.run_prepare_data(run=run, base_uri=base_uri)
+            data_uri = run_prepare_data(run=run, base_uri=base_uri)
             evaluate(run, 0, base_uri, data_uri, folder / "artifacts")
             checkpoint = run_phase(run, 1, base_uri, data_uri, folder / "artifacts")
             run_phase(run, 2, checkpoint, data_uri, folder / "artifacts")

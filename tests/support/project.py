@@ -126,7 +126,7 @@ def resolve(recipe, *, job="job", accelerated=()):
 
 def resolve_or_tell(recipe, *, job, accelerated=()):
     """Call resolve-base as the pipeline does: five settings apart, the rest as a dict."""
-    from core.steps import run_resolve_base
+    from core.steps.resolve_base import run_resolve_base
 
     rest = copy.deepcopy(recipe)
     prune, model = rest["prune"], rest["model"]
@@ -144,16 +144,19 @@ def resolve_or_tell(recipe, *, job, accelerated=()):
 
 def run_phase(run, phase, checkpoint_uri, data_uri, folder):
     """Call the four steps of a phase and its evaluation in this process; return the checkpoint's URI."""
-    from core import steps
+    from core.steps.calibrate import run_calibrate
+    from core.steps.prune_step import run_prune_step
+    from core.steps.recover_train import run_recover_train
+    from core.steps.score_layers import run_score_layers
 
     place = folder / f"phase-{phase}"
     common = {"run": run, "phase": phase}
     statistics, plan = Artifact(place / "statistics"), Artifact(place / "plan")
     given = {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri, **common}
-    steps.run_calibrate(**given, statistics=statistics)
-    steps.run_score_layers(**given, plan=plan)
-    pruned = steps.run_prune_step(**common, checkpoint_uri=checkpoint_uri, model=Artifact(place / "pruned"))
-    recovered = steps.run_recover_train(
+    run_calibrate(**given, statistics=statistics)
+    run_score_layers(**given, plan=plan)
+    pruned = run_prune_step(**common, checkpoint_uri=checkpoint_uri, model=Artifact(place / "pruned"))
+    recovered = run_recover_train(
         **common, checkpoint_uri=pruned, data_uri=data_uri, model=Artifact(place / "recovered")
     )
     evaluate(run, phase, recovered, data_uri, place)
@@ -161,7 +164,7 @@ def run_phase(run, phase, checkpoint_uri, data_uri, folder):
 
 
 def evaluate(run, phase, checkpoint_uri, data_uri, folder):
-    from core.steps import run_evaluate
+    from core.steps.evaluate import run_evaluate
 
     metrics, summary, picture = (Artifact(folder / name) for name in ("metrics", "summary", "picture"))
     run_evaluate(
@@ -178,22 +181,25 @@ def evaluate(run, phase, checkpoint_uri, data_uri, folder):
 
 def run_all(recipe, folder, *, job="job"):
     """Call all steps of a run in this process, in the pipeline's order; return its handle and final URI."""
-    from core import steps
+    from core.steps.finalize import run_finalize
+    from core.steps.needs_run import run_needs_run
+    from core.steps.prepare_data import run_prepare_data
+    from core.steps.publish import run_publish
 
     run, base_uri = resolve(recipe, job=job)
-    if steps.run_needs_run(run=run, being_done_by=""):
-        data_uri = steps.run_prepare_data(run=run, base_uri=base_uri)
+    if run_needs_run(run=run, being_done_by=""):
+        data_uri = run_prepare_data(run=run, base_uri=base_uri)
         evaluate(run, 0, base_uri, data_uri, folder)
         checkpoint_uri = base_uri
         for phase in range(1, recipe["prune"]["phases"] + 1):
             checkpoint_uri = run_phase(run, phase, checkpoint_uri, data_uri, folder)
-        steps.run_publish(
+        run_publish(
             run=run,
             checkpoint_uri=checkpoint_uri,
             report=Artifact(folder / "report"),
             model=Artifact(folder / "model"),
         )
-    steps.run_finalize(store=recipe["storage"]["store"], job=job, succeeded=True)
+    run_finalize(store=recipe["storage"]["store"], job=job, succeeded=True)
     return run, f"{run['store']}/runs/{run['key']}/final"
 
 

@@ -18,15 +18,13 @@ import torch
 
 from core.model.build import load_model
 from core.runs.run import Run
-from core.steps import (
-    run_calibrate,
-    run_prepare_data,
-    run_prune_step,
-    run_publish,
-    run_recover_train,
-    run_score_layers,
-)
-from core.steps.once import digest_of
+from core.steps.calibrate import run_calibrate
+from core.steps.frame import digest_of
+from core.steps.prepare_data import run_prepare_data
+from core.steps.prune_step import run_prune_step
+from core.steps.publish import run_publish
+from core.steps.recover_train import run_recover_train
+from core.steps.score_layers import run_score_layers
 from core.storage.publication import delete_publication, fetch, publish, read_manifest, read_published
 from core.storage.store import join_uri
 from tests.support.evidence import note

@@ -15,15 +15,12 @@ from core.runs.record import public_path
 from core.runs.run import Run
 from core.settings.addresses import base_name
 from core.steps.opening import show_life
-from core.storage.layout import REPORT, REPORT_FORMAT
+from core.storage.layout import CARD, REPORT, REPORT_FORMAT
 from core.storage.manifest import Manifest
 from core.storage.publication import fetch, publish, read_manifest, read_published
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
-
-CARD = "README.md"
-HELD_OUT = "perplexity.safetensors"
 
 
 class Artifact(Protocol):

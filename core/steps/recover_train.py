@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
-from core.steps.once import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
+from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
 from core.storage.publication import fetch
 from core.storage.store import join_uri
 from core.tracking.mlflow import ChildRun

@@ -1,4 +1,4 @@
-"""Steps before the first phase: resolve-base, needs-run and prepare-data."""
+"""The step that opens a run: resolve-base."""
 
 import logging
 import tempfile
@@ -10,10 +10,10 @@ from core.errors import TargetError, UnsupportedModelError
 from core.runs.run import Run
 from core.settings.recipe import settings_from_dict, with_fixed
 from core.settings.schema import Settings
-from core.steps.once import HELD_OUT, Workspace, compute_once, tracker_of
-from core.steps.opening import open_run, show_life
+from core.steps.frame import tracker_of
+from core.steps.opening import open_run
 from core.storage.layout import pointer_of
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import fetch
 from core.storage.store import open_store
 
 if TYPE_CHECKING:
@@ -142,87 +142,3 @@ def _announce_size(sizing: "Sizing", target: str, target_params: int) -> None:
             f"{widths}. Lower prune.target."
         )
     log.info("the nearest size to the target is %s parameters: %s", f"{nearest:,}", widths)
-
-
-def run_needs_run(*, run: Mapping[str, Any], being_done_by: str) -> bool:
-    """Return whether the run is still to be done, and by this execution.
-
-    Args:
-        run: The run's handle.
-        being_done_by: Which other execution works on it; "" if none does.
-    """
-    if being_done_by:
-        log.info("run %s is being done by %s: there is nothing to do here", run["key"], being_done_by)
-        return False
-    show_life(run)
-    done = Run.load(run).is_complete()
-    log.info("run %s is done already" if done else "run %s is not done yet", run["key"])
-    return not done
-
-
-def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
-    """Tokenize and pack the training mixture in slices, the calibration pool and the text for perplexity.
-
-    Returns:
-        URI of the data.
-    """
-    from core.data.mixture import write_calibration_pool, write_perplexity_windows, write_slices
-    from core.model.build import load_tokenizer
-    from core.model.checkpoint import is_companion
-    from core.pruning.phases import phase_steps
-
-    this = Run.load(run)
-    settings = this.settings
-    calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
-
-    def tokenizer_in(folder: Path) -> Any:
-        manifest = read_manifest(base_uri)
-        names = [entry.path for entry in manifest.files] if manifest else []
-        wanted = ["config.json", *(name for name in names if is_companion(name))]
-        return load_tokenizer(fetch(base_uri, folder, only=wanted))
-
-    def compute(work: Workspace) -> dict[str, Any]:
-        tokenizer = tokenizer_in(work.scratch)
-        assert calibration.source is not None, "settings are checked"
-        report: dict[str, Any] = {
-            "calibration_sequences": write_calibration_pool(
-                calibration.source,
-                tokenizer,
-                sequence_length=calibration.sequence_length,
-                packing=calibration.packing,
-                documents=calibration.pool_documents,
-                at_least=calibration.sequences,
-                seed=settings.seed,
-                path=work.out / "calibration.safetensors",
-            )
-        }
-        if training.total_steps:
-            steps = phase_steps(training.total_steps, settings.prune.phases)
-            mixture = write_slices(
-                training.sources,
-                tokenizer,
-                sequence_length=training.sequence_length,
-                sequences=[count * training.global_batch for count in steps],
-                seed=settings.seed,
-                directory=work.out,
-            )
-            report["training_tokens"] = mixture.tokens
-        return report
-
-    def hold_out(work: Workspace) -> dict[str, Any]:
-        assert evaluation.perplexity is not None, "asked below"
-        windows = write_perplexity_windows(
-            evaluation.perplexity,
-            tokenizer_in(work.scratch),
-            windows=evaluation.perplexity_windows,
-            length=evaluation.perplexity_length,
-            path=work.out / HELD_OUT,
-        )
-        return {"perplexity_windows": windows}
-
-    uri = this.uri("data")
-    compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
-    if evaluation.perplexity is not None:
-        # Apart from what is trained on: another text to measure on makes nothing else again.
-        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
-    return uri

@@ -1,0 +1,84 @@
+"""The step that tokenizes and packs all texts of a run: prepare-data."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.runs.run import Run
+from core.steps.frame import Workspace, compute_once
+from core.storage.layout import CALIBRATION_POOL, HELD_OUT
+from core.storage.publication import fetch, read_manifest
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+
+def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
+    """Tokenize and pack the training mixture in slices, the calibration pool and the text for perplexity.
+
+    Returns:
+        URI of the data.
+    """
+    from core.data.mixture import write_calibration_pool, write_perplexity_windows, write_slices
+    from core.model.build import load_tokenizer
+    from core.model.checkpoint import is_companion
+    from core.pruning.phases import phase_steps
+
+    this = Run.load(run)
+    settings = this.settings
+    calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
+
+    def tokenizer_in(folder: Path) -> Any:
+        manifest = read_manifest(base_uri)
+        names = [entry.path for entry in manifest.files] if manifest else []
+        wanted = ["config.json", *(name for name in names if is_companion(name))]
+        return load_tokenizer(fetch(base_uri, folder, only=wanted))
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        tokenizer = tokenizer_in(work.scratch)
+        assert calibration.source is not None, "settings are checked"
+        report: dict[str, Any] = {
+            "calibration_sequences": write_calibration_pool(
+                calibration.source,
+                tokenizer,
+                sequence_length=calibration.sequence_length,
+                packing=calibration.packing,
+                documents=calibration.pool_documents,
+                at_least=calibration.sequences,
+                seed=settings.seed,
+                path=work.out / CALIBRATION_POOL,
+            )
+        }
+        if training.total_steps:
+            steps = phase_steps(training.total_steps, settings.prune.phases)
+            mixture = write_slices(
+                training.sources,
+                tokenizer,
+                sequence_length=training.sequence_length,
+                sequences=[count * training.global_batch for count in steps],
+                seed=settings.seed,
+                directory=work.out,
+            )
+            report["training_tokens"] = mixture.tokens
+        return report
+
+    def hold_out(work: Workspace) -> dict[str, Any]:
+        assert evaluation.perplexity is not None, "asked below"
+        windows = write_perplexity_windows(
+            evaluation.perplexity,
+            tokenizer_in(work.scratch),
+            windows=evaluation.perplexity_windows,
+            length=evaluation.perplexity_length,
+            path=work.out / HELD_OUT,
+        )
+        return {"perplexity_windows": windows}
+
+    uri = this.uri("data")
+    compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
+    if evaluation.perplexity is not None:
+        # Apart from what is trained on: another text to measure on makes nothing else again.
+        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
+    return uri

@@ -1,0 +1,87 @@
+"""The step that decides which groups stay: score-layers."""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from core.runs.run import Run
+from core.steps.frame import (
+    Artifact,
+    Workspace,
+    compute_once,
+    digest_of,
+    hand_over,
+)
+from core.steps.measuring import measure
+from core.storage.layout import PLAN, STATISTICS
+from core.storage.publication import fetch, read_published
+from core.tracking.mlflow import ChildRun
+
+if TYPE_CHECKING:
+    from core.pruning.plan import LayerPlan
+    from core.pruning.scoring.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+
+def run_score_layers(
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, plan: Artifact
+) -> None:
+    """Decide which groups stay in each layer, so that the phase ends at its size.
+
+    The statistics are those that calibrate has published. With several steps a phase, what the steps so far
+    leave of the checkpoint is measured before the next one.
+    """
+    this = Run.load(run)
+    prune = this.settings.prune
+
+    def compute(work: Workspace) -> dict[str, Any]:
+        from core.model.build import layer_shapes, load_config
+        from core.model.families import family_of
+        from core.pruning.planning import plan_phase, settings_for
+        from core.pruning.scoring.statistics import Statistics
+        from core.storage.hashing import file_sha256
+
+        def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
+            return measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)
+
+        config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
+        shapes = layer_shapes(config)
+        before = read_published(this.phase_uri(phase - 1, "scored"), PLAN) if phase > 1 else {}
+        calibrated = this.phase_uri(phase, "calibrated")
+        statistics = fetch(calibrated, work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
+        decided = plan_phase(
+            Statistics.load(statistics),
+            dense=this.dense,
+            current=this.dense.with_layers(shapes),
+            sparsity=before.get("sparsity", (0.0,) * len(shapes)),
+            target_params=this.phase_params[phase - 1],
+            settings=settings_for(prune, family_of(config)),
+            checkpoint=digest_of(checkpoint_uri),
+            statistics_digest=file_sha256(statistics),
+            remeasure=remeasure,
+        )
+        decided.save(work.out / PLAN)
+        left, whole = (
+            sum(map(this.dense.attention_params, layers)) for layers in (decided.after, this.dense.layers)
+        )
+        log.info(
+            "%s of %s parameters stay, and %.1f %% of the dense model's attention",
+            f"{decided.params_after:,}",
+            f"{decided.params_before:,}",
+            100 * left / whole,
+        )
+        return {
+            "params": decided.params_after,
+            "target_params": decided.target_params,
+            "attention_removed": 1 - left / whole,
+        }
+
+    def track(child: ChildRun, report: dict[str, Any]) -> None:
+        decided = read_published(uri, PLAN)
+        for name in ("importance", "sparsity"):
+            child.log_series(name, enumerate(decided[name]))
+
+    uri = this.phase_uri(phase, "scored")
+    compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
+    hand_over(uri, PLAN, plan)
