@@ -291,6 +291,7 @@ def test_a_run_starts_work_only_when_its_base_has_moved_on(folder):
     run, base_uri = resolve(recipe, job="monday")
     assert base_uri == (folder / "models" / "1").as_uri()
     assert run_needs_run(run=run, being_done_by="")
+    publish(folder / "base", f"{run['store']}/runs/{run['key']}/final")
     open_store(run["store"]).write_bytes(f"runs/{run['key']}/DONE.json", b"{}")
     Run.load(run).release()
     again, _ = resolve(recipe, job="tuesday")
