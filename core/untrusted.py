@@ -52,7 +52,7 @@ def check_format(data: Mapping[str, Any], newest: int, where: str) -> None:
         FormatError: If it is another one.
     """
     found = data.get("format", 1)
-    if type(found) is not int or not 1 <= found <= newest:
+    if type(found) not in (int, float) or found != int(found) or not 1 <= found <= newest:
         raise FormatError(
             f"{where} is of format {found!r}, and this version of adapt-pruner reads up to {newest}. Use the "
             "version that has written it, or a newer one."

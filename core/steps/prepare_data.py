@@ -76,9 +76,10 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
         )
         return {"perplexity_windows": windows}
 
+    if evaluation.perplexity is not None:
+        # Apart from what is trained on: another text to measure on makes nothing else again. First, as it is
+        # quick: what is wrong with it shows before hours of tokenizing.
+        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
     uri = this.uri("data")
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
-    if evaluation.perplexity is not None:
-        # Apart from what is trained on: another text to measure on makes nothing else again.
-        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
     return uri

@@ -35,6 +35,7 @@ INSIDES = {
         "lm_eval.tasks.TaskManager.task_index",
     ],
     "transformers": [
+        "transformers.PreTrainedConfig._attn_implementation",
         "transformers.PreTrainedConfig.is_heterogeneous",
         "transformers.initialization.no_init_weights",
         "transformers.modeling_utils.local_torch_dtype",

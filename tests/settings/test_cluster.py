@@ -174,6 +174,9 @@ def test_a_setting_reaches_the_pods(tmp_path, plain, name, cluster, component, w
 def test_one_component_can_have_it_otherwise(tmp_path, plain, name, cluster, component, where, expected):
     pods = compiled(tmp_path, {"components": {component: cluster}})
     assert piece(pods.pop(component), where) == expected
+    told = [pods.get("resolve-base", {}), plain["resolve-base"]]  # it is told whose tasks get accelerators
+    for task in filter(None, told) if name == "gpus" else ():
+        task["inputs"]["parameters"].pop("accelerated", None)
     assert pods == {other: plain[other] for other in pods}
 
 

@@ -682,7 +682,8 @@ def test_exactly_what_is_measured_changes_the_digest_of_that():
 
 
 def test_the_split_into_micro_batches_counts_where_each_is_scored_apart():
-    settings = settings_from_dict(changed(FULL, prune__criterion="taylor_per_microbatch"))
+    apart = changed(FULL, prune__criterion="taylor_per_microbatch", calibration__micro_batch=2)
+    settings = settings_from_dict(apart)
     calibration = dataclasses.replace(settings.calibration, micro_batch=3)
     assert dataclasses.replace(settings, calibration=calibration).digest() != settings.digest()
 

@@ -72,7 +72,7 @@ def test_the_body_is_one_short_call_into_core_steps(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_call_fits_the_steps_signature(name):
-    step = getattr(importlib.import_module("core.steps"), f"run_{name}")
+    step = getattr(importlib.import_module(f"core.steps.{name}"), f"run_{name}")
     call = call_of_the_step(name)
     assert not call.args
     inspect.signature(step).bind(**{keyword.arg: None for keyword in call.keywords})

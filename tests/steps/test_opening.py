@@ -15,6 +15,7 @@ from core.steps.needs_run import run_needs_run
 from core.steps.prepare_data import run_prepare_data
 from core.storage import lease as lease_module
 from core.storage.lease import read_lease, release_lease, take_lease
+from core.storage.manifest import Manifest
 from core.storage.owner import LOCAL, Owner
 from core.storage.publication import read_manifest
 from core.storage.store import open_store
@@ -129,6 +130,7 @@ def test_a_run_that_is_published_meanwhile_is_done(recipe, store):
     handle, _ = resolve(recipe, job="first")
 
     def publish():
+        store.write_bytes(f"runs/{handle['key']}/final/MANIFEST.json", Manifest(files=()).to_json().encode())
         store.write_bytes(f"runs/{handle['key']}/DONE.json", b"{}")
         release_lease(store, f"runs/{handle['key']}", "first")
 
