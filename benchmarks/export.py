@@ -1,8 +1,8 @@
-"""What an export costs beside writing as many bytes: a random Llama of a billion parameters, unequal layers.
+"""Cost of an export against writing as many bytes: a random Llama, a billion parameters, unequal layers.
 
-Each round exports in every format, and after each export writes a file of the same size from memory, both
-until the bytes are on the disk; the ratio is the median over the rounds. The sizes are about those of
-Llama-3.2-1B, the weights bfloat16. Needs 10 GB of disk.
+Each round exports in every format. After each export it writes a file of the same size from memory; both are
+timed until the bytes are on the disk. The ratio is the median over the rounds. The sizes are close to those
+of Llama-3.2-1B, with bfloat16 weights. Needs 10 GB of disk.
 
     python benchmarks/export.py --companions output/demo/base
 """
@@ -45,7 +45,7 @@ FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
 
 
 def parts() -> Iterator[dict[str, Tensor]]:
-    """Make the weights, a layer at a time."""
+    """Make the weights, one layer at a time."""
     pool = (torch.randn(VOCABULARY * HIDDEN) * 0.02).to(torch.bfloat16)
 
     def take(*shape: int) -> Tensor:
@@ -85,7 +85,7 @@ def make_checkpoint(folder: Path, companions: Path) -> None:
 
 
 def export_seconds(name: str, source: Path, output: Path) -> tuple[float, int]:
-    """Return the seconds of an export, and the bytes that it wrote."""
+    """Return the seconds an export takes, and the bytes it writes."""
     start = time.perf_counter()
     exported = FORMATS[name](source, output)
     seconds = time.perf_counter() - start
@@ -97,7 +97,7 @@ def export_seconds(name: str, source: Path, output: Path) -> tuple[float, int]:
 
 
 def write_seconds(size_bytes: int, path: Path) -> float:
-    """Return the seconds of writing so many bytes that lie in memory."""
+    """Return the seconds it takes to write this many bytes from memory."""
     block = os.urandom(2**20) * (BLOCK // 2**20)
     start = time.perf_counter()
     with path.open("wb") as file:
@@ -112,7 +112,7 @@ def write_seconds(size_bytes: int, path: Path) -> float:
 
 
 def main() -> None:
-    """Measure, and print a table and one JSON object."""
+    """Measure; print a table and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--companions", type=Path, required=True, help="checkpoint to take a tokenizer from")
     parser.add_argument("--rounds", type=int, default=3, help="times that each format is written")

@@ -1,13 +1,13 @@
-"""What a task of the pipeline costs beyond its arithmetic: imports, load, save, hashes, tracking.
+"""Overhead of the pipeline's tasks beyond their arithmetic: imports, load, save, hashes, tracking.
 
-Runs the demo recipe with next to no arithmetic in it (one calibration sequence, one optimizer step, one item
-a benchmark) on the real model, as `adapt-pruner run` does: each task a process of its own. What a task still
-takes is overhead, but for what calibrate and recover-train do once with each weight. Then measures the parts
-that it is made of. Time it on an idle machine: seconds far above the CPU seconds tell that it was busy.
+Runs the demo recipe with almost no arithmetic (one calibration sequence, one optimizer step, one item per
+benchmark) on the real model, as `adapt-pruner run` does: each task in its own process. The remaining time of
+a task is overhead, except what calibrate and recover-train do once per weight. Then measures the parts of
+this overhead. Run it on an idle machine: if the seconds are far above the CPU seconds, it was busy.
 
-Then what waiting and the number of threads cost: the demo's benchmark items, answered with torch's own
-defaults and with what `core.machine.cores` sets, alone, beside a process that keeps all cores
-busy, and under CPU quotas (of a control group where this user may make one, else by affinity).
+Then measures the cost of waiting threads and of their number: the demo's benchmark items are answered with
+torch's defaults and with the settings of `core.machine.cores`, alone, beside a process that keeps all cores
+busy, and under CPU quotas (of a control group if this user may create one, otherwise by affinity).
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py output/model --repeat 5
@@ -96,7 +96,7 @@ print(json.dumps(seconds))
 
 
 def main() -> None:
-    """Measure, print the tables, and the figures as JSON in the last line."""
+    """Measure; print the tables, and the figures as JSON in the last line."""
     parser = argparse.ArgumentParser(description="Measure what a pipeline task costs beyond its arithmetic.")
     parser.add_argument("model", nargs="?", help="checkpoint folder or GGUF file; default: the demo's model")
     parser.add_argument(
@@ -139,10 +139,10 @@ def measure_tasks(model: str | None, repeat: int) -> dict[str, Any]:
 
 
 class Stopwatch(RunProgress):
-    """Also measures each kind of task, from kfp's start of the process to its end.
+    """Progress display that also times each kind of task, from the start of its process to its end.
 
     Attributes:
-        seconds: Kind of task to (seconds, CPU seconds); of two evaluations the longer.
+        seconds: Kind of task to (seconds, CPU seconds); the longer one of two evaluations.
     """
 
     def __init__(self, console: Console) -> None:
@@ -152,7 +152,7 @@ class Stopwatch(RunProgress):
         self._started = (0.0, 0.0)
 
     def write(self, text: str) -> int:
-        """Take what kfp or a task prints."""
+        """Handle output of kfp or a task."""
         for event, task in KFP_LINE.findall(text):
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
             now = (time.monotonic(), children.ru_utime + children.ru_stime)
@@ -180,7 +180,7 @@ def task_seconds(model: str | None, folder: Path, seed: int) -> dict[str, tuple[
 
 
 def part_seconds(folder: Path) -> dict[str, float]:
-    """Measure the parts of a task's overhead one by one, in a process of their own."""
+    """Measure the parts of a task's overhead one by one, in a separate process."""
     (base,) = (folder / "store" / "bases").iterdir()
     (folder / "parts").mkdir()
     command = [sys.executable, "-c", PARTS, base, folder / "parts", f"sqlite:///{folder / 'mlflow.db'}"]
@@ -189,7 +189,7 @@ def part_seconds(folder: Path) -> dict[str, float]:
 
 
 def report(tasks: dict[str, tuple[float, float]], parts: dict[str, float], once_s: float) -> None:
-    """Print what was measured as tables."""
+    """Print the measurements as tables."""
     console = Console(highlight=False)
     table = Table("task", title="Overhead of a task", title_justify="left")
     table.add_column("seconds", justify="right")

@@ -1,10 +1,10 @@
-"""How well a model survives pruning without training: uniform against adaptive, by attention unit and steps.
+"""Quality after pruning without training: uniform against adaptive, by attention unit and number of steps.
 
-Prunes the demo's model to 80, 60 and 40 % of its parameters in every combination, with several seeds, and
-measures perplexity on text that nothing was calibrated on, and zero-shot accuracy for the default settings.
-Two rows stand for the authors' published scheme: KV groups at the MLP's sparsity, in steps of 2 %, up to the
-first count below the target, with A = 0.02 (the reference) and with A = 0 (the uniform reference). Takes an
-hour on a laptop; with --results what was measured is kept in a file, and a run that was stopped goes on.
+Prunes the demo's model to 80, 60 and 40 % of its parameters in every combination, with several seeds.
+Measures perplexity on text that was not used for calibration, and zero-shot accuracy for the default
+settings. Two rows represent the authors' published scheme: KV groups at the MLP's sparsity, in steps of 2 %,
+up to the first count below the target, with A = 0.02 (the reference) and with A = 0 (the uniform reference).
+Takes an hour on a laptop; --results keeps the measurements in a file, from which a stopped run resumes.
 
     python benchmarks/quality.py --calibrate-on corpus.jsonl --measure-on wikitext2.txt
     python benchmarks/quality.py --seeds 1 --windows 8 --results quality.jsonl
@@ -73,7 +73,7 @@ UNIFORM_REFERENCE = Scheme("uniform reference", "kv_group", "steps of 2 %", 0.0)
 
 @dataclass
 class Study:
-    """What all rows share, and what was measured."""
+    """The inputs that all rows share, and the measured rows."""
 
     base: PreTrainedModel
     tokenizer: object
@@ -84,19 +84,19 @@ class Study:
     console: Console
     file: Path | None
     rows: list[dict[str, object]]
-    """What was measured: scheme, share removed, seed, parameters left, perplexity and so on."""
+    """Measured rows: scheme, share removed, seed, parameters left, perplexity and so on."""
 
     def statistics(self, model: PreTrainedModel, seed: int, step: int) -> Statistics:
-        """Measure a model on the draw of a step."""
+        """Measure a model on the calibration draw of a step."""
         tokens = draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=step)
         return measure(model, tokens, criterion=DEFAULT.criterion, keep_bytes=KEEP_BYTES)
 
     def perplexity(self, model: PreTrainedModel) -> float:
-        """Measure a model on the text that is not calibrated on."""
+        """Measure a model on the held-out text."""
         return perplexity(model, self.windows, batch_size=4, device=model.device)
 
     def is_done(self, scheme: Scheme, removed: float, seed: int) -> bool:
-        """Return whether a row was measured before."""
+        """Return whether a row has already been measured."""
         key = {**dataclasses.asdict(scheme), "removed": removed, "seed": seed}
         return any(key.items() <= row.items() for row in self.rows)
 
@@ -126,7 +126,7 @@ class Study:
 
 
 def main() -> None:
-    """Measure, print the table, and the figures as JSON in the last line."""
+    """Measure; print the table, and the figures as JSON in the last line."""
     parser = argparse.ArgumentParser(description="Measure the quality of pruned models without training.")
     parser.add_argument("--model", help="checkpoint folder; default: the demo's model")
     parser.add_argument("--calibrate-on", default=f"{PASSAGES}#validation[:90%]", metavar="TEXT")
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def source(text: str) -> TextSource:
-    """Read ``PATH`` or ``PATH#SPLIT``; the demo's passages lie in a column of another name."""
+    """Read ``PATH`` or ``PATH#SPLIT``; the demo's passages are in a column of another name."""
     path, _, split = text.partition("#")
     return TextSource(path=path, split=split or "train", field="passage" if path == PASSAGES else "text")
 
@@ -242,7 +242,7 @@ def one_step(study: Study, seed: int) -> None:
 
 
 def several_steps(study: Study, scheme: Scheme, settings: PruneSettings, seed: int) -> None:
-    """Prune by a twentieth of the dense model at a time; each size lies on the way to the next."""
+    """Prune by a twentieth of the dense model at a time; each size is passed on the way to the next."""
     dense = model_shape(study.base.config)
     model, current, sparsity, number = study.base, dense, (0.0,) * len(dense.layers), 0
     for wanted in REMOVED:
@@ -266,7 +266,7 @@ def several_steps(study: Study, scheme: Scheme, settings: PruneSettings, seed: i
 
 
 def references(study: Study, seed: int) -> None:
-    """Prune as the authors' code does: no target, the first count that is below 80 % of the parameters."""
+    """Prune as the authors' code does: no exact target, but the first count below 80 % of the parameters."""
     dense = model_shape(study.base.config)
     for scheme in (REFERENCE, UNIFORM_REFERENCE):
         if study.is_done(scheme, REMOVED[0], seed):
@@ -284,7 +284,7 @@ def references(study: Study, seed: int) -> None:
 
 
 def attention_params(shape: ModelShape) -> int:
-    """Return the parameters of all attention groups."""
+    """Return the number of parameters of all attention groups."""
     return sum(shape.attention_params(layer) for layer in shape.layers)
 
 
@@ -312,7 +312,7 @@ def mean(rows: Sequence[dict[str, object]], name: str) -> float:
 
 
 def show(console: Console, study: Study) -> None:
-    """Print one table a size."""
+    """Print one table per size."""
     (dense,) = grouped(study, 0.0)[0][1]
     accuracy = "" if dense["accuracy"] is None else f", accuracy {dense['accuracy']:.3f}"
     for removed in REMOVED:
@@ -338,7 +338,7 @@ def show(console: Console, study: Study) -> None:
 
 
 def figures(study: Study, arguments: argparse.Namespace) -> dict[str, object]:
-    """Return what the last line says: means over seeds."""
+    """Return the figures of the last line: means over seeds."""
     found = {(scheme, share): rows for share in (0.0, *REMOVED) for scheme, rows in grouped(study, share)}
 
     def perplexity_of(scheme: Scheme, removed: float) -> float:

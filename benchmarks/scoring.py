@@ -1,9 +1,9 @@
-"""The score engine against the straightforward way: time, memory beyond the weights, and the same scores.
+"""The score engine against the straightforward way: time, memory beyond the weights, equality of the scores.
 
 The straightforward way is full autograd (the gradients of all weights at once) and a second forward pass for
 the layer similarities. Both get the same model, tokens and threads, in fresh processes that take turns. The
-engine may keep some of what it computes for its backward pass: more memory, less time. Time it on an idle
-machine.
+engine may keep some layer outputs for its backward pass, which takes more memory and less time. Run it on an
+idle machine.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --model output/model --sequences 128 --repeat 3
@@ -52,7 +52,7 @@ SYNTHETIC_1B = LlamaConfig(
 
 
 def main() -> None:
-    """Measure, print the tables, and the figures as JSON in the last line."""
+    """Measure; print the tables, and the figures as JSON in the last line."""
     parser = argparse.ArgumentParser(description="Measure the score engine against full autograd.")
     parser.add_argument("--model", action="append", help="checkpoint folder or synthetic-1b; may be repeated")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences (default: 64)")
@@ -175,7 +175,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 class LogTimes(logging.Handler):
-    """Collects the seconds that the engine logs of its passes."""
+    """Collects the durations of passes that the engine logs."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -183,13 +183,13 @@ class LogTimes(logging.Handler):
         self.seconds: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line like "forward over 30 layers took 6.0 s"."""
+        """Handle a line like "forward over 30 layers took 6.0 s"."""
         if "took" in record.msg and isinstance(record.args, tuple):
             self.seconds[str(record.args[0])] = round(float(str(record.args[-1])), 2)
 
 
 def open_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Load a checkpoint, or make the synthetic model; every page of the weights is in memory afterwards."""
+    """Load a checkpoint or make the synthetic model, with every page of the weights in memory."""
     torch.manual_seed(0)
     if name == "synthetic-1b":
         model = build_model(SYNTHETIC_1B, dtype=dtype).to(device)
@@ -202,7 +202,7 @@ def open_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 
 def reference(model: PreTrainedModel, tokens: torch.Tensor, *, micro_batch: int) -> Statistics:
-    """Score a model with the gradients of all weights, and with another forward pass for similarities."""
+    """Score a model with the gradients of all weights and a second forward pass for similarities."""
     model.requires_grad_(True)
     losses = []
     for batch in tokens.to(model.device).split(micro_batch):
@@ -244,10 +244,10 @@ def reference(model: PreTrainedModel, tokens: torch.Tensor, *, micro_batch: int)
 
 
 def floor_flops(model: PreTrainedModel, tokens: int, length: int) -> float:
-    """Return the multiply-adds that no exact way can avoid, as two operations each.
+    """Return the operations that no exact way can avoid; a multiply-add counts as two.
 
-    A layer runs forward and backward, which is two forwards' worth; the head forward, and backward by its
-    input alone. What the engine computes again comes on top: up to another forward of the layers.
+    Each layer runs forward and backward, which costs two forwards; the head runs forward, and backward for
+    its input only. The engine's recomputation is extra: up to one more forward of the layers.
     """
     config = model.config
     layers = model.get_submodule(family_of(config).layers)
@@ -258,7 +258,7 @@ def floor_flops(model: PreTrainedModel, tokens: int, length: int) -> float:
 
 
 def matmul_rate(model: PreTrainedModel, rows: int) -> float:
-    """Return operations a second of the largest layer's matrix product on this machine."""
+    """Return the operations per second of the largest layer's matrix product on this machine."""
     weight = max((p for p in model.model.layers[0].parameters() if p.dim() == 2), key=torch.numel).detach()
     x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = 0.0
@@ -272,13 +272,13 @@ def matmul_rate(model: PreTrainedModel, rows: int) -> float:
 
 
 def synchronise(device: str | torch.device) -> None:
-    """Wait for what an accelerator still does."""
+    """Wait until an accelerator has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: str) -> int:
-    """Forget the highest memory use so far, and return what is in use now."""
+    """Reset the peak memory use, and return the current use."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -287,14 +287,14 @@ def reset_peak(device: str) -> int:
 
 
 def peak(device: str) -> int:
-    """Return the highest memory use since ``reset_peak``."""
+    """Return the peak memory use since ``reset_peak``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return status("VmHWM")
 
 
 def status(name: str) -> int:
-    """Return a memory figure of this process in bytes."""
+    """Return a memory figure of this process, in bytes."""
     line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -302,7 +302,7 @@ def status(name: str) -> int:
 def show(
     name: str, seconds: dict[str, float], memory: dict[str, float], engine: dict[str, Any], difference: float
 ) -> None:
-    """Print what was measured."""
+    """Print the measurements."""
     console = Console(highlight=False)
     table = Table(name, title_justify="left")
     for header in ("seconds", "memory beyond the weights"):

@@ -1,9 +1,10 @@
-"""Does a smaller model answer faster, and by how much of what its parameters promise?
+"""Speed of a pruned model compared with its reduction in parameters.
 
 Prunes the demo's model to 80 % of its parameters with the default settings, once for each multiple that MLP
-widths are rounded to, and measures prompts and decoding beside the dense model, in turn, in PyTorch and in
-llama.cpp. The share is how many times as fast it decodes at batch 1, over how many times fewer parameters it
-has. Takes half an hour on a laptop; --multiples and --rounds make it shorter. --work keeps the models.
+widths are rounded to. Measures prompts and decoding of the pruned and the dense model in turn, in PyTorch and
+in llama.cpp. The share is the speedup of decoding at batch 1, divided by the reduction in parameters (a 1.2x
+speedup with 1.25x fewer parameters is 0.96). Takes half an hour on a laptop; --multiples and --rounds shorten
+it. --work keeps the models.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --multiples 32 --rounds 3
@@ -34,7 +35,7 @@ GGUF_DTYPES: tuple[GgufDtype, ...] = ("f32", "f16", "q8_0")
 
 
 def settings_of(multiple: int, target: str, work: Path) -> Settings:
-    """Return the demo's recipe, without training and measuring."""
+    """Return the demo's recipe, without training and evaluation."""
     demo = load_recipe(RECIPE)
     return dataclasses.replace(
         demo,
@@ -47,7 +48,7 @@ def settings_of(multiple: int, target: str, work: Path) -> Settings:
 
 
 def pruned(multiple: int, arguments: argparse.Namespace, console: Console) -> tuple[Path, Path]:
-    """Return the folders of the dense model and of the one whose widths are multiples of ``multiple``."""
+    """Return the folders of the dense model and of the one with widths in multiples of ``multiple``."""
     folder: Path = arguments.work
     settings = settings_of(multiple, arguments.target, folder)
     finished = run_local(settings, folder / f"multiple-{multiple}", console)
@@ -56,7 +57,7 @@ def pruned(multiple: int, arguments: argparse.Namespace, console: Console) -> tu
 
 
 def rows_of(multiple: int, arguments: argparse.Namespace, console: Console) -> list[dict[str, object]]:
-    """Measure one pruned model everywhere; a row for each runtime and number format."""
+    """Measure one pruned model; return a row for each runtime and number format."""
     base, checkpoint = pruned(multiple, arguments, console)
     params = (params_of(base), params_of(checkpoint))
     workload = Workload(
@@ -79,7 +80,7 @@ def rows_of(multiple: int, arguments: argparse.Namespace, console: Console) -> l
 
 
 def row_of(multiple: int, dtype: str, record: SpeedRecord, params: tuple[int, int]) -> dict[str, object]:
-    """Return what one comparison comes to."""
+    """Return the row of one comparison."""
     ratio = params[0] / params[1]
     return {
         "width_multiple": multiple,
@@ -95,7 +96,7 @@ def row_of(multiple: int, dtype: str, record: SpeedRecord, params: tuple[int, in
 
 
 def main() -> None:
-    """Prune, measure, and print a table and one JSON object."""
+    """Prune and measure; print a table and one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--target", default="80%", help="what stays (default: 80%%)")
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 32, 64], help="of MLP widths")
@@ -118,7 +119,7 @@ def main() -> None:
             *(str(row[name]) for name in figures),
         )
     console.print(table)
-    # The settings' own default, else the last that was asked for.
+    # The default of the settings, or else the last one requested.
     default = PruneSettings().width_multiple
     shown = default if default in arguments.multiples else arguments.multiples[-1]
     shares = {(row["runtime"], row["dtype"]): row["share"] for row in rows if row["width_multiple"] == shown}

@@ -1,8 +1,8 @@
-"""What the store's promises cost: publishing and fetching, beside a plain loop over boto3's file transfers.
+"""Cost of the store's promises: publishing and fetching against a plain loop over boto3's file transfers.
 
-Each round uploads and downloads the same files both ways, to the same server, in turns at who goes first.
-The plain loop hashes nothing, verifies nothing and flushes nothing to the disk; the ratio is its seconds by
-ours, the median over the rounds: 1 means as fast, 0.5 half as fast. Without --store it starts SeaweedFS on
+Each round uploads and downloads the same files both ways, to the same server, taking turns to go first. The
+plain loop hashes nothing, verifies nothing and flushes nothing to the disk. The ratio is its seconds divided
+by ours, the median over the rounds: 1 means as fast, 0.5 half as fast. Without --store it starts SeaweedFS on
 this machine, which then shares the processor with both.
 
     python benchmarks/storage.py --gigabytes 2 --rounds 3
@@ -37,7 +37,7 @@ SHARD_BYTES = 400_000_000
 
 
 def main() -> None:
-    """Measure, show a table, and print the ratios as one JSON object on the last line."""
+    """Measure; print a table, and the ratios as one JSON object on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
@@ -73,7 +73,7 @@ def _store(uri: str) -> Iterator[str]:
 
 
 def _write_shards(folder: Path, size: int) -> list[Path]:
-    """Write random bytes: some stores would compress others."""
+    """Write random bytes, because some stores compress others."""
     folder.mkdir()
     paths = []
     for start in range(0, size, SHARD_BYTES):
@@ -91,7 +91,7 @@ def _round(
     *,
     ours_first: bool,
 ) -> int:
-    """Move the checkpoint up and down both ways; return how many bytes publishing has read."""
+    """Upload and download the checkpoint both ways; return how many bytes publishing read."""
     ours, plain, reads = join_uri(store, "ours"), join_uri(store, "plain"), 0
     bucket, prefix = urlsplit(plain).netloc, urlsplit(plain).path.strip("/")
     client = boto3.client("s3")
@@ -131,7 +131,7 @@ def _round(
 
 
 def _bytes_read() -> int:
-    """Return what this process has read so far from files; Linux alone tells."""
+    """Return the bytes this process has read from files so far; Linux only."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

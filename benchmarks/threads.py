@@ -1,4 +1,4 @@
-"""What the settings of `core.machine.cores` are worth: benchmark items answered with and without them.
+"""Effect of the settings of `core.machine.cores`: benchmark items answered with and without them.
 
 Part of `benchmarks/overhead.py`, which runs it.
 """
@@ -64,7 +64,7 @@ while True:
 
 @dataclass(frozen=True)
 class Situation:
-    """Under which conditions items are answered: a CPU quota in cores, 0 for none; a process beside."""
+    """Conditions for answering items: a CPU quota in cores (0 is none), and a busy process beside."""
 
     name: str
     quota: float = 0.0
@@ -72,7 +72,7 @@ class Situation:
 
 
 def measure_threads(model: str | None, rounds: int) -> dict[str, Any]:
-    """Measure each situation without and with our settings, print a table, and return the figures."""
+    """Measure each situation without and with our settings; print a table and return the figures."""
     cores = len(os.sched_getaffinity(0))
     situations = [Situation("alone"), Situation("beside a busy process", busy=True)]
     situations += [Situation(f"quota of {quota:g}", quota) for quota in (2.0, 1.5, 1.0) if quota <= cores]
@@ -95,7 +95,7 @@ def measure_threads(model: str | None, rounds: int) -> dict[str, Any]:
 
 
 def answer(folder: str, situation: Situation, rounds: int, *, ours: bool) -> dict[str, Any]:
-    """Answer the items in a process of its own; returns its threads and its median of seconds."""
+    """Answer the items in a separate process; return its number of threads and its median seconds."""
     words = [
         sys.executable,
         "-c",
@@ -115,7 +115,7 @@ def answer(folder: str, situation: Situation, rounds: int, *, ours: bool) -> dic
 
 
 def environment() -> dict[str, str]:
-    """Return the environment without what a user may have set for threads."""
+    """Return the environment without thread settings of the user."""
     prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     return kept | {"PYTHONPATH": str(ROOT)}
@@ -123,7 +123,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def busy_process(wanted: bool) -> Iterator[None]:
-    """Keep all cores busy by a process of the same priority, whose threads spin as torch's do by default."""
+    """Keep all cores busy with a process of the same priority; its threads spin as torch's do by default."""
     if not wanted:
         yield
         return
@@ -137,7 +137,7 @@ def busy_process(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited(quota: float) -> Iterator[tuple[list[str], str]]:
-    """Give the words that start a command under a CPU quota, and what limits it then."""
+    """Yield the words that start a command under a CPU quota, and the name of the limit."""
     if not quota:
         yield [], ""
         return
@@ -158,7 +158,7 @@ def limited(quota: float) -> Iterator[tuple[list[str], str]]:
 
 
 def set_quota(group: Path, quota_us: int) -> bool:
-    """Limit a new control group; returns whether it can be."""
+    """Limit a new control group; return whether that is possible."""
     for name, text in {"cpu.max": f"{quota_us} {PERIOD_US}", "cpu.cfs_quota_us": str(quota_us)}.items():
         if (group / name).exists():
             (group / name).write_text(text)
@@ -167,7 +167,7 @@ def set_quota(group: Path, quota_us: int) -> bool:
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Print what was measured as a table."""
+    """Print the measurements as a table."""
     table = Table("situation", title=f"{4 * ITEMS} answers, seconds (threads)", title_justify="left")
     for name in ("torch's defaults", "ours", "ratio"):
         table.add_column(name, justify="right")
