@@ -163,7 +163,11 @@ def submit(
 @click.option("--list", "list_", is_flag=True, help="Show the schedules.")
 @click.option("--pause", metavar="NAME", help="Start no more runs until it is resumed.")
 @click.option("--resume", metavar="NAME", help="Start runs again.")
-@click.option("--delete", metavar="NAME", help="Remove a schedule; its runs stay.")
+@click.option(
+    "--delete",
+    metavar="NAME",
+    help="Remove a schedule. Kubernetes ends its run that is under way; the next start resumes it.",
+)
 @_with_access
 def schedule(
     recipe: Path | None,

@@ -129,8 +129,8 @@ class RunProgress(io.TextIOBase):
             if self._found:
                 return
         elif message == "already done":
+            self.found_done += not self._found  # prepare-data publishes twice
             self._found = True
-            self.found_done += 1
         shown = (one_line(message), _STYLES.get(level, ""))
         text = Text.assemble((f"{label:<{self._width}}", "cyan"), "  ", shown)
         self._console.print(text, soft_wrap=True)

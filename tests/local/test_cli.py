@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from core.machine.precision import Choice
 from core.model.build import build_model, config_with_layers, load_model
 from core.model.shape import LayerShape
 from core.runs.record import perplexity_text
@@ -336,7 +337,11 @@ def mean_loss(network, windows):
         return float(torch.stack([network(row[None], labels=row[None]).loss for row in windows]).mean())
 
 
-def test_sensitivity_prunes_each_layer_on_half_of_a_text_and_measures_on_the_other(model, tmp_path):
+def test_sensitivity_prunes_each_layer_on_half_of_a_text_and_measures_on_the_other(
+    model, tmp_path, monkeypatch
+):
+    slow = Choice(precision="float32", device="a machine without bfloat16")
+    monkeypatch.setattr("pipelines.sensitivity.choose_precision", lambda device: slow)
     tokens = write_words(tmp_path / "text.txt", 1100, seed=2)
     options = ("--text", tmp_path / "text.txt", "--sequences", 2, "--part", "mlp", "--output", tmp_path / "o")
     result = call("sensitivity", model, *options)

@@ -185,7 +185,7 @@ def test_a_run_whose_final_checkpoint_is_damaged_gets_it_back_as_advised(folder)
     assert run_all(recipe, folder / "artifacts")[0]["key"] == handle["key"]
     error = damaged_error(handle, folder / "output")
     assert f"{final}/model-00002" in str(error)
-    measured = Path(final).parents[0] / "phases/02/evaluated/MANIFEST.json"
+    (measured,) = Path(final).parent.glob("phases/02/evaluated-*/MANIFEST.json")
     written = measured.stat().st_mtime_ns
     obey(error)
     assert not Run.is_done(handle)

@@ -146,6 +146,8 @@ def compiled(folder, cluster):
                 **json_format.MessageToDict(task),
                 **json_format.MessageToDict(config),
             }
+    # It is told whose tasks get accelerators: that follows from the others' settings.
+    del found["resolve-base"]["inputs"]["parameters"]["accelerated"]
     return found
 
 
@@ -174,9 +176,6 @@ def test_a_setting_reaches_the_pods(tmp_path, plain, name, cluster, component, w
 def test_one_component_can_have_it_otherwise(tmp_path, plain, name, cluster, component, where, expected):
     pods = compiled(tmp_path, {"components": {component: cluster}})
     assert piece(pods.pop(component), where) == expected
-    told = [pods.get("resolve-base", {}), plain["resolve-base"]]  # it is told whose tasks get accelerators
-    for task in filter(None, told) if name == "gpus" else ():
-        task["inputs"]["parameters"].pop("accelerated", None)
     assert pods == {other: plain[other] for other in pods}
 
 
