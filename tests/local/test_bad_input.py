@@ -313,7 +313,8 @@ def test_texts_that_do_not_serve_are_named_and_no_data_is_published(folder, chan
     run, base_uri = resolve(recipe_with(changes))
     before = tree(folder)
     assert refused(lambda: run_prepare_data(run=run, base_uri=base_uri), DataError) == message
-    assert tree(folder) == before
+    # The text for perplexity is a publication of its own, made first.
+    assert [path for path in tree(folder) if "/held-out-" not in path] == before
 
 
 def call(folder, *arguments, environment=None):
