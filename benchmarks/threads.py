@@ -20,8 +20,8 @@ from rich.table import Table
 
 from core.bases.importing import import_base
 from core.machine.control_groups import control_groups
+from core.settings.model import ModelSettings
 from core.settings.recipe import load_recipe
-from core.settings.schema import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "demo.yaml"

@@ -11,7 +11,8 @@ import types
 import typing
 
 from core.settings.cluster import ComponentSettings, Toleration
-from core.settings.schema import Settings, TextSource
+from core.settings.schema import Settings
+from core.settings.texts import TextSource
 
 HEAD = """# Settings
 

@@ -19,7 +19,7 @@ from core.machine.precision import choose_precision, resolved, warn_if_emulated
 from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
 from core.report.report import speed_rows
 from core.runs.record import SpeedRecord, perplexity_text
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 from core.storage.layout import CARD
 from core.storage.publication import fetch, published_in, verify_folder
 from core.untrusted import foreign_errors

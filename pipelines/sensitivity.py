@@ -25,7 +25,11 @@ from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.report.figures import inline_svg, sensitivity_figure
 from core.report.templates import render
 from core.runs.record import perplexity_text
-from core.settings.schema import CalibrationSettings, EvaluationSettings, PruneSettings, Settings, TextSource
+from core.settings.calibration import CalibrationSettings
+from core.settings.evaluation import EvaluationSettings
+from core.settings.prune import PruneSettings
+from core.settings.schema import Settings
+from core.settings.texts import TextSource
 
 _SEQUENCES, _LENGTH = 16, 256
 """Where no recipe says how much to calibrate and to measure on."""

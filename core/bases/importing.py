@@ -28,7 +28,7 @@ from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
 from core.model.gguf_header import read_gguf_header
 from core.runs.record import public_path
 from core.settings.addresses import hub_address
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from core.storage.hashing import file_sha256
 from core.storage.layout import CARD
 from core.storage.manifest import FileEntry, Manifest

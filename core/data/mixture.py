@@ -22,7 +22,7 @@ from core.data.packing import (
 )
 from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError, StorageError
-from core.settings.schema import TextSource
+from core.settings.texts import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.data.archives import check_compressed
 from core.errors import DataError
-from core.settings.schema import TextSource
+from core.settings.texts import TextSource
 
 if TYPE_CHECKING:
     import datasets

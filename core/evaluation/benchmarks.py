@@ -19,7 +19,7 @@ from core.evaluation.likelihoods import Request, can_share, log_likelihoods
 from core.evaluation.task_data import load_tasks
 from core.model.loss import final_states, loss_sum
 from core.progress import Progress
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

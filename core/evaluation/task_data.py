@@ -17,7 +17,7 @@ import yaml
 
 from core.data.texts import locate
 from core.errors import DataError
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 
 if TYPE_CHECKING:
     import datasets

@@ -18,7 +18,7 @@ from core.model.build import head_dim, layer_shapes, load_config, model_shape
 from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
 from core.model.families import family_of
 from core.model.shape import LayerShape
-from core.settings.schema import PORTABLE_WIDTH
+from core.settings.prune import PORTABLE_WIDTH
 
 _CODE = "configuration_decilm.py"
 _ROPE_TYPES = ("default", "linear", "llama3")

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from core.settings.schema import CalibrationSettings, EvaluationSettings, TrainingSettings
+from core.settings.calibration import CalibrationSettings
+from core.settings.evaluation import EvaluationSettings
+from core.settings.training import TrainingSettings
 
 Precision = Literal["float32", "bfloat16"]
 Section = TypeVar("Section", CalibrationSettings, TrainingSettings, EvaluationSettings)

@@ -8,7 +8,7 @@ import torch
 
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.scoring.statistics import LayerScores
-from core.settings.schema import AttentionUnit
+from core.settings.prune import AttentionUnit
 
 
 @dataclass(frozen=True, kw_only=True)

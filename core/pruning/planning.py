@@ -18,7 +18,7 @@ from core.pruning.sparsity import (
     sizes_at,
     sizes_for_target,
 )
-from core.settings.schema import PORTABLE_WIDTH, AttentionUnit, PruneSettings
+from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from core.pruning.attention import attention_cuts
 from core.pruning.plan import LayerPlan, select_groups
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import Sizing, sizes_at
-from core.settings.schema import AttentionUnit
+from core.settings.prune import AttentionUnit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

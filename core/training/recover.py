@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from core.errors import TrainingError
 from core.model.loss import final_states, loss_gradient
-from core.settings.schema import TrainingSettings
+from core.settings.training import TrainingSettings
 from core.training.state import Progress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 

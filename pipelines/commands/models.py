@@ -64,8 +64,9 @@ def evaluate(
 
     from rich import print as show
 
+    from core.settings.evaluation import EvaluationSettings
     from core.settings.recipe import load_recipe
-    from core.settings.schema import EvaluationSettings, TextSource
+    from core.settings.texts import TextSource
 
     settings = load_recipe(recipe).evaluation if recipe else EvaluationSettings()
     chosen: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "tasks": tasks or None}

@@ -14,8 +14,8 @@ from core.bases.resolution import current_base
 from core.errors import CheckpointError, SettingsError, StorageError, TrackingError
 from core.runs.run import Run
 from core.settings.addresses import base_name
+from core.settings.model import ModelSettings
 from core.settings.recipe import settings_from_dict
-from core.settings.schema import ModelSettings
 from core.settings.storage import TrackingSettings
 from core.steps.frame import provenance_of
 from core.steps.needs_run import run_needs_run
@@ -238,7 +238,7 @@ def test_a_hub_address_is_the_repository_at_its_revision(folder, project, tmp_pa
     (folder / "team" / "model").mkdir(parents=True)  # a folder of that name is not meant
     (folder / "HEAD").write_text("hf://team/model@v1\n")
     code = (
-        "from core.bases.importing import import_base; from core.settings.schema import ModelSettings\n"
+        "from core.bases.importing import import_base; from core.settings.model import ModelSettings\n"
         "for base, revision in (('hf://team/model', ''), ('hf://team/model@v1', ''),\n"
         "                       ('hf://team/model', 'v1'), ('./HEAD', '')):\n"
         "    print(import_base(ModelSettings(base=base, revision=revision), 'store')[1])"

@@ -21,7 +21,8 @@ from core.data.mixture import write_calibration_pool
 from core.data.texts import iter_conversations, iter_documents, read_rows
 from core.errors import AdaptPrunerError
 from core.model.build import load_model, load_tokenizer
-from core.settings.schema import ModelSettings, TextSource
+from core.settings.model import ModelSettings
+from core.settings.texts import TextSource
 from core.storage.publication import read_manifest
 from tests.support.hub import TOKEN, Repository, run_hub
 

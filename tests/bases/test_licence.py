@@ -10,7 +10,7 @@ import pytest
 
 from core.bases.importing import import_base
 from core.bases.licence import card_facts, gguf_facts, known_facts
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from core.storage.publication import read_manifest
 
 CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en, de]\n---\n# A base\n"

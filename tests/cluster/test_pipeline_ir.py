@@ -12,10 +12,8 @@ from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from core.settings.cluster import ClusterSettings, ComponentSettings
+from core.settings.evaluation import EvaluationSettings
 from core.settings.recipe import settings_from_dict, with_fixed
-from core.settings.schema import (
-    EvaluationSettings,
-)
 from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
 from pipelines.cluster import CONFIG_KEYS, PHASE_OF_NESTED, SECRET_KEYS
 from tests.support.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag

@@ -8,7 +8,7 @@ import pytest
 
 from core.data.texts import iter_conversations, iter_documents, locate, merge_paragraphs, read_rows
 from core.errors import DataError
-from core.settings.schema import TextSource
+from core.settings.texts import TextSource
 
 TEXTS = [f"document {n}: " + "word " * (n % 7) + "end" for n in range(40)]
 

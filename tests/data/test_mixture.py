@@ -12,7 +12,7 @@ from core.data.mixture import slice_name, write_calibration_pool, write_perplexi
 from core.data.packing import PLAIN_TEMPLATE
 from core.data.texts import iter_documents
 from core.errors import DataError, StorageError
-from core.settings.schema import TextSource
+from core.settings.texts import TextSource
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from core import progress
 from core.errors import CheckpointError, DataError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.task_data import task_problems
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 
 QUESTIONS = [
     ("Which of these is a metal?", ["iron", "a wooden spoon", "water", "air in a bottle"]),
@@ -412,7 +412,7 @@ def test_all_wrong_names_and_folders_are_told_at_once(llama, tokenizer, tmp_path
 def test_checking_names_imports_neither_torch_nor_lm_eval():
     script = """
 import sys
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 from core.evaluation.task_data import task_problems
 
 assert task_problems(EvaluationSettings(tasks=("arc_easy", "mmlu"))) == []

@@ -20,7 +20,7 @@ from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from tests.export.test_gguf import CASES, make  # noqa: F401
 from tests.export.test_gguf_tokenizer import TEXTS
 from tests.support import llama_raw

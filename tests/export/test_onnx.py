@@ -23,7 +23,7 @@ from core.model.checkpoint import save_model
 from core.model.families import family_of
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
 pytest.importorskip("onnxscript")

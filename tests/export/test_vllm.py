@@ -11,7 +11,7 @@ from core.export.padded import export_padded
 from core.model.build import build_model, config_with_layers, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from tests.support import vllm_answers
 
 pytestmark = [

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from core.bases.importing import import_base
 from core.errors import IntegrityError
 from core.runs.run import Run
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from core.storage.publication import fetch, publish, verify_folder
 from core.storage.transfer import upload_apart
 from pipelines.cli import main

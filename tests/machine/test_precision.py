@@ -12,7 +12,7 @@ from core.machine import precision
 from core.machine.precision import choose_precision, cpu_rates, resolved, warn_if_emulated
 from core.report.report import build_report
 from core.runs.run import Run
-from core.settings.schema import EvaluationSettings
+from core.settings.evaluation import EvaluationSettings
 from core.steps.records import collect_record
 from core.storage.garbage import find_garbage
 from core.storage.store import LocalStore, open_store
@@ -269,7 +269,7 @@ def test_cleaning_leaves_the_choice_and_removes_what_was_half_written(machine, b
 
 
 def test_evaluate_without_a_run_chooses_for_this_machine(machine, project, caplog):
-    from core.settings.schema import TextSource
+    from core.settings.texts import TextSource
     from pipelines.models import evaluation_table
 
     machine("bfloat16")

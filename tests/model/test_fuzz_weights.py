@@ -15,7 +15,7 @@ from core.model.build import load_config, load_model
 from core.model.checkpoint import INDEX, CheckpointReader, save_model
 from core.model.gguf_header import read_gguf_header
 from core.pruning.scoring.statistics import LayerScores, Statistics
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from tests.support.evidence import note
 from tests.support.fuzzing import (
     BYTES,

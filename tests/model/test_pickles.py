@@ -21,7 +21,7 @@ from core.export.hub_files import checkpoint_files
 from core.model.build import load_model, load_tokenizer
 from core.model.checkpoint import INDEX
 from core.settings import includes
-from core.settings.schema import ModelSettings
+from core.settings.model import ModelSettings
 from core.steps.prepare_data import run_prepare_data
 from core.storage.publication import fetch, read_manifest
 from pipelines.cli import main

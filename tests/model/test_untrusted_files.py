@@ -21,7 +21,8 @@ from core.export.padded import export_padded
 from core.model.build import build_model, config_with_layers, load_config, load_model, load_tokenizer
 from core.model.checkpoint import INDEX, read_json, save_model
 from core.model.shape import LayerShape
-from core.settings.schema import ModelSettings, TextSource
+from core.settings.model import ModelSettings
+from core.settings.texts import TextSource
 from core.storage.publication import fetch, publish, read_manifest
 from pipelines.cli import main
 from tests.support.evidence import note

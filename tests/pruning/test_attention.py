@@ -10,7 +10,7 @@ from core.pruning.attention import attention_cuts
 from core.pruning.planning import settings_for, sizing_for
 from core.pruning.scoring.statistics import LayerScores
 from core.pruning.sparsity import sizes_at
-from core.settings.schema import PruneSettings
+from core.settings.prune import PruneSettings
 
 DENSE = ModelShape(
     layers=(LayerShape(query_heads=12, kv_heads=6, mlp_width=200),) * 2,

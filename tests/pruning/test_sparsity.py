@@ -20,7 +20,7 @@ from core.pruning.sparsity import (
     sizes_for_target,
     smallest_params,
 )
-from core.settings.schema import PruneSettings
+from core.settings.prune import PruneSettings
 from tests.support.models import llama_similarities
 
 

@@ -13,15 +13,13 @@ import pytest
 import yaml
 
 from core.errors import SettingsError
+from core.settings.calibration import CalibrationSettings
+from core.settings.cluster import ClusterSettings
+from core.settings.prune import PruneSettings
 from core.settings.recipe import load_recipe, settings_from_dict
-from core.settings.schema import (
-    CalibrationSettings,
-    ClusterSettings,
-    PruneSettings,
-    Settings,
-    TextSource,
-    TrainingSettings,
-)
+from core.settings.schema import Settings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 
 LEAST = {"model": {"base": "m"}, "calibration": {"source": {"path": "c.txt"}}}
 FULL = {

@@ -4,15 +4,13 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from core.settings.calibration import CalibrationSettings
 from core.settings.cluster import ClusterSettings, ComponentSettings, Toleration
-from core.settings.schema import (
-    CalibrationSettings,
-    EvaluationSettings,
-    ModelSettings,
-    PruneSettings,
-    Settings,
-    TextSource,
-)
+from core.settings.evaluation import EvaluationSettings
+from core.settings.model import ModelSettings
+from core.settings.prune import PruneSettings
+from core.settings.schema import Settings
+from core.settings.texts import TextSource
 
 STEPS = ("calibrate", "score-layers", "prune-step", "recover-train")
 CLUSTER = ClusterSettings(

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from core.errors import TrainingError
-from core.settings.schema import TextSource, TrainingSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 from core.training.recover import recover
 from tests.support.models import UNEQUAL, random_tokens, tiny
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
-from core.settings.schema import TextSource, TrainingSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 from core.storage.publication import delete_publication, fetch, publish, read_manifest
 from core.storage.store import join_uri, open_store
 from core.training.recover import recover

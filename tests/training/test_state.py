@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 
 from core.errors import CheckpointError, StorageError
 from core.model.build import build_model
-from core.settings.schema import TextSource, TrainingSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 from core.training import state as state_module
 from core.training.recover import recover
 from core.training.state import Progress, check_fits, read_state, restore_state, write_state

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from core.pruning.phases import phase_steps
-from core.settings.schema import TextSource, TrainingSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 from core.training.recover import recover
 from core.training.wsd import wsd_learning_rate
 from tests.support.models import random_tokens, tiny

@@ -24,7 +24,7 @@ from core.pruning.scoring.criteria import CRITERIA, LayerScoring
 from core.pruning.scoring.kept_outputs import KeptOutputs
 from core.pruning.scoring.layer_inputs import LayerInputs
 from core.pruning.scoring.statistics import LayerScores, Statistics
-from core.settings.schema import CriterionName
+from core.settings.prune import CriterionName
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from core.model.families import Family, Kind
 from core.model.shape import LayerShape
 from core.pruning.scoring.statistics import LayerScores
-from core.settings.schema import CriterionName
+from core.settings.prune import CriterionName
 
 Observed = Literal["nothing", "inputs", "output_gradients", "weight_gradients"]
 

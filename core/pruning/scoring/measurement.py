@@ -15,7 +15,8 @@ from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import open_pruned
 from core.quantities import parse_bytes
-from core.settings.schema import CalibrationSettings, PruneSettings
+from core.settings.calibration import CalibrationSettings
+from core.settings.prune import PruneSettings
 
 log = logging.getLogger(__name__)
 

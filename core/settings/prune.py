@@ -1,0 +1,107 @@
+"""Settings of the section ``prune``: how much is removed, in which steps, and from which layers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import refuse
+from core.quantities import in_range, is_share, parse_count
+
+WIDTH_MULTIPLE = 32
+"""What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
+
+PORTABLE_WIDTH = 256
+"""MLP widths of the portable profile are multiples of this: the DeciLM format knows no others."""
+
+AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
+CriterionName = Literal[
+    "taylor_l1",
+    "taylor_signed",
+    "taylor_per_microbatch",
+    "magnitude_l1",
+    "magnitude_l2",
+    "wanda_sp",
+    "fluctuation",
+    "activation_l2",
+    "random",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """How much is removed, in which steps, and how it is shared between the layers."""
+
+    target: str = "50%"
+    """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
+    half of ``width_multiple`` MLP channels."""
+    method: Literal["adapt-pruner"] = "adapt-pruner"
+    """The pruning method."""
+    phases: int = 20
+    """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
+    phase_sizes: Literal["geometric", "linear"] = "geometric"
+    """Sizes between the base and the target: equal ratios (the paper) or equal differences."""
+    steps_per_phase: int = 0
+    """Pruning steps in a phase; importance is measured anew before each. 0 takes as many as keep a step from
+    removing more than 5 % of the parameters."""
+    amplitude: float = 0.02
+    """A of eq. 6: how far the sparsity of layers spreads. 0 prunes all layers alike."""
+    amplitude_per: Literal["share", "step"] = "share"
+    """What A is for. ``share``: a step of 2 %, and in proportion for others, so that the number of steps does
+    not matter. ``step`` (the paper): each step, whatever its size."""
+    similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    """How the input and the output of a layer are compared (eq. 3)."""
+    criterion: CriterionName = "taylor_l1"
+    """What a group is worth. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
+    attention_unit: AttentionUnit = "auto"
+    """What attention loses. ``auto``: a KV head with its query heads, where that is worth less a parameter
+    than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
+    paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
+    sparsity. ``none``: nothing."""
+    width_multiple: int = WIDTH_MULTIPLE
+    """MLP widths are multiples of this, and the target is met to within half of it in channels. 32 lets
+    llama.cpp quantize every layer; 1 comes closest to the target."""
+    profile: Literal["free", "portable"] = "free"
+    """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
+    TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
+    of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        try:
+            share = float(self.target.strip(" %")) / 100 if is_share(self.target) else None
+            if share is not None and not 0 < share < 1:
+                yield (
+                    f"target={self.target} must lie between 0% and 100%. "
+                    "Ask for the share of parameters that stays."
+                )
+            if share is None and parse_count(self.target) <= 0:
+                yield f"target={self.target} must be positive. Ask for the number of parameters that stay."
+        except ValueError:
+            yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
+        yield from in_range("phases", self.phases, 1, 1000)
+        yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
+        yield from in_range("amplitude", self.amplitude, 0, 1)
+        yield from in_range("width_multiple", self.width_multiple, 1, 4096)
+        if self.profile == "portable":
+            yield from self._contradictions()
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.attention_unit not in ("auto", "none"):
+            yield (
+                f"attention_unit={self.attention_unit} removes heads, but profile=portable leaves attention "
+                "whole. Leave attention_unit out, or set profile to free."
+            )
+        if self.width_multiple != WIDTH_MULTIPLE and self.width_multiple % PORTABLE_WIDTH:
+            yield (
+                f"width_multiple={self.width_multiple} must be a multiple of {PORTABLE_WIDTH} under "
+                "profile=portable. Leave it out, or set profile to free."
+            )
+
+    def target_params(self, base_params: int) -> int:
+        """Return the target as a parameter count for a base model of ``base_params`` parameters."""
+        if is_share(self.target):
+            return round(base_params * float(self.target.strip(" %")) / 100)
+        return parse_count(self.target)

@@ -1,0 +1,96 @@
+"""Settings of the section ``training``: recovery training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core.errors import refuse
+from core.quantities import in_range, parse_count, parse_interval
+from core.settings.identity import HOW
+from core.settings.texts import TextSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Recovery training, shared out over the phases by eq. 11."""
+
+    tokens: str = "0"
+    """Training tokens over all phases (``3.87B``); 0 prunes without training."""
+    sources: tuple[TextSource, ...] = ()
+    """The mixture; ``weight`` shares out the tokens."""
+    sequence_length: int = 1024
+    """Tokens a packed sequence."""
+    global_batch: int = 128
+    """Sequences an optimizer step."""
+    micro_batch: int = field(default=8, metadata=HOW)
+    """Sequences a forward pass; divides ``global_batch``."""
+    learning_rate: float = 2e-5
+    """Peak of the warmup-stable-decay schedule."""
+    min_learning_rate: float = 2e-6
+    """Where the decay ends."""
+    warmup_share: float = 0.05
+    """Share of all steps that warm up."""
+    decay_share: float = 0.10
+    """Share of all steps that decay."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, in [0, 1]."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this l2 norm; 0 clips nothing."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
+    ``auto``: see ``calibration.precision``."""
+    gradient_checkpointing: bool = field(default=False, metadata=HOW)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: str = field(default="10min", metadata=HOW)
+    """How often the state of training (12 bytes a parameter) goes to the store, so that a task that is killed
+    goes on from there: ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        try:
+            tokens = parse_count(self.tokens)
+        except ValueError:
+            yield (
+                f"tokens={self.tokens} is not a count such as 3.87B. "
+                "Give the training tokens of all phases, or 0."
+            )
+            tokens = 0
+        yield from in_range("sequence_length", self.sequence_length, 2, 10**6)
+        yield from in_range("global_batch", self.global_batch, 1, 10**6)
+        yield from in_range("micro_batch", self.micro_batch, 1, 10**6)
+        yield from in_range("learning_rate", self.learning_rate, 0, 1)
+        yield from in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
+        yield from in_range("warmup_share", self.warmup_share, 0, 1)
+        yield from in_range("decay_share", self.decay_share, 0, 1)
+        yield from in_range("weight_decay", self.weight_decay, 0, 1)
+        yield from in_range("max_grad_norm", self.max_grad_norm, 0, 10**9)
+        if self.warmup_share + self.decay_share > 1:
+            yield "warmup_share + decay_share exceed 1. Lower one of them."
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            yield (
+                f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. "
+                "Change one."
+            )
+        try:
+            parse_interval(self.save_every)
+        except ValueError:
+            yield (
+                f"save_every={self.save_every} is no interval. Give one such as 10min, 90s, 2h or 200 steps, "
+                "or 0 to save nothing."
+            )
+        if tokens and not self.sources:
+            yield f"tokens={self.tokens} needs sources. Name at least one text source, or set tokens to 0."
+        if 0 < tokens < self.sequence_length * self.global_batch:
+            step = self.sequence_length * self.global_batch
+            yield (
+                f"tokens={self.tokens} is less than one optimizer step of {step:,} tokens. "
+                "Raise it or shrink the batch."
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all phases."""
+        return parse_count(self.tokens) // (self.sequence_length * self.global_batch)
