@@ -169,7 +169,7 @@ def test_everything_works_without_this_package(version, tmp_path):
         )
     python = environment_without_this_package(tmp_path / "venv", version)
     result = subprocess.run(
-        [python, ROOT / "tests" / "stock_transformers.py", *folders],
+        [python, ROOT / "tests" / "support" / "stock_transformers.py", *folders],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
