@@ -1,7 +1,7 @@
 """Physical removal of groups: from a layer's tensors, a model in memory, a checkpoint on disk."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,7 @@ def prune_checkpoint(
     digest: str,
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any],
+    repair: Callable[[int, LayerPlan], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
 
@@ -121,6 +122,7 @@ def prune_checkpoint(
         digest: Digest of the source's manifest.
         dtype: Number format to write; None keeps that of the source's weights.
         provenance: Written along with the checkpoint.
+        repair: Called for each layer in turn, returns what is added to its tensors once they are cut.
 
     Raises:
         PlanError: If the plan was made for another checkpoint.
@@ -136,6 +138,8 @@ def prune_checkpoint(
         for index, shape in enumerate(shapes):
             prefix = f"{family.layers}.{index}"
             tensors = prune_layer(family, shape, reader.layer(prefix), plan.layers[index])
+            for name, change in (repair(index, plan.layers[index]) if repair else {}).items():
+                tensors[name] = (tensors[name] + change).to(tensors[name].dtype)
             log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
             yield {f"{prefix}.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

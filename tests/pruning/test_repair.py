@@ -1,0 +1,181 @@
+"""Closed-form repair, against least squares on all activations at once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.errors import CheckpointError
+from core.model.build import head_dim, load_model, model_shape
+from core.model.checkpoint import save_model
+from core.model.families import family_of
+from core.model.layerwise import LayerwiseModel, open_streamed
+from core.pruning.plan import LayerPlan
+from core.pruning.repair import Repair
+from core.pruning.surgery import prune_checkpoint, prune_model
+from tests.pruning.test_surgery import plan_for, without_head_cuts
+from tests.support.models import CONFIGS, Float64Throughout, random_tokens, tiny
+
+RIDGE = 0.1
+TOKENS = random_tokens(rows=6)
+
+CUT = (
+    LayerPlan(query_heads=(0, 1, 4, 5), kv_heads=(0, 2), mlp_channels=(0, 3, 4, 17, 39)),
+    LayerPlan(query_heads=(2, 3), kv_heads=(1,), mlp_channels=tuple(range(40))),
+    LayerPlan(query_heads=(1, 2, 5), kv_heads=(0, 1, 2), mlp_channels=tuple(range(3, 38))),
+)
+WHOLE = LayerPlan(query_heads=tuple(range(6)), kv_heads=(0, 1, 2), mlp_channels=tuple(range(40)))
+
+
+def cut_for(model):
+    return CUT if family_of(model.config).prunes_heads else without_head_cuts(CUT)
+
+
+def columns(model, plan, name):
+    if name == "mlp.down_proj":
+        return list(plan.mlp_channels)
+    size = head_dim(model.config)
+    return [head * size + i for head in plan.query_heads for i in range(size)]
+
+
+def inputs_of(model, layer, name):
+    """(tokens, F) inputs of a projection, from a forward pass of the whole model."""
+    seen = []
+    linear = model.get_submodule(f"{family_of(model.config).layers}.{layer}.{name}")
+    hook = linear.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].flatten(0, 1)))
+    model(TOKENS)
+    hook.remove()
+    return linear, seen[0]
+
+
+@torch.no_grad()
+def repaired_by_least_squares(model, plans):
+    """The cut model: one projection after the other by ``lstsq`` over stacked activations and ridge rows."""
+    errors = []
+    for index, plan in enumerate(plans):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            kept = columns(model, plan, name)
+            linear, x = inputs_of(model, index, name)
+            if len(kept) == x.shape[1]:
+                continue
+            wanted = linear(x)
+            rows, center = x[:, kept], linear.weight[:, kept].clone()
+            unrepaired = wanted - rows @ center.T
+            if linear.bias is not None:
+                unrepaired = unrepaired - linear.bias
+            spread = rows - rows.mean(dim=0) if linear.bias is not None else rows
+            ridge = RIDGE * spread.square().sum(dim=0).mean()
+            penalty = ridge.sqrt() * torch.eye(len(kept), dtype=x.dtype)
+            if linear.bias is not None:
+                rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=x.dtype)], dim=1)
+                penalty = torch.cat([penalty, torch.zeros(len(kept), 1, dtype=x.dtype)], dim=1)
+            right = torch.cat([unrepaired, torch.zeros(len(kept), wanted.shape[1], dtype=x.dtype)])
+            change = torch.linalg.lstsq(torch.cat([rows, penalty]), right, driver="gelsd").solution.T
+            linear.weight.zero_()
+            linear.weight[:, kept] = center + change[:, : len(kept)]
+            if linear.bias is not None:
+                linear.bias += change[:, -1]
+            errors.append((unrepaired.square().sum(), (wanted - linear(x)).square().sum()))
+    return prune_model(model, plans), errors
+
+
+@torch.no_grad()
+def repaired(model, plans, **options):
+    """The cut model with what ``Repair`` adds."""
+    cut = prune_model(model, plans)
+    state = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
+    repair = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE, **options)
+    for index, plan in enumerate(plans):
+        for name, change in repair.layer(index, plan).items():
+            state[f"{family_of(model.config).layers}.{index}.{name}"] += change
+    cut.load_state_dict(state)
+    return cut
+
+
+def assert_equal(one, other):
+    for (name, a), (same, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert name == same
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_repair_is_least_squares_on_the_activations_of_the_repaired_layers_before(name):
+    plans = cut_for(tiny(name))
+    with Float64Throughout():
+        wanted, errors = repaired_by_least_squares(tiny(name), plans)
+        found = repaired(tiny(name), plans, micro_batch=6)
+    assert_equal(found, wanted)
+    assert all(after < before for before, after in errors)
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma2", "granite", "phi3"])
+def test_micro_batches_and_what_is_kept_change_nothing(name):
+    with Float64Throughout():
+        at_once = repaired(tiny(name), CUT, micro_batch=6)
+        for options in (
+            {"micro_batch": 1},
+            {"micro_batch": 2, "keep_bytes": 10**9},
+            {"micro_batch": 4, "keep_bytes": 40_000},
+        ):
+            assert_equal(repaired(tiny(name), CUT, **options), at_once)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_where_nothing_goes_nothing_changes(name):
+    model = tiny(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    repair = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE)
+    assert [repair.layer(index, WHOLE) for index in range(3)] == [{}, {}, {}]
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_layer_that_loses_nothing_still_hands_on_its_activations():
+    plans = (CUT[0], WHOLE, CUT[2])
+    with Float64Throughout():
+        wanted, _ = repaired_by_least_squares(tiny("llama"), plans)
+        assert_equal(repaired(tiny("llama"), plans), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_checkpoint_is_repaired_a_layer_at_a_time(dtype, tmp_path):
+    model = tiny("qwen2")
+    save_model(model, tmp_path / "base", companions=None, provenance={})
+    streamed = open_streamed(tmp_path / "base")
+    with Float64Throughout():
+        prune_checkpoint(
+            tmp_path / "base",
+            tmp_path / "small",
+            plan_for(model, CUT, "d"),
+            digest="d",
+            dtype=dtype,
+            provenance={},
+            repair=Repair(streamed, TOKENS, ridge=RIDGE).layer,
+        )
+        wanted = repaired(model, CUT)
+    found = load_model(tmp_path / "small")
+    assert all(p.is_meta for p in streamed.layers[0].parameters())
+    assert model_shape(found.config).num_params() == plan_for(model, CUT, "d").params_after
+    if dtype == torch.float64:
+        assert_equal(found, wanted)
+    else:
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert torch.equal(found.state_dict()[name], wanted.state_dict()[name].to(dtype))
+
+
+def test_channels_that_are_never_active_stay_as_they_are():
+    model = tiny("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.zero_()
+    plan = replace(WHOLE, mlp_channels=(1, 2))
+    (change,) = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE).layer(0, plan).values()
+    assert torch.equal(change, torch.zeros(48, 2, dtype=torch.float64))
+
+
+def test_activations_that_are_not_finite_are_named():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 0] = torch.inf
+    repair = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE)
+    with pytest.raises(CheckpointError, match=r"enter mlp\.down_proj of layer 0 are not finite"):
+        repair.layer(0, replace(WHOLE, mlp_channels=(1, 2)))
