@@ -46,7 +46,7 @@ _OWN_PARAMETERS = (
     ("prune", "target"),
     ("prune", "method"),
 )
-_FIXED = (("prune", "phases"), ("prune", "steps_per_phase"), ("evaluation", "speed"))
+_FIXED = (("prune", "phases"), ("prune", "steps_per_phase"), ("prune", "repair"), ("evaluation", "speed"))
 """What the compiled pipeline depends on: how many tasks there are, and which of them get accelerators."""
 
 Place = Callable[..., dsl.PipelineTask]
@@ -109,7 +109,9 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     phases = phases or settings.prune.phases
     on_cluster = functools.partial(configure, settings=settings.cluster, recipe=settings.name)
     place = _place_here if local else on_cluster
-    phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
+    phase_pipeline = _build_phase(
+        place, gpu_scoring=settings.prune.steps_per_phase != 1, repairs=settings.prune.repair != "none"
+    )
 
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
     def adapt_pruner(
@@ -127,7 +129,8 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
             method: The pruning method; there is one, adapt-pruner.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
-                compiled pipeline: prune.phases, prune.steps_per_phase, evaluation.speed, the section cluster.
+                compiled pipeline: prune.phases, prune.steps_per_phase, prune.repair, evaluation.speed, the
+                section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -233,7 +236,7 @@ def _prune_and_train(
     place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=gpu_publish).after(*evaluations)
 
 
-def _build_phase(place: Place, *, gpu_scoring: bool) -> BaseComponent:
+def _build_phase(place: Place, *, gpu_scoring: bool, repairs: bool) -> BaseComponent:
     """Build the nested pipeline of one phase: a checkpoint's URI in, the pruned and recovered one's out."""
 
     @dsl.pipeline(name="phase")
@@ -247,8 +250,10 @@ def _build_phase(place: Place, *, gpu_scoring: bool) -> BaseComponent:
             checkpoint_uri=checkpoint_uri, data_uri=data_uri, statistics=statistics, **common
         )
         place(planned, gpu=gpu_scoring, phase=PHASE_OF_NESTED)
-        pruned = prune_step(checkpoint_uri=checkpoint_uri, plan=planned.outputs["plan"], **common)
-        place(pruned, gpu=False, phase=PHASE_OF_NESTED)
+        pruned = prune_step(
+            checkpoint_uri=checkpoint_uri, data_uri=data_uri, plan=planned.outputs["plan"], **common
+        )
+        place(pruned, gpu=repairs, phase=PHASE_OF_NESTED)
         recovered = recover_train(checkpoint_uri=pruned.outputs["Output"], data_uri=data_uri, **common)
         place(recovered, gpu=True, phase=PHASE_OF_NESTED)
         return recovered.outputs["Output"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from core.errors import SettingsError, StorageError
 from core.model.shape import LayerShape, ModelShape
+from core.settings.identity import with_former
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import Settings
 from core.storage.layout import pointer_of
@@ -82,7 +83,7 @@ class Run:
             return cls(
                 store=store,
                 key=key,
-                settings=settings_from_dict(data["settings"]),
+                settings=settings_from_dict(with_former(Settings, data["settings"])),
                 revision=data["revision"],
                 base_uri=data["base_uri"],
                 dense=ModelShape(

@@ -7,6 +7,7 @@ nothing is what its section is, and a section that says nothing changes the resu
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,10 +22,23 @@ MEASURED: Mapping[str, Kind] = {_KIND: "measured"}
 PLACE: Mapping[str, Kind] = {_KIND: "place"}
 """Where a run is kept, shown and computed, and what things are called."""
 
+_FORMERLY = "formerly"
+
+
+def formerly(value: Any) -> Mapping[str, Any]:
+    """Return the metadata of a setting that changes the result and that older versions did not have.
+
+    Args:
+        value: What they did. Runs of theirs keep it, and a recipe that asks for it has the key that it had.
+    """
+    return {_KIND: "result", _FORMERLY: value}
+
+
 ALGORITHM_VERSION = 1
 """Part of every key. Raise it if equal settings give another result than before, beyond rounding: another
 formula, draw, order of the data or default of a setting that changes the result. Every run then begins again
-under another key. A new setting whose default leaves the result alone needs no new version."""
+under another key. A new setting needs no new version if its default leaves the result alone, or if it is
+``formerly`` something else."""
 
 
 def digest_of_kind(settings: Any, kind: Kind, **also: Any) -> str:
@@ -41,6 +55,8 @@ def digest_of_kind(settings: Any, kind: Kind, **also: Any) -> str:
 
 def settings_of_kind(settings: Any, kind: Kind, inherited: Kind = "result") -> dict[str, Any]:
     """Return the settings of a kind that differ from their defaults, as a recipe holds them.
+
+    Of a setting that was ``formerly`` something else, from that.
 
     Args:
         settings: Settings, or a section of them.
@@ -60,7 +76,26 @@ def settings_of_kind(settings: Any, kind: Kind, inherited: Kind = "result") -> d
     return found
 
 
+def with_former(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an older version may have stored, with what it did where it had no setting.
+
+    Args:
+        cls: The dataclass of the settings, or of a section.
+        stored: Settings as ``dataclasses.asdict`` gives them.
+    """
+    found = dict(stored)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(found.get(field.name), Mapping):
+            found[field.name] = with_former(hints[field.name], found[field.name])
+        elif _FORMERLY in field.metadata:
+            found.setdefault(field.name, field.metadata[_FORMERLY])
+    return found
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
+    if _FORMERLY in field.metadata:
+        return field.metadata[_FORMERLY]
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

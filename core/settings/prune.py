@@ -1,11 +1,12 @@
 """Settings of the section ``prune``: how much is removed, in which steps, and from which layers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
+from core.settings.identity import formerly
 
 WIDTH_MULTIPLE = 32
 """What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
@@ -52,6 +53,15 @@ class PruneSettings:
     """How the input and the output of a layer are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
     """What a group is worth. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
+    repair: Literal["none", "ridge"] = field(default="ridge", metadata=formerly("none"))
+    """What is done to the weights that stay after a cut. ``ridge``: those of o_proj and down_proj take over
+    what those that went contributed, in closed form, layer after layer. ``none`` (the paper): nothing."""
+    repair_ridge: float = 0.1
+    """Strength of the ridge that holds repaired weights near what they were, as a share of the mean square of
+    the activations that they read."""
+    repair_tokens: str = "128k"
+    """Tokens of the calibration corpus that a repair is computed from, in sequences of
+    ``calibration.sequence_length``; at most what the corpus holds."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, where that is worth less a parameter
     than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
@@ -85,6 +95,12 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
+        yield from in_range("repair_ridge", self.repair_ridge, 1e-6, 1e6)
+        try:
+            if parse_count(self.repair_tokens) <= 0:
+                yield f"repair_tokens={self.repair_tokens} must be positive. Or set repair to none."
+        except ValueError:
+            yield f"repair_tokens={self.repair_tokens} is not a count. Give one such as 128k."
         if self.profile == "portable":
             yield from self._contradictions()
 

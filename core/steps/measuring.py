@@ -36,7 +36,7 @@ def measure(
     warn_if_emulated("calibration", settings.calibration.precision, pick_device())
     return measure_checkpoint(
         fetch(checkpoint_uri, scratch),
-        _draw(run, phase, step, data_uri, scratch),
+        draw(run, phase, step, data_uri, scratch, sequences=settings.calibration.sequences),
         settings.calibration,
         settings.prune,
         dtype=dtype_of(settings.calibration.precision),
@@ -46,8 +46,8 @@ def measure(
     )
 
 
-def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Tensor":
-    """Return the calibration set of a pruning step of a phase, both counted over the run."""
+def draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path, *, sequences: int) -> "Tensor":
+    """Return the calibration set of a pruning step of a phase: (S, T), at most all documents of the pool."""
     from safetensors.torch import load_file
 
     from core.pruning.scoring.calibration import draw_calibration
@@ -55,5 +55,4 @@ def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Ten
     folder = fetch(data_uri, scratch, only=[CALIBRATION_POOL])
     pool = load_file(folder / CALIBRATION_POOL)["input_ids"]
     number = (phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
-    sequences = run.settings.calibration.sequences
-    return draw_calibration(pool, sequences=sequences, seed=run.settings.seed, step=number)
+    return draw_calibration(pool, sequences=min(sequences, len(pool)), seed=run.settings.seed, step=number)

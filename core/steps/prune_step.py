@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.quantities import parse_count
 from core.runs.run import Run
 from core.steps.frame import (
     Artifact,
@@ -13,17 +15,26 @@ from core.steps.frame import (
     digest_of,
     provenance_of,
 )
+from core.steps.measuring import draw
 from core.storage.layout import PLAN
 from core.storage.publication import fetch
 
 if TYPE_CHECKING:
-    pass
+    from core.pruning.repair import Repair
+
+_DRAW = 999
+"""Number of the calibration draw within the phase, after those of its steps."""
 
 log = logging.getLogger(__name__)
 
 
-def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, model: Artifact) -> str:
-    """Remove the groups that the plan, which score-layers has published, leaves out, a layer at a time.
+def run_prune_step(
+    *, run: Mapping[str, Any], phase: int, checkpoint_uri: str, data_uri: str, model: Artifact
+) -> str:
+    """Remove the groups that the plan, which score-layers has published, leaves out, and repair what stays.
+
+    All steps of the phase are cut at once, so that the repair aims at what the checkpoint computes. Both are
+    done a layer at a time.
 
     Returns:
         URI of the smaller checkpoint.
@@ -38,13 +49,16 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
         scored = this.phase_uri(phase, "scored")
         plan = Plan.load(fetch(scored, work.scratch / "scored", only=[PLAN]) / PLAN)
         digest = digest_of(checkpoint_uri)
+        source = fetch(checkpoint_uri, work.scratch)
+        repair = _repair(this, phase, source, data_uri, work.scratch)
         prune_checkpoint(
-            fetch(checkpoint_uri, work.scratch),
+            source,
             work.out,
             plan,
             digest=digest,
             dtype=dtype_of(this.settings.model.dtype),
             provenance=provenance_of(this, phase, digest, step="prune-step"),
+            repair=None if repair is None else repair.layer,
         )
         return {"params": plan.params_after}
 
@@ -52,3 +66,25 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
     compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
     describe_checkpoint(uri, model)
     return uri
+
+
+def _repair(run: Run, phase: int, source: Path, data_uri: str, scratch: Path) -> "Repair | None":
+    """Return what repairs the layers of a checkpoint, if the settings ask for it."""
+    from core.machine.memory import available_bytes
+    from core.model.build import dtype_of
+    from core.pruning.repair import Repair
+    from core.pruning.scoring.measurement import open_to_run, state_memory
+
+    prune, calibration = run.settings.prune, run.settings.calibration
+    if prune.repair == "none":
+        return None
+    sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
+    tokens = draw(run, phase, _DRAW, data_uri, scratch, sequences=sequences)
+    model = open_to_run(source, calibration, dtype=dtype_of(calibration.precision))
+    device = model.model.device
+    states_bytes = tokens.numel() * model.model.config.hidden_size * model.model.dtype.itemsize
+    room = state_memory(calibration) - states_bytes if device.type == "cpu" else available_bytes(device) // 4
+    log.info("repairing on %s tokens", f"{tokens.numel():,}")
+    return Repair(
+        model, tokens, ridge=prune.repair_ridge, micro_batch=calibration.micro_batch, keep_bytes=room
+    )

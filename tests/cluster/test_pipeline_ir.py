@@ -174,7 +174,10 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
         task for _, dag in dags(ir[0]) for name, task in dag.dag.tasks.items() if name == "resolve-base"
     )
     fixed = json_format.MessageToDict(resolved.inputs.parameters["fixed"].runtime_value.constant)
-    assert fixed == {"prune": {"phases": phases, "steps_per_phase": 1}, "evaluation": {"speed": False}}
+    assert fixed == {
+        "prune": {"phases": phases, "steps_per_phase": 1, "repair": "ridge"},
+        "evaluation": {"speed": False},
+    }
     recipe = with_fixed(recipe, fixed)
     assert "cluster" not in recipe, "it is compiled in: what the run form said of it would be ignored"
     assert settings_from_dict(recipe) == settings(phases, cluster=ClusterSettings())

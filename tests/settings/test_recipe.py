@@ -15,6 +15,7 @@ import yaml
 from core.errors import SettingsError
 from core.settings.calibration import CalibrationSettings
 from core.settings.cluster import ClusterSettings
+from core.settings.identity import with_former
 from core.settings.prune import PruneSettings
 from core.settings.recipe import load_recipe, settings_from_dict
 from core.settings.schema import Settings
@@ -600,6 +601,9 @@ OTHERS = {
     "similarity": "euclidean",
     "attention_unit": "none",
     "criterion": "random",
+    "repair": "none",
+    "repair_ridge": 0.5,
+    "repair_tokens": "64k",
     "packing": True,
     "width_multiple": 8,
     "sequences": 8,
@@ -688,10 +692,26 @@ def test_the_split_into_micro_batches_counts_where_each_is_scored_apart():
 
 def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_no_key():
     settings = settings_from_dict({"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}})
-    counted = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
+    counted = {
+        "algorithm": 1,
+        "settings": {"calibration": {"source": {"path": "p"}}, "prune": {"repair": "ridge"}},
+    }
     assert settings.digest() == hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
     named = dataclasses.replace(settings, prune=dataclasses.replace(settings.prune, amplitude=0.02))
     assert named.digest() == settings.digest()
+
+
+def test_a_setting_that_older_versions_did_not_have_keeps_the_key_of_what_they_did():
+    recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}}
+    before = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
+    older = settings_from_dict(recipe | {"prune": {"repair": "none"}})
+    assert older.digest() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert settings_from_dict(recipe).digest() != older.digest()
+    stored = older.to_dict()
+    assert settings_from_dict(with_former(Settings, stored)) == older
+    del stored["prune"]["repair"]
+    assert settings_from_dict(with_former(Settings, stored)) == older
+    assert "repair" not in stored["prune"]
 
 
 def test_another_version_of_the_algorithm_changes_every_key(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from components.calibrate import calibrate
@@ -22,6 +23,10 @@ from components.score_layers import score_layers
 from core.errors import IntegrityError, TrackingError
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.model.layerwise import LayerwiseModel
+from core.pruning.plan import Plan
+from core.pruning.repair import Repair
+from core.pruning.surgery import prune_model
 from core.runs.run import Run
 from core.steps.finalize import run_finalize
 from core.steps.needs_run import run_needs_run
@@ -105,6 +110,7 @@ def pruned_only(project, tmp_path_factory):
                 "prune.attention_unit": unit,
                 "prune.target": target,
                 "prune.steps_per_phase": steps_per_phase,
+                "prune.repair": "none",
                 "storage.store": str(folder / "store"),
                 "storage.keep": "all",
             }
@@ -243,10 +249,30 @@ def test_what_artifacts_hold_changes_nothing_as_steps_read_publications(calibrat
     content = Path(run.phase_uri(1, "scored"), "plan.json").read_bytes()
     assert Path(plan.path).read_bytes() == content
     Path(plan.path).write_bytes(b"changed")
-    uri = prune_step.python_func(**given, plan=plan, pruned=model)
+    uri = prune_step.python_func(**given, data_uri=data_uri, plan=plan, pruned=model)
     planned = json.loads(content)
     assert sum(p.numel() for p in load_model(Path(uri)).parameters()) == planned["params_after"]
     assert planned["statistics"] == hashlib.sha256(published.read_bytes()).hexdigest()
+
+
+def test_what_a_cut_leaves_is_repaired_on_the_calibration_corpus(calibrated, project, tmp_path):
+    run, given, data_uri, _ = calibrated
+    run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
+    uri = run_prune_step(**given, data_uri=data_uri, model=Artifact(tmp_path / "model"))
+    plan = Plan.load(Path(run.phase_uri(1, "scored"), "plan.json"))
+    pool = load_file(Path(data_uri, "calibration.safetensors"))["input_ids"].long()
+    base = load_model(project / "base")
+    cut, found = prune_model(base, plan.layers).state_dict(), load_model(Path(uri)).state_dict()
+    cut = {name: tensor.clone() for name, tensor in cut.items()}
+    repair = Repair(LayerwiseModel(base), pool, ridge=run.settings.prune.repair_ridge)
+    changed = set()
+    for index, layer in enumerate(plan.layers):
+        for name, change in repair.layer(index, layer).items():
+            cut[f"model.layers.{index}.{name}"] += change
+            changed.add(name)
+    assert "mlp.down_proj.weight" in changed <= {"mlp.down_proj.weight", "self_attn.o_proj.weight"}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, cut[name], rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_named(calibrated, tmp_path):
@@ -261,7 +287,7 @@ def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_na
     plan = Path(run.phase_uri(1, "scored"), "plan.json")
     plan.write_text(plan.read_text().replace("[0, 1", "[0, 2", 1))
     with pytest.raises(IntegrityError, match=r"scored/plan\.json"):
-        run_prune_step(**given, model=Artifact(tmp_path / "model"))
+        run_prune_step(**given, data_uri=data_uri, model=Artifact(tmp_path / "model"))
     assert read_manifest(run.phase_uri(1, "pruned")) is None
 
 

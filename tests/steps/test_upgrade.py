@@ -42,7 +42,7 @@ def go_on(old, caplog):
 
     def run_steps(**changes):
         recipe = json.loads((old / "recipe.json").read_text())
-        for name, value in changes.items():
+        for name, value in ({"prune__repair": "none"} | changes).items():  # as the older version did
             *sections, key = name.split("__")
             place = recipe
             for section in sections:
@@ -69,6 +69,14 @@ def test_a_run_of_an_older_version_resumes_in_the_middle_of_its_training(old, go
     assert Run.is_done(run.handle())
     assert [run.key] == [found.key for found in list_runs(open_store(old / "store"))]
     assert find_garbage(open_store(old / "store")).foreign == []
+
+
+def test_a_stored_run_has_the_settings_that_its_version_knew(old):
+    (began,) = list_runs(open_store(old / "store"))
+    assert '"repair"' not in Path(old, "store", "runs", began.key, "run.json").read_text()
+    run = Run.load({"store": "store", "key": began.key, "job": "old"})
+    assert run.settings.prune.repair == "none"
+    assert Run.key_of(run.revision, run.settings) == began.key
 
 
 def test_files_without_a_format_are_read_as_the_first(old, go_on):
@@ -154,6 +162,9 @@ def record_of(run):
 def test_another_result_is_another_run(old, go_on):
     run, _ = go_on()
     recipe = json.loads((old / "recipe.json").read_text())
+    assert Run.load(run.handle()).settings.prune.repair == "none"
+    assert go_on_key(recipe, "prune", "repair", "ridge") != run.key
+    recipe["prune"]["repair"] = "none"
     assert go_on_key(recipe, "training", "learning_rate", 0.02) != run.key
     assert go_on_key(recipe, "training", "precision", "bfloat16") != run.key
 

@@ -155,7 +155,7 @@ def run_phase(run, phase, checkpoint_uri, data_uri, folder):
     given = {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri, **common}
     run_calibrate(**given, statistics=statistics)
     run_score_layers(**given, plan=plan)
-    pruned = run_prune_step(**common, checkpoint_uri=checkpoint_uri, model=Artifact(place / "pruned"))
+    pruned = run_prune_step(**given, model=Artifact(place / "pruned"))
     recovered = run_recover_train(
         **common, checkpoint_uri=pruned, data_uri=data_uri, model=Artifact(place / "recovered")
     )

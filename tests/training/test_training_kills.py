@@ -105,9 +105,7 @@ def pruned(project, tmp_path_factory):
         statistics, plan = Artifact(folder / "statistics"), Artifact(folder / "plan")
         run_calibrate(**given, statistics=statistics)
         run_score_layers(**given, plan=plan)
-        checkpoint_uri = run_prune_step(
-            run=handle, phase=1, checkpoint_uri=base_uri, model=Artifact(folder / "m")
-        )
+        checkpoint_uri = run_prune_step(**given, model=Artifact(folder / "m"))
     return Run.load(handle), {"checkpoint_uri": checkpoint_uri, "data_uri": data_uri}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.machine.memory import available_bytes
 from core.model.build import pick_device
-from core.model.layerwise import exceeds_memory
+from core.model.layerwise import LayerwiseModel, exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
@@ -19,6 +19,29 @@ from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 
 log = logging.getLogger(__name__)
+
+
+def open_to_run(
+    directory: Path,
+    calibration: CalibrationSettings,
+    *,
+    dtype: torch.dtype | None,
+    layers: tuple[LayerPlan, ...] | None = None,
+) -> LayerwiseModel:
+    """Open a checkpoint, or what ``layers`` leave of it, in memory or streamed (``calibration.weights``)."""
+    device = pick_device()
+    streamed = calibration.weights == "streamed"
+    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
+        log.info("the weights would take over half of the free memory: layers are read while they are used")
+        streamed = True
+    return open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
+
+
+def state_memory(calibration: CalibrationSettings) -> int:
+    """Return the host memory for activations in bytes."""
+    if calibration.state_memory == "auto":
+        return available_bytes() // 2
+    return parse_bytes(calibration.state_memory)
 
 
 def measure_checkpoint(
@@ -48,17 +71,12 @@ def measure_checkpoint(
         CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
         StorageError: If the disk is full.
     """
-    device = pick_device()
-    streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
-        log.info("the weights would take over half of the free memory: layers are read while they are used")
-        streamed = True
-    model = open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
-    auto = calibration.state_memory == "auto"
-    state_bytes = available_bytes() // 2 if auto else parse_bytes(calibration.state_memory)
+    model = open_to_run(directory, calibration, dtype=dtype, layers=layers)
+    state_bytes = state_memory(calibration)
     inputs_bytes = (
         tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
     )
+    device = model.model.device
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-", dir=scratch) as states:
         return measure(
             model,
