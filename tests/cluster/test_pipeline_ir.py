@@ -268,9 +268,17 @@ def test_only_tasks_that_compute_on_the_model_ask_for_gpus(ir):
     wanted = {
         label
         for label in executors(ir[0])
-        if label.startswith(("exec-calibrate", "exec-recover", "exec-evaluate"))
+        if label.startswith(("exec-calibrate", "exec-prune", "exec-recover", "exec-evaluate"))
     }
     assert gpus(ir[0]) == dict.fromkeys(wanted, ("amd.com/gpu", "2"))
+
+
+def test_a_cut_without_a_repair_asks_for_no_gpu(tmp_path):
+    plain = settings(1)
+    compile_pipeline(
+        dataclasses.replace(plain, prune=dataclasses.replace(plain.prune, repair="none")), tmp_path / "p.yaml"
+    )
+    assert not any(label.startswith("exec-prune") for label in gpus(parse(tmp_path / "p.yaml")[0]))
 
 
 def accelerated(path):
