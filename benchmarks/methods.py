@@ -12,6 +12,7 @@ ridges and numbers of tokens can be added in later sittings.
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -36,9 +37,10 @@ from core.pruning.plan import LayerPlan
 from core.pruning.planning import plan_step
 from core.pruning.repair import Repair
 from core.pruning.scoring.calibration import draw_calibration, measure
+from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import prune_model
 from core.settings.model import ModelSettings
-from core.settings.prune import PruneSettings
+from core.settings.prune import CriterionName, PruneSettings
 
 CRITERIA = ("taylor_l1", "activation_l2", "wanda_sp", "fluctuation")
 KEEP_BYTES = 2 * 10**9
@@ -107,12 +109,7 @@ class Study:
         """Return the base model less a share of its parameters."""
         dense = model_shape(self.base.config)
         step = plan_step(
-            measure(
-                self.base,
-                draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=0),
-                criterion=method.criterion,
-                keep_bytes=KEEP_BYTES,
-            ),
+            self.statistics(method.criterion, seed),
             dense=dense,
             current=dense,
             sparsity=(0.0,) * len(dense.layers),
@@ -126,6 +123,12 @@ class Study:
         for name, change in changes.items():
             parameters[name].data = parameters[name] + change.to(model.device)
         return model
+
+    @functools.cache  # noqa: B019 (one study a process)
+    def statistics(self, criterion: CriterionName, seed: int) -> Statistics:
+        """Score the base model's groups on the calibration draw of a seed."""
+        tokens = draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=0)
+        return measure(self.base, tokens, criterion=criterion, keep_bytes=KEEP_BYTES)
 
     def changes(self, method: Method, layers: tuple[LayerPlan, ...], seed: int) -> dict[str, Tensor]:
         """Return what a repair adds to the weights that stay."""
