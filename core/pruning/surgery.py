@@ -138,10 +138,12 @@ def prune_checkpoint(
         for index, shape in enumerate(shapes):
             prefix = f"{family.layers}.{index}"
             tensors = prune_layer(family, shape, reader.layer(prefix), plan.layers[index])
-            for name, change in (repair(index, plan.layers[index]) if repair else {}).items():
-                tensors[name] = (tensors[name] + change).to(tensors[name].dtype)
+            changes = repair(index, plan.layers[index]) if repair else {}
             log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
-            yield {f"{prefix}.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+            yield {
+                f"{prefix}.{name}": (tensor + changes.get(name, 0)).to(dtype or tensor.dtype)
+                for name, tensor in tensors.items()
+            }
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         yield {
             name: (tensor := reader.tensor(name)).to(dtype or tensor.dtype)
