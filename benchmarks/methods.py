@@ -84,7 +84,13 @@ class Study:
             self.texts[name] = held_out_windows(arguments, tokenizer, folder)
         self.console, self.file, self.sequences = console, arguments.results, arguments.sequences
         known = self.file.read_text().splitlines() if self.file and self.file.exists() else []
-        self.rows = [json.loads(line) for line in known]
+        # Only rows that were measured alike stand side by side.
+        self.alike = {
+            "scored_tokens": arguments.sequences * arguments.length,
+            "windows": arguments.windows,
+            "texts": sorted(self.texts),
+        }
+        self.rows = [row for row in map(json.loads, known) if self.alike.items() <= row.items()]
 
     def run(self, method: Method, removed: float, seed: int) -> None:
         """Prune, repair and measure, unless that is done."""
@@ -98,7 +104,7 @@ class Study:
             name: perplexity(model, windows, batch_size=4, device=model.device)
             for name, windows in self.texts.items()
         }
-        row = {**key, "perplexity": found, "seconds": round(seconds, 1)}
+        row = {**key, **self.alike, "perplexity": found, "seconds": round(seconds, 1)}
         self.rows.append(row)
         if self.file is not None:
             with self.file.open("a") as file:
