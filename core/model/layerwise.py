@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from core.machine.memory import available_bytes
-from core.model.build import build_model, config_with_layers, load_config, model_shape
-from core.model.checkpoint import CheckpointReader
+from core.model.build import build_model, model_shape
+from core.model.checkpoint import ChangeLayer, Checkpoint
+from core.model.config import config_with_layers
 from core.model.families import family_of
 from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
@@ -115,44 +115,53 @@ def replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[...,
 
 
 def open_streamed(
-    directory: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     sizes: Sequence[LayerShape] | None = None,
-    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    cut: ChangeLayer = lambda _, tensors: tensors,
 ) -> LayerwiseModel:
     """Open a checkpoint whose decoder layers stay on disk; a layer is in memory only while it is used.
 
     Args:
-        directory: Hugging Face directory with safetensors weights.
+        checkpoint: The checkpoint.
         dtype: Number format to load into; None keeps the stored one.
         device: Where weights go while they are used.
         sizes: Layer sizes, if ``cut`` changes them.
-        cut: Changes the tensors of a layer (by number and name within the layer) each time they are loaded.
+        cut: Changes the tensors of a layer each time they are loaded.
 
     Raises:
         CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
-        UnsupportedModelError: If the model's family is not supported.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    config = load_config(directory)
-    if sizes is not None:
-        config = config_with_layers(config, sizes)
-    prefix = family_of(config).layers
-    with CheckpointReader(directory) as reader:
-        outside = {name: reader.tensor(name) for name in reader.names() if not name.startswith(f"{prefix}.")}
-    dtype = dtype or next(iter(outside.values())).dtype
-    # Parameters take no memory, but tables that are computed (rotary frequencies) are real.
+    config = checkpoint.config if sizes is None else config_with_layers(checkpoint.config, sizes)
+    prefix, outside, number_format = checkpoint.family.layers, checkpoint.outside(), dtype or checkpoint.dtype
+    # Parameters take no memory, but computed tables (rotary frequencies) are real.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = build_model(config, dtype=dtype)
-    streamed = LayerwiseModel(model, lambda index: _loaded(model, directory, index, dtype, cut))
+        model = build_model(config, dtype=number_format)
+
+    def fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+        there = {name: tensor.to(device, number_format) for name, tensor in tensors.items()}
+        _fill(module, there, f"{checkpoint.directory}: {what}")
+
+    @contextlib.contextmanager
+    def resident(index: int) -> Iterator[torch.nn.Module]:
+        name = f"{prefix}.{index}"
+        layer = model.get_submodule(name)
+        fill(layer, cut(index, checkpoint.layer(index)), name)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    streamed = LayerwiseModel(model, resident)
     owner, _, name = prefix.rpartition(".")
     layers = model.get_submodule(prefix)
     setattr(model.get_submodule(owner), name, torch.nn.ModuleList())
-    _fill(model, {key: t.to(device, dtype) for key, t in outside.items()}, f"{directory}: outside the layers")
+    fill(model, outside, "outside the layers")
     model.tie_weights()
     torch.nn.Module.to(model, device)
     setattr(model.get_submodule(owner), name, layers)
@@ -160,41 +169,19 @@ def open_streamed(
 
 
 def exceeds_memory(
-    directory: Path, *, dtype: torch.dtype | None, device: torch.device, free_bytes: int | None = None
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device, free_bytes: int | None = None
 ) -> bool:
     """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``.
 
     Args:
-        directory: Hugging Face directory with safetensors weights.
-        dtype: Number format that they would be loaded into; None for the stored one.
+        checkpoint: The checkpoint.
+        dtype: Number format to load into; None for the stored one.
         device: Where they would go.
         free_bytes: Memory that is free there; None looks.
     """
     free = available_bytes(device) if free_bytes is None else free_bytes
-    with CheckpointReader(directory) as reader:
-        width = (dtype or reader.dtype()).itemsize
-    return model_shape(load_config(directory)).num_params() * width > free // 2
-
-
-@contextlib.contextmanager
-def _loaded(
-    model: "PreTrainedModel",
-    directory: Path,
-    index: int,
-    dtype: torch.dtype,
-    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None,
-) -> Iterator[torch.nn.Module]:
-    name = f"{family_of(model.config).layers}.{index}"
-    layer = model.get_submodule(name)
-    with CheckpointReader(directory) as reader:
-        tensors = reader.layer(name)
-    tensors = cut(index, tensors) if cut else tensors
-    _fill(layer, {key: t.to(model.device, dtype) for key, t in tensors.items()}, f"{directory}: {name}")
-    del tensors
-    try:
-        yield layer
-    finally:
-        layer.to("meta")
+    width = (dtype or checkpoint.dtype).itemsize
+    return model_shape(checkpoint.config).num_params() * width > free // 2
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError, TargetError
-from core.model.build import layer_shapes, model_shape
+from core.model.build import model_shape
+from core.model.config import layer_shapes
 from core.model.families import Family, family_of
 from core.model.layerwise import replaced
 from core.model.loss import final_states, loss_sum

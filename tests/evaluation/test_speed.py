@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 from core.errors import CheckpointError, ExportError, SettingsError
 from core.evaluation.speed.comparison import Workload, compare, median_rates, median_speedup, time_pair
 from core.evaluation.speed.engines import LlamaCpp, Torch, accelerator_of
-from core.model.build import build_model, config_with_layers, load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.report.report import build_report
 from core.runs.record import RunRecord, SpeedRecord

@@ -20,17 +20,9 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask  # noqa: F401 (fails here if transformers moves it)
 
 from core.errors import CheckpointError, UnsupportedModelError
-from core.model.build import (
-    build_model,
-    config_with_layers,
-    head_dim,
-    layer_shapes,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_shape,
-)
+from core.model.build import build_model, load_model, load_tokenizer, model_shape
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers, head_dim, layer_shapes, load_config
 from core.model.families import FAMILIES, family_of
 from core.model.shape import LayerShape
 from tests.support.models import CONFIGS, SIZES, UNEQUAL, Float64Throughout, random_tokens, tiny

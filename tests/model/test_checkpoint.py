@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from core.errors import CheckpointError
-from core.model.build import load_model
-from core.model.checkpoint import INDEX, CheckpointReader, save_model, write_checkpoint
+from core.model.build import load_model, model_shape
+from core.model.checkpoint import (
+    INDEX,
+    PROVENANCE,
+    Checkpoint,
+    CheckpointReader,
+    save_model,
+    write_checkpoint,
+)
 from tests.support.models import UNEQUAL, tiny
 
 
@@ -26,9 +33,29 @@ def test_one_shard_a_layer_and_one_for_the_rest(checkpoint):
     assert index["metadata"]["total_size"] == total
 
 
+def test_what_was_opened_is_not_read_again(checkpoint):
+    model, opened = load_model(checkpoint), Checkpoint(checkpoint)
+    assert opened.layers == UNEQUAL
+    assert (opened.provenance, opened.generation_config) == ({"base": "tiny"}, {})
+    assert opened.dtype == torch.float64
+    for name in ("config.json", PROVENANCE):
+        (checkpoint / name).unlink()
+    assert opened.provenance == {"base": "tiny"}
+    again = load_model(opened).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_config_alone_can_be_opened(checkpoint):
+    for shard in checkpoint.glob("*.safetensors*"):
+        shard.unlink()
+    opened = Checkpoint(checkpoint)
+    assert model_shape(opened.config).layers == opened.layers == UNEQUAL
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        _ = opened.dtype
+
+
 def test_a_layer_is_read_alone(checkpoint):
-    with CheckpointReader(checkpoint) as reader:
-        layer = reader.layer("model.layers.2")
+    layer = Checkpoint(checkpoint).layer(2)
     assert layer["mlp.down_proj.weight"].shape == (48, 7)
     assert len(layer) == 9
 

@@ -187,7 +187,7 @@ def test_commands_refuse_a_checkpoint_of_pickles_alone(folder, canary, command):
     if command != "export decilm":  # which refuses the sizes of this model first
         assert line.startswith("error: base ")
         assert "base holds only pickles (adapter_model.bin, " in line
-        assert "can run code where they are loaded" in line
+        assert "can run code when they are loaded" in line
         assert "convert it where its pickles are trusted" in line
         note("Security", "a checkpoint of pickles alone, under every command", "refused with one line")
 
@@ -220,7 +220,7 @@ def test_an_index_that_names_a_pickle_is_refused(folder, canary, shard):
     weights = {"model.norm.weight": "model.safetensors", "lm_head.weight": shard}
     (folder / "base" / INDEX).write_text(json.dumps({"weight_map": weights}))
     for read in (lambda: resolve(recipe_with({})), lambda: load_model(folder / "base")):
-        assert f"names {shard}, which is no safetensors file (pickles are never read)" in outcome(read)
+        assert f"names {shard}, which is not a safetensors file (pickles are never read)" in outcome(read)
     note("Security", "an index that names a pickle as a shard", "refused with one line")
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from core.errors import CheckpointError, TargetError
-from core.model.build import layer_shapes, model_shape
+from core.model.build import model_shape
+from core.model.config import layer_shapes
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
 from core.pruning.sensitivity import (

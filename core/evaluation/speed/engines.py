@@ -31,10 +31,11 @@ class Torch:
         """Load the model and note how long that took."""
         import torch
 
-        from core.model.build import dtype_of, load_config, load_model
+        from core.model.build import dtype_of, load_model
+        from core.model.checkpoint import Checkpoint
 
         torch.set_num_threads(workload.threads or usable_cores())
-        load_config(path)  # transformers' model classes take seconds to import, which is no part of loading
+        checkpoint = Checkpoint(path)  # importing transformers takes seconds, which are not part of loading
         from transformers import DynamicCache
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
 
@@ -42,7 +43,7 @@ class Torch:
         self._torch, self._workload, self.device = torch, workload, device
         self._empty_bytes = psutil.Process().memory_info().rss
         start = time.perf_counter()
-        self._model: Any = load_model(path, dtype=dtype_of(workload.dtype), device=device)
+        self._model: Any = load_model(checkpoint, dtype=dtype_of(workload.dtype), device=device)
         self._wait()
         self.load_s = time.perf_counter() - start
         # Its name until transformers 5.23.

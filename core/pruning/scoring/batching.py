@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from core.machine.memory import available_bytes
-from core.model.build import head_dim, layer_shapes
+from core.model.config import head_dim, layer_shapes
 
 _MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 """More tokens at once make nothing faster."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, DataError
-from core.model.build import layer_shapes
+from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
 from core.pruning.scoring.batching import fitting_micro_batch

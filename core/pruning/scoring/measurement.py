@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.machine.memory import available_bytes
 from core.model.build import pick_device
+from core.model.checkpoint import Checkpoint
 from core.model.layerwise import exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def measure_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     tokens: Tensor,
     calibration: CalibrationSettings,
     prune: PruneSettings,
@@ -35,7 +36,7 @@ def measure_checkpoint(
     """Measure layer similarities and group scores of a checkpoint, or of what a plan leaves of it.
 
     Args:
-        directory: Checkpoint directory.
+        checkpoint: The checkpoint.
         tokens: (S, T) int64 token ids of the calibration set.
         calibration: ``weights``, ``state_memory`` and ``micro_batch`` count.
         prune: ``similarity`` and ``criterion`` count.
@@ -50,10 +51,10 @@ def measure_checkpoint(
     """
     device = pick_device()
     streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
+    if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=device):
         log.info("the weights would take over half of the free memory: layers are read while they are used")
         streamed = True
-    model = open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
+    model = open_pruned(checkpoint, layers, dtype=dtype, device=device, streamed=streamed)
     auto = calibration.state_memory == "auto"
     state_bytes = available_bytes() // 2 if auto else parse_bytes(calibration.state_memory)
     inputs_bytes = (
