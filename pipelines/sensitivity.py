@@ -82,8 +82,7 @@ class Study:
         )
         # The losses need all layers at once, so this is loaded only when what was measured on is gone.
         model = load_model(checkpoint, dtype=dtype_of(evaluation.precision), device=pick_device())
-        progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
-        try:
+        with Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences") as progress:
             return layer_sensitivity(
                 model,
                 held_out,
@@ -94,8 +93,6 @@ class Study:
                 batch_size=evaluation.batch_size,
                 advance=progress.add,
             )
-        finally:
-            progress.close()
 
     def _tokens(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
         """Return what is calibrated on and what is measured on, (S, T) each."""

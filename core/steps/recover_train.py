@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from core.training.recover import TrainingReport
-    from core.training.state import Progress, TrainingState
+    from core.training.state import TrainingProgress, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _train(
     data_uri: str,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, Progress], None]",
+    save: "Callable[[Optimizer, TrainingProgress], None]",
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ExportError, SettingsError, UnsupportedModelError
-from core.evaluation.speed.comparison import Runtime, Workload, compare
+from core.evaluation.speed.comparison import compare
+from core.evaluation.speed.workload import Runtime, Workload
 from core.export.gguf import export_gguf
 from core.export.gguf_quantization import GgufDtype
 from core.model.checkpoint import Checkpoint

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 from core.errors import CheckpointError, ExportError, SettingsError
-from core.evaluation.speed.comparison import Workload, compare, median_rates, median_speedup, time_pair
+from core.evaluation.speed.comparison import compare, median_rates, median_speedup, time_pair
 from core.evaluation.speed.engines import LlamaCpp, Torch, accelerator_of
+from core.evaluation.speed.workload import Workload
 from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
 from core.model.config import config_with_layers

@@ -14,7 +14,7 @@ from core.settings.texts import TextSource
 from core.settings.training import TrainingSettings
 from core.training import state as state_module
 from core.training.recover import recover
-from core.training.state import Progress, check_fits, read_state, restore_state, write_state
+from core.training.state import TrainingProgress, check_fits, read_state, restore_state, write_state
 from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
 
 STEPS, FIRST_STEP, TOTAL_STEPS = 6, 10, 30
@@ -166,7 +166,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     model = unequal("llama")(0)
 
     def save(optimizer, progress):
-        long = Progress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
+        long = TrainingProgress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
         if len(progress.losses) == 2:
             write_state(tmp_path / "state", model, optimizer, long, belongs_to={})
 
@@ -179,7 +179,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
 def test_what_was_kept_comes_back_as_it_was(tmp_path):
     model = unequal("llama")(0)
     losses = [(7, float("nan"), 0.1 + 0.2), (8, float("inf"), 5e-324)]
-    progress = Progress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
+    progress = TrainingProgress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
     optimizer = torch.optim.AdamW(model.parameters())
     write_state(tmp_path / "s", model, optimizer, progress, belongs_to={"a": "b"})
     state = read_state(tmp_path / "s")
@@ -188,7 +188,7 @@ def test_what_was_kept_comes_back_as_it_was(tmp_path):
     assert state.belongs_to == {"a": "b"}
 
 
-# --- what is no state of this model
+# --- what is not a state of this model
 
 
 def rewrite(change):
@@ -249,7 +249,7 @@ def test_a_state_that_lacks_or_changes_a_tensor_is_refused(damage, tmp_path):
 )
 def test_a_state_of_another_model_is_refused(other, tmp_path):
     state = state_after(2, unequal("llama")(0), tmp_path / "state")
-    with pytest.raises(CheckpointError, match=r"is the state of another model: .* differ"):
+    with pytest.raises(CheckpointError, match=r"is a state of another model: .* differ"):
         check_fits(state, other())
 
 
@@ -275,23 +275,23 @@ def test_a_state_file_of_other_content_is_refused(change, tmp_path):
     data = json.loads((state.directory / "state.json").read_text())
     change(data)
     (state.directory / "state.json").write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"state\.json is no state of a training"):
+    with pytest.raises(CheckpointError, match=r"state\.json is not a training state"):
         read_state(state.directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])
 def test_what_is_no_state_file_is_refused(content, tmp_path):
     (tmp_path / "state.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no state of a training"):
+    with pytest.raises(CheckpointError, match="is not a training state"):
         read_state(tmp_path)
     (tmp_path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="is no state of a training"):
+    with pytest.raises(CheckpointError, match="is not a training state"):
         read_state(tmp_path)
 
 
 def test_a_disk_that_takes_no_state_is_a_storage_error(tmp_path):
     model = unequal("llama")(0)
-    optimizer, progress = torch.optim.AdamW(model.parameters()), Progress(losses=[(0, 1.0, 0.1)])
+    optimizer, progress = torch.optim.AdamW(model.parameters()), TrainingProgress(losses=[(0, 1.0, 0.1)])
 
     def write(folder):
         with pytest.raises(StorageError, match=r"cannot be (read or )?written: ") as caught:
