@@ -90,9 +90,9 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
                 path=path,
             )
             windows = load_file(path)["input_ids"]
-        value = perplexity(model, windows, batch_size=settings.batch_size, device=device)
+        value = perplexity(model, windows, batch_size=settings.batch_size)
         table.add_row(settings.perplexity.path, "perplexity", perplexity_text(value))
-    for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
+    for task, metrics in evaluate_tasks(model, tokenizer, settings).items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4g}")
     return table

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Resident = Callable[[int], AbstractContextManager[torch.nn.Module]]
-"""Brings the decoder layer of a number into memory while it is used."""
+"""Takes a layer's number, and holds the layer in memory while it is used."""
 
 
 class LayerwiseModel:
     """Runs a model's embedding, its layers one by one, and its head.
 
-    What a family hands to its layers (masks, rotary tables, windows) is taken from its own code: its decoder
-    is run with layers that only record how they are called. That depends on the shape of a batch alone, since
-    no batch is padded.
+    The arguments that a family passes to its layers (masks, rotary tables, windows) come from its own code:
+    its decoder is run with layers that only record how they are called. That depends only on the shape of a
+    batch, since no batch is padded.
     """
 
     def __init__(self, model: "PreTrainedModel", resident: Resident | None = None) -> None:
@@ -37,12 +37,12 @@ class LayerwiseModel:
 
         Args:
             model: The model.
-            resident: How a layer comes into memory; None if all are there.
+            resident: Brings a layer into memory; None if all are there.
         """
         self.model = model
         layers = list(model.get_submodule(family_of(model.config).layers).children())
         self.layers: list[torch.nn.Module] = layers
-        # Not by way of self: that would be a cycle, and the whole model would wait for the garbage collector.
+        # Without a reference to self: a cycle would keep the whole model until garbage is collected.
         self.resident: Resident = resident or (lambda index: contextlib.nullcontext(layers[index]))
         self._calls: dict[torch.Size, list[dict[str, Any]]] = {}
 
@@ -62,19 +62,19 @@ class LayerwiseModel:
         return states[0]
 
     def run(self, index: int, state: Tensor) -> Tensor:
-        """Run layer ``index``, which must be in memory, on a (B, T, D) input of an embedded batch's shape."""
+        """Run layer ``index``, which must be in memory, on (B, T, D) states of an embedded batch's shape."""
         output = self.layers[index](state, **self._calls[state.shape[:2]][index])
         return output[0] if isinstance(output, tuple) else output
 
     def head_gradient(self, batch: Tensor, state: Tensor, *, predictions: int) -> tuple[float, Tensor]:
-        """Return a batch's causal-LM loss and its gradient by the last layer's output.
+        """Return a batch's causal-LM loss and its gradient with respect to the last layer's output.
 
         Everything after the layers (final norm, output head, soft caps) is run by the model's own code.
 
         Args:
             batch: (B, T) token ids.
             state: (B, T, D) output of the last layer.
-            predictions: What the loss is divided by: of the batch, or of a larger set that it is a part of.
+            predictions: The loss is divided by this number: of the batch, or of the larger set it belongs to.
 
         Returns:
             Summed loss / ``predictions`` in nats, and the (B, T, D) gradient.
@@ -90,7 +90,7 @@ class LayerwiseModel:
 
 @contextlib.contextmanager
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
-    """Switch off all weight gradients and dropout for a while."""
+    """Switch off weight gradients and dropout within the block."""
     required = [p.requires_grad for p in model.parameters()]
     training = model.training
     model.requires_grad_(False).eval()
@@ -104,7 +104,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Give each layer another forward for a while."""
+    """Give each layer another forward within the block."""
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
     try:
@@ -185,7 +185,7 @@ def exceeds_memory(
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Assign a module's parameters, all of them but those that are tied."""
+    """Assign all of a module's parameters except tied ones."""
     try:
         missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:

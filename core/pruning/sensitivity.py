@@ -1,4 +1,4 @@
-"""How much the loss grows when one layer alone is pruned, layer by layer (Figure 1 of the paper)."""
+"""The growth of the loss when a single layer is pruned, for each layer (Figure 1 of the paper)."""
 
 import contextlib
 import logging
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Part = Literal["both", "mlp", "attention"]
-"""What a layer loses: MLP channels and attention groups, or one of them."""
+"""What is removed from a layer: MLP channels and attention groups, or one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """What pruning one layer alone does.
+    """The effect of pruning a single layer.
 
     Attributes:
         importance: 1 - similarity of the layer's input and output; larger changes its input more (eq. 4-5).
-        removed: Share of the layer's parameters that goes, in [0, 1).
-        loss: Loss of the model with this layer pruned, nats a token.
-        loss_increase: The same, less the loss of the model as it was.
+        removed: Share of the layer's parameters that is removed, in [0, 1).
+        loss: Loss of the model with this layer pruned, nats per token.
+        loss_increase: The same, minus the loss of the unpruned model.
     """
 
     importance: float
@@ -54,8 +54,8 @@ class Sensitivity:
     """A study of all layers.
 
     Attributes:
-        loss: Loss of the model as it was, nats a token.
-        layers: One entry a layer.
+        loss: Loss of the unpruned model, nats per token.
+        layers: One entry per layer.
     """
 
     loss: float
@@ -87,21 +87,21 @@ def layer_sensitivity(
     batch_size: int,
     advance: Callable[[int], object] = lambda sequences: None,
 ) -> Sensitivity:
-    """Prune each layer in turn, and it alone, and measure the loss.
+    """Prune each layer by itself, and measure the loss.
 
     Args:
-        model: Left as it was found.
+        model: Left unchanged.
         tokens: (S, T) integer token ids of text that the statistics were not measured on.
-        statistics: Measured on ``model``: the lowest-scoring groups go.
-        sparsity: Share of a layer's MLP channels and attention units that goes, in (0, 1). Only whole ones
-            go, and one of each stays.
-        part: What the layers lose.
-        attention_unit: What attention loses.
-        batch_size: Sequences a forward pass. The states between all layers are held for one batch at a time.
-        advance: Called with a number of sequences each time that a layer has been tried on so many.
+        statistics: Measured on ``model``: the lowest-scoring groups are removed.
+        sparsity: Share of a layer's MLP channels and attention units that is removed, in (0, 1), rounded to
+            whole units; one of each stays.
+        part: What is removed from the layers.
+        attention_unit: The unit of attention that is removed.
+        batch_size: Sequences per forward pass; the states between layers are held for one batch at a time.
+        advance: Called with the number of sequences each time a layer has been measured on them.
 
     Raises:
-        TargetError: If no layer has a whole group to lose.
+        TargetError: If no layer would lose a whole group.
         CheckpointError: If a loss is not a number.
     """
     assert 0 < sparsity < 1, sparsity
@@ -131,7 +131,7 @@ def plans_for_layers(
     """Return what each layer keeps at the given sparsity.
 
     Raises:
-        TargetError: If all keep everything.
+        TargetError: If every layer keeps everything.
     """
     unit: AttentionUnit = "none" if part == "mlp" else attention_unit
     cuts = attention_cuts(unit, shape, shape)
@@ -160,17 +160,17 @@ def losses_with_layer_pruned(
     batch_size: int,
     advance: Callable[[int], object] = lambda sequences: None,
 ) -> tuple[float, list[float]]:
-    """Return the loss of a model, and its loss with each layer alone cut down to its plan, nats a token.
+    """Return a model's loss, and its loss with each single layer cut down to its plan, in nats per token.
 
-    No smaller model is built: the outputs of the groups that go are zeroed on their way into the projection
-    that reads them, which equals removal. The layers below the pruned one do not run again.
+    No smaller model is built: outputs of removed groups are zeroed before the projection that reads them,
+    which equals removal. The layers below the pruned one do not run again.
 
     Args:
-        model: Left as it was found.
+        model: Left unchanged.
         tokens: (S, T) integer token ids.
         plans: What each layer keeps.
-        batch_size: Sequences a forward pass.
-        advance: Called with the number of sequences that a layer has been tried on.
+        batch_size: Sequences per forward pass.
+        advance: Called with the number of sequences that a layer has been measured on.
 
     Raises:
         CheckpointError: If a loss is not a number.
@@ -223,7 +223,7 @@ def _silenced(family: Family, shape: LayerShape, layer: torch.nn.Module, plan: L
     with contextlib.ExitStack() as stack:
         for name, slicing in family.slicings.items():
             if slicing.axis != 1:
-                continue  # makes groups; those that nobody reads may be anything
+                continue  # produces groups; values that are not read may be anything
             projection = layer.get_submodule(name.removesuffix(".weight"))
             weight = projection.weight
             assert isinstance(weight, Tensor), name

@@ -1,4 +1,4 @@
-"""Physical removal of groups: from a layer's tensors, a model in memory, a checkpoint on disk."""
+"""Physical removal of groups from a layer's tensors, a model in memory, or a checkpoint on disk."""
 
 import logging
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ def prune_layer(
     """Cut a decoder layer's tensors down to the groups that stay.
 
     Args:
-        family: Says how groups lie in the tensors.
+        family: Defines how groups lie in the tensors.
         layer: Present sizes of the layer.
-        tensors: Name within the layer to weight, bias or anything else that an optimizer keeps in its shape.
+        tensors: Name within the layer to weight or bias.
         plan: What stays.
 
     Returns:
-        The same names; tensors of no group are passed on as they are.
+        The same names; tensors outside all groups are unchanged.
     """
     kept: dict[Kind, Tensor] = {
         "query": torch.tensor(plan.query_heads),

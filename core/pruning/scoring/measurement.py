@@ -1,4 +1,4 @@
-"""A checkpoint on disk measured as the settings of a run say: number format, memory, criterion."""
+"""Measuring a checkpoint on disk with the settings of a run: number format, memory, criterion."""
 
 import logging
 import tempfile
@@ -38,12 +38,12 @@ def measure_checkpoint(
     Args:
         checkpoint: The checkpoint.
         tokens: (S, T) int64 token ids of the calibration set.
-        calibration: ``weights``, ``state_memory`` and ``micro_batch`` count.
-        prune: ``similarity`` and ``criterion`` count.
+        calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
+        prune: ``similarity`` and ``criterion`` are used.
         dtype: Number format of weights and activations; None keeps the stored one.
         seed: Seed of the criterion ``random``.
         layers: What each layer keeps; None for all.
-        scratch: Where a folder for layers' inputs is made, and removed; None for the system's temporary one.
+        scratch: Holds a temporary folder for layers' inputs; None for the system's.
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
@@ -70,6 +70,6 @@ def measure_checkpoint(
             seed=seed,
             state_bytes=state_bytes,
             scratch=Path(states),
-            # On an accelerator it is quicker to compute again than to fetch from the host.
+            # On an accelerator, computing outputs again is faster than fetching them from the host.
             keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
         )
