@@ -17,7 +17,6 @@ from core.errors import DataError
 from core.machine.precision import choose_precision, resolved
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
 from core.model.checkpoint import Checkpoint
-from core.progress import Progress
 from core.pruning.planning import settings_for
 from core.pruning.scoring.calibration import draw_calibration
 from core.pruning.scoring.measurement import measure_checkpoint
@@ -82,17 +81,15 @@ class Study:
         )
         # The losses need all layers at once, so this is loaded only when what was measured on is gone.
         model = load_model(checkpoint, dtype=dtype_of(evaluation.precision), device=pick_device())
-        with Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences") as progress:
-            return layer_sensitivity(
-                model,
-                held_out,
-                statistics,
-                sparsity=self.sparsity,
-                part=self.part,
-                attention_unit=prune.attention_unit,
-                batch_size=evaluation.batch_size,
-                advance=progress.add,
-            )
+        return layer_sensitivity(
+            model,
+            held_out,
+            statistics,
+            sparsity=self.sparsity,
+            part=self.part,
+            attention_unit=prune.attention_unit,
+            batch_size=evaluation.batch_size,
+        )
 
     def _tokens(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
         """Return what is calibrated on and what is measured on, (S, T) each."""

@@ -131,8 +131,10 @@ class Checkpoint:
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Read a decoder layer's tensors, by their names within the layer."""
+        prefix = f"{self.family.layers}.{index}."
         with self.weights() as reader:
-            return reader.layer(f"{self.family.layers}.{index}")
+            names = [name for name in reader.names() if name.startswith(prefix)]
+            return {name.removeprefix(prefix): reader.tensor(name) for name in names}
 
     def outside(self) -> dict[str, Tensor]:
         """Read the tensors outside the decoder layers, less an output head that is tied to the embedding."""
@@ -263,11 +265,6 @@ class CheckpointReader:
         return foreign_errors(
             lambda said: CheckpointError(f"{where} cannot be read ({said}). Fetch it again.")
         )
-
-    def layer(self, prefix: str) -> dict[str, Tensor]:
-        """Read all tensors whose names start with ``prefix.``, under the rest of their names."""
-        start = f"{prefix}."
-        return {name[len(start) :]: self.tensor(name) for name in self._shard_of if name.startswith(start)}
 
 
 def write_checkpoint(

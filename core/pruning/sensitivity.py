@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from core.model.families import Family, family_of
 from core.model.layerwise import replaced
 from core.model.loss import final_states, loss_sum
 from core.model.shape import LayerShape, ModelShape
+from core.progress import Progress
 from core.pruning.attention import attention_cuts
 from core.pruning.plan import LayerPlan, select_groups
 from core.pruning.scoring.statistics import Statistics
@@ -85,7 +86,6 @@ def layer_sensitivity(
     part: Part,
     attention_unit: AttentionUnit,
     batch_size: int,
-    advance: Callable[[int], object] = lambda sequences: None,
 ) -> Sensitivity:
     """Prune each layer by itself, and measure the loss.
 
@@ -98,7 +98,6 @@ def layer_sensitivity(
         part: What is removed from the layers.
         attention_unit: The unit of attention that is removed.
         batch_size: Sequences per forward pass; the states between layers are held for one batch at a time.
-        advance: Called with the number of sequences each time a layer has been measured on them.
 
     Raises:
         TargetError: If no layer would lose a whole group.
@@ -107,7 +106,7 @@ def layer_sensitivity(
     assert 0 < sparsity < 1, sparsity
     shape = model_shape(model.config)
     plans = plans_for_layers(statistics, shape, sparsity=sparsity, part=part, attention_unit=attention_unit)
-    loss, losses = losses_with_layer_pruned(model, tokens, plans, batch_size=batch_size, advance=advance)
+    loss, losses = losses_with_layer_pruned(model, tokens, plans, batch_size=batch_size)
     log.info("loss %.4f; with one layer pruned %.4f to %.4f", loss, min(losses), max(losses))
     return Sensitivity(
         loss=loss,
@@ -158,7 +157,6 @@ def losses_with_layer_pruned(
     plans: Sequence[LayerPlan],
     *,
     batch_size: int,
-    advance: Callable[[int], object] = lambda sequences: None,
 ) -> tuple[float, list[float]]:
     """Return a model's loss, and its loss with each single layer cut down to its plan, in nats per token.
 
@@ -170,7 +168,6 @@ def losses_with_layer_pruned(
         tokens: (S, T) integer token ids.
         plans: What each layer keeps.
         batch_size: Sequences per forward pass.
-        advance: Called with the number of sequences that a layer has been measured on.
 
     Raises:
         CheckpointError: If a loss is not a number.
@@ -181,7 +178,10 @@ def losses_with_layer_pruned(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with (
+            Progress("sensitivity", len(tokens) * len(layers), "sequences") as progress,
+            torch.no_grad(),
+        ):
             for batch in tokens.to(model.device, torch.long).split(batch_size):
                 outputs: list[Any] = []
                 with _recorded(layers, outputs):
@@ -194,7 +194,7 @@ def losses_with_layer_pruned(
                         _silenced(family, shape, layers[index], plan),
                     ):
                         pruned[index] += loss_sum(model, final_states(model, batch), batch)
-                    advance(len(batch))
+                    progress.add(len(batch))
     finally:
         model.train(was_training)
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
