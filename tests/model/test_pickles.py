@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from transformers import dynamic_module_utils
 
 from core.bases.importing import import_base
-from core.errors import AdaptPrunerError, CheckpointError
+from core.errors import CheckpointError
 from core.export.gguf import export_gguf
 from core.export.hub_files import checkpoint_files
 from core.model.build import load_model, load_tokenizer
@@ -311,10 +311,3 @@ def test_no_source_reads_pickles_or_trusts_code():
         "none found",
         len(sources),
     )
-
-
-def test_errors_of_refused_checkpoints_are_ours(folder, canary):
-    plant_both(folder / "base", canary)
-    (folder / "base" / "model.safetensors").unlink()
-    with pytest.raises(AdaptPrunerError):
-        import_base(ModelSettings(base="base"), "store")

@@ -111,15 +111,6 @@ def test_a_sparsity_that_removes_nothing_is_an_error(part, sparsity, unit):
         plans_of(tiny("llama"), part=part, sparsity=sparsity, attention_unit=unit)
 
 
-def test_the_lowest_scoring_groups_go():
-    model = tiny("llama")
-    statistics = measure(model, random_tokens(seed=5), micro_batch=2)
-    for plan, scores in zip(plans_of(model, part="mlp"), statistics.scores, strict=True):
-        kept = scores.mlp_channels[list(plan.mlp_channels)]
-        gone = [i for i in range(40) if i not in plan.mlp_channels]
-        assert kept.min() >= scores.mlp_channels[gone].max()
-
-
 def test_the_layers_below_the_pruned_one_do_not_run_again():
     model, runs = tiny("llama"), [0, 0, 0]
     plans = plans_of(model)
@@ -143,9 +134,10 @@ def test_a_model_in_training_mode_and_an_error_leave_no_trace(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Progress, "add", fail)
-        losses_with_layer_pruned(model, TOKENS, plans, batch_size=3)
+        with pytest.raises(KeyboardInterrupt):
+            losses_with_layer_pruned(model, TOKENS, plans, batch_size=3)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     with torch.no_grad():

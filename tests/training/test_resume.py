@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.storage.publication import delete_publication, fetch, publish, read_manifest
 from core.storage.store import join_uri, open_store
 from core.training.recover import recover
@@ -18,20 +16,11 @@ from tests.support.evidence import note
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.publications import behind
 from tests.support.servers import Reply, s3_proxy
+from tests.support.training import training_settings, weights
 
 TABLE = "Resumed training"
 STEPS, FIRST_STEP = 6, 10
 BELONGS_TO = {"checkpoint": "c", "data": "d", "settings": "s"}
-SETTINGS = TrainingSettings(
-    tokens="1k",
-    sources=(TextSource(path="x"),),
-    sequence_length=12,
-    global_batch=4,
-    micro_batch=4,
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    precision="float32",
-)
 ALWAYS, NEVER = Interval(steps=1), Interval()
 
 
@@ -78,13 +67,13 @@ def attempt(uri, folder, *, every=ALWAYS, stop=None, seed=0, settled=False, at_s
             model,
             tokens,
             torch.ones_like(tokens),
-            SETTINGS,
+            training_settings(),
             first_step=FIRST_STEP,
             total_steps=30,
             resume_from=state,
             save=save,
         )
-    return report.losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+    return report.losses, weights(model)
 
 
 def stopped_attempt(uri, folder, stop, **options):
