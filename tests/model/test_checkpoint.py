@@ -59,6 +59,18 @@ def test_a_layer_is_read_alone(checkpoint):
     assert len(layer) == 9
 
 
+def test_a_tied_output_head_that_was_stored_is_not_written_again(tmp_path):
+    model = tiny("llama-tied")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    write_checkpoint(tmp_path / "base", model.config, [state], 1, companions=None, provenance={})
+    Checkpoint(tmp_path / "base").rewrite(tmp_path / "copy", model.config, provenance={})
+    with Checkpoint(tmp_path / "copy").weights() as reader:
+        assert set(reader.names()) == state.keys() - {"lm_head.weight"}
+    copied = load_model(tmp_path / "copy").state_dict()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
+
+
 def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
     model = tiny("llama")
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
