@@ -177,13 +177,8 @@ def _local_task(
 ) -> Path:
     """Write a task file that takes everything but the data from lm-eval's own.
 
-    Args:
-        name: The task.
-        config: Content of lm-eval's file.
-        official: lm-eval's file.
-        location: A folder with one subfolder per split, or with such a folder named as the task's subset.
-        limit: Rows to read of the evaluated split; 0 for all.
-        folder: Where the file is written.
+    ``location`` holds one subfolder per split, or such a folder named as the task's subset. ``limit`` is the
+    number of rows to read of the evaluated split, 0 for all.
     """
     subset = location / str(config.get("dataset_name"))
     if subset.is_dir():
@@ -236,13 +231,7 @@ def _choose_splits(
 def read_splits(
     split_folders: Mapping[str, str], limits: Mapping[str, int], **_: object
 ) -> dict[str, "datasets.Dataset"]:
-    """Read the splits of a data set into memory; lm-eval calls this for tasks with local data.
-
-    Args:
-        split_folders: Split to its folder.
-        limits: Split to the rows to keep of it, if not all.
-        _: Other settings of the data in lm-eval's task file.
-    """
+    """Read the splits of a data set into memory; lm-eval calls this for tasks with local data."""
     import datasets
 
     read = {}

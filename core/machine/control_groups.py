@@ -41,10 +41,7 @@ def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
 def _upwards(point: Path, root: Path, path: Path) -> list[Path]:
     """Return a group's folder and those above it, down to the mount's own.
 
-    Args:
-        point: Where the hierarchy is mounted.
-        root: Its group that is mounted there.
-        path: The process's group. If a container mounts another one, the mounted one counts.
+    ``root`` is the group mounted at ``point``; it counts unless the process's group ``path`` lies in it.
     """
     below = path.relative_to(root) if path.is_relative_to(root) else Path()
     parts = () if ".." in below.parts else below.parts

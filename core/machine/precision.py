@@ -94,12 +94,7 @@ def choose_precision(device: torch.device) -> Choice:
 
 
 def resolved(settings: Section, choose: Callable[[], Choice]) -> Section:
-    """Return settings whose precision is not ``auto``.
-
-    Args:
-        settings: A section of a recipe.
-        choose: Called if its precision is ``auto``.
-    """
+    """Return settings whose precision is not ``auto``; ``choose`` is called if it is."""
     if settings.precision != "auto":
         return settings
     choice = choose()
@@ -113,13 +108,7 @@ def has_native_bfloat16() -> bool:
 
 
 def warn_if_emulated(section: str, precision: str, device: torch.device) -> None:
-    """Log a warning if a task computes in bfloat16 on a GPU that emulates it.
-
-    Args:
-        section: Section of the recipe with the precision.
-        precision: The format.
-        device: The device of the task.
-    """
+    """Log a warning if a task computes in bfloat16 on a GPU that emulates it."""
     if precision == "bfloat16" and device.type == "cuda" and not has_native_bfloat16():
         log.warning(
             "%s.precision=bfloat16, but %s emulates bfloat16, which is slow. Set %s.precision to "

@@ -124,12 +124,8 @@ def open_streamed(
 ) -> LayerwiseModel:
     """Open a checkpoint whose decoder layers stay on disk; a layer is in memory only while it is used.
 
-    Args:
-        checkpoint: The checkpoint.
-        dtype: Number format to load into; None keeps the stored one.
-        device: Where weights go while they are used.
-        sizes: Layer sizes, if ``cut`` changes them.
-        cut: Changes the tensors of a layer each time they are loaded.
+    ``cut`` changes the tensors of a layer each time they are loaded; ``sizes`` are the sizes that result.
+    ``dtype`` None keeps the stored number format.
 
     Raises:
         CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
@@ -173,11 +169,7 @@ def exceeds_memory(
 ) -> bool:
     """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``.
 
-    Args:
-        checkpoint: The checkpoint.
-        dtype: Number format to load into; None for the stored one.
-        device: Where they would go.
-        free_bytes: Memory that is free there; None looks.
+    ``dtype`` None stands for the stored number format; ``free_bytes`` None looks.
     """
     free = available_bytes(device) if free_bytes is None else free_bytes
     width = (dtype or checkpoint.dtype).itemsize

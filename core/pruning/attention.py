@@ -45,13 +45,7 @@ def attention_cuts(
 def equal_cuts(
     dense: ModelShape, current: ModelShape, unit: Literal["kv_group", "query_head"]
 ) -> tuple[AttentionCut, ...]:
-    """Cut the same share of attention units as of MLP channels (section 3.1).
-
-    Args:
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        unit: The unit that is removed.
-    """
+    """Cut the same share of attention units as of MLP channels (section 3.1)."""
 
     def units(layer: LayerShape) -> int:
         return layer.heads_per_group if unit == "query_head" else layer.kv_heads
@@ -69,11 +63,6 @@ def cuts_by_score(
     dense: ModelShape, current: ModelShape, scores: Sequence[LayerScores]
 ) -> tuple[AttentionCut, ...]:
     """Cut a KV group when it scores lower per parameter than the MLP channels it would replace.
-
-    Args:
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        scores: Scores of each layer's groups.
 
     Returns:
         For ``Sizing(by_budget=True)``.

@@ -72,11 +72,7 @@ def sizing_for(
 ) -> Sizing:
     """Return the rules that turn sparsities into sizes under the settings of a run.
 
-    Args:
-        settings: Attention unit and width multiple.
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        scores: Scores of each layer's groups; None for the range of sizes that can be reached.
+    Without ``scores`` of the groups, the rules allow every size that some scores could lead to.
     """
     return Sizing(
         dense=dense,

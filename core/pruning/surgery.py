@@ -79,14 +79,10 @@ def open_pruned(
     device: torch.device,
     streamed: bool = False,
 ) -> LayerwiseModel:
-    """Open what a plan leaves of a checkpoint, to measure it.
+    """Open what ``layers`` leave of a checkpoint (None: all of it), to measure it.
 
-    Args:
-        checkpoint: The checkpoint.
-        layers: What each layer keeps; None for all.
-        dtype: Number format to load into; None keeps the stored one.
-        device: Where weights go.
-        streamed: Whether each layer is read and cut while it is used, instead of all of them now.
+    ``streamed`` reads and cuts each layer while it is used, instead of all of them now. ``dtype`` None keeps
+    the stored number format.
     """
     if not streamed:
         model = load_model(checkpoint, dtype=dtype, device=device)
@@ -113,13 +109,7 @@ def prune_checkpoint(
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
 
-    Args:
-        checkpoint: The checkpoint.
-        target: Folder of the smaller checkpoint.
-        plan: What stays.
-        digest: Digest of the checkpoint's manifest.
-        dtype: Number format to write; None keeps the stored one.
-        provenance: Written along with the checkpoint.
+    ``digest`` is that of the checkpoint's manifest; ``dtype`` None keeps the stored number format.
 
     Raises:
         PlanError: If the plan was made for another checkpoint.

@@ -61,13 +61,9 @@ class SavedStates:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def newest(self, model: "PreTrainedModel", *, first_step: int) -> "TrainingState | None":
-        """Return the newest state that verifies and fits; its files stay until the next state is saved.
+        """Return the newest state that verifies and fits the model; its files stay until the next save.
 
         States that are damaged or belong to another training are removed: this one will need the name.
-
-        Args:
-            model: The model to be trained, whatever its weights.
-            first_step: Global step at which its training begins.
 
         Returns:
             None if there is no such state.
@@ -105,11 +101,6 @@ class SavedStates:
         """Save the state if one is due and the previous one is published; failures are logged.
 
         It is on the local disk when this returns, and is published while training continues.
-
-        Args:
-            model: See ``write_state``.
-            optimizer: See ``write_state``.
-            progress: See ``write_state``.
         """
         from core.training.state import write_state
 

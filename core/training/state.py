@@ -179,11 +179,6 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
 def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optimizer) -> TrainingProgress:
     """Load a state that ``check_fits`` has accepted into a model and its optimizer, one tensor at a time.
 
-    Args:
-        state: The state.
-        model: Its parameters are overwritten in place.
-        optimizer: AdamW over the model's parameters, before its first step.
-
     Returns:
         What has been done.
     """

@@ -113,15 +113,7 @@ class LayerScoring:
     def __init__(
         self, name: CriterionName, family: Family, shape: LayerShape, layer: torch.nn.Module, *, seed: int = 0
     ) -> None:
-        """Prepare for a layer.
-
-        Args:
-            name: The criterion.
-            family: Defines how groups lie in the weights.
-            shape: Sizes of the layer.
-            layer: The decoder layer.
-            seed: Seed of ``random``.
-        """
+        """Prepare for a layer of the given sizes; ``seed`` is that of ``random``."""
         parameters = dict(layer.named_parameters())
         self.criterion = CRITERIA[name]
         self.weights = {key: parameters[key] for key in family.slicings if key in parameters}
