@@ -75,7 +75,7 @@ def test_a_machine_that_is_slow_for_a_while_does_not_change_the_ratio():
 
 
 class Timed:
-    """A model that takes a known time, and tells whose turn it was."""
+    """A model that takes a known time, and records whose turn it was."""
 
     def __init__(self, seconds, turns):
         self.seconds, self.turns = seconds, turns

@@ -74,7 +74,7 @@ def test_fewer_heads_in_all_layers_survive_a_round_trip(name, heads, tmp_path):
 
 
 def test_head_counts_that_llama_refuses_globally_still_load(tmp_path):
-    # 48 is no multiple of 5: transformers' own check would refuse a plain config.
+    # 48 is not a multiple of 5: transformers' own check would refuse a plain config.
     config = config_with_layers(CONFIGS["llama"](), (LayerShape(query_heads=5, kv_heads=5, mlp_width=9),) * 3)
     config.save_pretrained(tmp_path)
     assert layer_shapes(AutoConfig.from_pretrained(tmp_path))[2].query_heads == 5

@@ -36,7 +36,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def checkpoint(project, tmp_path_factory):
-    """A folder with the tiny base, whose files the tests of this module write anew and again."""
+    """A folder with the tiny base, whose files the tests of this module overwrite."""
     return shutil.copytree(project / "base", tmp_path_factory.mktemp("fuzz") / "base")
 
 

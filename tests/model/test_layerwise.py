@@ -136,7 +136,7 @@ from tests.support.models import random_tokens
 
 checkpoint, out, how, allowed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tokens = random_tokens(rows=2)
-# What every process takes before it sees a model is not at stake.
+# Memory that every process takes before it opens a model does not count.
 import transformers.models.llama.modeling_llama, accelerate
 now = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + allowed, now + allowed))

@@ -153,7 +153,7 @@ def write_tasks(folder):
 
 
 def call(arguments):
-    # Whoever asks whether to run the code is told to go on.
+    # If a question comes whether to run the code, the answer is yes.
     return CliRunner().invoke(main, arguments, input="y\n" * 20)
 
 

@@ -1,4 +1,4 @@
-"""A training that stops and goes on from a written state equals one that never stopped, to the last bit."""
+"""A training that stops and resumes from a written state equals one that never stopped, to the last bit."""
 
 import json
 import resource
@@ -82,7 +82,7 @@ def tensors_of(state):
     ],
     ids=["llama", "tied-bfloat16", "tied-checkpointing", "dropout", "dropout-checkpointing-bfloat16"],
 )
-def test_training_goes_on_bit_for_bit(make, changes, stops, tmp_path):
+def test_training_resumes_bit_for_bit(make, changes, stops, tmp_path):
     undisturbed = make(0)
     expected = train(undisturbed, **changes)
     state = None
@@ -104,7 +104,7 @@ def test_dropout_draws_other_numbers_with_another_seed():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_state_is_twelve_bytes_a_parameter_and_tied_ones_are_in_it_once(tmp_path):
+def test_a_state_takes_twelve_bytes_per_parameter_and_holds_tied_ones_once(tmp_path):
     model = unequal("llama-tied")(0)
     state = state_after(2, model, tmp_path / "state")
     tensors = tensors_of(state)
@@ -116,7 +116,7 @@ def test_a_state_is_twelve_bytes_a_parameter_and_tied_ones_are_in_it_once(tmp_pa
     assert {tensors[f"step.{name}"].item() for name in names} == {2}
 
 
-def test_a_state_lies_in_parts_so_that_few_tensors_are_copied_at_a_time(tmp_path, monkeypatch):
+def test_a_state_is_split_into_files_so_that_few_tensors_are_copied_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(state_module, "_SHARD_BYTES", 20_000)
     undisturbed, model = unequal("llama")(0), unequal("llama")(1)
     expected = train(undisturbed)
@@ -137,7 +137,7 @@ def test_what_is_restored_outlives_the_files(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     restore_state(state, model, optimizer)
     for path in state.directory.glob("*.safetensors"):
-        path.write_bytes(bytes(path.stat().st_size))  # the same file: what were a view of it would change
+        path.write_bytes(bytes(path.stat().st_size))  # the same file: a view of it would change
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[f"weight.{name}"])
         for moment in ("step", "exp_avg", "exp_avg_sq"):
@@ -158,7 +158,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     assert 0 < report.tokens_per_s <= report.tokens / 1e4
 
 
-def test_what_was_kept_comes_back_as_it_was(tmp_path):
+def test_progress_survives_a_round_trip(tmp_path):
     model = unequal("llama")(0)
     losses = [(7, float("nan"), 0.1 + 0.2), (8, float("inf"), 5e-324)]
     progress = TrainingProgress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
@@ -262,7 +262,7 @@ def test_a_state_file_of_other_content_is_refused(change, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])
-def test_what_is_no_state_file_is_refused(content, tmp_path):
+def test_anything_but_a_state_file_is_refused(content, tmp_path):
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="is not a training state"):
         read_state(tmp_path)
