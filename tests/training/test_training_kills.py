@@ -38,7 +38,7 @@ def recover_train(job, die=None):
     Args:
         job: Its arguments, the variables of its environment, and the file of its log.
         die: ``("saved", n)``: when the n-th state is published, at any point of a training step.
-            ``("forward", n)``: at the n-th forward pass, at any point of publishing. ``("done", 1)``: when the
+            ``("forward", n)``: at the n-th pass, at any point of publishing. ``("done", 1)``: once the
             checkpoint is published, before states are removed.
     """
     import torch
