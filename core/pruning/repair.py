@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
-from core.model.build import layer_shapes
+from core.model.config import layer_shapes
 from core.model.families import Kind, family_of
 from core.model.layerwise import LayerwiseModel, frozen, replaced
 from core.pruning.plan import LayerPlan

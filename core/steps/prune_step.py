@@ -7,25 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from core.quantities import parse_count
 from core.runs.run import Run
-from core.steps.frame import (
-    Artifact,
-    Workspace,
-    compute_once,
-    describe_checkpoint,
-    digest_of,
-    provenance_of,
-)
+from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.steps.measuring import draw
 from core.storage.layout import PLAN
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
+    from core.model.checkpoint import Checkpoint
     from core.pruning.repair import Repair
+
+log = logging.getLogger(__name__)
 
 _DRAW = 999
 """Number of the calibration draw within the phase, after those of its steps."""
-
-log = logging.getLogger(__name__)
 
 
 def run_prune_step(
@@ -43,16 +37,17 @@ def run_prune_step(
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import dtype_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
-        scored = this.phase_uri(phase, "scored")
-        plan = Plan.load(fetch(scored, work.scratch / "scored", only=[PLAN]) / PLAN)
-        digest = digest_of(checkpoint_uri)
-        source = fetch(checkpoint_uri, work.scratch)
-        repair = _repair(this, phase, source, data_uri, work.scratch)
+        scored = open_publication(this.phase_uri(phase, "scored"))
+        plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
+        source = open_publication(checkpoint_uri)
+        digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
+        repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
         prune_checkpoint(
-            source,
+            checkpoint,
             work.out,
             plan,
             digest=digest,
@@ -63,12 +58,12 @@ def run_prune_step(
         return {"params": plan.params_after}
 
     uri = this.phase_uri(phase, "pruned")
-    compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
-    describe_checkpoint(uri, model)
+    published = compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
+    describe_checkpoint(published, model)
     return uri
 
 
-def _repair(run: Run, phase: int, source: Path, data_uri: str, scratch: Path) -> "Repair | None":
+def _repair(run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scratch: Path) -> "Repair | None":
     """Return what repairs the layers of a checkpoint, if the settings ask for it."""
     from core.machine.memory import available_bytes
     from core.model.build import dtype_of
@@ -79,8 +74,8 @@ def _repair(run: Run, phase: int, source: Path, data_uri: str, scratch: Path) ->
     if prune.repair == "none":
         return None
     sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
-    tokens = draw(run, phase, _DRAW, data_uri, scratch, sequences=sequences)
-    model = open_to_run(source, calibration, dtype=dtype_of(calibration.precision))
+    tokens = draw(run, phase, _DRAW, open_publication(data_uri), scratch, sequences=sequences)
+    model = open_to_run(checkpoint, calibration, dtype=dtype_of(calibration.precision))
     device = model.model.device
     states_bytes = tokens.numel() * model.model.config.hidden_size * model.model.dtype.itemsize
     room = state_memory(calibration) - states_bytes if device.type == "cpu" else available_bytes(device) // 4

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from core.errors import CheckpointError
-from core.model.build import head_dim, load_model, model_shape
-from core.model.checkpoint import save_model
+from core.model.build import load_model, model_shape
+from core.model.checkpoint import Checkpoint, save_model
+from core.model.config import head_dim
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.pruning.plan import LayerPlan
@@ -140,10 +141,10 @@ def test_a_layer_that_loses_nothing_still_hands_on_its_activations():
 def test_a_checkpoint_is_repaired_a_layer_at_a_time(dtype, tmp_path):
     model = tiny("qwen2")
     save_model(model, tmp_path / "base", companions=None, provenance={})
-    streamed = open_streamed(tmp_path / "base")
+    streamed = open_streamed(Checkpoint(tmp_path / "base"))
     with Float64Throughout():
         prune_checkpoint(
-            tmp_path / "base",
+            Checkpoint(tmp_path / "base"),
             tmp_path / "small",
             plan_for(model, CUT, "d"),
             digest="d",

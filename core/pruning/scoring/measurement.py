@@ -1,7 +1,6 @@
-"""A checkpoint on disk measured as the settings of a run say: number format, memory, criterion."""
+"""Measuring a checkpoint on disk with the settings of a run: number format, memory, criterion."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -9,12 +8,14 @@ from torch import Tensor
 
 from core.machine.memory import available_bytes
 from core.model.build import pick_device
+from core.model.checkpoint import Checkpoint
 from core.model.layerwise import LayerwiseModel, exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import open_pruned
 from core.quantities import parse_bytes
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def open_to_run(
-    directory: Path,
+    checkpoint: Checkpoint,
     calibration: CalibrationSettings,
     *,
     dtype: torch.dtype | None,
@@ -31,10 +32,10 @@ def open_to_run(
     """Open a checkpoint, or what ``layers`` leave of it, in memory or streamed (``calibration.weights``)."""
     device = pick_device()
     streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
+    if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=device):
         log.info("the weights would take over half of the free memory: layers are read while they are used")
         streamed = True
-    return open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
+    return open_pruned(checkpoint, layers, dtype=dtype, device=device, streamed=streamed)
 
 
 def state_memory(calibration: CalibrationSettings) -> int:
@@ -45,7 +46,7 @@ def state_memory(calibration: CalibrationSettings) -> int:
 
 
 def measure_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     tokens: Tensor,
     calibration: CalibrationSettings,
     prune: PruneSettings,
@@ -58,26 +59,26 @@ def measure_checkpoint(
     """Measure layer similarities and group scores of a checkpoint, or of what a plan leaves of it.
 
     Args:
-        directory: Checkpoint directory.
+        checkpoint: The checkpoint.
         tokens: (S, T) int64 token ids of the calibration set.
-        calibration: ``weights``, ``state_memory`` and ``micro_batch`` count.
-        prune: ``similarity`` and ``criterion`` count.
+        calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
+        prune: ``similarity`` and ``criterion`` are used.
         dtype: Number format of weights and activations; None keeps the stored one.
         seed: Seed of the criterion ``random``.
         layers: What each layer keeps; None for all.
-        scratch: Where a folder for layers' inputs is made, and removed; None for the system's temporary one.
+        scratch: Holds a temporary folder for layers' inputs; None for the system's.
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
         StorageError: If the disk is full.
     """
-    model = open_to_run(directory, calibration, dtype=dtype, layers=layers)
+    model = open_to_run(checkpoint, calibration, dtype=dtype, layers=layers)
     state_bytes = state_memory(calibration)
     inputs_bytes = (
         tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
     )
     device = model.model.device
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-", dir=scratch) as states:
+    with scratch_folder(scratch) as states:
         return measure(
             model,
             tokens,
@@ -86,7 +87,7 @@ def measure_checkpoint(
             criterion=prune.criterion,
             seed=seed,
             state_bytes=state_bytes,
-            scratch=Path(states),
-            # On an accelerator it is quicker to compute again than to fetch from the host.
+            scratch=states,
+            # On an accelerator, computing outputs again is faster than fetching them from the host.
             keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
         )
