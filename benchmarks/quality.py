@@ -1,6 +1,7 @@
 """Quality after pruning without training: uniform against adaptive, by attention unit and number of steps.
 
-Prunes the demo's model to 80, 60 and 40 % of its parameters in every combination, with several seeds.
+Prunes the demo's model to 80, 60 and 40 % of its parameters in every combination, with several seeds; repairs
+nothing.
 Measures perplexity on text that was not used for calibration, and zero-shot accuracy for the default
 settings. Two rows represent the authors' published scheme: KV groups at the MLP's sparsity, in steps of 2 %,
 up to the first count below the target, with A = 0.02 (the reference) and with A = 0 (the uniform reference).

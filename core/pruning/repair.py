@@ -23,6 +23,7 @@ from core.errors import CheckpointError
 from core.model.config import layer_shapes
 from core.model.families import Kind, family_of
 from core.model.layerwise import LayerwiseModel, frozen, replaced
+from core.progress import Progress
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.batching import fitting_micro_batch
 
@@ -56,6 +57,7 @@ class Repair:
         self._family, self._shapes = family_of(model.model.config), layer_shapes(model.model.config)
         self._device = model.model.device
         size = micro_batch or fitting_micro_batch(model.model.config, tokens.shape, device=self._device)
+        self._progress = Progress("repair", len(self._shapes), "layers")
         self._states = [model.embed(tokens[i : i + size]).cpu() for i in range(0, len(tokens), size)]
 
     @torch.no_grad()
@@ -99,6 +101,9 @@ class Repair:
                     changes[f"{path}.bias"] = of_bias.cpu()
             if index + 1 < len(self._shapes):
                 self._advance(index, layer, known)
+        self._progress.add()
+        if index + 1 == len(self._shapes):
+            self._progress.close()
         return changes
 
     def _cuts(self, index: int, layer: nn.Module, plan: LayerPlan) -> Iterator[tuple[str, Tensor]]:
