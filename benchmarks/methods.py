@@ -100,10 +100,7 @@ class Study:
         started = time.monotonic()
         model = self.base if method == DENSE else self.pruned(method, removed, seed)
         seconds = time.monotonic() - started
-        found = {
-            name: perplexity(model, windows, batch_size=4, device=model.device)
-            for name, windows in self.texts.items()
-        }
+        found = {name: perplexity(model, windows, batch_size=4) for name, windows in self.texts.items()}
         row = {**key, **self.alike, "perplexity": found, "seconds": round(seconds, 1)}
         self.rows.append(row)
         if self.file is not None:
