@@ -92,6 +92,11 @@ class Repair:
                         f"the activations that enter {path} of layer {index} are not finite. Check the "
                         "checkpoint; else set calibration.precision to float32."
                     ) from error
+                except torch.linalg.LinAlgError as error:
+                    raise CheckpointError(
+                        f"the repair of {path} of layer {index} has no solution within rounding "
+                        f"(prune.repair_ridge={self.ridge}). Raise prune.repair_ridge."
+                    ) from error
                 repaired = torch.zeros_like(linear.weight)
                 repaired[:, stay] = (linear.weight[:, stay] + of_weight).to(repaired.dtype)
                 linear.weight.data = repaired

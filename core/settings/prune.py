@@ -95,7 +95,7 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
-        yield from in_range("repair_ridge", self.repair_ridge, 1e-6, 1e6)
+        yield from in_range("repair_ridge", self.repair_ridge, 1e-4, 1e4)
         try:
             if parse_count(self.repair_tokens) <= 0:
                 yield f"repair_tokens={self.repair_tokens} must be positive. Or set repair to none."

@@ -180,3 +180,13 @@ def test_activations_that_are_not_finite_are_named():
     repair = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE)
     with pytest.raises(CheckpointError, match=r"enter mlp\.down_proj of layer 0 are not finite"):
         repair.layer(0, replace(WHOLE, mlp_channels=(1, 2)))
+
+
+def test_a_ridge_that_rounding_swallows_is_named():
+    model = tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        for linear in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            linear.weight.copy_(linear.weight[:1] * torch.linspace(0.5, 2, 40)[:, None])
+    repair = Repair(LayerwiseModel(model), TOKENS, ridge=1e-12)
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj of layer 0 .* Raise prune\.repair_ridge"):
+        repair.layer(0, replace(WHOLE, mlp_channels=tuple(range(30))))
