@@ -28,8 +28,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the server that the tests use
 
+from core.storage.interface import join_uri  # noqa: E402
 from core.storage.publication import open_publication, publish  # noqa: E402
-from core.storage.store import join_uri  # noqa: E402
 from tests.support.servers import BUCKET, s3_server  # noqa: E402
 
 SHARD_BYTES = 400_000_000

@@ -30,10 +30,10 @@ from core.scratch import scratch_folder
 from core.settings.addresses import hub_address
 from core.settings.model import ModelSettings
 from core.storage.hashing import file_sha256
+from core.storage.interface import join_uri
 from core.storage.layout import CARD
 from core.storage.manifest import FileEntry, Manifest
 from core.storage.publication import MANIFEST, find_publication, publish, published_in
-from core.storage.store import join_uri
 from core.storage.transfer import verify_in_place
 from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 

@@ -15,8 +15,9 @@ from core.errors import CheckpointError, StorageError
 from core.redaction import without_password
 from core.settings.addresses import HEAD, hub_address, is_head, registry_address
 from core.settings.model import ModelSettings
+from core.storage.interface import check_key, join_uri, local_errors
 from core.storage.publication import MANIFEST
-from core.storage.store import check_key, join_uri, local_errors, open_store
+from core.storage.store import open_store
 from core.tracking.client import absolute_uri, connect, explained
 
 if TYPE_CHECKING:

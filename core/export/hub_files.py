@@ -7,9 +7,9 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
+from core.storage.interface import is_temporary
 from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import OWN, published_in, verify_folder
-from core.storage.store import is_temporary
 from core.untrusted import check_file, parse_object, read_limited
 
 _STAYS_HERE = (*OWN, REPORT, RECORD, HTML)

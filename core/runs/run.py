@@ -11,11 +11,12 @@ from core.errors import SettingsError, StorageError
 from core.model.shape import LayerShape, ModelShape
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import Settings
+from core.storage.interface import join_uri
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from core.untrusted import check_format, parse_object
 
 FORMAT = 1

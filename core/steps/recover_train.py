@@ -9,8 +9,8 @@ from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
+from core.storage.interface import join_uri
 from core.storage.publication import Publication, open_publication
-from core.storage.store import join_uri
 from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
 

@@ -15,8 +15,9 @@ from core.machine.precision import ACCELERATORS, SECTIONS, Choice, choose_precis
 from core.model.build import pick_device
 from core.runs.run import Run
 from core.settings.schema import Settings
+from core.storage.interface import Store
 from core.storage.layout import precisions_of
-from core.storage.store import Store, open_store
+from core.storage.store import open_store
 from core.untrusted import parse_object
 
 FORMAT = 1

@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from core.errors import IntegrityError, LeaseError, StorageError
+from core.storage.interface import Store, StoredFile, is_temporary, join_uri
 from core.storage.layout import folder_of, pointer_of, publication_of
 from core.storage.lease import TTL_S, Lease, holding_lease, lease_number, read_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
-from core.storage.store import Store, StoredFile, is_temporary, join_uri
 
 PATIENCE_S = 86_400.0
 """How long something is left alone that a process may be at of which nothing is known."""

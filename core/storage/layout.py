@@ -4,7 +4,7 @@ import re
 import shlex
 
 from core.errors import StorageError
-from core.storage.store import check_key
+from core.storage.interface import check_key
 
 STEPS = {
     "calibrated": "calibrate",

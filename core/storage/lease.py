@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from core.errors import InterruptionError, LeaseError, StorageError
+from core.storage.interface import Store, join_uri
 from core.storage.owner import Owner
-from core.storage.store import Store, join_uri
 
 TTL_S = 600.0
 """How long a lease holds after it was renewed."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from core.errors import FormatError, IntegrityError, StorageError
 from core.storage.hashing import file_sha256
+from core.storage.interface import check_key, join_uri, local_errors
 from core.storage.layout import way_back
-from core.storage.store import check_key, join_uri, local_errors
 from core.untrusted import check_format
 
 FORMAT = 1

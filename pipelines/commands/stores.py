@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from core.runs.overview import RunOverview
     from core.storage.garbage import Findings
-    from core.storage.store import Store
+    from core.storage.interface import Store
 
 _STORE_HELP = "STORE is what a recipe's storage.store names: a folder or an s3:// address"
 _SHOWN = 10

@@ -19,8 +19,9 @@ from core.settings.recipe import settings_from_dict
 from core.settings.storage import TrackingSettings
 from core.steps.frame import provenance_of
 from core.steps.needs_run import run_needs_run
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from core.tracking.mlflow import open_tracker
 from tests.support.evidence import note
 from tests.support.hub import Repository, run_hub

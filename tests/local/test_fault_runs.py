@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError, full_disk
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support import faults
 from tests.support.disks import fill, read_only, tiny_disk
 from tests.support.evidence import note

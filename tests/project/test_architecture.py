@@ -124,3 +124,21 @@ def test_building_the_pipeline_imports_no_model_code():
 
 def test_what_runs_inside_a_task_does_not_import_kfp():
     assert "kfp" not in loaded_modules("import components.runtime")
+
+
+def test_no_storage_module_is_imported_by_what_it_imports():
+    """Also inside functions: an import that is put off hides a circle."""
+    imports = {
+        name: set(imports_of(path.read_text(), name))
+        for path, name in (parameters.values for parameters in modules())
+    }
+
+    def below(name):
+        found, left = set(), [name]
+        while left:
+            new = imports.get(left.pop(), set()) - found
+            found |= new
+            left += new
+        return found
+
+    assert [name for name in imports if name.startswith("core.storage.") and name in below(name)] == []

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import IntegrityError
+from core.storage.interface import join_uri
 from core.storage.publication import Manifest, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.publications import CONTENT, LAYER_0_SHA256, RIVAL, backend, behind, read, write
 from tests.support.servers import Reply

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import IntegrityError, StorageError
+from core.storage.interface import join_uri
 from core.storage.publication import find_publication, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.publications import CONTENT, LAYER_0_SHA256, RIVAL, die_before_the_manifest, read, write
 
 

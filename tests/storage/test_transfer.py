@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
+from core.storage.interface import join_uri
 from core.storage.publication import OWN, Manifest, find_publication, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.publications import (
     CONTENT,

@@ -10,8 +10,9 @@ import torch
 from core.quantities import Interval, parse_interval
 from core.settings.texts import TextSource
 from core.settings.training import TrainingSettings
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
 from tests.support.evidence import note
