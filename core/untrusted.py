@@ -1,12 +1,18 @@
 """Files from outside: regular ones alone are read, up to a size, and what is wrong with them is one error."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.errors import AdaptPrunerError, CheckpointError, FormatError
+from core.errors import AdaptPrunerError, CheckpointError, FormatError, StorageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Decoded = TypeVar("Decoded")
 
 MAX_JSON_BYTES = 10_000_000
 """Of a file of settings, such as config.json: the index of a model of 100,000 tensors is as large. Read into
@@ -57,6 +63,60 @@ def check_format(data: Mapping[str, Any], newest: int, where: str) -> None:
             f"{where} is of format {found!r}, and this version of adapt-pruner reads up to {newest}. Use the "
             "version that has written it, or a newer one."
         )
+
+
+def decode(
+    kind: type[Decoded],
+    content: str | bytes,
+    where: str,
+    advice: str,
+    *,
+    newest: int | None = None,
+    error: type[AdaptPrunerError] = StorageError,
+) -> Decoded:
+    """Return a dataclass that a stored file holds as a JSON object; further entries are ignored.
+
+    Args:
+        kind: The dataclass; its types are checked strictly, and its ``__post_init__`` may raise ValueErrors.
+        content: The JSON.
+        where: The file's name in errors.
+        advice: What to do about a damaged file, as a sentence.
+        newest: The newest readable format; None does not check it.
+        error: What to raise.
+
+    Raises:
+        FormatError: If a newer version has written it.
+        AdaptPrunerError: An ``error``, if it is damaged.
+    """
+    hashable: Any = kind
+    try:
+        data = parse_object(content)
+        if newest is not None:
+            check_format(data, newest, where)
+        decoded: Decoded = _decoder(hashable).validate_json(content, strict=True)
+        return decoded
+    except ValueError as problem:
+        said = " ".join(_first_problem(problem).split())[:300].rstrip(".")
+        raise error(f"{where} is damaged: {said}. {advice}") from problem
+
+
+@functools.cache
+def _decoder(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter  # settings are read without it
+
+    return TypeAdapter(kind)
+
+
+def _first_problem(problem: ValueError) -> str:
+    from pydantic import ValidationError
+
+    if not isinstance(problem, ValidationError):
+        return str(problem)
+    first = problem.errors(include_url=False, include_context=False, include_input=False)[0]
+    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"it lacks {place}"
+    return f"{place}: {message[:1].lower()}{message[1:]}" if place else message
 
 
 def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
