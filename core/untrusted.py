@@ -1,4 +1,4 @@
-"""Files from outside: regular ones alone are read, up to a size, and what is wrong with them is one error."""
+"""Untrusted files: only regular ones of limited size are read, and any fault is one error."""
 
 import contextlib
 import functools
@@ -23,10 +23,10 @@ MAX_TOKENIZER_BYTES = 200_000_000
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: If it is none, or nested too deeply.
+        ValueError: If it is not valid, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -42,7 +42,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """
     data = parse_json(text)
     if not isinstance(data, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return data
 
 
@@ -127,7 +127,7 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         OSError: If it cannot be read.
     """
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -149,7 +149,7 @@ def files_of(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """Refuse what is no regular file within ``folder``.
+    """Refuse anything but a regular file within ``folder``.
 
     The links of a Hugging Face cache lead from ``snapshots/<commit>`` to ``blobs``, and are followed.
 
@@ -159,7 +159,7 @@ def check_file(path: Path, folder: Path) -> None:
     root = folder.resolve()
     places = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file, or a link that leads nowhere. Remove it.")
+        raise CheckpointError(f"{path} is not a regular file, or a link that leads nowhere. Remove it.")
     if not any(path.resolve().is_relative_to(place) for place in places):
         raise CheckpointError(
             f"{path} is a link that leads out of its folder. Put the file itself there, or remove the link."
@@ -178,7 +178,7 @@ def foreign_errors(explain: Callable[[str], AdaptPrunerError]) -> Iterator[None]
     except AdaptPrunerError:
         raise
     except BaseException as error:
-        # What Rust calls a panic is no Exception in Python.
+        # A Rust panic is not an Exception in Python.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         said = " ".join(str(error).split())[:300].rstrip(".")

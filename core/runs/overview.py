@@ -44,7 +44,7 @@ class RunOverview:
 def list_runs(store: Store) -> list[RunOverview]:
     """Return all runs of a store, the last active one first.
 
-    Nothing in the store is trusted: what is no run is left out, and a run without a sound ``run.json`` is
+    Nothing in the store is trusted: other files are left out, and a run without a sound ``run.json`` is
     described by what else there is of it.
 
     Raises:

@@ -29,7 +29,7 @@ def run_recover_train(
 ) -> str:
     """Train the pruned checkpoint on the phase's slice of the mixture.
 
-    A task that was killed and is started again goes on from the last state of the training that was saved.
+    A task that was killed and is started again resumes from the last saved training state.
 
     Returns:
         URI of the recovered checkpoint; the pruned one's where the recipe asks for no training.

@@ -21,10 +21,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """A file of a store, as a listing tells of it."""
+    """A file of a store, as a listing shows it."""
 
     key: str
-    """Where it is; of an incomplete upload, where it was to be."""
+    """Where it is; for an incomplete upload, where it was to be."""
     size: int
     """Bytes."""
     modified_s: float

@@ -178,7 +178,7 @@ def watch_lease(store: Store, run: str) -> Lease | None:
     before = read_lease(store, run)
     if before is not None and before.is_live():
         until = time_text(before.expires_s)
-        log.info("%s holds the lease until %s: waiting whether it renews it", before.owner, until)
+        log.info("%s holds the lease until %s: waiting to see whether it is renewed", before.owner, until)
     while before is not None and before.is_live():
         time.sleep(LOOK_S)
         lease = read_lease(store, run)
@@ -239,8 +239,8 @@ def holding_lease(
     except _InterruptedError:
         if not lost:
             raise InterruptionError(
-                "the signal SIGUSR1, which came from outside, has ended this step. Start the run again: it "
-                "goes on."
+                "the signal SIGUSR1, which came from outside, has ended this step. Start the run "
+                "again: it resumes."
             ) from None
     if lost:
         raise lost[0]

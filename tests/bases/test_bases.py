@@ -122,7 +122,7 @@ BAD_LINES = {
     "a registry's address": (b"models:/name@alias", "not followed from there"),
     "another HEAD file": (b"sub/HEAD", "another HEAD file"),
     "a HEAD file on S3": (b"s3://other/HEAD", "another HEAD file"),
-    "a hub address without an owner": (b"hf://model", "no address on the hub"),
+    "a hub address without an owner": (b"hf://model", "not a valid address on the hub"),
 }
 
 

@@ -187,7 +187,7 @@ def test_the_hub_out_of_reach_is_one_line(folder, monkeypatch):
         )
         text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
     assert text.startswith(
-        "model.base=organisation/model is no local folder or file, and the Hugging Face hub "
+        "model.base=organisation/model is not a local folder or file, and the Hugging Face hub "
     )
     assert "refused" in text
     advice = "Check the name, model.revision, the network and, for a private or gated model, HF_TOKEN."

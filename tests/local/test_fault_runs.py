@@ -97,7 +97,9 @@ def test_credentials_that_expire_stop_a_run_and_the_rerun_computes_nothing_again
     with s3_proxy(s3_server, Striking(faults.error(400, "ExpiredToken"), after=170)) as proxy:
         status, error, _ = run(folder, s3_store_uri, proxy.environment())
     assert status == 1
-    assert re.search(r"failed: .* have expired \(ExpiredToken\)\. Get new ones, then rerun to go on\.", error)
+    assert re.search(
+        r"failed: .* have expired \(ExpiredToken\)\. Get new ones, then rerun to resume\.", error
+    )
     done = published(s3_store_uri)
     assert "data" in done
     assert "final" not in done

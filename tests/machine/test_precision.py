@@ -204,7 +204,7 @@ def choices(content):
     ("content", "problem"),
     [
         (b"", "Expecting value"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (b'{"format": 1}', "it lacks choices"),
         (b'{"format": 1, "choices": {}}', "it lacks calibration, training, evaluation"),
         (

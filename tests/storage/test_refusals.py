@@ -64,7 +64,7 @@ def test_a_server_that_takes_requests_and_never_answers_is_given_up(
     note("Faults", "requests that are swallowed", "given up after a minute each; one line")
 
 
-EXPIRED = "have expired (ExpiredToken). Get new ones, then rerun to go on."
+EXPIRED = "have expired (ExpiredToken). Get new ones, then rerun to resume."
 
 LASTING = {
     "credentials that have expired": (
@@ -86,7 +86,7 @@ LASTING = {
     ),
     "a quota that is used up": (
         faults.error(403, "QuotaExceeded"),
-        "has no space left (QuotaExceeded). Free space there, then rerun to go on.",
+        "has no space left (QuotaExceeded). Free space there, then rerun to resume.",
     ),
     "a page of a proxy (200)": (lambda *_: Reply(status=200, body=b"<html>Log in!</html>"), ". "),
     "a page of a proxy (407)": (lambda *_: Reply(status=407, body=b"<html>Log in!</html>"), "answers 407. "),

@@ -276,7 +276,7 @@ def test_missing_credentials_are_one_clear_error(s3_store_uri, tmp_path, monkeyp
 
 def test_a_missing_bucket_is_one_clear_error(s3_store_uri, tmp_path):
     every_action_fails("s3://no-such-bucket/runs", tmp_path, "no bucket no-such-bucket at http.* Create it")
-    every_action_fails("s3://no_bucket!/runs", tmp_path, "no_bucket! is no name for a bucket")
+    every_action_fails("s3://no_bucket!/runs", tmp_path, "no_bucket! is not a valid bucket name")
 
 
 def test_an_unreachable_endpoint_is_one_clear_error(s3_store_uri, tmp_path, monkeypatch):
