@@ -211,8 +211,8 @@ def test_heads_that_hang_together_are_not_pruned(folder):
     rewrite_base(folder / "base", {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]})
     text = refused(resolve_with({"prune.attention_unit": "kv_group"}), UnsupportedModelError)
     assert text == (
-        "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so none "
-        "can go without a change to the others. Set prune.attention_unit to auto or none."
+        "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so "
+        "removing one changes the others. Set prune.attention_unit to auto or none."
     )
     resolve_with({"prune.attention_unit": "none", "prune.target": "90%"})()
 
