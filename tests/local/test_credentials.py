@@ -8,7 +8,6 @@ import base64
 import contextlib
 import gzip
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -104,13 +103,6 @@ def call(folder, *arguments, environment):
     command, own = command_line(*arguments)
     done = subprocess.run(command, cwd=folder, env=own | environment, capture_output=True, timeout=600)
     return done, {"stdout": done.stdout, "stderr": done.stderr}
-
-
-@pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    copy = shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(copy)
-    return copy
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +22,10 @@ CHANGES = {"prune.phases": 1, "training.tokens": "0", "training.sources": []}
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, with a recipe of one phase, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "my project")
-    write_recipe(copy / "recipe.yaml", CHANGES)
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with a recipe of one phase."""
+    write_recipe(folder / "recipe.yaml", CHANGES)
+    return folder
 
 
 def start(*options):

@@ -14,16 +14,8 @@ import pytest
 
 from core.errors import StorageError
 from core.storage.publication import publish
-from core.storage.store import Store, join_uri, open_store, replacing
+from core.storage.store import join_uri, open_store, replacing
 from tests.support.servers import Reply, s3_proxy
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A store without content, on a folder and on a real S3 server."""
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
 
 
 def one_line(error: pytest.ExceptionInfo[StorageError]) -> str:
