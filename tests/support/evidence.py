@@ -1,8 +1,8 @@
-"""What the reliability tests try, how often, and what happens.
+"""Trials of the reliability tests and their outcomes.
 
-A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
-and ``python -m tests.support.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of
-that folder, and their totals into ``reliability.md``.
+A test calls ``note`` with what it has seen. If ``EVIDENCE`` names a file, the notes are collected there, and
+``python -m tests.support.evidence NOTES docs`` writes them as tables to ``reliability-evidence.md`` of that
+folder, and their totals to ``reliability.md``.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from pathlib import Path
 EVIDENCE = "ADAPT_PRUNER_EVIDENCE"
 EVIDENCE_HEAD = """# Evidence
 
-What was tried against the promises of [reliability.md](reliability.md), how often, and what happened.
+The trials behind the promises of [reliability.md](reliability.md): how often each ran, and with what outcome.
 Written by `make torture`; do not edit.
 """
 TABLES = (
@@ -79,7 +79,7 @@ def evidence(found, when):
         ]
         head = [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
         parts.append(
-            "\n".join([*head, "| tried | times | what happened | test |", "|---|---:|---|---|", *body, ""])
+            "\n".join([*head, "| trial | times | outcome | test |", "|---|---:|---|---|", *body, ""])
         )
     return "\n".join(parts)
 
@@ -91,7 +91,7 @@ def with_summary(document, found, when):
         f"| {len(found.get(name, {})):,} | {sum(found.get(name, {}).values()):,} | {when} |"
         for name in TABLES
     ]
-    table = "\n".join(["| what | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
+    table = "\n".join(["| area | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
     written, places = re.subn(
         r"(<!-- summary -->\n).*?(<!-- end -->)", rf"\1{table}\n\2", document, flags=re.DOTALL
     )
