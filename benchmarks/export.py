@@ -113,8 +113,8 @@ def write_seconds(size_bytes: int, path: Path) -> float:
 def main() -> None:
     """Measure; print a table and one JSON object."""
     parser = parser_for(__doc__)
-    parser.add_argument("--companions", type=Path, required=True, help="checkpoint to take a tokenizer from")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each format is written")
+    parser.add_argument("--companions", type=Path, required=True, help="checkpoint whose tokenizer is copied")
+    parser.add_argument("--rounds", type=int, default=3, help="exports per format")
     parser.add_argument("--work", type=Path, help="folder to write to (default: a temporary one)")
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)

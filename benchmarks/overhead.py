@@ -98,10 +98,8 @@ def main() -> None:
     """Measure; print the tables, and the figures as JSON in the last line."""
     parser = argparse.ArgumentParser(description="Measure what a pipeline task costs beyond its arithmetic.")
     parser.add_argument("model", nargs="?", help="checkpoint folder or GGUF file; default: the demo's model")
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="runs, of which the quickest counts (default: 3)"
-    )
-    parser.add_argument("--only", choices=("tasks", "threads"), help="Measure one of the two.")
+    parser.add_argument("--repeat", type=int, default=3, help="runs; the fastest counts (default: 3)")
+    parser.add_argument("--only", choices=("tasks", "threads"), help="measure only this")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {
         "benchmark": "overhead",

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
     parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens (default: 24)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the calibration draws (default: 3)")
-    parser.add_argument("--results", type=Path, help="file of measured rows; those in it are not run again")
+    parser.add_argument("--results", type=Path, help="file of measured rows; rows already in it are skipped")
     parser.add_argument("--items", type=int, default=100, help="items of each benchmark; 0 for none")
     arguments = parser.parse_args()
     console = Console(highlight=False, width=120)

@@ -98,12 +98,20 @@ def row_of(multiple: int, dtype: str, record: SpeedRecord, params: tuple[int, in
 def main() -> None:
     """Prune and measure; print a table and one JSON object."""
     parser = parser_for(__doc__)
-    parser.add_argument("--target", default="80%", help="what stays (default: 80%%)")
-    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 32, 64], help="of MLP widths")
-    parser.add_argument("--rounds", type=int, default=7, help="times that everything is measured")
+    parser.add_argument("--target", default="80%", help="size after pruning (default: 80%%)")
+    parser.add_argument(
+        "--multiples",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32, 64],
+        help="multiples that MLP widths are rounded to",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of measurement")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after a prompt of 128")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: physical cores)")
-    parser.add_argument("--work", type=Path, default=Path("output/serving"), help="folder for what is pruned")
+    parser.add_argument(
+        "--work", type=Path, default=Path("output/serving"), help="folder for the pruned models"
+    )
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     rows = [row for multiple in arguments.multiples for row in rows_of(multiple, arguments, console)]

@@ -39,7 +39,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--store", default="", help="s3://bucket/prefix on a server of yours, for a trial")
+    parser.add_argument("--store", default="", help="s3://bucket/prefix on an existing server")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch, _store(arguments.store) as store:
         folder = Path(scratch, "checkpoint")
@@ -71,7 +71,7 @@ def _store(uri: str) -> Iterator[str]:
 
 
 def _write_shards(folder: Path, size: int) -> list[Path]:
-    """Write random bytes, because some stores compress others."""
+    """Write random bytes: some stores compress anything else."""
     folder.mkdir()
     paths = []
     for start in range(0, size, SHARD_BYTES):

@@ -59,7 +59,7 @@ while True:
 
 @dataclass(frozen=True)
 class Situation:
-    """Conditions for answering items: a CPU quota in cores (0 is none), and a busy process beside."""
+    """Conditions for answering items: a CPU quota in cores (0: none), and whether a busy process competes."""
 
     name: str
     quota: float = 0.0
