@@ -129,10 +129,6 @@ def test_changed_tokenizers_are_read_or_refused(base, name):
     fuzz_file(name, path, document, read, share=0.5)
 
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 HOSTILE_TEMPLATES = [
     "{% for",
     "{{ messages[0].__class__.__mro__[1].__subclasses__() }}",

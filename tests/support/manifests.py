@@ -200,20 +200,7 @@ def _dangling_in_pod(one, known):
             action = asked.get("httpGet") or asked.get("tcpSocket")
             if action and action["port"] not in ports:
                 yield f"{where}: {probe} asks port {action['port']}"
-        seen = set()
-        for env in box.get("env", ()):
-            for name in re.findall(r"\$\((\w+)\)", env.get("value", "")):
-                if name not in seen:
-                    yield f"{where}: $({name}) is not set before {env['name']}"
-            seen.add(env["name"])
-            for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
-                if reference := env.get("valueFrom", {}).get(field):
-                    target = known.get((kind, reference["name"]), {})
-                    if reference["key"] not in target.get("data", target.get("stringData", {})):
-                        yield f"{where}: no {kind} {reference['name']} with {reference['key']}"
-        for name in re.findall(r"\$\((\w+)\)", " ".join(box.get("command", ()))):
-            if name not in seen:
-                yield f"{where}: the command's $({name}) is not set"
-        for source in box.get("envFrom", ()):
-            if ("ConfigMap", source["configMapRef"]["name"]) not in known:
-                yield f"{where}: no ConfigMap {source['configMapRef']['name']}"
+        try:
+            filled_in(box, known)
+        except KeyError as error:
+            yield f"{where}: {error} is not there"
