@@ -54,9 +54,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="checkpoint folder or synthetic-1b; may be repeated")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence (default: 64)")
-    parser.add_argument(
-        "--micro-batch", type=int, default=32, help="sequences per step of both methods (default: 32)"
-    )
+    parser.add_argument("--micro-batch", type=int, default=32, help="sequences per step (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -66,9 +64,7 @@ def main() -> None:
         metavar="SHARE",
         help="memory for kept outputs, as a share of the reference's memory (default: 0.15)",
     )
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="runs per method; the median counts (default: 3)"
-    )
+    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the median counts (default: 3)")
     parser.add_argument("--worker", nargs=3, metavar=("WAY", "OUT", "KEEP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

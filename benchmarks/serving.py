@@ -109,9 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of measurement")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after a prompt of 128")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: physical cores)")
-    parser.add_argument(
-        "--work", type=Path, default=Path("output/serving"), help="folder for the pruned models"
-    )
+    parser.add_argument("--work", type=Path, default=Path("output/serving"), help="for the pruned models")
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     rows = [row for multiple in arguments.multiples for row in rows_of(multiple, arguments, console)]
