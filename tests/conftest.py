@@ -98,6 +98,19 @@ def project(tmp_path_factory, tokenizer_definition):
     return make_project(tmp_path_factory.mktemp("project"), tokenizer_of(tokenizer_definition))
 
 
+@pytest.fixture(scope="session")
+def smaller(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project's base model, but with layers of unequal sizes, and its tokenizer."""
+    from core.model.build import build_model, config_with_layers, load_config
+    from core.model.checkpoint import save_model
+    from tests.support.models import UNEQUAL
+
+    folder = tmp_path_factory.mktemp("smaller") / "model"
+    model = build_model(config_with_layers(load_config(project / "base"), UNEQUAL))
+    save_model(model, folder, companions=project / "base", provenance={})
+    return folder
+
+
 @pytest.fixture
 def folder(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the tiny project, which is the current directory."""

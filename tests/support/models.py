@@ -19,6 +19,8 @@ from transformers import (
 
 from core.model.build import build_model, config_with_layers
 from core.model.shape import LayerShape
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
 
 SIZES = dict(
     hidden_size=48,
@@ -47,6 +49,15 @@ LONGROPE = dict(
         short_factor=[1.0, 1.1, 1.3],
         long_factor=[1.0, 2.0, 4.0],
     ),
+)
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
 )
 
 CONFIGS = {
@@ -105,6 +116,21 @@ def tiny(name, layers=None, *, dtype=torch.float64, seed=0):
 
 def random_tokens(rows=4, length=12, seed=1):
     return torch.randint(3, 101, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def training_settings(**changes):
+    """Settings for ``random_tokens``: batches of four rows."""
+    defaults = dict(
+        tokens="1k",
+        sources=(TextSource(path="x"),),
+        sequence_length=12,
+        global_batch=4,
+        micro_batch=4,
+        learning_rate=1e-2,
+        min_learning_rate=1e-3,
+        precision="float32",
+    )
+    return TrainingSettings(**defaults | changes)
 
 
 class Float64Throughout(TorchFunctionMode):

@@ -7,11 +7,13 @@ import http.client
 import importlib.metadata
 import io
 import os
+import signal
 import socket
 import struct
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from urllib.parse import urlsplit
 from tests.support.serving import Handler, serving
 
 BUCKET = "models"
-_START_S = 60
+_START_S = 90
 _SERVICES = ("master", "volume", "filer", "admin", "s3")
 
 
@@ -144,6 +146,36 @@ def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     for port in ports.values():
         for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             left_over.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def killed_at_the_end(process):
+    """Yield a process that leads its group; at the end all of the group get SIGKILL."""
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def answering(command, address, folder, **options):
+    """Run a server in ``folder`` until the block ends; yield what ``address`` answers, once it does."""
+    log = folder / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=file, stderr=file, start_new_session=True, **options
+        )
+    with killed_at_the_end(process):
+        deadline, answer = time.monotonic() + _START_S, None
+        while answer is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                answer = urllib.request.urlopen(address, timeout=5).read()
+            time.sleep(0.1)
+        yield answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

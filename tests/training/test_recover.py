@@ -5,24 +5,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from core.errors import TrainingError
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.training.recover import recover
-from tests.support.models import UNEQUAL, random_tokens, tiny
+from tests.support.models import UNEQUAL, random_tokens, tiny, training_settings
 
 
 def settings(**changes):
-    defaults = dict(
-        tokens="1k",
-        sources=(TextSource(path="x"),),
-        sequence_length=12,
-        global_batch=4,
-        micro_batch=4,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        precision="float32",
-    )
-    return TrainingSettings(**defaults | changes)
+    return training_settings(**{"learning_rate": 1e-3, "min_learning_rate": 1e-4} | changes)
 
 
 def train(model, tokens, mask=None, first_step=0, total_steps=100, **changes):

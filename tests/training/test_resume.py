@@ -8,30 +8,19 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.storage.publication import delete_publication, fetch, publish, read_manifest
 from core.storage.store import join_uri, open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
 from tests.support.evidence import note
-from tests.support.models import UNEQUAL, random_tokens, tiny
+from tests.support.models import UNEQUAL, random_tokens, tiny, training_settings
 from tests.support.publications import behind
 from tests.support.servers import Reply, s3_proxy
 
 TABLE = "Resumed training"
 STEPS, FIRST_STEP = 6, 10
 BELONGS_TO = {"checkpoint": "c", "data": "d", "settings": "s"}
-SETTINGS = TrainingSettings(
-    tokens="1k",
-    sources=(TextSource(path="x"),),
-    sequence_length=12,
-    global_batch=4,
-    micro_batch=4,
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    precision="float32",
-)
+SETTINGS = training_settings()
 ALWAYS, NEVER = Interval(steps=1), Interval()
 
 

@@ -10,12 +10,10 @@ from transformers import LlamaConfig
 
 from core.errors import CheckpointError, StorageError
 from core.model.build import build_model
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.training import state as state_module
 from core.training.recover import recover
 from core.training.state import Progress, check_fits, read_state, restore_state, write_state
-from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
+from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny, training_settings
 
 STEPS, FIRST_STEP, TOTAL_STEPS = 6, 10, 30
 
@@ -35,20 +33,7 @@ def with_dropout(seed):
 
 def train(model, *, resume_from=None, save=None, seed=3, **changes):
     tokens = random_tokens(rows=4 * STEPS)
-    settings = TrainingSettings(
-        **dict(
-            tokens="1k",
-            sources=(TextSource(path="x"),),
-            sequence_length=12,
-            global_batch=4,
-            micro_batch=2,
-            learning_rate=1e-2,
-            min_learning_rate=1e-3,
-            weight_decay=0.1,
-            precision="float32",
-        )
-        | changes
-    )
+    settings = training_settings(**{"micro_batch": 2, "weight_decay": 0.1} | changes)
     torch.manual_seed(seed)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.3).int()
     return recover(
