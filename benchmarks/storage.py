@@ -26,7 +26,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(ROOT))  # for the server that the tests use
 
-from core.storage.publication import delete_publication, fetch, publish
+from core.storage.publication import open_publication, publish
 from core.storage.store import join_uri
 from tests.support.servers import BUCKET, s3_server
 
@@ -112,7 +112,7 @@ def _round(
     jobs: list[tuple[str, Callable[[], object]]] = [
         ("up", publish_it),
         ("plain up", upload_plainly),
-        ("down", lambda: fetch(ours, scratch / "ours")),
+        ("down", lambda: open_publication(ours).fetch(scratch / "ours")),
         ("plain down", download_plainly),
     ]
     for pair in (jobs[:2], jobs[2:]):
@@ -120,7 +120,7 @@ def _round(
             started = time.monotonic()
             job()
             seconds[name].append(time.monotonic() - started)
-    delete_publication(ours, keep_manifest=False)
+    open_publication(ours).delete()
     for path in paths:
         client.delete_object(Bucket=bucket, Key=f"{prefix}/{path.name}")
     for name in ("ours", "plain"):

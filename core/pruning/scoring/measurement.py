@@ -1,7 +1,6 @@
 """A checkpoint on disk measured as the settings of a run say: number format, memory, criterion."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import open_pruned
 from core.quantities import parse_bytes
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 
@@ -59,7 +59,7 @@ def measure_checkpoint(
     inputs_bytes = (
         tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
     )
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-", dir=scratch) as states:
+    with scratch_folder(scratch) as states:
         return measure(
             model,
             tokens,
@@ -68,7 +68,7 @@ def measure_checkpoint(
             criterion=prune.criterion,
             seed=seed,
             state_bytes=state_bytes,
-            scratch=Path(states),
+            scratch=states,
             # On an accelerator it is quicker to compute again than to fetch from the host.
             keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
         )
