@@ -31,13 +31,9 @@ TABLES = (
 
 
 def note(table, tried, happened, times=1):
-    """Add a row, or ``times`` to an equal one.
+    """Add a row to one of ``TABLES``, or ``times`` to an equal row.
 
-    Args:
-        table: One of ``TABLES``.
-        tried: What was done to the program, without what changes from run to run.
-        happened: What came of it, made of what was observed; without paths, times and other noise.
-        times: How often.
+    What was tried, and what was observed to happen, hold nothing that changes from run to run.
     """
     path = os.environ.get(EVIDENCE)
     if path:
@@ -59,29 +55,18 @@ def tables(lines):
 
 
 def evidence(found, when):
-    """Return the page with all rows.
-
-    Args:
-        found: What ``tables`` returns.
-        when: The day of the notes.
-
-    Raises:
-        ValueError: If a table has no place in ``TABLES``.
-    """
+    """Return the page with all rows of ``tables``, noted on the day ``when``."""
     if unknown := found.keys() - set(TABLES):
         raise ValueError(f"no place for the tables: {', '.join(sorted(unknown))}")
-    parts = [EVIDENCE_HEAD]
+    lines = [EVIDENCE_HEAD]
     for name in TABLES:
         rows = found.get(name, {})
-        body = [
-            f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |"
-            for (tried, happened, test), times in sorted(rows.items())
-        ]
-        head = [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
-        parts.append(
-            "\n".join([*head, "| trial | times | outcome | test |", "|---|---:|---|---|", *body, ""])
-        )
-    return "\n".join(parts)
+        lines += [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
+        lines += ["| trial | times | outcome | test |", "|---|---:|---|---|"]
+        for (tried, happened, test), times in sorted(rows.items()):
+            lines.append(f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def with_summary(document, found, when):

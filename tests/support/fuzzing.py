@@ -79,16 +79,7 @@ def outcome(call, *, may_run_out=False):
 
 
 def fuzz(tried, attempt, *given_values, share=1.0):
-    """Call ``attempt``, which returns the text of our error or "", with examples; return what it returned.
-
-    Some examples must be refused.
-
-    Args:
-        tried: What the examples are.
-        attempt: Takes one of each of ``given_values``.
-        given_values: Strategies.
-        share: Of the usual number of examples.
-    """
+    """Call ``attempt`` with examples of strategies; return what it gave: texts of our errors, or ""."""
     seen = []
 
     @fuzzed(share)

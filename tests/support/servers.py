@@ -68,9 +68,6 @@ def s3_server() -> Iterator[S3Server]:
     """Run SeaweedFS on free loopback ports until the block ends.
 
     Another process may take a port after it was found free; then the start is tried again with other ports.
-
-    Raises:
-        RuntimeError: If the server does not accept a file in time; with the end of its log.
     """
     with contextlib.ExitStack() as stack:
         for attempt in (1, 2, 3):
@@ -205,11 +202,7 @@ class Reply:
 
 
 class HangUp(Exception):
-    """Raised by ``spoil``: the connection is reset without a reply.
-
-    Attributes:
-        after: How many bytes of the request's body are read before.
-    """
+    """Raised by ``spoil``: the connection is reset ``after`` so many bytes of the request, without a reply."""
 
     def __init__(self, after: int = 0) -> None:
         super().__init__()
