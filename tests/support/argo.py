@@ -42,7 +42,7 @@ def node(type_: str, phase: str, name: str, started: str, finished: str = "-", m
 def task(place: str, phase: str, message: str = "", *, ago: float = 60, earlier: str = "") -> list[Node]:
     """All nodes of a task, such as ``phase-2.calibrate``, that started so many seconds ago.
 
-    ``phase`` and ``message`` are of its latest pod; ``earlier`` is the message of an attempt that failed before.
+    ``phase`` and ``message`` are of its latest pod, ``earlier`` is the message of an attempt before.
     """
     name = _full(place)
     ended = "-" if phase in ("Pending", "Running") else _moment(ago - 1)

@@ -202,7 +202,7 @@ class Reply:
 
 
 class HangUp(Exception):
-    """Raised by ``spoil``: the connection is reset ``after`` so many bytes of the request, without a reply."""
+    """Raised by ``spoil``: the connection is reset ``after`` so many bytes of a request."""
 
     def __init__(self, after: int = 0) -> None:
         super().__init__()
