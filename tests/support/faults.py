@@ -129,7 +129,7 @@ def of(method, name):
 
 
 class Striking:
-    """Lets a fault strike some requests: their ``kind`` is in ``struck``, that of all others in ``passed``."""
+    """Lets a fault strike some requests: their ``kind`` is in ``struck``, that of others in ``passed``."""
 
     def __init__(self, fault, where=lambda request: True, *, times=None, after=0, share=None, seed=0):
         """Let ``fault`` strike requests that satisfy ``where``, once ``after`` requests have passed.
