@@ -28,7 +28,8 @@ from demo import model_folder, table_of
 from rich.console import Console
 from transformers import LlamaConfig, PreTrainedModel
 
-from core.model.build import build_model, layer_shapes, load_model
+from core.model.build import build_model, load_model
+from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.pruning.scoring.calibration import layer_similarity, measure
 from core.pruning.scoring.criteria import LayerScoring

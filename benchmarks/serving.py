@@ -18,7 +18,7 @@ from pathlib import Path
 from demo import DEMO, parser_for, table_of
 from rich.console import Console
 
-from core.evaluation.speed.comparison import Workload
+from core.evaluation.speed.workload import Workload
 from core.export.gguf_quantization import GgufDtype
 from core.runs.record import SpeedRecord
 from core.runs.run import Run

@@ -101,11 +101,15 @@ def project(tmp_path_factory, tokenizer_definition):
 @pytest.fixture(scope="session")
 def smaller(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny project's base model, but with layers of unequal sizes, and its tokenizer."""
-    from core.model.build import build_model, config_with_layers, load_config
+    import torch
+
+    from core.model.build import build_model
     from core.model.checkpoint import save_model
+    from core.model.config import config_with_layers, load_config
     from tests.support.models import UNEQUAL
 
     folder = tmp_path_factory.mktemp("smaller") / "model"
+    torch.manual_seed(0)
     model = build_model(config_with_layers(load_config(project / "base"), UNEQUAL))
     save_model(model, folder, companions=project / "base", provenance={})
     return folder

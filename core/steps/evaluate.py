@@ -16,6 +16,8 @@ from core.tracking.mlflow import ChildRun
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from core.model.checkpoint import Checkpoint
+
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +57,7 @@ def run_evaluate(
         from core.evaluation.benchmarks import evaluate_tasks
         from core.machine.precision import warn_if_emulated
         from core.model.build import load_tokenizer, pick_device
+        from core.model.checkpoint import Checkpoint
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
         if evaluation.perplexity is not None:
@@ -63,13 +66,13 @@ def run_evaluate(
         pruned = this.phase_uri(phase, "pruned")
         trained = phase > 0 and checkpoint_uri != pruned
         if evaluation.perplexity is not None and trained and (before := _kept(this, pruned)) is not None:
-            model = _load(this, before.fetch(work.scratch / "pruned"))
+            model = _load(this, Checkpoint(before.fetch(work.scratch / "pruned")))
             report["perplexity_pruned"] = _perplexity(this, model, held_out)
-        folder = checkpoint.fetch(work.scratch / "checkpoint")
-        model = _load(this, folder)
+        measured = Checkpoint(checkpoint.fetch(work.scratch / "checkpoint"))
+        model = _load(this, measured)
         if evaluation.perplexity is not None:
             report["perplexity"] = _perplexity(this, model, held_out)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(measured)
         return report | {"tasks": evaluate_tasks(model, tokenizer, evaluation) if evaluation.tasks else {}}
 
     def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
@@ -103,10 +106,10 @@ def _kept(run: Run, uri: str) -> Publication | None:
     return published if published is not None and published.is_whole() else None
 
 
-def _load(run: Run, folder: Path) -> "PreTrainedModel":
+def _load(run: Run, checkpoint: "Checkpoint") -> "PreTrainedModel":
     from core.model.build import dtype_of, load_model, pick_device
 
-    return load_model(folder, dtype=dtype_of(run.settings.evaluation.precision), device=pick_device())
+    return load_model(checkpoint, dtype=dtype_of(run.settings.evaluation.precision), device=pick_device())
 
 
 def _perplexity(run: Run, model: "PreTrainedModel", held_out: Path) -> float:

@@ -19,6 +19,7 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import dtype_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
@@ -27,7 +28,7 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
         checkpoint = open_publication(checkpoint_uri)
         digest = checkpoint.digest
         prune_checkpoint(
-            checkpoint.fetch(work.scratch),
+            Checkpoint(checkpoint.fetch(work.scratch)),
             work.out,
             plan,
             digest=digest,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from core.training.recover import TrainingReport
-    from core.training.state import Progress, TrainingState
+    from core.training.state import TrainingProgress, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -64,24 +64,24 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
 
     from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, load_model, pick_device
-    from core.model.checkpoint import CheckpointReader, save_model
+    from core.model.checkpoint import Checkpoint, save_model
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
-    checkpoint, data = open_publication(checkpoint_uri), open_publication(data_uri)
-    folder, source = checkpoint.fetch(work.scratch / "checkpoint"), checkpoint.digest
-    network = load_model(folder, dtype=torch.float32, device=pick_device())
+    source, data = open_publication(checkpoint_uri), open_publication(data_uri)
+    folder = source.fetch(work.scratch / "checkpoint")
+    checkpoint = Checkpoint(folder)
+    network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
         every=parse_interval(run.settings.training.save_every),
-        belongs_to={"checkpoint": source, "data": data.digest, "settings": run.settings.digest()},
+        belongs_to={"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()},
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
         save = functools.partial(states.save, network)
         trained = _train(run, phase, network, data, work, state, save)
-    with CheckpointReader(folder) as reader:
-        dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
-    provenance = provenance_of(run, phase, source, step="recover-train")
+    dtype = dtype_of(run.settings.model.dtype) or checkpoint.dtype
+    provenance = provenance_of(run, phase, source.digest, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
         "losses": trained.losses,
@@ -105,7 +105,7 @@ def _train(
     data: Publication,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, Progress], None]",
+    save: "Callable[[Optimizer, TrainingProgress], None]",
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file

@@ -30,30 +30,28 @@ def run_score_layers(
     prune = this.settings.prune
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import layer_shapes, load_config
-        from core.model.families import family_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.planning import plan_phase, settings_for
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
 
-        checkpoint, data = open_publication(checkpoint_uri), open_publication(data_uri)
+        source, data = open_publication(checkpoint_uri), open_publication(data_uri)
         calibrated = open_publication(this.phase_uri(phase, "calibrated"))
         before = open_publication(this.phase_uri(phase - 1, "scored")).read_json(PLAN) if phase > 1 else {}
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
-            return measure(this, phase, checkpoint, data, work.scratch, step=step, layers=layers)
+            return measure(this, phase, source, data, work.scratch, step=step, layers=layers)
 
-        config = load_config(checkpoint.fetch(work.scratch, only=["config.json"]))
-        shapes = layer_shapes(config)
+        checkpoint = Checkpoint(source.fetch(work.scratch, only=["config.json"]))
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         decided = plan_phase(
             Statistics.load(statistics),
             dense=this.dense,
-            current=this.dense.with_layers(shapes),
-            sparsity=before.get("sparsity", (0.0,) * len(shapes)),
+            current=this.dense.with_layers(checkpoint.layers),
+            sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
             target_params=this.phase_params[phase - 1],
-            settings=settings_for(prune, family_of(config)),
-            checkpoint=checkpoint.digest,
+            settings=settings_for(prune, checkpoint.family),
+            checkpoint=source.digest,
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
         )

@@ -17,10 +17,9 @@ from transformers import (
     SmolLM3Config,
 )
 
-from core.model.build import build_model, config_with_layers
+from core.model.build import build_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 
 SIZES = dict(
     hidden_size=48,
@@ -116,21 +115,6 @@ def tiny(name, layers=None, *, dtype=torch.float64, seed=0):
 
 def random_tokens(rows=4, length=12, seed=1):
     return torch.randint(3, 101, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def training_settings(**changes):
-    """Settings for ``random_tokens``: batches of four rows."""
-    defaults = dict(
-        tokens="1k",
-        sources=(TextSource(path="x"),),
-        sequence_length=12,
-        global_batch=4,
-        micro_batch=4,
-        learning_rate=1e-2,
-        min_learning_rate=1e-3,
-        precision="float32",
-    )
-    return TrainingSettings(**defaults | changes)
 
 
 class Float64Throughout(TorchFunctionMode):
