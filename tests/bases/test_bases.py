@@ -37,20 +37,17 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the project as the current folder, with two revisions of its model."""
-    copy = tmp_path / "project"
-    shutil.copytree(project, copy)
-    shutil.copytree(copy / "base", copy / "newer")
-    (copy / "newer" / "LICENSE").write_text("another")
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with two revisions of its model."""
+    shutil.copytree(folder / "base", folder / "newer")
+    (folder / "newer" / "LICENSE").write_text("another")
+    return folder
 
 
-@pytest.fixture(params=["folder", "s3"])
-def models(request, tmp_path):
-    """Where checkpoints are published: a folder or a prefix on S3."""
-    return str(tmp_path / "models") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
+@pytest.fixture
+def models(store_uri):
+    """Where checkpoints are published."""
+    return join_uri(store_uri, "models")
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def ir(compiled):
 
 
 def test_every_edge_resolves_to_a_producer_of_the_same_type(ir):
-    assert problems(ir[0]) == []
+    assert list(problems(ir[0])) == []
 
 
 @pytest.mark.parametrize("phases", [1], indirect=True, scope="module")
@@ -45,7 +45,7 @@ def test_broken_edges_are_found(ir):
     def broken(change):
         spec = copy.deepcopy(ir[0])
         change(spec)
-        return problems(spec)
+        return list(problems(spec))
 
     def phase(spec):
         return spec.components["comp-phase"].dag

@@ -13,9 +13,7 @@ from core.errors import CheckpointError, ExportError, SettingsError
 from core.evaluation.speed.comparison import compare, median_rates, median_speedup, time_pair
 from core.evaluation.speed.engines import LlamaCpp, Torch, accelerator_of
 from core.evaluation.speed.workload import Workload
-from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
-from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.report.report import build_report
 from core.runs.record import RunRecord, SpeedRecord
@@ -35,21 +33,12 @@ RECORD = SpeedRecord(
     load_s=(3.0, 2.0),
     memory_bytes=(500_000_000, 400_000_000),
 )
-PRUNED = (
-    LayerShape(query_heads=6, kv_heads=3, mlp_width=31),
-    LayerShape(query_heads=4, kv_heads=2, mlp_width=17),
-    LayerShape(query_heads=6, kv_heads=3, mlp_width=9),
-)
 
 
-@pytest.fixture(scope="module")
-def pair(project, tmp_path_factory):
+@pytest.fixture
+def pair(project, smaller):
     """A dense model with a tokenizer, and a smaller one."""
-    base, pruned = project / "base", tmp_path_factory.mktemp("pruned") / "model"
-    torch.manual_seed(0)
-    model = build_model(config_with_layers(load_model(base).config, PRUNED))
-    save_model(model, pruned, companions=base, provenance={})
-    return base, pruned
+    return project / "base", smaller
 
 
 def test_both_models_do_every_job_in_every_runtime(pair):

@@ -22,20 +22,12 @@ from core.model.config import config_with_layers, layer_shapes, load_config
 from core.model.shape import LayerShape
 from core.runs.run import Run
 from core.storage.publication import open_publication
-from tests.support.models import CONFIGS, SIZES, random_tokens
+from tests.support.models import CONFIGS, LLAMA3, SIZES, random_tokens
 from tests.support.project import recipe_with, resolve, rewrite_base, run_all
 
 WIDE = SIZES | {"head_dim": 8, "intermediate_size": 1024}
 """Sizes of a base model for the portable profile: 6 heads of 8 dimensions make its 48."""
 LAYERS = tuple(LayerShape(query_heads=6, kv_heads=3, mlp_width=width) for width in (256, 1024, 512))
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 
 
 def write(folder, layers=LAYERS, *, config=LlamaConfig, dtype=torch.float32, **changes):

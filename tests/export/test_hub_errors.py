@@ -5,19 +5,8 @@ import pytest
 from huggingface_hub import constants
 
 from core.export.hub import plan_push, push_checkpoint
-from tests.support.hub_uploads import READ_TOKEN, Refuse
-from tests.support.uploads import NAME, hub_of_this_process, publish_checkpoint, refused
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
+from tests.support.hub import READ_TOKEN, Refuse
+from tests.support.uploads import NAME, refused
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from core.model.families import family_of
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
 from core.settings.model import ModelSettings
-from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
+from tests.support.models import CONFIGS, LLAMA3, UNEQUAL, random_tokens, tiny
 
 pytest.importorskip("onnxscript")
 runtime = pytest.importorskip("onnxruntime")
@@ -178,14 +178,6 @@ def test_windows_that_are_longer_than_the_traced_text_hide_what_lies_before_them
 
 
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
 
 

@@ -18,8 +18,7 @@ from core.errors import IntegrityError
 from core.export.hub import push_checkpoint
 from core.model.build import load_model
 from pipelines.commands.pushing import push
-from tests.support.hub import run_hub
-from tests.support.hub_uploads import TOKEN, Cut, Lost, Refuse, after_puts
+from tests.support.hub import TOKEN, Cut, Lost, Refuse, after_puts, run_hub
 from tests.support.models import random_tokens
 from tests.support.uploads import (
     CARD,
@@ -27,31 +26,11 @@ from tests.support.uploads import (
     SHARDS,
     files_of,
     goes_up,
-    hub_of_this_process,
     publish_checkpoint,
     refused,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture
-def checkpoint(published, tmp_path):
-    """A copy that the test may change, without a manifest."""
-    own = shutil.ignore_patterns("MANIFEST.json")
-    shutil.copytree(published, tmp_path / "checkpoint", ignore=own)
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
 
 
 def download(hub, folder, revision="main", token=TOKEN):

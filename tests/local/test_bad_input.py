@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 from types import SimpleNamespace
@@ -26,14 +25,6 @@ from core.storage.store import open_store
 from pipelines.cli import main
 from tests.support.project import Artifact, command_line, recipe_with, resolve, rewrite_base
 from tests.support.servers import BUCKET
-
-
-@pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(copy)
-    return copy
 
 
 def tree(folder):

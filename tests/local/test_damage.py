@@ -34,12 +34,10 @@ PLACE = "store/runs/0123456789ab/final"
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, which is the current directory, with its base published as a result."""
-    copy = shutil.copytree(project, tmp_path / "my project")
-    monkeypatch.chdir(copy)
-    publish(copy / "base", PLACE)
-    return copy
+def folder(folder):
+    """The tiny project with its base published as a result."""
+    publish(folder / "base", PLACE)
+    return folder
 
 
 def publish_apart(monkeypatch):

@@ -25,12 +25,10 @@ TIMED = {"report.json", "record.json", "report.html"}
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, with the recipe of these tests, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "project")
-    write_recipe(copy / "recipe.yaml", CHANGES)
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with the recipe of these tests."""
+    write_recipe(folder / "recipe.yaml", CHANGES)
+    return folder
 
 
 def run(folder, store, environment=None, output="output"):

@@ -32,7 +32,7 @@ from tests.support.project import (
     recipe_with,
     run_all,
 )
-from tests.support.servers import BUCKET
+from tests.support.servers import BUCKET, killed_at_the_end
 
 PHASE_STEPS = ("calibrate", "score-layers", "prune-step", "recover-train", "evaluate")
 PUBLISHED = ("calibrated", "scored", "pruned", "recovered", "evaluated")
@@ -70,12 +70,8 @@ class Place:
         environment |= {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
-        try:
+        with killed_at_the_end(process):
             yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def call(self, project, *arguments):
         with self.started(project, *arguments) as process:

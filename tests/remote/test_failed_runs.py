@@ -4,35 +4,15 @@ import pytest
 
 from tests.support.argo import driver, recorded, task
 from tests.support.evidence import note
-from tests.support.kfp_api import frame, frame_of, run_kfp_api
+from tests.support.kfp_api import frame, frame_of
 from tests.support.kfp_trial import (
     FIRST,
     NO_QUOTA_LEFT,
     failure_of,
-    forget_kfp,
     lines_of,
     submit,
     wait_for,
-    write_trial,
 )
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-    monkeypatch.setattr("pipelines.remote.following._SHORTEST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
-
 
 OWN = "cluster.components"
 ENDS = {

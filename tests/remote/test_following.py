@@ -26,32 +26,13 @@ from tests.support.kfp_trial import (
     FIRST,
     STEPS,
     failure_of,
-    forget_kfp,
     lines_of,
     phase,
     submit,
     wait_for,
-    write_trial,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-    monkeypatch.setattr("pipelines.remote.following._SHORTEST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
 
 
 RETRIES = "retries: deleted pods are tried again; tasks that fail are not, whatever cluster.retries says"

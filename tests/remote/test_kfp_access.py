@@ -18,25 +18,9 @@ from kubernetes.config import kube_config
 from pipelines.remote.client import Access, connect
 from tests.support.evidence import note
 from tests.support.kfp_api import Cut, Refused, run_kfp_api
-from tests.support.kfp_trial import NO_QUOTA_LEFT, error_of, forget_kfp, submit, write_trial
+from tests.support.kfp_trial import NO_QUOTA_LEFT, error_of, submit
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
 
 
 def test_only_the_host_is_asked_and_the_home_stays_as_it_is(api, recipe, tmp_path, monkeypatch):

@@ -16,25 +16,14 @@ from pipelines.remote.schedules import change, list_schedules, schedule_name, se
 from pipelines.remote.submission import prepare
 from tests.support.evidence import note
 from tests.support.kfp_api import Refused, frame, is_cron, run_kfp_api
-from tests.support.kfp_trial import error_of, forget_kfp, write_trial
+from tests.support.kfp_trial import error_of, write_trial
 
 NIGHTLY = "0 0 2 * * *"
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     return Path(write_trial(tmp_path, monkeypatch, model={"base": "models:/tiny@prod"}))
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
 
 
 @pytest.fixture

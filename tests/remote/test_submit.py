@@ -11,33 +11,11 @@ import pytest
 from core.errors import SettingsError
 from core.settings.recipe import load_recipe
 from pipelines.remote.client import Access, connect
-from pipelines.remote.submission import arguments_of, compile_package, prepare, slug, start, upload
+from pipelines.remote.submission import arguments_of, compile_package, slug, start, upload
 from tests.support.evidence import note
-from tests.support.kfp_api import run_kfp_api
-from tests.support.kfp_trial import error_of, forget_kfp, submit, write_trial
+from tests.support.kfp_trial import error_of, submit
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
-
-
-@pytest.fixture
-def submission(recipe):
-    return prepare(load_recipe(Path(recipe)))
 
 
 def test_a_run_is_started_and_its_address_printed(api, recipe):

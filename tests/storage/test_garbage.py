@@ -27,13 +27,6 @@ CLEANER = Owner.of("clean-test")
 KEY = "0123456789ab"
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
-
-
 def keys_of(found):
     return {file.key for piece in found.garbage for file in piece.files}
 

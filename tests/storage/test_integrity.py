@@ -1,7 +1,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -12,18 +11,6 @@ from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.publications import CONTENT, LAYER_0_SHA256, RIVAL, backend, behind, read, write
 from tests.support.servers import Reply
-
-
-@pytest.fixture(params=["folder", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where nothing is published yet: in a folder, and on a real S3 server."""
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/key/phases/01/pruned")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", CONTENT)
 
 
 def edit_manifest(uri: str, edit: Callable[[dict], object]) -> None:

@@ -22,17 +22,7 @@ from tests.support.faults import (
 from tests.support.publications import behind, read, write
 from tests.support.servers import Reply
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("checkpoint"), CONTENT)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    """Between attempts; a server that does not answer is given up soon."""
-    monkeypatch.setattr("core.storage.s3_retries._FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("core.storage.s3._READ_TIMEOUT_S", 0.5)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def every_action(uri, tmp_path):

@@ -19,14 +19,6 @@ from core.storage.store import open_store, replacing
 from tests.support.servers import Reply, s3_proxy
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A store without content, on a folder and on a real S3 server."""
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
-
-
 def one_line(error: pytest.ExceptionInfo[StorageError]) -> str:
     """The message, after checking what all of them promise."""
     message = str(error.value)

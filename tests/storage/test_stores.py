@@ -21,14 +21,6 @@ from tests.support.runs import make_run, put, snapshot
 TABLE = "Leases and cleaning"
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    (tmp_path / "store").mkdir()
-    return open_store(tmp_path / "store")
-
-
 def call(*arguments, status=0):
     result = CliRunner().invoke(main, list(arguments))
     assert result.exit_code == status, result.output
@@ -101,7 +93,8 @@ def test_a_real_run_is_shown_as_it_is(project, tmp_path):
     assert (run.name, run.base, run.target, run.owner) == ("trial", "base", "75%", "")
 
 
-def test_an_empty_store_is_said_to_be_empty(store):
+def test_an_empty_store_is_said_to_be_empty(store, tmp_path):
+    (tmp_path / "store").mkdir()
     assert call("runs", store.uri).stdout == f"{store.uri} holds no run.\n"
     assert json.loads(call("runs", store.uri, "--json").stdout) == []
     assert call("clean", store.uri).stdout == "Nothing to remove.\n"

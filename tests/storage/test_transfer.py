@@ -23,18 +23,6 @@ from tests.support.publications import (
 from tests.support.servers import Reply, Request
 
 
-@pytest.fixture(params=["folder", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where nothing is published yet: in a folder, and on a real S3 server."""
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/key/phases/01/pruned")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", CONTENT)
-
-
 @pytest.mark.parametrize("a_dead_publisher_was_first", [False, True])
 def test_of_eight_publishers_one_wins_and_readers_see_it_whole(uri, tmp_path, a_dead_publisher_was_first):
     contents = [{"a": bytes([n]) * 999, "b": bytes([n]) * 99_999, "c": bytes([n])} for n in range(4)]

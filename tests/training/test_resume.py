@@ -29,10 +29,9 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.fixture(params=["folder", "s3"])
-def uri(request, tmp_path):
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/k/phases/01/recovered/_resume")
+@pytest.fixture
+def uri(store_uri):
+    return join_uri(store_uri, "runs/k/phases/01/recovered/_resume")
 
 
 @pytest.fixture(autouse=True)
