@@ -231,7 +231,9 @@ def test_byte_fallback_has_the_same_tokens(write):
     assert_same_tokens(folder, exported.path, ["hello</s> there <s>then<unk>"])
 
 
-@pytest.mark.parametrize(("scheme", "where"), [("first", "at the start"), ("always", "none stands already")])
+@pytest.mark.parametrize(
+    ("scheme", "where"), [("first", "at its start"), ("always", "there is none already")]
+)
 def test_a_space_before_texts_only_in_places_is_told(write, scheme, where):
     metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     folder, exported = write(
