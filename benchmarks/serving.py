@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from core.evaluation.speed.comparison import Workload
+from core.evaluation.speed.workload import Workload
 from core.export.gguf_quantization import GgufDtype
 from core.runs.record import SpeedRecord
 from core.runs.run import Run

@@ -16,7 +16,8 @@ from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.machine.precision import choose_precision, resolved, warn_if_emulated
-from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.model.build import dtype_of, load_model, load_tokenizer, model_shape, pick_device
+from core.model.checkpoint import Checkpoint
 from core.report.report import speed_rows
 from core.runs.record import SpeedRecord, perplexity_text
 from core.settings.evaluation import EvaluationSettings
@@ -53,7 +54,7 @@ def verified_text(directory: Path) -> str:
 
 def layer_table(directory: Path) -> Table:
     """Return the sizes and parameters of every layer, from the checkpoint's config alone."""
-    shape = model_shape(load_config(directory))
+    shape = model_shape(Checkpoint(directory).config)
     total = shape.num_params()
     table = Table()
     for header in ("layer", "query heads", "KV heads", "MLP width", "parameters"):
@@ -72,8 +73,9 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     device = pick_device()
     settings = resolved(settings, lambda: choose_precision(device))
     warn_if_emulated("evaluation", settings.precision, device)
-    model = load_model(directory, dtype=dtype_of(settings.precision), device=device)
-    tokenizer = load_tokenizer(directory)
+    checkpoint = Checkpoint(directory)
+    model = load_model(checkpoint, dtype=dtype_of(settings.precision), device=device)
+    tokenizer = load_tokenizer(checkpoint)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
@@ -88,9 +90,9 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
                 path=path,
             )
             windows = load_file(path)["input_ids"]
-        value = perplexity(model, windows, batch_size=settings.batch_size, device=device)
+        value = perplexity(model, windows, batch_size=settings.batch_size)
         table.add_row(settings.perplexity.path, "perplexity", perplexity_text(value))
-    for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
+    for task, metrics in evaluate_tasks(model, tokenizer, settings).items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4g}")
     return table
@@ -98,7 +100,7 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
 
 def params_of(directory: Path) -> int:
     """Return the parameters of a checkpoint, from its config alone."""
-    return model_shape(load_config(directory)).num_params()
+    return model_shape(Checkpoint(directory).config).num_params()
 
 
 def speed_table(record: SpeedRecord, params: tuple[int, int]) -> Table:
@@ -130,9 +132,9 @@ def stream_answer(
         temperature: 0 takes the likeliest token.
         seed: Seed of the sampling.
     """
-    device = pick_device()
-    model: Any = load_model(directory, device=device)
-    tokenizer = load_tokenizer(directory)
+    device, checkpoint = pick_device(), Checkpoint(directory)
+    model: Any = load_model(checkpoint, device=device)
+    tokenizer = load_tokenizer(checkpoint)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:

@@ -23,8 +23,8 @@ from core.bases.licence import LEGAL, card_facts, gguf_facts
 from core.bases.resolution import current_base
 from core.data.texts import locate
 from core.errors import CheckpointError
-from core.model.build import build_model, check_fit, load_config
-from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
+from core.model.build import build_model, check_fit
+from core.model.checkpoint import PROVENANCE, Checkpoint, save_model
 from core.model.gguf_header import read_gguf_header
 from core.runs.record import public_path
 from core.settings.addresses import hub_address
@@ -165,11 +165,11 @@ def _read_whole(folder: Path) -> None:
         CheckpointError: If there are no weights, or one cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
-    config = load_config(folder)
-    with CheckpointReader(folder) as reader:
+    checkpoint = Checkpoint(folder)
+    with checkpoint.weights() as reader:
         for name in reader.names():
             reader.tensor(name)
-        check_fit(folder, config, reader)
+    check_fit(checkpoint)
 
 
 @contextlib.contextmanager
@@ -249,7 +249,7 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
     for patterns in (["config.json"], [*_PATTERNS, CARD]):
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-        load_config(folder)
+        Checkpoint(folder)
     # The client's folder also holds what others have downloaded of this commit.
     with _checked(folder, name) as checked:
         yield checked

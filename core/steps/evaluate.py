@@ -46,29 +46,32 @@ def run_evaluate(
     evaluation = this.settings.evaluation
 
     def compute(work: Workspace) -> dict[str, Any]:
-        checkpoint = _where_kept(this, phase, checkpoint_uri)
-        if not checkpoint:
+        kept = _where_kept(this, phase, checkpoint_uri)
+        if not kept:
             log.info("not measured: storage.keep=%s has kept no checkpoint", this.settings.storage.keep)
             return {"tasks": {}}
         from core.evaluation.benchmarks import evaluate_tasks
         from core.machine.precision import warn_if_emulated
         from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+        from core.model.checkpoint import Checkpoint
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
 
-        def load(uri: str, name: str) -> "PreTrainedModel":
-            folder = fetch(uri, work.scratch / name)
-            return load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
+        def load(checkpoint: Checkpoint) -> "PreTrainedModel":
+            return load_model(checkpoint, dtype=dtype_of(evaluation.precision), device=pick_device())
 
         report: dict[str, Any] = {}
         pruned = this.phase_uri(phase, "pruned")
         trained = phase > 0 and checkpoint_uri != pruned
         if evaluation.perplexity is not None and trained and _has_kept(this, pruned):
-            report["perplexity_pruned"] = _perplexity(this, load(pruned, "pruned"), work.scratch)
-        model = load(checkpoint, "checkpoint")
+            report["perplexity_pruned"] = _perplexity(
+                this, load(Checkpoint(fetch(pruned, work.scratch / "pruned"))), work.scratch
+            )
+        checkpoint = Checkpoint(fetch(kept, work.scratch / "checkpoint"))
+        model = load(checkpoint)
         if evaluation.perplexity is not None:
             report["perplexity"] = _perplexity(this, model, work.scratch)
-        tokenizer = load_tokenizer(fetch(checkpoint, work.scratch / "checkpoint"))
+        tokenizer = load_tokenizer(checkpoint)
         return report | {"tasks": evaluate_tasks(model, tokenizer, evaluation) if evaluation.tasks else {}}
 
     def track(child: ChildRun, report: dict[str, Any]) -> None:

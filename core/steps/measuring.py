@@ -30,12 +30,13 @@ def measure(
     """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
     from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, pick_device
+    from core.model.checkpoint import Checkpoint
     from core.pruning.scoring.measurement import measure_checkpoint
 
     settings = run.settings
     warn_if_emulated("calibration", settings.calibration.precision, pick_device())
     return measure_checkpoint(
-        fetch(checkpoint_uri, scratch),
+        Checkpoint(fetch(checkpoint_uri, scratch)),
         _draw(run, phase, step, data_uri, scratch),
         settings.calibration,
         settings.prune,

@@ -32,6 +32,7 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import dtype_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
@@ -39,7 +40,7 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
         plan = Plan.load(fetch(scored, work.scratch / "scored", only=[PLAN]) / PLAN)
         digest = digest_of(checkpoint_uri)
         prune_checkpoint(
-            fetch(checkpoint_uri, work.scratch),
+            Checkpoint(fetch(checkpoint_uri, work.scratch)),
             work.out,
             plan,
             digest=digest,

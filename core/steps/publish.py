@@ -121,14 +121,14 @@ def _formats(checkpoint: Path) -> list[str]:
     """Return the formats of other runtimes that hold a checkpoint's sizes."""
     from core.export.decilm import decilm_obstacle
     from core.export.gguf_layout import architecture_of
-    from core.model.build import layer_shapes, load_config
+    from core.model.checkpoint import Checkpoint
 
-    config = load_config(checkpoint)
-    formats = ["padded"] if config.is_heterogeneous else []
-    if decilm_obstacle(config) is None:
+    opened = Checkpoint(checkpoint)
+    formats = ["padded"] if opened.config.is_heterogeneous else []
+    if decilm_obstacle(opened.config) is None:
         formats.append("decilm")
     with contextlib.suppress(ExportError):
-        architecture_of(config, layer_shapes(config))
+        architecture_of(opened.config, opened.layers)
         formats.append("gguf")
     return formats
 

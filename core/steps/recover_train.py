@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from core.training.recover import TrainingReport
-    from core.training.state import Progress, TrainingState
+    from core.training.state import TrainingProgress, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,12 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
 
     from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, load_model, pick_device
-    from core.model.checkpoint import CheckpointReader, save_model
+    from core.model.checkpoint import Checkpoint, save_model
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-    network = load_model(folder, dtype=torch.float32, device=pick_device())
+    checkpoint = Checkpoint(folder)
+    network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
     source = digest_of(checkpoint_uri)
     with SavedStates(
         _states_uri(run, phase),
@@ -79,8 +80,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         state = states.newest(network, first_step=_first_step(run, phase))
         save = functools.partial(states.save, network)
         trained = _train(run, phase, network, data_uri, work, state, save)
-    with CheckpointReader(folder) as reader:
-        dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
+    dtype = dtype_of(run.settings.model.dtype) or checkpoint.dtype
     provenance = provenance_of(run, phase, source, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
@@ -105,7 +105,7 @@ def _train(
     data_uri: str,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, Progress], None]",
+    save: "Callable[[Optimizer, TrainingProgress], None]",
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file

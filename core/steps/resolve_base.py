@@ -17,6 +17,7 @@ from core.storage.publication import fetch
 from core.storage.store import open_store
 
 if TYPE_CHECKING:
+    from core.model.checkpoint import Checkpoint
     from core.model.shape import ModelShape
     from core.pruning.sparsity import Sizing
 
@@ -58,7 +59,7 @@ def run_resolve_base(
         LeaseError: If another execution works on the run, and this one is a local run.
     """
     from core.bases.importing import import_base
-    from core.model.build import load_config
+    from core.model.checkpoint import Checkpoint
     from core.steps.settled import settle_precision
 
     own: dict[str, dict[str, Any]] = {
@@ -70,8 +71,8 @@ def run_resolve_base(
     settings = settings_from_dict({**recipe, **sections})
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
-    dense, phase_params = _sizes_of_phases(settings, config)
+        base = Checkpoint(fetch(base_uri, Path(scratch), only=["config.json"]))
+    dense, phase_params = _sizes_of_phases(settings, base)
     settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
     run = Run(
         store=settings.storage.store,
@@ -97,22 +98,21 @@ def run_resolve_base(
     return run.handle(), base_uri, ""
 
 
-def _sizes_of_phases(settings: Settings, config: Any) -> tuple["ModelShape", tuple[int, ...]]:
+def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShape", tuple[int, ...]]:
     """Return the sizes of the base model, and the parameters that each phase is to end at."""
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
-    from core.model.families import family_of
     from core.pruning.phases import phase_sizes
     from core.pruning.planning import settings_for, sizing_for
     from core.pruning.sparsity import smallest_params
 
-    obstacle = decilm_obstacle(config) if settings.prune.profile == "portable" else None
+    obstacle = decilm_obstacle(base.config) if settings.prune.profile == "portable" else None
     if obstacle is not None:
         raise UnsupportedModelError(
             f"prune.profile=portable needs a base model that the DeciLM format holds, but {obstacle}. Set "
             "prune.profile to free, or choose another base model."
         )
-    dense, prune = model_shape(config), settings_for(settings.prune, family_of(config))
+    dense, prune = model_shape(base.config), settings_for(settings.prune, base.family)
     base_params = dense.num_params()
     target_params = prune.target_params(base_params)
     if target_params >= base_params:

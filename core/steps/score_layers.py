@@ -36,8 +36,7 @@ def run_score_layers(
     prune = this.settings.prune
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import layer_shapes, load_config
-        from core.model.families import family_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.planning import plan_phase, settings_for
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
@@ -45,18 +44,17 @@ def run_score_layers(
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
             return measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)
 
-        config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
-        shapes = layer_shapes(config)
+        checkpoint = Checkpoint(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
         before = read_published(this.phase_uri(phase - 1, "scored"), PLAN) if phase > 1 else {}
         calibrated = this.phase_uri(phase, "calibrated")
         statistics = fetch(calibrated, work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         decided = plan_phase(
             Statistics.load(statistics),
             dense=this.dense,
-            current=this.dense.with_layers(shapes),
-            sparsity=before.get("sparsity", (0.0,) * len(shapes)),
+            current=this.dense.with_layers(checkpoint.layers),
+            sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
             target_params=this.phase_params[phase - 1],
-            settings=settings_for(prune, family_of(config)),
+            settings=settings_for(prune, checkpoint.family),
             checkpoint=digest_of(checkpoint_uri),
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,

@@ -16,8 +16,9 @@ from transformers import AutoConfig, LlamaConfig
 from core.errors import ExportError, TargetError, UnsupportedModelError
 from core.export.decilm import export_decilm, ffn_mult
 from core.export.exported import size_of
-from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.model.config import config_with_layers, layer_shapes, load_config
 from core.model.shape import LayerShape
 from core.runs.run import Run
 from core.storage.publication import fetch

@@ -18,8 +18,9 @@ from core.data.texts import read_rows
 from core.errors import AdaptPrunerError, CheckpointError, SettingsError
 from core.export.hub_files import checkpoint_files
 from core.export.padded import export_padded
-from core.model.build import build_model, config_with_layers, load_config, load_model, load_tokenizer
+from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import INDEX, read_json, save_model
+from core.model.config import config_with_layers, load_config
 from core.model.shape import LayerShape
 from core.settings.model import ModelSettings
 from core.settings.texts import TextSource

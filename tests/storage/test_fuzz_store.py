@@ -3,7 +3,8 @@ import json
 import pytest
 from hypothesis import given
 
-from core.model.build import load_config, model_shape
+from core.model.build import model_shape
+from core.model.config import load_config
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 from core.runs.overview import list_runs

@@ -1,4 +1,4 @@
-"""The step recover-train in a process of its own, killed in the midst of a phase and started again."""
+"""The step recover-train in its own process, killed during a phase and started again."""
 
 import contextlib
 import dataclasses
@@ -33,13 +33,13 @@ from tests.training.test_resume import TABLE, states_at
 
 
 def recover_train(job, die=None):
-    """Run recover-train in a process of its own; ``die`` is when it kills itself with SIGKILL.
+    """Run recover-train in its own process; ``die`` is when it kills itself with SIGKILL.
 
     Args:
         job: Its arguments, the variables of its environment, and the file of its log.
-        die: ``("saved", n)``: as soon as the n-th state is published, in the midst of whatever step training
-            is at by then. ``("forward", n)``: at the n-th forward pass, in the midst of whatever publishing
-            is at by then. ``("done", 1)``: when the checkpoint is published, before states are removed.
+        die: ``("saved", n)``: when the n-th state is published, at any point of a training step.
+            ``("forward", n)``: at the n-th pass, at any point of publishing. ``("done", 1)``: once the
+            checkpoint is published, before states are removed.
     """
     import torch
 
@@ -141,7 +141,7 @@ def run_in_a_process(processes, job, die=None):
 
 
 def assert_equal_results(job, expected):
-    """Every published file but the report is the same, and of the report all that does not tell the time."""
+    """Every published file but the report is the same, and so is the report, except for times."""
     assert digest_of(job["uri"]) == digest_of(expected["uri"])
     reports = [read_published(each["uri"], "report.json") for each in (job, expected)]
     for report in reports:
@@ -190,7 +190,7 @@ def test_killed_in_the_midst_of_a_phase(place, precision, kills, processes, job_
 def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
     """The moments are the system clock's: they differ from run to run."""
     expected = job_in(str(tmp_path / "undisturbed"), save_every="0")
-    run_in_a_process(processes, expected)  # lets the server import all it needs, too
+    run_in_a_process(processes, expected)  # also lets the server import all it needs
     started = time.monotonic()
     run_in_a_process(processes, job_in(str(tmp_path / "timed")))
     undisturbed_s = time.monotonic() - started

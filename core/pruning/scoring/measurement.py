@@ -1,4 +1,4 @@
-"""A checkpoint on disk measured as the settings of a run say: number format, memory, criterion."""
+"""Measuring a checkpoint on disk with the settings of a run: number format, memory, criterion."""
 
 import logging
 import tempfile
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.machine.memory import available_bytes
 from core.model.build import pick_device
+from core.model.checkpoint import Checkpoint
 from core.model.layerwise import exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def measure_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     tokens: Tensor,
     calibration: CalibrationSettings,
     prune: PruneSettings,
@@ -35,14 +36,14 @@ def measure_checkpoint(
     """Measure layer similarities and group scores of a checkpoint, or of what a plan leaves of it.
 
     Args:
-        directory: Checkpoint directory.
+        checkpoint: The checkpoint.
         tokens: (S, T) int64 token ids of the calibration set.
-        calibration: ``weights``, ``state_memory`` and ``micro_batch`` count.
-        prune: ``similarity`` and ``criterion`` count.
+        calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
+        prune: ``similarity`` and ``criterion`` are used.
         dtype: Number format of weights and activations; None keeps the stored one.
         seed: Seed of the criterion ``random``.
         layers: What each layer keeps; None for all.
-        scratch: Where a folder for layers' inputs is made, and removed; None for the system's temporary one.
+        scratch: Holds a temporary folder for layers' inputs; None for the system's.
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
@@ -50,10 +51,10 @@ def measure_checkpoint(
     """
     device = pick_device()
     streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
+    if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=device):
         log.info("the weights would take over half of the free memory: layers are read while they are used")
         streamed = True
-    model = open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
+    model = open_pruned(checkpoint, layers, dtype=dtype, device=device, streamed=streamed)
     auto = calibration.state_memory == "auto"
     state_bytes = available_bytes() // 2 if auto else parse_bytes(calibration.state_memory)
     inputs_bytes = (
@@ -69,6 +70,6 @@ def measure_checkpoint(
             seed=seed,
             state_bytes=state_bytes,
             scratch=Path(states),
-            # On an accelerator it is quicker to compute again than to fetch from the host.
+            # On an accelerator, computing outputs again is faster than fetching them from the host.
             keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
         )
