@@ -177,7 +177,7 @@ def _reply_spans(
             # A generation prompt may hold more than the turn's header, such as an opened thinking block.
             if not text.startswith(render(messages[:reply])):
                 continue
-            start = len(os.path.commonprefix([text, prompt]))
+            start = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 - of characters
         if start < end:
             spans.append((start, end))
     return text, spans
