@@ -134,8 +134,8 @@ def _notes(sizes: ModelShape, uniform: LayerShape, params: int) -> tuple[str, ..
         return ("All layers are of the same size: nothing was added.",)
     cost = (
         f"Padded with zeros from {before:,} to {params:,} parameters ({params / before:.2f}x). Each layer "
-        f"is as large and slow as the widest: {uniform.query_heads} query heads, {uniform.kv_heads} KV heads, "
-        f"MLP width {uniform.mlp_width:,}."
+        f"is as large and slow as the widest: {uniform.query_heads} query heads, {uniform.kv_heads} KV "
+        f"heads, MLP width {uniform.mlp_width:,}."
     )
     if all(layer.kv_heads == uniform.kv_heads for layer in sizes.layers):
         return (cost,)

@@ -6,18 +6,17 @@ from huggingface_hub import constants
 
 from core.export.hub import plan_push, push_checkpoint
 from tests.support.hub_uploads import READ_TOKEN, Refuse
-from tests.support.uploads import NAME, hub_of_this_process, publish_checkpoint, refused
+from tests.support.uploads import NAME, refused
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
+def refuse(hub, request_of, *answer):
+    """Let the hub refuse all requests that contain a text."""
 
+    def hook(request):
+        if request_of in request:
+            raise Refuse(*answer)
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
+    hub.hook = hook
 
 
 @pytest.mark.parametrize(
@@ -29,22 +28,13 @@ def hub(monkeypatch, tmp_path, caplog):
         ("/commit/", 413, "Payload Too Large", f"has no room for {NAME} during"),
         ("/refs", 404, "Repository not found", f"does not find {NAME}"),
         ("/preupload/", 429, "Too many requests", "answers 429 during"),
-        (
-            "/objects/batch",
-            503,
-            "Service Unavailable",
-            "answers 503 during the upload",
-        ),
+        ("/objects/batch", 503, "Service Unavailable", "answers 503 during the upload"),
         ("PUT ", 403, "Request has expired", "the storage of the Hugging Face hub refused during"),
         ("/commit/", 400, "bad file name", "answers 400 during the upload: "),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_advice(hub, published, request_of, status, message, says):
-    def hook(request):
-        if request_of in request:
-            raise Refuse(status, message)
-
-    hub.hook = hook
+    refuse(hub, request_of, status, message)
     text = refused(push_checkpoint, published, NAME)
     assert says in text
     if status != 404:
@@ -53,11 +43,7 @@ def test_what_the_hub_refuses_is_one_line_with_advice(hub, published, request_of
 
 
 def test_addresses_of_the_storage_lose_their_signatures(hub, published):
-    def hook(request):
-        if request.startswith("PUT "):
-            raise Refuse(403, "")
-
-    hub.hook = hook
+    refuse(hub, "PUT ", 403, "")
     text = refused(push_checkpoint, published, NAME)
     assert f"{hub.endpoint}/storage/{NAME}/" in text
 
@@ -73,12 +59,7 @@ def test_a_hub_without_xet_storage_is_told_apart_from_one_that_is_not_there(hub,
 
 def test_a_gated_repository_is_named(hub, published):
     hub.add_model(NAME)
-
-    def hook(request):
-        if "/preupload/" in request:
-            raise Refuse(403, "Access to model team/pruned is restricted", "GatedRepo")
-
-    hub.hook = hook
+    refuse(hub, "/preupload/", 403, "Access to model team/pruned is restricted", "GatedRepo")
     assert refused(push_checkpoint, published, NAME).startswith(f"{NAME} is gated: ")
 
 

