@@ -1,7 +1,6 @@
 """What the commands that look at one checkpoint do: its sizes, its quality, its answers."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from core.model.build import dtype_of, load_model, load_tokenizer, model_shape, 
 from core.model.checkpoint import Checkpoint
 from core.report.report import speed_rows
 from core.runs.record import SpeedRecord, perplexity_text
+from core.scratch import scratch_folder
 from core.settings.evaluation import EvaluationSettings
 from core.storage.layout import CARD
-from core.storage.publication import fetch, published_in, verify_folder
+from core.storage.publication import open_publication, published_in, verify_folder
 from core.untrusted import foreign_errors
 
 
@@ -39,8 +39,8 @@ def local_checkpoint(model: str, *, only: Sequence[str] | None = None, verify: b
     if "://" not in model:
         yield verify_folder(Path(model), may_differ=(CARD,)) if verify else Path(model)
         return
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        yield fetch(model, Path(scratch), only=only)
+    with scratch_folder() as scratch:
+        yield open_publication(model).fetch(scratch, only=only)
 
 
 def verified_text(directory: Path) -> str:
@@ -48,7 +48,7 @@ def verified_text(directory: Path) -> str:
     published = published_in(directory)
     if published is None:
         return ""
-    manifest = published[1]
+    manifest = published.manifest
     return f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:,.1f} MB: as the manifest says (sha256)"
 
 
@@ -80,8 +80,8 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
     if settings.perplexity is not None:
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            path = Path(scratch) / "windows.safetensors"
+        with scratch_folder() as scratch:
+            path = scratch / "windows.safetensors"
             write_perplexity_windows(
                 settings.perplexity,
                 tokenizer,

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.report.figures import inline_svg, sensitivity_figure
 from core.report.templates import render
 from core.runs.record import perplexity_text
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
@@ -93,8 +93,8 @@ class Study:
 
     def _tokens(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
         """Return what is calibrated on and what is measured on, (S, T) each."""
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            path = Path(scratch) / "tokens.safetensors"
+        with scratch_folder() as scratch:
+            path = scratch / "tokens.safetensors"
             if self.settings is None:
                 assert self.text is not None, "checked by the command"
                 wanted = 2 * (self.sequences or _SEQUENCES)

@@ -1,19 +1,18 @@
 """The step that opens a run: resolve-base."""
 
 import logging
-import tempfile
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import TargetError, UnsupportedModelError
 from core.runs.run import Run
+from core.scratch import scratch_folder
 from core.settings.recipe import settings_from_dict, with_fixed
 from core.settings.schema import Settings
 from core.steps.frame import tracker_of
 from core.steps.opening import open_run
 from core.storage.layout import pointer_of
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from core.storage.store import open_store
 
 if TYPE_CHECKING:
@@ -70,8 +69,8 @@ def run_resolve_base(
     sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
     settings = settings_from_dict({**recipe, **sections})
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        base = Checkpoint(fetch(base_uri, Path(scratch), only=["config.json"]))
+    with scratch_folder() as scratch:
+        base = Checkpoint(open_publication(base_uri).fetch(scratch, only=["config.json"]))
     dense, phase_params = _sizes_of_phases(settings, base)
     settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
     run = Run(

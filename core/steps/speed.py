@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from core.export.gguf import export_gguf
 from core.export.gguf_quantization import GgufDtype
 from core.model.checkpoint import Checkpoint
 from core.runs.record import SpeedRecord
+from core.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def compare_speed(
         if runtime == "torch":
             found.append(compare(runtime, base, checkpoint, workload, device=device))
             continue
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            base_file, file = Path(scratch) / "base.gguf", Path(scratch) / "checkpoint.gguf"
+        with scratch_folder() as scratch:
+            base_file, file = scratch / "base.gguf", scratch / "checkpoint.gguf"
             try:
                 export_gguf(base, base_file, dtype=gguf_dtype)
                 export_gguf(checkpoint, file, dtype=gguf_dtype)

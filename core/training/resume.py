@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
 from core.quantities import Interval
-from core.storage.publication import MANIFEST, fetch, publish
+from core.storage.publication import MANIFEST, open_publication, publish
 from core.storage.store import join_uri, open_store
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ class SavedStates:
     def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
         from core.training.state import STATE, check_fits, read_state
 
-        uri, folder = _place(self._uri, step), self._folder / "fetched"
-        state = read_state(fetch(uri, folder, only=[STATE]))
+        published, folder = open_publication(_place(self._uri, step)), self._folder / "fetched"
+        state = read_state(published.fetch(folder, only=[STATE]))
         progress = state.progress
         steps = progress.losses[0][0], progress.next_step
         if state.belongs_to != self._belongs_to or steps != (first_step, step):
-            raise CheckpointError(f"{uri} belongs to another training.")
-        fetch(uri, folder)
+            raise CheckpointError(f"{published.uri} belongs to another training.")
+        published.fetch(folder)
         check_fits(state, model)
         return state
 
@@ -122,7 +122,7 @@ class SavedStates:
 
     def _publish(self, folder: Path, step: int, started: float) -> None:
         try:
-            size = publish(folder, _place(self._uri, step)).total_bytes
+            size = publish(folder, _place(self._uri, step)).manifest.total_bytes
         except Exception as error:  # no failure may end hours of training
             log.warning(_NOT_SAVED, step, error, exc_info=not isinstance(error, AdaptPrunerError))
             superseded = range(step, step + 1)  # a partial state only takes space

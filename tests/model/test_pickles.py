@@ -23,7 +23,7 @@ from core.model.checkpoint import INDEX
 from core.settings import includes
 from core.settings.model import ModelSettings
 from core.steps.prepare_data import run_prepare_data
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import open_publication
 from pipelines.cli import main
 from tests.support.evidence import note
 from tests.support.fuzzing import outcome
@@ -227,7 +227,7 @@ def test_an_index_that_names_a_pickle_is_refused(folder, canary, shard):
 def test_a_base_model_is_taken_up_without_its_pickles_and_code(folder, canary):
     plant_both(folder / "base", canary)
     run, uri = resolve(recipe_with({}))
-    names = {entry.path for entry in read_manifest(uri).files}
+    names = set(open_publication(uri).manifest.paths)
     assert "model.safetensors" in names
     assert not [
         name for name in names if Path(name).suffix in {*map(lambda n: Path(n).suffix, PICKLES), ".py"}
@@ -253,7 +253,7 @@ def test_what_lies_beside_a_gguf_file_is_not_read(folder, canary, tmp_path):
     plant_both(place, canary)
     shutil.copyfile(tmp_path / "model.gguf", place / "model.gguf")
     uri, _ = import_base(ModelSettings(base=str(place / "model.gguf")), str(tmp_path / "store"))
-    load_model(fetch(uri, tmp_path / "fetched"))
+    load_model(open_publication(uri).fetch(tmp_path / "fetched"))
     note("Security", "a GGUF file with pickles, code and an adapter beside it", "taken up alone")
 
 

@@ -26,7 +26,7 @@ SHAPE = LayerShape(query_heads=6, kv_heads=3, mlp_width=40)
 def test_changed_manifests_are_read_or_refused(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_text("a")
-    document = json.loads(publish(tmp_path / "files", str(tmp_path / "store")).to_json())
+    document = json.loads(publish(tmp_path / "files", str(tmp_path / "store")).manifest.to_json())
     seen = []
 
     @fuzzed(3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
-from core.storage.publication import delete_publication, fetch, publish, read_manifest
+from core.storage.publication import open_publication, publish
 from core.storage.store import join_uri, open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
@@ -89,10 +89,10 @@ def states_at(uri):
 def write_two_states(uri, folder):
     """Leave the states of steps 12 and 14, as a task does that is killed before it removes the older one."""
     stopped_attempt(uri, folder / "one", 2)
-    saved = fetch(join_uri(uri, "000012"), folder / "saved")
+    saved = open_publication(join_uri(uri, "000012")).fetch(folder / "saved")
     kept = {
         entry.path: (saved / entry.path).read_bytes()
-        for entry in read_manifest(join_uri(uri, "000012")).files
+        for entry in open_publication(join_uri(uri, "000012")).manifest.files
     }
     stopped_attempt(uri, folder / "two", 4)
     assert states_at(uri) == ["000014"]
@@ -181,9 +181,9 @@ def test_a_state_of_another_training_is_logged_and_not_used(changed, uri, tmp_pa
     belongs_to = BELONGS_TO | ({changed: "other"} if changed in BELONGS_TO else {})
     first_step = FIRST_STEP - (changed == "first step")
     if changed == "name":
-        saved = fetch(join_uri(uri, "000012"), tmp_path / "saved")
+        saved = open_publication(join_uri(uri, "000012")).fetch(tmp_path / "saved")
         publish(saved, join_uri(uri, "000013"))
-        delete_publication(join_uri(uri, "000012"), keep_manifest=False)
+        open_publication(join_uri(uri, "000012")).delete()
     model = tiny("llama", UNEQUAL[::-1], dtype=torch.float32) if changed == "model" else model_of()
     before = model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     with SavedStates(uri, tmp_path / "work", every=NEVER, belongs_to=belongs_to) as states:

@@ -1,7 +1,6 @@
 """Measuring a checkpoint on disk with the settings of a run: number format, memory, criterion."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import open_pruned
 from core.quantities import parse_bytes
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 
@@ -60,7 +60,7 @@ def measure_checkpoint(
     inputs_bytes = (
         tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
     )
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-", dir=scratch) as states:
+    with scratch_folder(scratch) as states:
         return measure(
             model,
             tokens,
@@ -69,7 +69,7 @@ def measure_checkpoint(
             criterion=prune.criterion,
             seed=seed,
             state_bytes=state_bytes,
-            scratch=Path(states),
+            scratch=states,
             # On an accelerator, computing outputs again is faster than fetching them from the host.
             keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
         )
