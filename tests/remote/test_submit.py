@@ -227,7 +227,7 @@ def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(a
         ("base_model=", "model.base is empty."),
         (
             "recipe={prune: {steps_per_phase: 7}, calibration: {source: {path: a}}}",
-            "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it anew",
+            "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it again",
         ),
         ("recipe={prune: 5}", "prune=5 must be a mapping."),
         ("recipe={model: 5}", "model=5 must be a mapping."),
