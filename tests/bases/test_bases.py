@@ -263,8 +263,8 @@ def test_what_is_made_of_a_hub_address_names_the_repository(folder):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"base": "hf://model"}, "model.base=hf://model is no address on the hub. Write hf://owner/name"),
-        ({"base": "hf://a/b@"}, "model.base=hf://a/b@ is no address on the hub."),
+        ({"base": "hf://model"}, "model.base=hf://model is not a valid hub address. Write hf://owner/name"),
+        ({"base": "hf://a/b@"}, "model.base=hf://a/b@ is not a valid hub address."),
         ({"base": "models:/name"}, "model.base=models:/name names no version. Write models:/name@alias"),
         ({"base": "models:/name/latest"}, "model.base=models:/name/latest names no version."),
         ({"base": "gs://b/m"}, "model.base=gs://b/m is of an unknown kind."),

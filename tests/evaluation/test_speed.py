@@ -94,7 +94,7 @@ def test_mlflow_gets_ratios_that_are_above_1_where_the_checkpoint_is_better():
 def test_the_report_shows_what_was_measured():
     page = "".join(build_report(make_record(speed=(RECORD,))).splitlines())
     assert "Speed in llama.cpp on cpu" in page
-    assert "<td>writing answers, 4 together (tokens/s)</td><td>70.0</td><td>84.0</td><td>1.20</td>" in page
+    assert "<td>decoding, batch of 4 (tokens/s)</td><td>70.0</td><td>84.0</td><td>1.20</td>" in page
     assert "Speed in" not in build_report(make_record())
 
 
@@ -198,7 +198,7 @@ def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(projec
     (model,) = client.search_logged_models([parent.info.experiment_id])
     assert figures.items() <= {metric.key: metric.value for metric in model.metrics}.items()
     for file in ("README.md", "report.html"):
-        assert "writing answers, 4 together" in Path(final, file).read_text()
+        assert "decoding, batch of 4" in Path(final, file).read_text()
 
 
 def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
@@ -207,7 +207,7 @@ def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
     arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "new" / "speed.json"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    assert "writing answers, 4 together" in result.output
+    assert "decoding, batch of 4" in result.output
     figures = json.loads((tmp_path / "new" / "speed.json").read_text())
     assert figures["params"][0] > figures["params"][1]
     assert figures["speed"][0]["runtime"] == "torch"

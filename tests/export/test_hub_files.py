@@ -30,7 +30,7 @@ def damage(name, content):
             damage("optimizer.pt", b"x"),
             "holds pickles, which can run code where they are loaded: optimizer.pt",
         ),
-        (lambda f: (f / "modeling_unequal_layers.py").unlink(), "names code that is not there"),
+        (lambda f: (f / "modeling_unequal_layers.py").unlink(), "names code that is missing"),
         (damage("README.md", b"---\nlicense: [\n---\n"), "README.md"),
     ],
 )

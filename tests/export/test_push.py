@@ -95,7 +95,7 @@ def test_a_connection_that_breaks_is_gone_on_from_without_sending_again(hub, pub
     hub.hook = after_puts(whole, cut)
     text = refused(push_checkpoint, published, NAME)
     assert "cannot be reached during the upload" in text
-    assert text.endswith("Give the same command again: what has arrived is not sent again.")
+    assert text.endswith("Run the same command again: files that have arrived are not sent again.")
     assert len(hub.received) == whole
     assert hub.models[NAME].commit() == before
     hub.hook = lambda request: None
@@ -173,7 +173,7 @@ def test_a_commit_that_comes_between_is_not_undone(hub, published):
 
     hub.hook = hook
     text = refused(push_checkpoint, published, NAME)
-    assert text.startswith(f"{NAME} has changed meanwhile: A commit has happened since.")
+    assert text.startswith(f"{NAME} changed in the meantime: A commit has happened since.")
     hub.hook = lambda request: None
     push_checkpoint(published, NAME)
     assert len(hub.received) == len(SHARDS)
@@ -202,10 +202,6 @@ def test_private_is_kept(hub, published):
     text = refused(push_checkpoint, published, "team/open", private=True)
     assert text.startswith("team/open is public, and --private does not change that.")
     assert not hub.models["team/open"].objects
-
-
-def damage(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
 
 
 def test_a_publication_is_verified_but_its_card_may_be_edited(hub, published, tmp_path):

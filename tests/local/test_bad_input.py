@@ -283,7 +283,7 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         ),
         (
             {"calibration.source": {"path": "gone.jsonl"}},
-            "gone.jsonl is no file or folder here, and no Hugging Face data set id. Correct the path.",
+            "gone.jsonl is not a file or folder here, nor a Hugging Face data set id. Correct the path.",
         ),
         (
             {"evaluation.perplexity_length": 100_000},

@@ -417,7 +417,7 @@ def test_sensitivity_names_what_is_missing(model, tmp_path, monkeypatch):
     for options, status, message in (
         ((), 2, "no text to measure on. Give --text"),
         (("--text", "short.txt", "--output", "short.txt"), 2, "--output=short.txt cannot be written"),
-        (("--text", "gone.txt"), 1, "gone.txt is no file or folder here"),
+        (("--text", "gone.txt"), 1, "gone.txt is not a file or folder here"),
         (("--text", "short.txt"), 1, "short.txt does not fill one window of 256 tokens."),
     ):
         result = call("sensitivity", model, *options)

@@ -201,11 +201,11 @@ def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(a
     [
         ("target=300%", "prune.target=300% must lie between 0% and 100%."),
         ("method=other", "prune.method=other must be one of adapt-pruner."),
-        ("base_model=hf://model", "model.base=hf://model is no address on the hub."),
+        ("base_model=hf://model", "model.base=hf://model is not a valid hub address."),
         ("base_model=", "model.base is empty."),
         (
             "recipe={prune: {steps_per_phase: 7}, calibration: {source: {path: a}}}",
-            "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it anew",
+            "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it again",
         ),
         ("recipe={prune: 5}", "prune=5 must be a mapping."),
         ("recipe={model: 5}", "model=5 must be a mapping."),
