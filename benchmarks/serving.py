@@ -30,8 +30,8 @@ from core.settings.storage import StorageSettings, TrackingSettings
 from core.settings.training import TrainingSettings
 from core.steps.speed import compare_speed
 from core.storage.publication import fetch
+from pipelines.commands.benchmark import params_of, speed_table
 from pipelines.local.run import run_local
-from pipelines.models import params_of, speed_table
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 GGUF_DTYPES: tuple[GgufDtype, ...] = ("f32", "f16", "q8_0")

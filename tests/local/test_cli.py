@@ -341,7 +341,7 @@ def test_sensitivity_prunes_each_layer_on_half_of_a_text_and_measures_on_the_oth
     model, tmp_path, monkeypatch
 ):
     slow = Choice(precision="float32", device="a machine without bfloat16")
-    monkeypatch.setattr("pipelines.sensitivity.choose_precision", lambda device: slow)
+    monkeypatch.setattr("core.steps.sensitivity.choose_precision", lambda device: slow)
     tokens = write_words(tmp_path / "text.txt", 1100, seed=2)
     options = ("--text", tmp_path / "text.txt", "--sequences", 2, "--part", "mlp", "--output", tmp_path / "o")
     result = call("sensitivity", model, *options)

@@ -11,9 +11,10 @@ from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 
 from core.errors import SettingsError
 from core.settings.cluster import ClusterSettings, ComponentName, ComponentSettings, Toleration
+from core.settings.parameters import parameters_of
 from core.settings.recipe import settings_from_dict
 from core.storage.store import open_store
-from pipelines.adapt_accel import compile_pipeline, recipe_parameter
+from pipelines.adapt_accel import compile_pipeline
 from pipelines.cluster import CONFIG_KEYS, label_of
 from tests.support.ir import dags, executors, parse
 from tests.support.project import ROOT
@@ -353,4 +354,4 @@ def test_the_section_survives_the_way_through_json_and_stays_out_of_the_key_and_
     assert settings.cluster.components == {"evaluate": own}
     assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert settings.digest() == settings_from_dict(LEAST).digest()
-    assert recipe_parameter(settings) == recipe_parameter(settings_from_dict(LEAST))
+    assert parameters_of(settings) == parameters_of(settings_from_dict(LEAST))
