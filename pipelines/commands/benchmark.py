@@ -30,10 +30,9 @@ if TYPE_CHECKING:
         "adapt-pruner benchmark output/demo/model --against output/demo/base --runtime llama.cpp "
         "--gguf-dtype q8_0",
     ),
-    help="Compare the speed of MODEL with that of another, such as its base: prompts, decoding, loading, "
-    "memory.\n\n"
-    f"{MODEL_HELP}. Both are kept in memory and measured in turn, so that other load on the machine slows "
-    "both down alike. A ratio above 1 favours MODEL.",
+    help="Compare the speed of MODEL with that of its base.\n\n"
+    f"{MODEL_HELP}. Prompts, decoding, loading and memory are measured. Both models are kept in memory and "
+    "take turns, so that other load on the machine slows both down alike. A ratio above 1 favours MODEL.",
 )
 @click.argument("model")
 @click.option("--against", required=True, metavar="MODEL", help="The model to compare with.")

@@ -24,10 +24,11 @@ _SHOWN = 10
 
 @click.command(
     epilog=example("adapt-pruner clean output/store"),
-    help="Remove orphaned files from STORE: leftovers of killed tasks and interrupted uploads, training "
-    "states of published phases, leases and job files of ended runs.\n\n"
-    "The files are listed first, then removed after confirmation. Runs in progress are left alone, and so is "
-    f"everything that an interrupted run needs to resume. {STORE_HELP}.",
+    help="Remove orphaned files from STORE.\n\n"
+    "Orphaned are leftovers of killed tasks and interrupted uploads, training states of published phases, "
+    "leases and job files of ended runs. They are listed first and removed after confirmation. Runs in "
+    "progress are left alone, and so is everything that an "
+    f"interrupted run needs to resume. {STORE_HELP}.",
 )
 @click.argument("store")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")

@@ -41,7 +41,7 @@ def schedule(
     now: bool,
     **access: Any,
 ) -> None:
-    """Start RECIPE on Kubeflow Pipelines repeatedly, on a schedule.
+    """Run RECIPE on Kubeflow Pipelines on a schedule.
 
     A run does work only if the base model has a new revision or the settings have changed; otherwise it ends
     after two small tasks. model.base may be a hub model (its newest commit), models:/name@alias in MLflow's
@@ -56,13 +56,25 @@ def schedule(
         raise SettingsError(["--cron, --set, --param and --service-account need RECIPE. Leave them out."])
     if now and recipe is None and delete is None:
         raise SettingsError(["--now needs RECIPE or --delete. Leave it out."])
-    if recipe is not None:
-        _set_schedule(recipe, cron, overrides, parameters, experiment, service_account, now, access)
-        return
+    if recipe is not None and cron is None:
+        raise SettingsError(
+            ['--cron is missing. Say when, such as --cron "0 0 2 * * *" for every night at two.']
+        )
 
     from pipelines.remote.client import connect
-    from pipelines.remote.schedules import change, list_schedules
+    from pipelines.remote.schedules import change, list_schedules, set_schedule, six_fields
 
+    if recipe is not None:
+        six = six_fields(str(cron))
+        submission = prepared(recipe, overrides, parameters, service_account)
+        client = connect(**access)
+        made, outcome = set_schedule(client, submission, six, experiment=experiment, now=now)
+        click.echo(f"{made.name}: {outcome}, {made.cron} (UTC unless the cluster says otherwise)")
+        if made.paused:
+            resume = f"adapt-pruner schedule --resume {made.name}"
+            click.echo(f"hint: it is paused. Resume it by: {resume}", err=True)
+        click.echo(client.link("recurringrun", made.id))
+        return
     client = connect(**access)
     if asked:
         what, name = asked[0], str(changes[asked[0]])
@@ -80,39 +92,3 @@ def schedule(
     for each in found:
         table.add_row(each.name, each.cron, "paused" if each.paused else "active", each.base, each.target)
     print_table(table)
-
-
-def _set_schedule(
-    recipe: Path,
-    cron: str | None,
-    overrides: tuple[str, ...],
-    parameters: tuple[str, ...],
-    experiment: str,
-    service_account: str,
-    now: bool,
-    access: dict[str, Any],
-) -> None:
-    if cron is None:
-        raise SettingsError(
-            ['--cron is missing. Say when, such as --cron "0 0 2 * * *" for every night at two.']
-        )
-    from pipelines.remote.client import connect
-    from pipelines.remote.schedules import list_schedules, set_schedule, six_fields
-    from pipelines.remote.submission import slug
-
-    cron = six_fields(cron)
-    submission = prepared(recipe, overrides, parameters, service_account)
-    client = connect(**access)
-    made, outcome = set_schedule(client, submission, cron, experiment=experiment, now=now)
-    click.echo(f"{made.name}: {outcome}, {made.cron} (UTC unless the cluster says otherwise)")
-    if made.paused:
-        click.echo(f"hint: it is paused. Resume it by: adapt-pruner schedule --resume {made.name}", err=True)
-    start = slug(submission.settings.name)
-    for other in sorted({each.name for each in list_schedules(client)} - {made.name}):
-        if other.rpartition("-")[0] == start:
-            click.echo(
-                f"hint: {other} is the same recipe with another base or target. If it is no longer wanted: "
-                f"adapt-pruner schedule --delete {other}",
-                err=True,
-            )
-    click.echo(client.link("recurringrun", made.id))

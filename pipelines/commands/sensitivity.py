@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         "adapt-pruner sensitivity output/demo/model --text held-out.txt",
         "adapt-pruner sensitivity output/demo/model --recipe recipes/demo.yaml --sparsity 0.3 --part mlp",
     ),
-    help="Prune each layer of MODEL alone and show how much the loss grows.\n\n"
-    f"{MODEL_HELP}. It is left unchanged. The groups with the lowest scores on a calibration text are "
-    "removed, and the loss is measured on another text. A recipe names both texts and how groups are "
-    "scored; without one, the first half of --text is for calibration. The losses need memory "
+    help="Show how much the loss grows when one layer of MODEL is pruned.\n\n"
+    f"{MODEL_HELP}. It is left unchanged. Each layer is pruned alone: the groups with the lowest scores on a "
+    "calibration text are removed, and the loss is measured on another text. A recipe names both texts and "
+    "how groups are scored; without one, the first half of --text is for calibration. The losses need memory "
     "for the whole model.",
 )
 @click.argument("model")

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from pipelines.commands.console import PATH, example
 
 if TYPE_CHECKING:
     from pipelines.remote.client import Client
-    from pipelines.remote.submission import StartedRun
+    from pipelines.remote.following import Progress
 
 
 @click.command(
@@ -49,10 +50,11 @@ def submit(
     every: str,
     **access: Any,
 ) -> None:
-    """Start RECIPE on Kubeflow Pipelines, and print the address of the run.
+    """Run RECIPE on Kubeflow Pipelines.
 
-    The compiled pipeline is uploaded as a version of the pipeline adapt-pruner, unless that version exists. A
-    run with the settings of an earlier one ends at once, or resumes it.
+    Prints the address of the run. The compiled pipeline is uploaded as a version of the pipeline
+    adapt-pruner, unless that version exists. A run with the settings of an earlier one ends at once, or
+    resumes it.
     """
     timeout_s, poll_s = _seconds("timeout", timeout), _seconds("every", every)
     if not poll_s:
@@ -69,51 +71,38 @@ def submit(
     client = connect(**access)
     run_name = run_name or f"{submission.settings.name} {datetime.datetime.now():%Y-%m-%d %H-%M-%S}"
 
-    def begin(attempt: int) -> "StartedRun":
-        name = run_name if attempt == 1 else f"{run_name} (attempt {attempt})"
-        started = start(client, submission, run_name=name, experiment=experiment)
-        state = "uploaded" if started.uploaded else "already there"
-        click.echo(f"version {submission.package.version} of pipeline adapt-pruner: {state}", err=True)
-        click.echo(started.link)
-        return started
-
-    if not wait:
-        begin(1)
-        return
     until = time.monotonic() + timeout_s if timeout_s else None
     for attempt in range(1, attempts + 1):
-        lost = _follow(client, begin(attempt), submission.package.tasks, poll_s, until, attempt == attempts)
-        if not lost:
+        name = run_name if attempt == 1 else f"{run_name} (attempt {attempt})"
+        run_id, uploaded = start(client, submission, run_name=name, experiment=experiment)
+        state = "uploaded" if uploaded else "already there"
+        click.echo(f"version {submission.package.version} of pipeline adapt-pruner: {state}", err=True)
+        click.echo(client.link("runs", run_id))
+        if not wait:
             return
-        click.echo(f"{lost}\nAttempt {attempt + 1} of {attempts}:", err=True)
+        ended = _follow(client, run_id, submission.package.tasks, poll_s, until)
+        if ended.trouble is None:
+            click.echo("succeeded", err=True)
+            return
+        if attempt == attempts or not ended.lost_pods:
+            raise ClusterError(f"{ended.trouble.text} {client.link('runs', run_id)}")
+        click.echo(f"{ended.trouble.text}\nAttempt {attempt + 1} of {attempts}:", err=True)
 
 
 def _follow(
-    client: "Client",
-    started: "StartedRun",
-    tasks: Any,
-    poll_s: float,
-    until: float | None,
-    is_last: bool,
-) -> str:
-    """Follow a run to its end; returns how it lost its pods if another may follow, "" if it succeeded."""
+    client: "Client", run_id: str, tasks: Mapping[str, str], poll_s: float, until: float | None
+) -> "Progress":
     from rich.console import Console
 
     from pipelines.remote.following import follow
     from pipelines.remote.view import RunView
 
+    view = RunView(Console(stderr=True, highlight=False), tasks)
     try:
-        with RunView(Console(stderr=True, highlight=False), tasks) as view:
-            ended = follow(client, started.id, tasks, view.show, poll_s=poll_s, until=until)
+        return follow(client, run_id, tasks, view.show, poll_s=poll_s, until=until)
     except KeyboardInterrupt:
-        click.echo(f"error: interrupted; the run continues: {started.link}", err=True)
+        click.echo(f"error: interrupted; the run continues: {client.link('runs', run_id)}", err=True)
         click.get_current_context().exit(130)
-    if ended.trouble is None:
-        click.echo("succeeded", err=True)
-        return ""
-    if is_last or not ended.lost_pods:
-        raise ClusterError(f"{ended.trouble.text} {started.link}")
-    return ended.trouble.text
 
 
 def _seconds(option: str, text: str) -> float:

@@ -33,20 +33,14 @@ _LOGIN = "Get a new one, and give it by --token-file, --cookie-file or KFP_EXIST
 _NAMESPACE_OF_POD = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 _UNKNOWN = "unknown"
 
-QUOTA = re.compile("exceeded quota|quota exceeded", re.IGNORECASE)
-"""What Kubernetes says where a quota forbids a pod."""
-
 
 class Client(kfp_client.Client):
-    """kfp's client, which neither reads nor writes the home.
-
-    Attributes:
-        namespace: The user's, None where Kubeflow serves one user.
-        ui: Address of the UI, "" if it is not known.
-    """
+    """kfp's client, which neither reads nor writes the home."""
 
     namespace: str | None = None
+    """The user's, None where Kubeflow serves one user."""
     ui = ""
+    """Address of the UI, "" if it is not known."""
 
     def _load_context_setting_or_default(self) -> None:
         self._context_setting = {"namespace": _UNKNOWN}  # without one, kfp asks the server, without a limit
@@ -216,12 +210,6 @@ def one_line(text: str, width: int = 300) -> str:
     return (text if len(text) <= width else f"{text[:width]} ...").rstrip(". ")
 
 
-def quota_advice(own: str = "cluster") -> str:
-    """Return what to do where a quota is used up, by the settings under ``own``."""
-    names = f"{own}.gpus, {own}.cpu and {own}.memory"
-    return f"Wait for other runs to end, ask for a larger quota, or lower {names}."
-
-
 def _explain(error: Exception, host: str) -> str:
     """Return what went wrong, and what to do."""
     if isinstance(error, kfp_server_api.ApiException) and error.status:
@@ -243,8 +231,6 @@ def _explain(error: Exception, host: str) -> str:
 
 def _explain_answer(error: kfp_server_api.ApiException, host: str) -> str:
     said, is_api = _message(error)
-    if QUOTA.search(said):
-        return f"{host}: {said}. {quota_advice()}"
     if error.status == 401:
         return f"{host} refuses the login: it is missing or has expired ({said}). {_LOGIN}."
     if error.status == 403:

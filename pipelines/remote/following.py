@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ClusterError
-from pipelines.remote.client import QUOTA, Client, is_passing, one_line, quota_advice
+from pipelines.remote.client import Client, is_passing, one_line
 from pipelines.remote.workflow import FAILED, TaskState, Workflow, read_workflow
 
 ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
@@ -30,7 +30,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "its image cannot be pulled",
         "Correct cluster.image, push it, or give the namespace's service account the registry's secret.",
     ),
-    (QUOTA.pattern, "a quota is used up", quota_advice("{own}")),
+    (
+        "exceeded quota|quota exceeded",
+        "a quota is used up",
+        "Wait for other runs to end, raise the quota, or lower {own}.gpus, {own}.cpu and {own}.memory.",
+    ),
     (
         "Unschedulable|nodes are available|Insufficient|FailedScheduling",
         "no node has room for it",
@@ -74,24 +78,18 @@ _IMAGE, _LOST = _CAUSES[0][1], _CAUSES[-1][1]
 class Trouble:
     """Why a run waits or has failed."""
 
-    about: str
-    """The task and its trouble: while a run waits, the words for it may change."""
-    text: str
-    """All of it in one line, with what to do."""
+    about: str  # the task and its trouble: while a run waits, the words for it may change
+    text: str  # all of it in one line, with what to do
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """A run at one time."""
 
-    state: str
-    """Of the API's states."""
-    workflow: Workflow | None
-    """None where the server does not give it."""
+    state: str  # of the API's states
+    workflow: Workflow | None  # None where the server does not give it
     trouble: Trouble | None = None
-    """None if nothing is known."""
-    lost_pods: bool = False
-    """Whether it has failed only because it lost pods, and may be started again."""
+    lost_pods: bool = False  # whether it has failed only because it lost pods, and may be started again
 
 
 def follow(
@@ -109,14 +107,11 @@ def follow(
     Args:
         client: The connection.
         run_id: Which run.
-        tasks: Task in the IR to its name for people; ``{}`` stands for the phase.
+        tasks: As in ``Package``.
         show: Called with each answer.
         poll_s: Pause between two requests.
         image_s: How long to wait for an image that cannot be pulled: a registry may come back.
         until: When to stop, by ``time.monotonic``; None waits for the end.
-
-    Returns:
-        How it ended.
 
     Raises:
         ClusterError: If the cluster can no longer be reached, an image cannot be pulled, or time is up. The

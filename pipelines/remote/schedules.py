@@ -3,10 +3,9 @@
 kfp's client creates and deletes recurring runs; the API cannot change one. So the new one is created before
 the old one is deleted. If the update is killed between the two, both are left, and repeating the command
 leaves one. Deleting a recurring run ends its run in progress, since Kubernetes deletes the workflow with its
-owner: that takes ``now``.
+owner: that takes ``now``. All raise a ``ClusterError`` if the cluster cannot be reached or refuses.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -70,20 +69,10 @@ def set_schedule(
 ) -> tuple[Schedule, Outcome]:
     """Make sure that there is one recurring run of the recipe, with this cron expression and these settings.
 
-    A recurring run that is paused stays so.
-
-    Args:
-        client: The connection.
-        submission: What each run is started with.
-        cron: Six fields.
-        experiment: Where the runs go.
-        now: Replace a recurring run even if that ends its run in progress.
+    One that is paused stays so. ``now`` replaces one even if that ends its run in progress.
 
     Returns:
         The recurring run, and what had to be done.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it, or a run is in progress.
     """
     settings = submission.settings
     name = schedule_name(settings)
@@ -125,18 +114,14 @@ def set_schedule(
 
 
 def list_schedules(client: Client) -> list[Schedule]:
-    """Return the recurring runs of our pipeline, by name.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it.
-    """
+    """Return the recurring runs of our pipeline, by name."""
     return [_schedule(each) for each in _ours(client)]
 
 
 def change(
     client: Client, name: str, what: Literal["pause", "resume", "delete"], *, now: bool = False
-) -> int:
-    """Pause, resume or delete the recurring run of this name; what is so already is no error.
+) -> None:
+    """Pause, resume or delete the recurring run of this name or id, and those that interrupted updates left.
 
     Args:
         client: The connection.
@@ -144,21 +129,14 @@ def change(
         what: What to do.
         now: Delete it even if that ends its run in progress.
 
-    Returns:
-        How many there were; more than one if an update was interrupted.
-
     Raises:
         SettingsError: If there is none of this name.
-        ClusterError: If the cluster cannot be reached or refuses it, or a run is in progress.
     """
     known = _ours(client)
     found = [each for each in known if name in (each.display_name, each.recurring_run_id)]
     if not found:
-        names = sorted({one_line(each.display_name) for each in known})
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."
-        hint = hint if names else "There is none yet."
-        raise SettingsError([f"--{what}={name} is not a schedule at {client.place()}. {hint}"])
+        names = ", ".join(sorted({one_line(each.display_name) for each in known})) or "none"
+        raise SettingsError([f"--{what}={name} is not a schedule at {client.place()}. Known: {names}."])
     call = {
         "pause": client.disable_recurring_run,
         "resume": client.enable_recurring_run,
@@ -169,7 +147,6 @@ def change(
             _refuse_to_end(client, found)
         for each in found:
             call(each.recurring_run_id)
-    return len(found)
 
 
 def _refuse_to_end(client: Client, recurring: Iterable[Any]) -> None:

@@ -2,7 +2,8 @@
 
 A version is named after the digest of its content: one that exists already is not uploaded again. kfp's
 client uploads and starts, but finds nothing beyond the first page of a list, and fails where somebody else
-creates the same at the same time.
+creates the same at the same time. Every function that asks the cluster raises a ``ClusterError`` if it cannot
+be reached or refuses.
 """
 
 import difflib
@@ -10,7 +11,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +35,7 @@ T = TypeVar("T")
 class Package:
     """A compiled pipeline."""
 
-    content: bytes
-    """The YAML."""
+    content: bytes  # YAML
     version: str
     """Name of the version: the recipe's name and the digest of ``content``."""
     tasks: Mapping[str, str]
@@ -46,22 +46,14 @@ class Package:
 class Submission:
     """What a run is started, or scheduled, with."""
 
-    settings: Settings
-    """With the overrides of ``arguments``."""
+    settings: Settings  # with the overrides of ``arguments``
     package: Package
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Pipeline parameters that differ from their defaults."""
-    service_account: str | None = None
-    """Kubernetes service account of the pods; None for that of the installation."""
+    arguments: Mapping[str, Any]  # pipeline parameters that differ from their defaults
+    service_account: str | None  # Kubernetes service account of the pods; None for that of the installation
 
 
 def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_account: str = "") -> Submission:
     """Compile the pipeline, and check everything that can be checked without the cluster.
-
-    Args:
-        settings: The recipe.
-        overrides: ``name=value`` for parameters of the compiled pipeline.
-        service_account: Kubernetes service account of the pods; "" for that of the installation.
 
     Raises:
         SettingsError: If a parameter is unknown, of the wrong type or out of range, or a setting names a
@@ -165,14 +157,7 @@ def hints(settings: Settings) -> Iterator[str]:
 
 
 def upload(client: Client, package: Package) -> tuple[str, str, bool]:
-    """Make sure that the version is there.
-
-    Returns:
-        Ids of the pipeline and of the version, and whether it had to be uploaded.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it.
-    """
+    """Return the ids of the pipeline and of the version, and whether it had to be uploaded."""
     body = kfp_server_api.V2beta1Pipeline(
         display_name=PIPELINE,
         name=PIPELINE,
@@ -226,22 +211,8 @@ def _found_or_made(find_or_make: Callable[[], T]) -> T:
         return find_or_make()
 
 
-@dataclass(frozen=True, kw_only=True)
-class StartedRun:
-    """A run that was started."""
-
-    id: str
-    link: str
-    uploaded: bool
-    """Whether the version was new."""
-
-
-def start(client: Client, submission: Submission, *, run_name: str, experiment: str) -> StartedRun:
-    """Upload what is missing, and start a run.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it.
-    """
+def start(client: Client, submission: Submission, *, run_name: str, experiment: str) -> tuple[str, bool]:
+    """Start a run; returns its id, and whether its version had to be uploaded."""
     pipeline, version, uploaded = upload(client, submission.package)
     place = experiment_id(client, experiment)
     with client.asked():
@@ -253,4 +224,4 @@ def start(client: Client, submission: Submission, *, run_name: str, experiment: 
             version_id=version,
             service_account=submission.service_account,
         )
-    return StartedRun(id=run.run_id, link=client.link("runs", run.run_id), uploaded=uploaded)
+    return str(run.run_id), uploaded

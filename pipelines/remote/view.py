@@ -1,18 +1,15 @@
-"""A run on a cluster on the terminal: a line for each task that starts or ends, and the tasks in progress."""
+"""A run on a cluster on the terminal: a line for each task that starts or ends, and for each trouble."""
 
 import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from core.runs.record import seconds_text
 from pipelines.remote.following import ENDED, Progress
 from pipelines.remote.workflow import FAILED, TaskState
 
-_SAYS = {"Pending": "waits", "Running": "started"}
 _STYLES = {"Failed": "red", "Error": "red", "FAILED": "red", "Skipped": "dim"}
 _NO_WORKFLOW = (
     "this server lacks the older API of Kubeflow Pipelines (v1beta1): only the state of the run is shown. "
@@ -32,26 +29,12 @@ class RunView:
 
     def __init__(self, console: Console, tasks: Mapping[str, str]) -> None:
         """Show a run of ``tasks`` on ``console``."""
-        self._console, self._seen, self._said = console, dict[str, str](), set[str]()
+        self._console, self._phases, self._said = console, dict[str, str](), set[str]()
         self._width = max((len(shown.format("00")) for shown in tasks.values()), default=0)
-        self._live = (
-            Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        )
-
-    def __enter__(self) -> "RunView":
-        """Start the live part."""
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the live part."""
-        if self._live:
-            self._live.stop()
 
     def show(self, progress: Progress) -> None:
         """Show the changes."""
-        workflow = progress.workflow
+        workflow, has_ended = progress.workflow, progress.state in ENDED
         if workflow is None:
             self._say(_NO_WORKFLOW)
             self._note("the run", progress.state, 0.0, progress.state.lower() or "pending")
@@ -59,14 +42,12 @@ class RunView:
             policy = workflow.retry_policy
             self._say(f"retries: {_RETRIES.get(policy, 'see Argo')} (Argo's retryPolicy is {policy} here)")
         for task in workflow.tasks if workflow else ():
-            if task.phase not in _SAYS:
-                self._note(task.name, task.phase, task.finished, _said(task))
-            elif task.phase == "Running" and not self._live and progress.state not in ENDED:
-                self._note(task.name, task.phase, task.started, _said(task))
-        if progress.trouble and progress.state not in ENDED:
+            if task.phase == "Running" and not has_ended:
+                self._note(task.name, task.phase, task.started, "started")
+            elif task.phase not in ("Pending", "Running"):
+                self._note(task.name, task.phase, task.finished, _end_of(task))
+        if progress.trouble and not has_ended:
             self._say(progress.trouble.text, progress.trouble.about)
-        if self._live:
-            self._live.update(self._table(progress), refresh=True)
 
     def _say(self, text: str, about: str = "") -> None:
         """Print a line, but only one about the same."""
@@ -76,31 +57,17 @@ class RunView:
 
     def _note(self, name: str, phase: str, moment: float, said: str) -> None:
         """Print the new phase of a task, and when it began."""
-        if self._seen.get(name) != phase:
-            self._seen[name] = phase
+        if self._phases.get(name) != phase:
+            self._phases[name] = phase
             clock = time.strftime("%H:%M:%S", time.localtime(moment or None))
             line = Text.assemble(
                 f"{clock}  ", (f"{name:<{self._width}}", "cyan"), "  ", (said, _STYLES.get(phase, ""))
             )
             self._console.print(line, soft_wrap=True)
 
-    def _table(self, progress: Progress) -> Table:
-        table = Table(box=None, show_header=False)
-        tasks = progress.workflow.tasks if progress.workflow else ()
-        for task in tasks:
-            if task.phase in _SAYS:
-                table.add_row(task.name, _said(task), seconds_text(_seconds(task)), task.message)
-        done = sum(task.phase in ("Succeeded", "Skipped") for task in tasks)
-        table.add_row(progress.state.lower() or "pending", f"{done} tasks done")
-        return table
 
-
-def _said(task: TaskState) -> str:
-    if task.phase in _SAYS or task.phase == "Skipped":
-        return _SAYS.get(task.phase, "skipped")
+def _end_of(task: TaskState) -> str:
+    if task.phase == "Skipped":
+        return "skipped"
     said = "failed" if task.phase in FAILED else task.phase.lower()
-    return f"{said} after {seconds_text(_seconds(task))}"
-
-
-def _seconds(task: TaskState) -> float:
-    return max((task.finished or time.time()) - task.started, 0.0)
+    return f"{said} after {seconds_text(max((task.finished or time.time()) - task.started, 0.0))}"

@@ -33,6 +33,8 @@ COMMANDS = (
     "generate",
     "export",
     "push",
+    "runs",
+    "clean",
 )
 SIZES = ((4, 2, 24), (2, 1, 17), (4, 2, 9))
 WORDS = ["<eos>", "<user>", "<model>", "what", "is", "the", "capital", "of", "France", "Paris", "?", "."]
@@ -125,6 +127,13 @@ def test_help_imports_nothing_heavy(arguments):
     }
     assert "Usage:" in result.stdout
     assert not heavy & set(result.stderr.split())
+
+
+def test_help_lists_every_command_under_a_topic():
+    shown = call("--help").stdout
+    listed = re.findall(r"^  ([a-z]+)  +[A-Z]", shown.partition("\nRun a recipe:\n")[2], re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS) == sorted(main.commands)
+    assert "..." not in shown, "each first sentence fits"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -46,8 +46,8 @@ ENDS = {
     "a quota": (
         "evaluate",
         NO_QUOTA_LEFT,
-        f"evaluate dense model: a quota is used up ({NO_QUOTA_LEFT}). Wait for other runs to end, ask for a "
-        f"larger quota, or lower {OWN}.evaluate.gpus, {OWN}.evaluate.cpu and {OWN}.evaluate.memory.",
+        f"evaluate dense model: a quota is used up ({NO_QUOTA_LEFT}). Wait for other runs to end, raise the "
+        f"quota, or lower {OWN}.evaluate.gpus, {OWN}.evaluate.cpu and {OWN}.evaluate.memory.",
     ),
     "no GPU": (
         "evaluate-2",

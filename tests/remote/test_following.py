@@ -1,6 +1,5 @@
 """Following a run on Kubeflow Pipelines to its end."""
 
-import io
 import json
 import os
 import signal
@@ -10,15 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from core.errors import ClusterError
 from core.settings.recipe import load_recipe
 from pipelines.remote.client import connect
-from pipelines.remote.following import Progress, follow
+from pipelines.remote.following import follow
 from pipelines.remote.submission import prepare, start
-from pipelines.remote.view import RunView
-from pipelines.remote.workflow import TaskState, Workflow
 from tests.support.argo import driver, of_older_argo, task
 from tests.support.evidence import note
 from tests.support.kfp_api import Cut, Refused, frame, run_kfp_api
@@ -170,18 +166,18 @@ def test_an_image_that_cannot_be_pulled_is_told_once_and_ends_the_waiting(api, r
     api.frames = turns * 20
     submission = prepare(load_recipe(Path(recipe)))
     client, seen = connect(host=api.endpoint), []
-    run = start(client, submission, run_name="x", experiment="e")
+    run, _ = start(client, submission, run_name="x", experiment="e")
     with pytest.raises(
         ClusterError, match=r"^phase 1 calibrate: its image cannot be pulled .*The run waits: http"
     ):
-        follow(client, run.id, submission.package.tasks, seen.append, poll_s=0.01, image_s=0.05)
+        follow(client, run, submission.package.tasks, seen.append, poll_s=0.01, image_s=0.05)
     assert seen
     # A registry that has come back meanwhile starts the time from zero.
     api.frames = [*turns, frame("RUNNING", task("phase.calibrate", "Running")), *turns, frame("SUCCEEDED")]
-    run = start(client, submission, run_name="x", experiment="e")
+    run, _ = start(client, submission, run_name="x", experiment="e")
     ended = follow(
         client,
-        run.id,
+        run,
         submission.package.tasks,
         lambda progress: None if progress.trouble else time.sleep(1.1),
         poll_s=0.01,
@@ -322,19 +318,3 @@ def test_who_stops_waiting_does_not_stop_the_run(api, recipe, tmp_path):
     assert errors.splitlines()[-1] == f"error: interrupted; the run continues: {out.strip()}"
     assert "Traceback" not in errors
     assert not any("terminate" in request or request.startswith("DELETE") for request in api.requests)
-
-
-def test_a_terminal_shows_what_runs():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
-    now = time.time()
-    running = TaskState(name="publish", phase="Running", started=now - 75)
-    waits = TaskState(name="calibrate", phase="Pending", started=now - 5, message="ContainerCreating")
-    done = TaskState(name="finalize", phase="Succeeded", started=now - 3, finished=now)
-    with RunView(console, {"publish": "publish", "finalize": "finalize"}) as view:
-        view.show(Progress(state="RUNNING", workflow=Workflow(tasks=(running, waits))))
-        view.show(Progress(state="RUNNING", workflow=Workflow(tasks=(running, waits, done))))
-        shown = console.file.getvalue()
-    assert "1 min 15 s" in shown
-    assert "ContainerCreating" in shown
-    assert "1 tasks done" in shown
-    assert shown.count("succeeded after") == 1

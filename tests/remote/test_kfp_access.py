@@ -268,12 +268,7 @@ def test_a_pod_of_the_cluster_has_the_namespace_that_it_runs_in(recipe, tmp_path
 
 
 REFUSALS = {
-    "a quota": (
-        403,
-        NO_QUOTA_LEFT,
-        "Wait for other runs to end, ask for a larger quota, or lower cluster.gpus",
-    ),
-    "a quota, told as an inner error": (500, NO_QUOTA_LEFT, "Wait for other runs to end"),
+    "a quota": (403, NO_QUOTA_LEFT, f"denies access ({NO_QUOTA_LEFT})"),
     "missing rights": (403, "User x is not authorized to create runs", "denies access"),
     "an argument": (400, "Invalid input error: the experiment is archived", "refuses the request (400)"),
     "something that went": (

@@ -116,8 +116,8 @@ def test_who_is_second_uses_what_the_first_has_made(api, submission):
     done = []
     client = connect(host=api.endpoint)
     api.hook = rival
-    started = start(client, submission, run_name="own", experiment="same")
-    assert not started.uploaded
+    _, uploaded = start(client, submission, run_name="own", experiment="same")
+    assert not uploaded
     assert len(api.pipelines) == len(api.versions) == len(api.experiments) == 1
     assert {"POST /pipelines"} <= set(done)
     note("Faults", "two submit the same recipe at once", "one version, and a run each")
