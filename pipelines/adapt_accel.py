@@ -6,7 +6,6 @@ output waits for all of its tasks, and the next phase need not wait for an evalu
 """
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from components.recover_train import recover_train
 from components.resolve_base import resolve_base
 from components.score_layers import score_layers
 from core.errors import SettingsError
+from core.scratch import scratch_folder
 from core.settings.cluster import ComponentName
 from core.settings.parameters import compiled_settings, parameters_of
 from core.settings.schema import Settings
@@ -76,8 +76,8 @@ def largest_phases(settings: Settings) -> int:
 
 def _compiled(settings: Settings, phases: int) -> tuple[Document, Document, str]:
     """Return the PipelineSpec and the PlatformSpec of a number of phases, and the comments above them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
+    with scratch_folder() as folder:
+        path = folder / "pipeline.yaml"
         compiler.Compiler().compile(build_pipeline(settings, phases=phases), str(path))
         pipeline, platform = read_ir(path)
         heading = heading_of(path)

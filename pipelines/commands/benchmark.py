@@ -19,7 +19,7 @@ from pipelines.commands.console import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from core.evaluation.speed.comparison import Runtime
+    from core.evaluation.speed.workload import Runtime
     from core.export.gguf_quantization import GgufDtype
     from core.runs.record import SpeedRecord
 
@@ -89,7 +89,7 @@ def benchmark(
 
         check_file(f"--json={json_file}", json_file)
 
-    from core.evaluation.speed.comparison import Workload
+    from core.evaluation.speed.workload import Workload
     from core.model.build import pick_device
     from core.steps.speed import compare_speed
 
@@ -112,9 +112,10 @@ def benchmark(
 
 def params_of(directory: Path) -> int:
     """Return the parameters of a checkpoint, from its config alone."""
-    from core.model.build import load_config, model_shape
+    from core.model.build import model_shape
+    from core.model.checkpoint import Checkpoint
 
-    return model_shape(load_config(directory)).num_params()
+    return model_shape(Checkpoint(directory).config).num_params()
 
 
 def speed_table(record: "SpeedRecord", params: tuple[int, int]) -> "Table":

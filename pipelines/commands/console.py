@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,14 +55,15 @@ def local_checkpoint(model: str, *, only: Sequence[str] | None = None, verify: b
         only: Files to fetch of a URI; None for all.
         verify: Whether a folder is verified here.
     """
+    from core.scratch import scratch_folder
     from core.storage.layout import CARD
-    from core.storage.publication import fetch, verify_folder
+    from core.storage.publication import open_publication, verify_folder
 
     if "://" not in model:
         yield verify_folder(Path(model), may_differ=(CARD,)) if verify else Path(model)
         return
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        yield fetch(model, Path(scratch), only=only)
+    with scratch_folder() as scratch:
+        yield open_publication(model).fetch(scratch, only=only)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """``adapt-pruner evaluate``: perplexity and benchmarks of a checkpoint."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,19 +81,22 @@ def evaluation_table(directory: Path, settings: "EvaluationSettings") -> "Table"
     from core.evaluation.perplexity import perplexity
     from core.machine.precision import choose_precision, resolved, warn_if_emulated
     from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+    from core.model.checkpoint import Checkpoint
     from core.runs.record import perplexity_text
+    from core.scratch import scratch_folder
 
     device = pick_device()
     settings = resolved(settings, lambda: choose_precision(device))
     warn_if_emulated("evaluation", settings.precision, device)
-    model = load_model(directory, dtype=dtype_of(settings.precision), device=device)
-    tokenizer = load_tokenizer(directory)
+    checkpoint = Checkpoint(directory)
+    model = load_model(checkpoint, dtype=dtype_of(settings.precision), device=device)
+    tokenizer = load_tokenizer(checkpoint)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
     if settings.perplexity is not None:
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            path = Path(scratch) / "windows.safetensors"
+        with scratch_folder() as scratch:
+            path = scratch / "windows.safetensors"
             write_perplexity_windows(
                 settings.perplexity,
                 tokenizer,
@@ -103,9 +105,9 @@ def evaluation_table(directory: Path, settings: "EvaluationSettings") -> "Table"
                 path=path,
             )
             windows = load_file(path)["input_ids"]
-        value = perplexity(model, windows, batch_size=settings.batch_size, device=device)
+        value = perplexity(model, windows, batch_size=settings.batch_size)
         table.add_row(settings.perplexity.path, "perplexity", perplexity_text(value))
-    for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
+    for task, metrics in evaluate_tasks(model, tokenizer, settings).items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4g}")
     return table

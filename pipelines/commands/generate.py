@@ -32,11 +32,12 @@ def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, s
     import torch
 
     from core.model.build import load_model, load_tokenizer, pick_device
+    from core.model.checkpoint import Checkpoint
 
     with local_checkpoint(model) as directory:
-        device = pick_device()
-        network: Any = load_model(directory, device=device)
-        tokenizer = load_tokenizer(directory)
+        device, checkpoint = pick_device(), Checkpoint(directory)
+        network: Any = load_model(checkpoint, device=device)
+        tokenizer = load_tokenizer(checkpoint)
         torch.manual_seed(seed)
         network.generate(
             **_prompt_tokens(tokenizer, prompt).to(device),

@@ -17,11 +17,12 @@ def inspect(model: str) -> None:
 
     from rich.table import Table
 
-    from core.model.build import load_config, model_shape
+    from core.model.build import model_shape
+    from core.model.checkpoint import Checkpoint
     from core.storage.publication import published_in
 
     with local_checkpoint(model, only=("config.json",)) as directory:
-        shape = model_shape(load_config(directory))
+        shape = model_shape(Checkpoint(directory).config)
         published = published_in(directory)
     table = Table()
     for header in ("layer", "query heads", "KV heads", "MLP width", "parameters"):
@@ -34,7 +35,7 @@ def inspect(model: str) -> None:
     table.add_row("total", "", "", "", f"{shape.num_params():,}", style="bold")
     print_table(table)
     if published is not None:
-        manifest = published[1]
+        manifest = published.manifest
         click.echo(
             f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:,.1f} MB: verified against the "
             "manifest (sha256)"

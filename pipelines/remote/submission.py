@@ -9,7 +9,6 @@ be reached or refuses.
 import difflib
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import kfp_server_api
 import yaml
 
 from core.errors import refuse
+from core.scratch import scratch_folder
 from core.settings.parameters import PARAMETERS, compiled_settings, parameters_of, settings_of_run
 from core.settings.schema import Settings
 from pipelines.adapt_accel import compile_pipeline
@@ -75,8 +75,8 @@ def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_accoun
 
 def compile_package(settings: Settings) -> Package:
     """Compile the pipeline: equal settings give equal bytes."""
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
-        path = Path(folder) / "pipeline.yaml"
+    with scratch_folder() as folder:
+        path = folder / "pipeline.yaml"
         compile_pipeline(settings, path)
         content = path.read_bytes()
         spec, _ = read_ir(path)
@@ -176,8 +176,8 @@ def upload(client: Client, package: Package) -> tuple[str, str, bool]:
         for each in found:
             if each.display_name == package.version:
                 return str(each.pipeline_version_id), False
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
-            path = Path(folder) / f"{package.version}.yaml"
+        with scratch_folder() as folder:
+            path = folder / f"{package.version}.yaml"
             path.write_bytes(package.content)
             made = client.upload_pipeline_version(str(path), package.version, pipeline_id=pipeline_id)
         return str(made.pipeline_version_id), True

@@ -19,7 +19,7 @@ from core.settings.recipe import load_recipe
 from core.steps.calibrate import run_calibrate
 from core.steps.prepare_data import run_prepare_data
 from core.steps.sensitivity import Study
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from pipelines.cli import main
 from tests.support.project import Artifact, recipe_with, resolve, write_recipe
 
@@ -43,7 +43,7 @@ def calibrated(changes, folder):
     data_uri = run_prepare_data(run=handle, base_uri=base_uri)
     statistics = Artifact(folder / "statistics")
     run_calibrate(run=handle, phase=1, checkpoint_uri=base_uri, data_uri=data_uri, statistics=statistics)
-    held_out = fetch(Run.load(handle).held_out_uri(), folder / "held-out")
+    held_out = open_publication(Run.load(handle).held_out_uri()).fetch(folder / "held-out")
     return Statistics.load(statistics.path), load_file(held_out / "perplexity.safetensors")["input_ids"]
 
 
