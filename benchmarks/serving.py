@@ -29,8 +29,8 @@ from core.settings.storage import StorageSettings, TrackingSettings
 from core.settings.training import TrainingSettings
 from core.steps.speed import compare_speed
 from core.storage.publication import open_publication
+from pipelines.commands.benchmark import params_of, speed_table
 from pipelines.local.run import run_local
-from pipelines.models import params_of, speed_table
 
 GGUF_DTYPES: tuple[GgufDtype, ...] = ("f32", "f16", "q8_0")
 

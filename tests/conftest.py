@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from core.storage.store import Store, open_store
+from core.storage.interface import Store
+from core.storage.store import open_store
 from tests.support.servers import BUCKET, S3Server
 from tests.support.servers import s3_server as run_s3_server
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from core.errors import IntegrityError
 from core.export.hub import push_checkpoint
 from core.model.build import load_model
-from pipelines.commands.pushing import push
+from pipelines.commands.push import push
 from tests.support.hub import TOKEN, Cut, Lost, Refuse, after_puts, run_hub
 from tests.support.models import random_tokens
 from tests.support.uploads import (

@@ -101,7 +101,9 @@ def test_damage_is_seen_however_the_publication_is_named(folder, how, monkeypatc
         model.symlink_to((inner.parent if how == "apart" else inner).resolve())
     shown = call("inspect", model)
     assert shown.exit_code == 0, shown.output
-    assert re.search(r"^5 files, 0\.\d MB: as the manifest says \(sha256\)$", shown.stdout, re.MULTILINE)
+    assert re.search(
+        r"^5 files, 0\.\d MB: verified against the manifest \(sha256\)$", shown.stdout, re.MULTILINE
+    )
     damaged = inner if "apart" in how or how == "link" else model
     flip(damaged / "tokenizer.json")
     error = call("inspect", model).stderr

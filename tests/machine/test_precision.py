@@ -269,7 +269,7 @@ def test_cleaning_leaves_the_choice_and_removes_what_was_half_written(machine, b
 
 def test_evaluate_without_a_run_chooses_for_this_machine(machine, project, caplog):
     from core.settings.texts import TextSource
-    from pipelines.models import evaluation_table
+    from pipelines.commands.evaluate import evaluation_table
 
     machine("bfloat16")
     settings = EvaluationSettings(

@@ -8,7 +8,7 @@ import yaml
 from google.protobuf import json_format
 
 from core.errors import ClusterError
-from pipelines.remote.client import Access, connect
+from pipelines.remote.client import connect
 from pipelines.remote.submission import Package, upload
 from tests.support.kfp_models import Refused, strict
 
@@ -28,10 +28,10 @@ def test_the_stand_in_is_strict(what):
 
 
 def test_the_stand_in_refuses_what_no_pipeline_is(api, submission):
-    client = connect(Access(host=api.endpoint))
+    client = connect(host=api.endpoint)
     broken = json.loads(json.dumps(next(yaml.safe_load_all(submission.package.content))))
     broken["root"]["dags"] = {}
-    package = Package(content=yaml.safe_dump(broken).encode(), version="x", parameters={}, tasks={})
-    with pytest.raises(ClusterError, match="does not take it"):
+    package = Package(content=yaml.safe_dump(broken).encode(), version="x", tasks={})
+    with pytest.raises(ClusterError, match="refuses the request"):
         upload(client, package)
     assert json_format.MessageToDict(api.spec(upload(client, submission.package)[1]))

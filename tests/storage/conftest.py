@@ -1,6 +1,6 @@
 import pytest
 
-from core.storage.store import join_uri
+from core.storage.interface import join_uri
 from tests.support.publications import write
 
 

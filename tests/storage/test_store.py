@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
-from core.storage.interface import Store, join_uri
+from core.storage.interface import join_uri
 from core.storage.publication import publish
 from core.storage.store import open_store, replacing
 from tests.support.servers import Reply, s3_proxy

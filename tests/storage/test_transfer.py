@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
-from core.storage.interface import join_uri
 from core.storage.publication import OWN, Manifest, find_publication, open_publication, publish
 from core.storage.store import open_store
 from tests.support.evidence import note
