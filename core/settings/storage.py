@@ -13,8 +13,8 @@ class StorageSettings:
     store: str = "output/store"
     """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
     keep: str = "last"
-    """Which checkpoints stay when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the
-    last) or a number k (every k-th phase, and the last). Statistics, plans and manifests always stay."""
+    """Checkpoints to keep when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the last)
+    or a number k (every k-th phase, and the last). Statistics, plans and manifests are always kept."""
 
     def __post_init__(self) -> None:
         """Check values."""
@@ -22,9 +22,7 @@ class StorageSettings:
         if not self.store:
             problems.append("store is empty. Name a folder or s3://bucket/prefix.")
         if self.keep not in ("all", "last", "best") and not re.fullmatch("[1-9][0-9]*", self.keep):
-            problems.append(
-                f"keep={self.keep} must be all, last, best or a number k (every k-th phase). Choose one."
-            )
+            problems.append(f"keep={self.keep} must be all, last, best or a number k (every k-th phase).")
         refuse(problems)
 
 
@@ -33,7 +31,7 @@ class TrackingSettings:
     """Where the numbers go."""
 
     uri: str = ""
-    """MLflow tracking URI; empty takes MLFLOW_TRACKING_URI, and without that nothing is tracked."""
+    """MLflow tracking URI; empty uses MLFLOW_TRACKING_URI, and without that nothing is tracked."""
     experiment: str = "adapt-pruner"
     """MLflow experiment."""
     model_name: str = ""

@@ -18,9 +18,9 @@ from core.runs.run import Run
 from core.settings.recipe import load_recipe
 from core.steps.calibrate import run_calibrate
 from core.steps.prepare_data import run_prepare_data
+from core.steps.sensitivity import Study
 from core.storage.publication import open_publication
 from pipelines.cli import main
-from pipelines.sensitivity import Study
 from tests.support.project import Artifact, recipe_with, resolve, write_recipe
 
 NOT_DEFAULT = {
