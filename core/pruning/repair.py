@@ -92,7 +92,7 @@ class Repair:
                         f"the activations that enter {path} of layer {index} are not finite. Check the "
                         "checkpoint; else set calibration.precision to float32."
                     ) from error
-                except torch.linalg.LinAlgError as error:
+                except ArithmeticError as error:
                     raise CheckpointError(
                         f"the repair of {path} of layer {index} has no solution within rounding "
                         f"(prune.repair_ridge={self.ridge}). Raise prune.repair_ridge."
@@ -215,6 +215,7 @@ class _Sums:
 
         Raises:
             ValueError: If a sum is not finite.
+            ArithmeticError: If the ridge is lost in rounding.
         """
         gram, error = self._gram.double(), self._error.double()
         mean, of_mean = self._inputs_sum.double() / self._tokens, self._error_sum.double() / self._tokens
@@ -225,7 +226,10 @@ class _Sums:
             raise ValueError("a sum is not finite")
         # Inputs that are 0 throughout tell nothing, and change nothing.
         gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-        of_weight = torch.cholesky_solve(error.T, torch.linalg.cholesky(gram)).T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            raise ArithmeticError("the ridge is lost in rounding")
+        of_weight = torch.cholesky_solve(error.T, factor).T
         of_bias = of_mean - of_weight @ mean if self._biased else None
         dtype = self._lost.dtype
         return of_weight.to(dtype), None if of_bias is None else of_bias.to(dtype)
