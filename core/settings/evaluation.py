@@ -21,7 +21,7 @@ class EvaluationSettings:
     limit: int = 0
     """Items a task, taken from the front; 0 takes all."""
     batch_size: int = field(default=8, metadata=HOW)
-    """Sequences a forward pass."""
+    """Sequences a forward pass; 0 takes as many as help and fit into the free memory."""
     perplexity: TextSource | None = None
     """Text for perplexity; must not be trained or calibrated on."""
     perplexity_windows: int = 64
@@ -38,7 +38,7 @@ class EvaluationSettings:
         """Check ranges."""
         problems = [
             *in_range("limit", self.limit, 0, 10**9),
-            *in_range("batch_size", self.batch_size, 1, 10**6),
+            *in_range("batch_size", self.batch_size, 0, 10**6),
         ]
         problems += in_range("perplexity_windows", self.perplexity_windows, 1, 10**6)
         problems += in_range("perplexity_length", self.perplexity_length, 2, 10**6)
