@@ -26,8 +26,8 @@ from transformers import LlamaConfig
 from core.export.exported import Exported
 from core.export.gguf import export_gguf
 from core.export.padded import export_padded
-from core.model.build import config_with_layers
 from core.model.checkpoint import write_checkpoint
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 
 HIDDEN, HEAD_DIM, VOCABULARY = 2048, 64, 128_256

@@ -1,11 +1,10 @@
-"""The memory that steps are estimated to take against the peak that they take: in fresh processes, on the CPU.
+"""The estimated memory of steps against their measured peaks, in fresh processes on the CPU.
 
-    python benchmarks/memory.py
-    python benchmarks/memory.py --model output/demo/base --only training
+python benchmarks/memory.py
+python benchmarks/memory.py --model output/demo/base --only training
 """
 
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -21,8 +20,8 @@ from rich.table import Table
 from transformers import LlamaConfig, Qwen2Config
 
 from core.machine.memory import available_bytes
-from core.model.build import build_model, load_config, load_model
-from core.model.checkpoint import save_model
+from core.model.build import build_model, load_model
+from core.model.checkpoint import Checkpoint, save_model
 from core.settings.calibration import CalibrationSettings
 from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
@@ -59,7 +58,7 @@ MODELS = {
         tie_word_embeddings=False,
     ),
 }
-"""Sizes of SmolLM2-135M and 360M, and of half of Qwen2.5-0.5B with an output head of its own; random weights."""
+"""Sizes of SmolLM2-135M and 360M, and of half of Qwen2.5-0.5B with its own output head; random weights."""
 
 SHAPES = {
     "training": [
@@ -105,6 +104,7 @@ def main() -> None:
         for step in arguments.only or SHAPES:
             for number, (name, settings) in enumerate(SHAPES[step]):
                 found = _measure(step, number, folder)
+                print(f"{step} {number + 1} of {len(SHAPES[step])}: {found}", file=sys.stderr)
                 ratios.setdefault(step, []).append(round(found["estimate"] / found["peak"], 3))
                 sizes = [f"{found[key] / 1e9:.2f} GB" for key in ("estimate", "peak")]
                 text = ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -125,7 +125,7 @@ def _measure(step: str, number: int, folder: str) -> dict[str, int]:
 def _work(step: str, number: int, folder: Path) -> dict[str, int]:
     """Do a step's work in this process; returns bytes above what the process had before."""
     name, settings = SHAPES[step][number]
-    config = load_config(folder / name)
+    config = Checkpoint(folder / name).config
     estimate, work = _PREPARE[step](config, folder / name, settings)
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
@@ -147,7 +147,7 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
     )
 
     def work() -> None:
-        model = load_model(folder, dtype=torch.float32)
+        model = load_model(Checkpoint(folder), dtype=torch.float32)
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
         recover(model, ids, torch.ones_like(ids), training, first_step=0, total_steps=2)
 
@@ -155,12 +155,16 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
 
 
 def _scoring(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
-    from core.pruning.scoring.measurement import measure_checkpoint
+    from core.pruning.scoring.measurement import MeasuredCheckpoint
 
     calibration, prune = CalibrationSettings(**settings), PruneSettings()
     tokens = torch.randint(0, config.vocab_size, (calibration.sequences, calibration.sequence_length))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[calibration.precision]
-    work = functools.partial(measure_checkpoint, folder, tokens, calibration, prune, dtype=dtype, seed=0)
+
+    def work() -> None:
+        checkpoint = Checkpoint(folder)
+        MeasuredCheckpoint(checkpoint, calibration, prune, dtype=dtype, seed=0).measure(tokens)
+
     free = available_bytes()
     estimate = scoring_footprint(config, calibration, prune, device="cpu", free_bytes=free)
     return estimate.device_bytes, work
@@ -175,7 +179,7 @@ def _evaluation(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[in
 
     def work() -> None:
         windows = torch.randint(0, config.vocab_size, (2 * batch, length))
-        perplexity(load_model(folder, dtype=dtype), windows, batch_size=batch)
+        perplexity(load_model(Checkpoint(folder), dtype=dtype), windows, batch_size=batch)
 
     return evaluation_footprint(config, evaluation, device="cpu").device_bytes, work
 

@@ -70,7 +70,7 @@ import torch; lap("import torch")
 import transformers; lap("import transformers")
 from core.model.build import load_model
 from core.model.checkpoint import save_model
-from core.storage.publication import fetch, publish
+from core.storage.publication import open_publication, publish
 lap("import core")
 import mlflow; lap("import mlflow")
 import datasets; lap("import datasets")
@@ -83,7 +83,7 @@ tracker.start({}, {}); lap("MLflow: open the parent run")
 with tracker.child(1, "parts") as child:
     child.log_metrics({"loss": 1.0})
 lap("MLflow: a child run")
-fetch(str(folder), scratch); lap("checkpoint: verify")
+open_publication(str(folder)).fetch(scratch); lap("checkpoint: verify")
 model = load_model(folder, dtype=torch.float32)
 for parameter in model.parameters():
     parameter.sum()  # reads what is mapped

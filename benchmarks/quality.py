@@ -96,7 +96,7 @@ class Study:
 
     def perplexity(self, model: PreTrainedModel) -> float:
         """Measure a model on the held-out text."""
-        return perplexity(model, self.windows, batch_size=4, device=model.device)
+        return perplexity(model, self.windows, batch_size=4)
 
     def is_done(self, scheme: Scheme, removed: float, seed: int) -> bool:
         """Return whether a row has already been measured."""

@@ -29,7 +29,8 @@ from rich.table import Table
 from transformers import LlamaConfig, PreTrainedModel
 
 from core.bases.importing import import_base
-from core.model.build import build_model, layer_shapes, load_model
+from core.model.build import build_model, load_model
+from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.pruning.scoring.calibration import layer_similarity, measure
 from core.pruning.scoring.criteria import LayerScoring

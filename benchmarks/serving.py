@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from core.evaluation.speed.comparison import Workload
+from core.evaluation.speed.workload import Workload
 from core.export.gguf_quantization import GgufDtype
 from core.runs.record import SpeedRecord
 from core.runs.run import Run
@@ -29,7 +29,7 @@ from core.settings.schema import Settings
 from core.settings.storage import StorageSettings, TrackingSettings
 from core.settings.training import TrainingSettings
 from core.steps.speed import compare_speed
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from pipelines.local.run import run_local
 from pipelines.models import params_of, speed_table
 
@@ -56,7 +56,7 @@ def pruned(multiple: int, arguments: argparse.Namespace, console: Console) -> tu
     settings = settings_of(multiple, arguments.target, folder)
     finished = run_local(settings, folder / f"multiple-{multiple}", console)
     run = Run.load({"store": finished.store, "key": finished.key})
-    return fetch(run.base_uri, folder), fetch(run.uri("final"), folder)
+    return open_publication(run.base_uri).fetch(folder), open_publication(run.uri("final")).fetch(folder)
 
 
 def rows_of(multiple: int, arguments: argparse.Namespace, console: Console) -> list[dict[str, object]]:

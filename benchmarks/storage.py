@@ -28,7 +28,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the server that the tests use
 
-from core.storage.publication import delete_publication, fetch, publish  # noqa: E402
+from core.storage.publication import open_publication, publish  # noqa: E402
 from core.storage.store import join_uri  # noqa: E402
 from tests.support.servers import BUCKET, s3_server  # noqa: E402
 
@@ -114,7 +114,7 @@ def _round(
     jobs: list[tuple[str, Callable[[], object]]] = [
         ("up", publish_it),
         ("plain up", upload_plainly),
-        ("down", lambda: fetch(ours, scratch / "ours")),
+        ("down", lambda: open_publication(ours).fetch(scratch / "ours")),
         ("plain down", download_plainly),
     ]
     for pair in (jobs[:2], jobs[2:]):
@@ -122,7 +122,7 @@ def _round(
             started = time.monotonic()
             job()
             seconds[name].append(time.monotonic() - started)
-    delete_publication(ours, keep_manifest=False)
+    open_publication(ours).delete()
     for path in paths:
         client.delete_object(Bucket=bucket, Key=f"{prefix}/{path.name}")
     for name in ("ours", "plain"):

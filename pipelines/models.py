@@ -1,7 +1,6 @@
 """What the commands that look at one checkpoint do: its sizes, its quality, its answers."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ from core.errors import CheckpointError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.machine.precision import choose_precision, resolved, warn_if_emulated
-from core.model.build import dtype_of, load_config, load_model, load_tokenizer, model_shape, pick_device
+from core.model.build import dtype_of, load_model, load_tokenizer, model_shape, pick_device
+from core.model.checkpoint import Checkpoint
 from core.report.report import speed_rows
 from core.runs.record import SpeedRecord, perplexity_text
+from core.scratch import scratch_folder
 from core.settings.evaluation import EvaluationSettings
 from core.storage.layout import CARD
-from core.storage.publication import fetch, published_in, verify_folder
+from core.storage.publication import open_publication, published_in, verify_folder
 from core.untrusted import foreign_errors
 
 
@@ -38,8 +39,8 @@ def local_checkpoint(model: str, *, only: Sequence[str] | None = None, verify: b
     if "://" not in model:
         yield verify_folder(Path(model), may_differ=(CARD,)) if verify else Path(model)
         return
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        yield fetch(model, Path(scratch), only=only)
+    with scratch_folder() as scratch:
+        yield open_publication(model).fetch(scratch, only=only)
 
 
 def verified_text(directory: Path) -> str:
@@ -47,13 +48,13 @@ def verified_text(directory: Path) -> str:
     published = published_in(directory)
     if published is None:
         return ""
-    manifest = published[1]
+    manifest = published.manifest
     return f"{len(manifest.files)} files, {manifest.total_bytes / 1e6:,.1f} MB: as the manifest says (sha256)"
 
 
 def layer_table(directory: Path) -> Table:
     """Return the sizes and parameters of every layer, from the checkpoint's config alone."""
-    shape = model_shape(load_config(directory))
+    shape = model_shape(Checkpoint(directory).config)
     total = shape.num_params()
     table = Table()
     for header in ("layer", "query heads", "KV heads", "MLP width", "parameters"):
@@ -72,14 +73,15 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
     device = pick_device()
     settings = resolved(settings, lambda: choose_precision(device))
     warn_if_emulated("evaluation", settings.precision, device)
-    model = load_model(directory, dtype=dtype_of(settings.precision), device=device)
-    tokenizer = load_tokenizer(directory)
+    checkpoint = Checkpoint(directory)
+    model = load_model(checkpoint, dtype=dtype_of(settings.precision), device=device)
+    tokenizer = load_tokenizer(checkpoint)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{sum(p.numel() for p in model.parameters()):,}")
     if settings.perplexity is not None:
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            path = Path(scratch) / "windows.safetensors"
+        with scratch_folder() as scratch:
+            path = scratch / "windows.safetensors"
             write_perplexity_windows(
                 settings.perplexity,
                 tokenizer,
@@ -88,9 +90,9 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
                 path=path,
             )
             windows = load_file(path)["input_ids"]
-        value = perplexity(model, windows, batch_size=settings.batch_size, device=device)
+        value = perplexity(model, windows, batch_size=settings.batch_size)
         table.add_row(settings.perplexity.path, "perplexity", perplexity_text(value))
-    for task, metrics in evaluate_tasks(model, tokenizer, settings, device=device).items():
+    for task, metrics in evaluate_tasks(model, tokenizer, settings).items():
         for metric, value in metrics.items():
             table.add_row(task, metric, f"{value:.4g}")
     return table
@@ -98,7 +100,7 @@ def evaluation_table(directory: Path, settings: EvaluationSettings) -> Table:
 
 def params_of(directory: Path) -> int:
     """Return the parameters of a checkpoint, from its config alone."""
-    return model_shape(load_config(directory)).num_params()
+    return model_shape(Checkpoint(directory).config).num_params()
 
 
 def speed_table(record: SpeedRecord, params: tuple[int, int]) -> Table:
@@ -130,9 +132,9 @@ def stream_answer(
         temperature: 0 takes the likeliest token.
         seed: Seed of the sampling.
     """
-    device = pick_device()
-    model: Any = load_model(directory, device=device)
-    tokenizer = load_tokenizer(directory)
+    device, checkpoint = pick_device(), Checkpoint(directory)
+    model: Any = load_model(checkpoint, device=device)
+    tokenizer = load_tokenizer(checkpoint)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature:

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,16 @@ from torch import Tensor
 from core.data.mixture import write_calibration_pool, write_perplexity_windows
 from core.errors import DataError
 from core.machine.precision import choose_precision, resolved
-from core.model.build import dtype_of, load_config, load_model, load_tokenizer, pick_device
-from core.model.families import family_of
-from core.progress import Progress
+from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+from core.model.checkpoint import Checkpoint
 from core.pruning.planning import settings_for
 from core.pruning.scoring.calibration import draw_calibration
-from core.pruning.scoring.measurement import measure_checkpoint
+from core.pruning.scoring.measurement import MeasuredCheckpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.report.figures import inline_svg, sensitivity_figure
 from core.report.templates import render
 from core.runs.record import perplexity_text
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
@@ -66,40 +65,35 @@ class Study:
             TargetError: If no layer has a whole group to lose.
             UnsupportedModelError: If the recipe asks for heads of a family that can lose none.
         """
-        tokens, held_out = self._tokens(load_tokenizer(directory))
+        checkpoint = Checkpoint(directory)
+        tokens, held_out = self._tokens(load_tokenizer(checkpoint))
         given, here = self.settings, functools.cache(lambda: choose_precision(pick_device()))
         calibration = resolved(given.calibration if given else CalibrationSettings(), here)
         evaluation = resolved(given.evaluation if given else EvaluationSettings(), here)
-        prune = settings_for(given.prune if given else PruneSettings(), family_of(load_config(directory)))
-        statistics = measure_checkpoint(
-            directory,
-            tokens,
+        prune = settings_for(given.prune if given else PruneSettings(), checkpoint.family)
+        statistics = MeasuredCheckpoint(
+            checkpoint,
             calibration,
             prune,
             dtype=dtype_of(calibration.precision),
             seed=given.seed if given else 0,
-        )
+        ).measure(tokens)
         # The losses need all layers at once, so this is loaded only when what was measured on is gone.
-        model = load_model(directory, dtype=dtype_of(evaluation.precision), device=pick_device())
-        progress = Progress("sensitivity", len(held_out) * len(statistics.scores), "sequences")
-        try:
-            return layer_sensitivity(
-                model,
-                held_out,
-                statistics,
-                sparsity=self.sparsity,
-                part=self.part,
-                attention_unit=prune.attention_unit,
-                batch_size=evaluation.batch_size,
-                advance=progress.add,
-            )
-        finally:
-            progress.close()
+        model = load_model(checkpoint, dtype=dtype_of(evaluation.precision), device=pick_device())
+        return layer_sensitivity(
+            model,
+            held_out,
+            statistics,
+            sparsity=self.sparsity,
+            part=self.part,
+            attention_unit=prune.attention_unit,
+            batch_size=evaluation.batch_size,
+        )
 
     def _tokens(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
         """Return what is calibrated on and what is measured on, (S, T) each."""
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            path = Path(scratch) / "tokens.safetensors"
+        with scratch_folder() as scratch:
+            path = scratch / "tokens.safetensors"
             if self.settings is None:
                 assert self.text is not None, "checked by the command"
                 wanted = 2 * (self.sequences or _SEQUENCES)

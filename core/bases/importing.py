@@ -11,7 +11,6 @@ import fnmatch
 import functools
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -23,16 +22,17 @@ from core.bases.licence import LEGAL, card_facts, gguf_facts
 from core.bases.resolution import current_base
 from core.data.texts import locate
 from core.errors import CheckpointError
-from core.model.build import build_model, check_fit, load_config
-from core.model.checkpoint import PROVENANCE, CheckpointReader, save_model
+from core.model.build import build_model, check_fit
+from core.model.checkpoint import PROVENANCE, Checkpoint, save_model
 from core.model.gguf_header import read_gguf_header
 from core.runs.record import public_path
+from core.scratch import scratch_folder
 from core.settings.addresses import hub_address
 from core.settings.model import ModelSettings
 from core.storage.hashing import file_sha256
 from core.storage.layout import CARD
 from core.storage.manifest import FileEntry, Manifest
-from core.storage.publication import MANIFEST, publish, published_in, read_manifest
+from core.storage.publication import MANIFEST, find_publication, publish, published_in
 from core.storage.store import join_uri
 from core.storage.transfer import verify_in_place
 from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
@@ -73,12 +73,12 @@ def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
     if hub is not None:
         return _import_from_hub(hub[0], settings.revision, store)
     if "://" in settings.base:
-        manifest = read_manifest(settings.base)
-        if manifest is None:
+        published = find_publication(settings.base)
+        if published is None:
             raise CheckpointError(
                 f"model.base={settings.base} is no published checkpoint (it has no manifest)."
             )
-        return settings.base, manifest.digest[:16]
+        return settings.base, published.manifest.digest[:16]
     location = locate(settings.base)
     if location is None:
         return _import_from_hub(settings.base, settings.revision, store)
@@ -99,7 +99,7 @@ def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
 def _compare_with_manifest(folder: Path, files: Iterable[FileEntry]) -> None:
     """Refuse a base model that was published and is damaged."""
     published, found = published_in(folder), {entry.path: entry for entry in files}
-    for entry in published[1].files if published else ():
+    for entry in published.manifest.files if published else ():
         if _is_wanted(entry.path) and found.get(entry.path) != entry:
             verify_in_place(folder, str(folder.resolve()), [entry])
 
@@ -108,7 +108,7 @@ def _publish_once(
     store: str, revision: str, base: str, directory: Callable[[], contextlib.AbstractContextManager[Path]]
 ) -> str:
     uri = join_uri(store, "bases", revision)
-    if read_manifest(uri) is None:
+    if find_publication(uri) is None:
         log.info("taking %s up into the store", base)
         with directory() as path:
             publish(path, uri, metadata={"base": base, "revision": revision})
@@ -139,11 +139,11 @@ def _is_wanted(name: str) -> bool:
 def _checked(location: Path, base: str) -> Iterator[Path]:
     """Check a checkpoint, gather its files, and write down what it says of its licence."""
     _read_whole(location)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+    with scratch_folder() as scratch:
         for path in _belonging(location):
-            (Path(scratch) / path.name).symlink_to(path.resolve())
-        _write_facts(Path(scratch), card_facts(location / CARD), base)
-        yield Path(scratch)
+            (scratch / path.name).symlink_to(path.resolve())
+        _write_facts(scratch, card_facts(location / CARD), base)
+        yield scratch
 
 
 def _write_facts(folder: Path, facts: Mapping[str, Any], base: str) -> None:
@@ -165,11 +165,11 @@ def _read_whole(folder: Path) -> None:
         CheckpointError: If there are no weights, or one cannot be read.
         UnsupportedModelError: If the family is not supported.
     """
-    config = load_config(folder)
-    with CheckpointReader(folder) as reader:
+    checkpoint = Checkpoint(folder)
+    with checkpoint.weights() as reader:
         for name in reader.names():
             reader.tensor(name)
-        check_fit(folder, config, reader)
+    check_fit(checkpoint)
 
 
 @contextlib.contextmanager
@@ -187,13 +187,13 @@ def _dequantized(location: Path) -> Iterator[Path]:
     # Alone in a folder: the library would also read what lies beside the file, adapters and code among it.
     with (
         foreign_errors(unreadable),
-        tempfile.TemporaryDirectory(prefix="adapt-pruner-") as alone,
+        scratch_folder() as alone,
         _one_gguf_reader(),
     ):
-        file = Path(alone) / "model.gguf"
+        file = alone / "model.gguf"
         file.symlink_to(location.resolve())
         source: dict[str, Any] = {
-            "pretrained_model_name_or_path": alone,
+            "pretrained_model_name_or_path": str(alone),
             "gguf_file": file.name,
             "trust_remote_code": False,
         }
@@ -208,12 +208,12 @@ def _dequantized(location: Path) -> Iterator[Path]:
         model.load_state_dict(quantized.state_dict(), assign=True)
         model.tie_weights()
         facts = gguf_facts(file)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+    with scratch_folder() as scratch:
         tokenizer.save_pretrained(scratch)
         model.generation_config.save_pretrained(scratch)
         provenance = {"base": location.name, **facts}
-        save_model(model, Path(scratch), companions=None, provenance=provenance)
-        yield Path(scratch)
+        save_model(model, scratch, companions=None, provenance=provenance)
+        yield scratch
 
 
 @contextlib.contextmanager
@@ -249,7 +249,7 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
     for patterns in (["config.json"], [*_PATTERNS, CARD]):
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-        load_config(folder)
+        Checkpoint(folder)
     # The client's folder also holds what others have downloaded of this commit.
     with _checked(folder, name) as checked:
         yield checked

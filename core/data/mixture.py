@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from core.data.packing import (
 )
 from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError, StorageError
+from core.progress import Progress
 from core.settings.texts import TextSource
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
-_PROGRESS_INTERVAL_S = 30.0
 
 Item = TypeVar("Item")
 
@@ -111,10 +110,10 @@ def write_slices(
     for phase, wanted in enumerate(sequences, start=1):
         ids = np.zeros((wanted, sequence_length), np.int32)
         trained = np.zeros((wanted, sequence_length), np.uint8)
-        for row, sequence in enumerate(
-            _with_progress(islice(stream, wanted), phase, wanted, sequence_length)
-        ):
-            ids[row], trained[row] = sequence
+        with Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress:
+            for row, sequence in enumerate(islice(stream, wanted)):
+                ids[row], trained[row] = sequence
+                progress.add(sequence_length)
         _save(directory / slice_name(phase), {"input_ids": ids, "trained": trained})
     return MixtureReport(
         sources=tuple(draw.report() for draw in draws),
@@ -329,22 +328,6 @@ def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> NDA
     body = np.stack(rows)
     first = np.tile(np.array(opening, np.int32), (len(body), 1))
     return np.concatenate([first, body], axis=1)
-
-
-def _with_progress(
-    stream: Iterable[Tokenized], phase: int, wanted: int, sequence_length: int
-) -> Iterator[Tokenized]:
-    started = reported = time.monotonic()
-    for done, sequence in enumerate(stream, start=1):
-        yield sequence
-        now = time.monotonic()
-        if done == wanted or now - reported > _PROGRESS_INTERVAL_S:
-            reported = now
-            rate = done * sequence_length / max(now - started, 1e-9)
-            left = (wanted - done) * sequence_length / rate
-            log.info(
-                "slice %d: %d of %d sequences, %.0f tokens/s, %.0f s left", phase, done, wanted, rate, left
-            )
 
 
 def _save(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:

@@ -34,21 +34,16 @@ def evaluate_tasks(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     settings: EvaluationSettings,
-    *,
-    device: torch.device | str | None = None,
-    precision: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate a model in memory on lm-eval tasks.
 
-    Log-likelihoods are computed as lm-eval computes them, the softmax in float32. Python's, NumPy's and
-    torch's random generators are seeded, because tasks may draw from them.
+    Log-likelihoods are computed as in lm-eval, with the softmax in float32. Python's, NumPy's and torch's
+    random generators are seeded, because tasks may draw from them.
 
     Args:
-        model: A causal language model; left in the mode (training or not) that it came in.
+        model: A causal language model; left in its mode (training or evaluation).
         tokenizer: The model's tokenizer.
-        settings: Tasks, where their data lies, how many items and sequences a forward pass.
-        device: Where the model is moved first; None leaves it where it is.
-        precision: Arithmetic of the forward pass (autocast); None takes the weights' own.
+        settings: Tasks, their data, number of items and batch size.
 
     Returns:
         Task name to metric name to value, such as ``{"arc_easy": {"acc": 0.49, "acc_stderr": 0.02, ...}}``. A
@@ -61,14 +56,12 @@ def evaluate_tasks(
     if not settings.tasks:
         return {}
     started = time.monotonic()
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its types
     was_training, pad_token = model.training, tokenizer.pad_token
     try:
         with _quiet(), TemporaryDirectory() as folder:
             loaded = load_tasks(settings, Path(folder))
             ready = time.monotonic()
-            results = _run(model, tokenizer, list(loaded.values()), settings, precision)
+            results = _run(model, tokenizer, list(loaded.values()), settings)
     finally:
         model.train(was_training)
         tokenizer.pad_token = pad_token  # lm-eval gives it one
@@ -81,9 +74,8 @@ def _run(
     tokenizer: "PreTrainedTokenizerBase",
     loaded: list[dict[str, Any]],
     settings: EvaluationSettings,
-    precision: torch.dtype | None,
 ) -> dict[str, dict[str, Any]]:
-    """Let lm-eval ask the model: what its ``simple_evaluate`` does, less 1 s of describing the machine."""
+    """Do what lm-eval's ``simple_evaluate`` does, except for describing the machine, which takes 1 s."""
     from lm_eval.evaluator import evaluate
 
     tasks = {name: task for part in loaded for name, task in part["tasks"].items()}
@@ -101,7 +93,6 @@ def _run(
         backend="causal",
         batch_size=settings.batch_size,
         softmax_dtype="float32",  # summed in bfloat16, log-likelihoods of answers tie
-        mixed_precision_dtype=precision,
     )
     counter = _AnswerCounter(tasks.values())
     language_model.set_cache_hook(counter)
@@ -121,12 +112,12 @@ def _run(
 
 @cache
 def _language_model() -> type:
-    """Make the class, because lm-eval costs half a second to import."""
+    """Define the class, as importing lm-eval takes half a second."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class LanguageModel(HFLM):
-        """lm-eval's Hugging Face model without bars, and with bounded memory for whole documents."""
+        """lm-eval's Hugging Face model without progress bars, and with bounded memory for whole documents."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -135,7 +126,7 @@ def _language_model() -> type:
             return super().generate_until(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-            # lm-eval's own would hold the logits of a window as long as the model can read: tens of GB.
+            # lm-eval's own would hold the logits of a window of the model's maximum length: tens of GB.
             found = []
             for (text,) in (request.args for request in requests):
                 windows = get_rolling_token_windows(
@@ -150,8 +141,7 @@ def _language_model() -> type:
 
         def _continuation(self, context: list[int], continuation: list[int]) -> float:
             ids = torch.tensor([context + continuation], device=self.device)
-            dtype = self.mixed_precision_dtype
-            with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            with torch.no_grad():
                 states = final_states(self.model, ids[:, :-1])
                 states = torch.cat([states, states[:, -1:]], dim=1)  # the last token predicts nothing
                 first = len(context) - 1
@@ -162,9 +152,7 @@ def _language_model() -> type:
             if not can_share(self.model, wanted):
                 return super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True})
             answers: list[Any] = [None] * len(requests)
-            for number, *answer in log_likelihoods(
-                self.model, wanted, batch_size=self.batch_size, precision=self.mixed_precision_dtype
-            ):
+            for number, *answer in log_likelihoods(self.model, wanted, batch_size=self.batch_size):
                 answers[number] = tuple(answer)
                 if (asked := requests[number][0]) is not None:  # None: a window of a whole document
                     self.cache_hook.add_partial("loglikelihood", asked, answers[number])
@@ -174,13 +162,13 @@ def _language_model() -> type:
 
 
 def _fitting(context: list[int], continuation: list[int], max_length: int) -> Request:
-    """Cut a context from the left, as lm-eval does, so that the model can read it with its continuation."""
-    assert 0 < len(continuation) <= max_length, "lm-eval demands it, too"
+    """Cut a context from the left, as lm-eval does, so that both fit into the model's window."""
+    assert 0 < len(continuation) <= max_length, "lm-eval requires it, too"
     return context[-(max_length + 1 - len(continuation)) :], continuation
 
 
 class _AnswerCounter:
-    """Stands where lm-eval would cache answers, and sees each as it comes."""
+    """Takes the place of lm-eval's cache of answers, and so sees each one."""
 
     def __init__(self, tasks: Iterable[Any]) -> None:
         self._tasks = tasks
@@ -188,12 +176,12 @@ class _AnswerCounter:
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         score = answer[0] if isinstance(answer, tuple) else answer
-        if isinstance(score, float) and math.isnan(score):  # lm-eval would count it as an answer
+        if isinstance(score, float) and math.isnan(score):  # lm-eval would accept it as an answer
             raise CheckpointError(
                 "the benchmarks' log-likelihoods are not numbers, because the model's logits are not. Check "
                 "the checkpoint for NaN, or train with a lower training.learning_rate."
             )
-        if self._progress is None:  # only now has lm-eval built all requests
+        if self._progress is None:  # lm-eval has built all requests only now
             self._progress = Progress("benchmarks", sum(len(t.instances) for t in self._tasks), "answers")
         self._progress.add()
 
@@ -204,14 +192,14 @@ class _AnswerCounter:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log and its bars off the terminal."""
+    """Keep lm-eval's log and progress bars off the terminal."""
     import datasets
     import lm_eval.api.task
 
     logger, module = logging.getLogger("lm_eval"), lm_eval.api.task
     level, bar = logger.level, getattr(module, "tqdm", None)
     logger.setLevel(logging.ERROR)
-    module.tqdm = lambda items, **options: items  # a bar for each task's requests, which no option turns off
+    module.tqdm = lambda items, **options: items  # a bar per task that no option turns off
     datasets.disable_progress_bars()
     try:
         yield
@@ -223,7 +211,7 @@ def _quiet() -> Iterator[None]:
 def _select(
     results: Mapping[str, Mapping[str, Any]], loaded: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Keep the numbers of what was asked for, and drop the filter ``none`` from the metrics' names."""
+    """Keep the figures of the requested tasks, and drop the filter ``none`` from the metrics' names."""
     selected = {}
     for name, part in loaded.items():
         averaged = name in part["groups"] and part["groups"][name].has_aggregation

@@ -1,9 +1,9 @@
-"""Log-likelihoods of answers, where answers to one question share the forward pass of the question.
+"""Log-likelihoods of answers; the answers to a question share the question's forward pass.
 
-Requests of a pass stand one after another in a single sequence without padding: a context once, then all its
-continuations. The attention mask lets each token see its own context and its own continuation alone, and each
-continuation's positions go on from the context's end: to the model it is as if the others were not there.
-Logits are computed where they predict a continuation, nowhere else.
+The requests of a pass form a single sequence without padding: a context once, then all its continuations. The
+attention mask lets each token see only its own context and its own continuation, and each continuation's
+positions continue from the end of the context: to the model it is as if the others were not there. Logits are
+computed only where they predict a continuation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ Request = tuple[list[int], list[int]]
 
 @dataclass(kw_only=True)
 class _Pass:
-    """What goes through the model at once: for each token of the sequence one entry in each list."""
+    """A sequence for one forward pass: each list has one entry per token."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -35,7 +35,7 @@ class _Pass:
     continuations: list[int] = field(default_factory=list)
     requests: list[int] = field(default_factory=list)
     predicting: list[list[int]] = field(default_factory=list)
-    """For each request the places in the sequence whose logits predict its continuation."""
+    """For each request, the places in the sequence whose logits predict its continuation."""
 
     def append(self, tokens: Sequence[int], *, start: int, context: int, continuation: int) -> range:
         """Add tokens at the positions from ``start``; returns their places in the sequence."""
@@ -47,7 +47,7 @@ class _Pass:
         return range(before, len(self.tokens))
 
     def mask(self) -> Tensor:
-        """Return (T, T) bool: whether the token of a row sees that of a column."""
+        """Return (T, T) bool: whether the token of the row sees that of the column."""
         contexts, continuations = torch.tensor(self.contexts), torch.tensor(self.continuations)
         same = continuations[:, None] == continuations
         shared = contexts[:, None] == contexts
@@ -55,7 +55,7 @@ class _Pass:
 
 
 def can_share(model: "PreTrainedModel", requests: Sequence[Request]) -> bool:
-    """Return whether the model takes such masks, and sees the whole of each request in every layer."""
+    """Return whether the model supports such masks, and sees each request whole in every layer."""
     longest = max((len(context) + len(continuation) for context, continuation in requests), default=0)
     window = getattr(model.config, "sliding_window", None)
     implementation = model.config._attn_implementation
@@ -64,30 +64,24 @@ def can_share(model: "PreTrainedModel", requests: Sequence[Request]) -> bool:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: "PreTrainedModel",
-    requests: Sequence[Request],
-    *,
-    batch_size: int,
-    precision: torch.dtype | None = None,
+    model: "PreTrainedModel", requests: Sequence[Request], *, batch_size: int
 ) -> Iterator[tuple[int, float, bool]]:
     """Compute the log-likelihood of each continuation, given its context.
 
     Args:
         model: A causal language model that ``can_share``, in evaluation mode.
-        requests: What is asked; none is longer than the model can read.
-        batch_size: Requests a forward pass.
-        precision: Arithmetic of the forward pass (autocast); None takes the weights' own.
+        requests: None is longer than the model can read.
+        batch_size: Requests per forward pass.
 
     Yields:
         The request's number, the sum of its continuation's log-probabilities (float32), and whether each of
-        its tokens is the likeliest. Requests with one context come one after another.
+        its tokens is the likeliest. Requests with the same context follow each other.
     """
     limit = _PASS_TOKENS.get(model.device.type, _ACCELERATOR_PASS_TOKENS)
     for batch in _passes(requests, batch_size, limit):
         places = sorted({place for places in batch.predicting for place in places})
         rows = {place: row for row, place in enumerate(places)}
-        with torch.autocast(model.device.type, precision, enabled=precision is not None):
-            logits = _logits(model, batch, places)
+        logits = _logits(model, batch, places)
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)
         likeliest = log_probabilities.argmax(dim=-1)
         for number, predicting in zip(batch.requests, batch.predicting, strict=True):
@@ -115,7 +109,7 @@ def _logits(model: "PreTrainedModel", batch: _Pass, places: list[int]) -> Tensor
 
 
 def _passes(requests: Sequence[Request], batch_size: int, limit: int) -> Iterator[_Pass]:
-    """Share requests out: at most ``batch_size`` a pass, and ``limit`` tokens unless it is a single one."""
+    """Split requests into passes of at most ``batch_size`` requests and, if over one, ``limit`` tokens."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, _) in enumerate(requests):
         groups.setdefault(tuple(context), []).append(number)
@@ -123,7 +117,7 @@ def _passes(requests: Sequence[Request], batch_size: int, limit: int) -> Iterato
     for index, (shared, numbers) in enumerate(groups.items()):
         last: int | None = None  # where the context ends in this pass
         for number in numbers:
-            # The last token predicts nothing that is asked for.
+            # The last token predicts nothing of interest.
             continuation = requests[number][1][:-1]
             more = len(continuation) + (len(shared) if last is None else 0)
             if batch.requests and (len(batch.requests) == batch_size or len(batch.tokens) + more > limit):

@@ -17,51 +17,38 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def perplexity(
-    model: "PreTrainedModel",
-    windows: Tensor,
-    *,
-    batch_size: int,
-    device: torch.device | str | None = None,
-    precision: torch.dtype | None = None,
-) -> float:
+def perplexity(model: "PreTrainedModel", windows: Tensor, *, batch_size: int) -> float:
     """Compute exp of the mean next-token negative log-likelihood.
 
     Log-probabilities are float32, a chunk of positions at a time, and their sum is float64.
 
     Args:
-        model: A causal language model; left in the mode (training or not) that it came in.
+        model: A causal language model; left in its mode (training or evaluation).
         windows: (S, T) integer token ids. Each window stands alone and gives T - 1 predictions.
-        batch_size: Windows a forward pass.
-        device: Where the model is moved first; None leaves it where it is.
-        precision: Arithmetic of the forward pass (autocast); None takes the weights' own.
+        batch_size: Windows per forward pass.
 
     Returns:
-        The perplexity, at least 1; infinite where the mean is over 709 nats.
+        The perplexity, at least 1; infinite if the mean exceeds 709 nats.
 
     Raises:
-        DataError: If there is no window, or no prediction in it, or a token is outside the vocabulary.
+        DataError: If there is no prediction to make, or a token is outside the vocabulary.
         CheckpointError: If the model's logits are not numbers.
     """
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     vocabulary = embedding.num_embeddings
     _check(windows, vocabulary)
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to without its types
     count, length = windows.shape
-    progress = Progress("perplexity", count, "windows")
     was_training = model.training
     total = 0.0
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, precision, enabled=precision is not None):
+        with Progress("perplexity", count, "windows") as progress, torch.no_grad():
             for batch in windows.split(batch_size):
                 tokens = batch.to(model.device, torch.long)
                 total += loss_sum(model, final_states(model, tokens), tokens)
                 progress.add(len(batch))
     finally:
-        progress.close()
         model.train(was_training)
     result = _exp(total / (count * (length - 1)))
     log.info("perplexity %.4g on %d windows of %d tokens", result, count, length)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks with their data, which may lie in files on this machine instead of the hub."""
+"""lm-eval's tasks and their data, from the hub or from files on this machine."""
 
 import difflib
 import importlib.util
@@ -35,15 +35,15 @@ _NAMES = re.compile(
     re.MULTILINE,
 )
 
-# Published forms of a data set whose columns differ from the one that lm-eval's task reads.
+# Data sets published with other columns than lm-eval's task reads.
 _COLUMNS = {"boolq": {"doc_to_target": "{{ (label if label is defined else answer) | int }}"}}
 
 
 def task_problems(settings: EvaluationSettings) -> list[str]:
-    """Find what is wrong with the tasks and where their data lies, short of reading it; imports no lm-eval.
+    """Check the tasks and the places of their data, without reading it; does not import lm-eval.
 
     Returns:
-        One sentence a problem.
+        One sentence per problem.
     """
     problems = []
     files, collections = _catalog()
@@ -58,7 +58,7 @@ def task_problems(settings: EvaluationSettings) -> list[str]:
             continue
         if location is None or not location.is_dir():
             problems.append(
-                f"evaluation.task_data.{name}={path} is not a folder. Name one that holds a folder a split."
+                f"evaluation.task_data.{name}={path} is not a folder. Name one with a folder for each split."
             )
     return problems
 
@@ -67,7 +67,7 @@ def load_tasks(settings: EvaluationSettings, folder: Path) -> dict[str, dict[str
     """Build lm-eval's task objects with their data.
 
     Args:
-        settings: Tasks and where their data lies.
+        settings: Tasks and where their data is.
         folder: An empty folder for task files.
 
     Returns:
@@ -107,7 +107,7 @@ def _catalog() -> tuple[dict[str, Path], frozenset[str]]:
     collections: set[str] = set()
     for folder, _, names in itertools.chain.from_iterable(os.walk(root) for root in roots):
         for name in names:
-            if not name.endswith(".yaml") and "." in name:  # files to include bear no suffix
+            if not name.endswith(".yaml") and "." in name:  # files to include have no suffix
                 continue
             file = Path(folder, name)
             for kind, one, lines, inline in _NAMES.findall(file.read_bytes()):
@@ -145,7 +145,7 @@ def _load_errors(name: str, path: str | None) -> Iterator[None]:
 
 
 def _with_local_data(name: str, path: str, manager: "TaskManager", limit: int, folder: Path) -> str:
-    """Make lm-eval's task, or all tasks of a group, read local files; returns what ``manager.load`` takes."""
+    """Make lm-eval's task, or a group's tasks, read local files; returns an argument for ``manager.load``."""
     from lm_eval.tasks import TaskManager
 
     location = locate(path)
@@ -161,29 +161,24 @@ def _with_local_data(name: str, path: str, manager: "TaskManager", limit: int, f
 
 
 def _members(child: Any, manager: "TaskManager") -> list[str]:
-    """List the tasks below an entry of a group: a name, a list of entries, or a mapping that holds either."""
+    """List the tasks below a group's entry: a name, a list of entries, or a mapping to either."""
     if isinstance(child, Mapping):
         child = child.get("task") or child["group"]
     if isinstance(child, list):
         return [member for part in child for member in _members(part, manager)]
     entry = manager.task_index.get(child)
     if child in _catalog()[0] or entry is None:
-        return [child] if entry is not None else []  # a group may define a task that has no file
+        return [child] if entry is not None else []  # a group may define a task without a file
     return _members((entry.cfg or {}).get("task") or sorted(entry.tags), manager)
 
 
 def _local_task(
     name: str, config: Mapping[str, Any], official: Path, location: Path, limit: int, folder: Path
 ) -> Path:
-    """Write a task file that takes everything from lm-eval's own but the data.
+    """Write a task file that takes everything but the data from lm-eval's own.
 
-    Args:
-        name: The task.
-        config: What lm-eval's file says.
-        official: lm-eval's file.
-        location: A folder with one sub-folder a split, or with such a folder named as the task's subset.
-        limit: Rows to read of the split that is evaluated; 0 for all.
-        folder: Where the file is written.
+    ``location`` holds one subfolder per split, or such a folder named as the task's subset. ``limit`` is the
+    number of rows to read of the evaluated split, 0 for all.
     """
     subset = location / str(config.get("dataset_name"))
     if subset.is_dir():
@@ -191,11 +186,11 @@ def _local_task(
     splits = {sub.name: str(sub) for sub in sorted(location.iterdir()) if sub.is_dir() and _data_files(sub)}
     if not splits:
         raise DataError(
-            f"evaluation.task_data.{name}: {location} holds no folder a split with {', '.join(_READERS)} "
+            f"evaluation.task_data.{name}: {location} has no folder per split with {', '.join(_READERS)} "
             "files. Name the folder above validation/ or test/."
         )
     chosen = _choose_splits(name, config, splits, location)
-    # A task that drops rows then evaluates fewer; the others need not prepare 10,000 rows for 60.
+    # A task that drops rows evaluates fewer then; the others need not prepare 10,000 rows for 60.
     limits = {chosen["test_split"] or chosen["validation_split"]: limit} if limit else {}
     if config.get("num_fewshot"):
         limits = {}
@@ -213,11 +208,11 @@ def _local_task(
 def _choose_splits(
     name: str, config: Mapping[str, Any], splits: Mapping[str, str], location: Path
 ) -> dict[str, str | None]:
-    """Keep the task's splits that are there; if none to evaluate on is, take another and say so."""
+    """Keep the task's splits that exist; if none of them is for evaluation, take another and log it."""
     wanted = ("test_split", "validation_split", "training_split", "fewshot_split")
     chosen = {key: config[key] if config.get(key) in splits else None for key in wanted}
     if not config.get("num_fewshot"):
-        chosen["training_split"] = chosen["fewshot_split"] = None  # or they would be read for nothing
+        chosen["training_split"] = chosen["fewshot_split"] = None  # so that they are not read for nothing
     if not chosen["test_split"] and not chosen["validation_split"]:
         stand_in = next((split for split in _STAND_INS if split in splits), None)
         if stand_in is None and len(splits) > 1:
@@ -236,13 +231,7 @@ def _choose_splits(
 def read_splits(
     split_folders: Mapping[str, str], limits: Mapping[str, int], **_: object
 ) -> dict[str, "datasets.Dataset"]:
-    """Read the splits of a data set into memory; lm-eval calls this for tasks with local data.
-
-    Args:
-        split_folders: Split to its folder.
-        limits: Split to the rows to keep of it, if not all.
-        _: What else lm-eval's task file says of the data.
-    """
+    """Read the splits of a data set into memory; lm-eval calls this for tasks with local data."""
     import datasets
 
     read = {}
@@ -259,7 +248,7 @@ def _data_files(folder: Path) -> list[Path]:
 def _read_arrow(file: Path) -> "datasets.Dataset":
     import datasets
 
-    # In memory, because what is mapped from a file leaves a cache file beside it.
+    # In memory, because a mapped file gets a cache file beside it.
     return datasets.Dataset.from_file(str(file), in_memory=True)
 
 
@@ -285,7 +274,7 @@ _READERS: dict[str, Callable[[Path], "datasets.Dataset"]] = {
 
 
 def _check_answers(task: Any, path: str) -> None:
-    """Refuse data whose answers are withheld (label -1): every item would count as wrong."""
+    """Refuse data with withheld answers (label -1): every item would count as wrong."""
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or task.config.process_results:
         return
     for number, item in enumerate(itertools.islice(task.eval_docs, _CHECKED_ANSWERS)):

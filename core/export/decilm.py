@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
-from core.model.build import head_dim, layer_shapes, load_config, model_shape
-from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
-from core.model.families import family_of
+from core.model.build import model_shape
+from core.model.checkpoint import Checkpoint
+from core.model.config import head_dim, layer_shapes
 from core.model.shape import LayerShape
 from core.settings.prune import PORTABLE_WIDTH
 
@@ -38,38 +36,23 @@ def export_decilm(checkpoint: Path, output: Path) -> Exported:
         ExportError: If the format does not hold such a model, with the reason; or the folder cannot be
             written.
     """
-    config = load_config(checkpoint)
+    opened = Checkpoint(checkpoint)
+    config = opened.config
     if (problem := decilm_obstacle(config)) is not None:
         sizes_alone = next(_obstacles(config), None) is None
         portable = "Prune with prune.profile=portable, or export" if sizes_alone else "Export"
         raise ExportError(
             f"{checkpoint} cannot become a DeciLM (nemotron-nas): {problem}. {portable} another format."
         )
-    shapes, layers = layer_shapes(config), family_of(config).layers
-
-    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
-        names = [n for n in reader.names() if n != "lm_head.weight" or not config.tie_word_embeddings]
-        for index in range(len(shapes)):
-            prefix = f"{layers}.{index}."
-            yield {name: reader.tensor(name) for name in names if name.startswith(prefix)}
-        yield {name: reader.tensor(name) for name in names if not name.startswith(f"{layers}.")}
-
-    provenance = read_json(checkpoint / PROVENANCE)
-    with put_when_complete(output) as partial, CheckpointReader(checkpoint) as reader:
-        write_checkpoint(
-            partial,
-            decilm_config(config),
-            parts(reader),
-            len(shapes) + 1,
-            companions=checkpoint,
-            provenance=provenance,
-            config_writer=_write_config,
+    with put_when_complete(output) as partial:
+        opened.rewrite(
+            partial, decilm_config(config), provenance=opened.provenance, config_writer=_write_config
         )
     notes = [
         f"Runtimes that read configs through transformers run {_CODE}, which lies beside the weights: start "
         "vLLM, SGLang and TensorRT-LLM with --trust-remote-code. MLX needs no flag."
     ]
-    if len({layer.kv_heads for layer in shapes}) > 1:
+    if len({layer.kv_heads for layer in opened.layers}) > 1:
         notes.append("SGLang refuses layers that differ in KV heads, as these do.")
     return Exported(
         path=output,

@@ -1,20 +1,9 @@
 """What a checkpoint says of generation, for runtimes that must be told: which tokens end a text."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from core.errors import CheckpointError
-from core.model.checkpoint import read_json
-
-
-def generation_config(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's generation config; {} if it has none.
-
-    Raises:
-        CheckpointError: If it is damaged.
-    """
-    return read_json(checkpoint / "generation_config.json")
 
 
 def end_ids(generation: Mapping[str, Any], config: Any) -> list[int]:

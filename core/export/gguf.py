@@ -15,7 +15,7 @@ from gguf.utility import size_label
 from core.bases.licence import card_facts, known_facts
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
-from core.export.generation import end_ids, generation_config
+from core.export.generation import end_ids
 from core.export.gguf_layout import Part, architecture_of, parts_of
 from core.export.gguf_quantization import (
     FILE_TYPES,
@@ -28,8 +28,9 @@ from core.export.gguf_quantization import (
 )
 from core.export.gguf_rope import FACTORS, add_rope, frequency_factors
 from core.export.gguf_tokenizer import add_tokenizer
-from core.model.build import head_dim, layer_shapes, load_config, load_tokenizer
-from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json
+from core.model.build import load_tokenizer
+from core.model.checkpoint import Checkpoint, CheckpointReader
+from core.model.config import head_dim
 from core.model.shape import LayerShape
 from core.storage.layout import CARD
 
@@ -61,21 +62,21 @@ def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> 
     """
     if dtype not in FILE_TYPES:
         raise ExportError(f"dtype={dtype!r} is none of {', '.join(FILE_TYPES)}. Choose one of these.")
-    config = load_config(checkpoint)
-    layers = layer_shapes(config)
+    opened = Checkpoint(checkpoint)
+    config, layers = opened.config, opened.layers
     architecture = architecture_of(config, layers)
-    with CheckpointReader(checkpoint) as reader, put_when_complete(output) as partial:
+    with opened.weights() as reader, put_when_complete(output) as partial:
         parts = parts_of(config, layers, architecture, reader.names())
         params = sum(part.params for part in parts)
         writer = gguf.GGUFWriter(partial, architecture)
         try:
-            _add_description(writer, checkpoint, params, dtype)
+            _add_description(writer, opened, params, dtype)
             _add_sizes(writer, config, layers)
             notes = add_tokenizer(
                 writer,
-                load_tokenizer(checkpoint),
+                load_tokenizer(opened),
                 vocab_size=config.vocab_size,
-                end_ids=end_ids(generation_config(checkpoint), config),
+                end_ids=end_ids(opened.generation_config, config),
             )
             factors = frequency_factors(config, architecture)
             _write(writer, reader, parts, factors, dtype)
@@ -152,18 +153,18 @@ def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:
         ) from error
 
 
-def _add_description(writer: gguf.GGUFWriter, checkpoint: Path, params: int, dtype: GgufDtype) -> None:
+def _add_description(writer: gguf.GGUFWriter, checkpoint: Checkpoint, params: int, dtype: GgufDtype) -> None:
     """Write what the file is and what it was made of."""
-    provenance = read_json(checkpoint / PROVENANCE)
+    provenance, directory = checkpoint.provenance, checkpoint.directory
     base = str(provenance.get("base", ""))
     base_name = Path(base).name.removesuffix(".gguf")
     label = size_label(params, params, 0, 0)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(
-        f"{base_name} pruned to {label}" if provenance.get("phase") else base_name or checkpoint.name
+        f"{base_name} pruned to {label}" if provenance.get("phase") else base_name or directory.name
     )
     writer.add_size_label(label)
-    facts = known_facts(provenance) | card_facts(checkpoint / CARD)
+    facts = known_facts(provenance) | card_facts(directory / CARD)
     writer.add_license(facts.get("license", ""))
     if facts.get("language"):
         writer.add_languages(facts["language"])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
-from core.model.build import head_dim
 from core.model.checkpoint import CheckpointReader
+from core.model.config import head_dim
 from core.model.shape import LayerShape
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

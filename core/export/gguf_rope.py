@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
-from core.model.build import head_dim
+from core.model.config import head_dim
 
 FACTORS = "rope_freqs.weight"
 _YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}

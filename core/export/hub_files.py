@@ -42,7 +42,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     """
     published = published_in(folder)
     if published is not None:
-        names = [entry.path for entry in published[1].files]
+        names = published.manifest.paths
         folder = verify_folder(folder, may_differ=(CARD,))
     else:
         paths = [path for path in folder.rglob("*") if not path.is_dir() and not is_temporary(path.name)]

@@ -20,8 +20,9 @@ from torch import Tensor
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
 from core.export.onnx_genai import genai_config
-from core.model.build import head_dim, layer_shapes, load_config, load_model, model_shape
-from core.model.checkpoint import is_companion
+from core.model.build import load_model, model_shape
+from core.model.checkpoint import Checkpoint, is_companion
+from core.model.config import head_dim, layer_shapes
 from core.model.shape import LayerShape
 from core.untrusted import files_of
 
@@ -62,21 +63,20 @@ def export_onnx(checkpoint: Path, output: Path) -> Exported:
             f"an ONNX export needs the Python package {' and '.join(missing)}. Run "
             "pip install 'adapt-pruner[onnx]', or export another format."
         )
-    config = load_config(checkpoint)
+    opened = Checkpoint(checkpoint)
+    config = opened.config
     _refuse_moving_frequencies(config)
     with put_when_complete(output) as partial:
         partial.mkdir()
-        _write_graph(load_model(checkpoint, dtype=torch.float32), partial / GRAPH)
+        _write_graph(load_model(opened, dtype=torch.float32), partial / GRAPH)
         for path in files_of(checkpoint, is_companion):
             shutil.copyfile(path, partial / path.name)
         vars(config).pop("auto_map", None)
         config.save_pretrained(partial)
-        (partial / "genai_config.json").write_text(
-            json.dumps(genai_config(checkpoint, config, GRAPH), indent=1)
-        )
+        (partial / "genai_config.json").write_text(json.dumps(genai_config(opened, GRAPH), indent=1))
     params = model_shape(config).num_params()
     log.info("wrote %s: ONNX, %d parameters", output, params)
-    notes = _notes(layer_shapes(config))
+    notes = _notes(opened.layers)
     return Exported(path=output, params=params, size_bytes=size_of(output), notes=notes)
 
 

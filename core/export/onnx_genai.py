@@ -1,29 +1,28 @@
 """The description that ONNX Runtime GenAI reads beside an ONNX graph."""
 
-from pathlib import Path
 from typing import Any
 
-from core.export.generation import end_ids, generation_config
-from core.model.build import head_dim, layer_shapes
+from core.export.generation import end_ids
+from core.model.checkpoint import Checkpoint
+from core.model.config import head_dim
 
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 """What generation_config.json and genai_config.json call by the same name."""
 
 
-def genai_config(checkpoint: Path, config: Any, graph: str) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
     """Return the content of ``genai_config.json``.
 
     It knows one number of KV heads; where layers differ, the runtime takes each layer's from the graph.
 
     Args:
-        checkpoint: Folder of the checkpoint, whose generation config tells the end tokens and the sampling.
-        config: Its config.
+        checkpoint: The checkpoint, whose generation config gives the end tokens and the sampling.
         graph: File name of the graph.
 
     Raises:
         CheckpointError: If the generation config is damaged.
     """
-    generation, layers = generation_config(checkpoint), layer_shapes(config)
+    config, layers, generation = checkpoint.config, checkpoint.layers, checkpoint.generation_config
     decoder = {
         "filename": graph,
         "session_options": {"provider_options": []},

@@ -1,7 +1,7 @@
 """Zero-padding of unequal layers to a plain checkpoint of the family, which any tool loads."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from core.errors import ExportError
 from core.export.exported import Exported, put_when_complete, size_of
-from core.model.build import config_with_layers, layer_shapes, load_config, model_shape
-from core.model.checkpoint import PROVENANCE, CheckpointReader, read_json, write_checkpoint
+from core.model.build import model_shape
+from core.model.checkpoint import Checkpoint
+from core.model.config import config_with_layers, layer_shapes
 from core.model.families import Family, Kind, family_of
 from core.model.shape import LayerShape, ModelShape
 
@@ -38,30 +39,18 @@ def export_padded(checkpoint: Path, output: Path) -> Exported:
         UnsupportedModelError: If its family is not supported.
         ExportError: If its heads cannot be filled up, or the folder cannot be written.
     """
-    config = load_config(checkpoint)
-    family, shapes, sizes = family_of(config), layer_shapes(config), model_shape(config)
-    plain, provenance = _plain_config(config, sizes), read_json(checkpoint / PROVENANCE)
+    opened = Checkpoint(checkpoint)
+    shapes, sizes = opened.layers, model_shape(opened.config)
+    plain = _plain_config(opened.config, sizes)
     uniform = layer_shapes(plain)[0]
 
-    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
-        for index, shape in enumerate(shapes):
-            prefix = f"{family.layers}.{index}"
-            layer = pad_layer(family, shape, reader.layer(prefix), uniform)
-            log.debug("layer %d of %d: %s", index + 1, len(shapes), shape)
-            yield {f"{prefix}.{name}": tensor for name, tensor in layer.items()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        outside = [n for n in reader.names() if not n.startswith(f"{family.layers}.") and n not in tied]
-        yield {name: reader.tensor(name) for name in outside}
+    def pad(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        log.debug("layer %d of %d: %s", index + 1, len(shapes), shapes[index])
+        return pad_layer(opened.family, shapes[index], tensors, uniform)
 
-    with put_when_complete(output) as partial, CheckpointReader(checkpoint) as reader:
-        write_checkpoint(
-            partial,
-            plain,
-            parts(reader),
-            len(shapes) + 1,
-            companions=checkpoint,
-            provenance=provenance | {"padded_from": [shape.to_dict() for shape in shapes]},
-        )
+    padded_from = {"padded_from": [shape.to_dict() for shape in shapes]}
+    with put_when_complete(output) as partial:
+        opened.rewrite(partial, plain, change=pad, provenance=opened.provenance | padded_from)
     params = model_shape(plain).num_params()
     weight_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     size_bytes = size_of(output)

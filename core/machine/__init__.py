@@ -1,1 +1,1 @@
-"""What the machine has and may use: memory, cores, number formats."""
+"""This machine's memory, cores and number formats."""

@@ -1,4 +1,4 @@
-"""Where Linux keeps the limits of this process: its control groups, of version 1 and version 2."""
+"""The control groups of this process, of version 1 and version 2, where Linux keeps its limits."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ PROC = Path("/proc/self")
 def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
     """Return the folders with the limits of this process, its own group first, then those above it.
 
-    A machine may mount both versions; the one that does not have the controller lacks its files. Groups
-    above a container's own are seen only as far as the container mounts them.
+    A machine may mount both versions; the one without the controller lacks its files. Groups above a
+    container's own are visible only as far as the container mounts them.
 
     Args:
         controller: ``cpu`` or ``memory``.
@@ -41,10 +41,7 @@ def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
 def _upwards(point: Path, root: Path, path: Path) -> list[Path]:
     """Return a group's folder and those above it, down to the mount's own.
 
-    Args:
-        point: Where the hierarchy is mounted.
-        root: Its group that is mounted there.
-        path: The process's group. A container may mount another one than it names: then the mount's counts.
+    ``root`` is the group mounted at ``point``; it counts unless the process's group ``path`` lies in it.
     """
     below = path.relative_to(root) if path.is_relative_to(root) else Path()
     parts = () if ".." in below.parts else below.parts

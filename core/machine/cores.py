@@ -1,4 +1,4 @@
-"""How many threads a process should have, and how they wait for each other."""
+"""The number of threads of a process, and how they wait for each other."""
 
 import math
 import os
@@ -10,15 +10,15 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 # Turns that a waiting thread spins before it sleeps: some 10 us, enough for the gaps within a forward pass.
 # libgomp's own 300,000 let two processes on the same cores slow each other twentyfold, as each thread spins
-# on the core that the thread it waits for needs. Without any, a busy machine wakes threads late.
+# on the core that the thread it waits for needs. With none, a busy machine wakes threads late.
 _SPINS = "1000"
 
 
 def use_own_cores() -> None:
-    """Let OpenMP, and what follows its settings, use this process's cores and soon sleep where it waits.
+    """Make OpenMP and its users take this process's cores, and sleep soon when they wait.
 
-    Torch, MKL, OpenBLAS and Arrow follow. What the environment says already stays. They read it when they are
-    loaded, so call this before torch is imported; processes that are started later inherit it.
+    Torch, MKL, OpenBLAS and Arrow follow. Variables that are set already stay. Libraries read them when they
+    are loaded, so call this before torch is imported; child processes inherit them.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
@@ -27,10 +27,10 @@ def use_own_cores() -> None:
 
 
 def usable_cores(cpus: Path = _CPUS, proc: Path = PROC) -> int:
-    """Return how many threads of this process can compute at once, at least 1.
+    """Return the number of threads of this process that can compute at once, at least 1.
 
-    These are the physical cores that it may run on, but no more than the CPU time that its control groups
-    allow, rounded down: a thread waits while the one it needs is throttled. (Measured on 2 cores, against two
+    These are the physical cores it may run on, limited by the CPU time that its control groups allow, rounded
+    down: a thread waits while one that it needs is throttled. (Measured on 2 cores, against two
     threads that spin: 1.31x as fast under a quota of 1 core, 0.83x under 1.5.)
 
     Args:
@@ -42,7 +42,7 @@ def usable_cores(cpus: Path = _CPUS, proc: Path = PROC) -> int:
 
 
 def _physical_cores(cpus: Path) -> int:
-    """Return the cores that this process may run on; the two hyperthreads of one do not compute faster."""
+    """Return the cores that this process may run on; hyperthreads of one core do not add speed."""
     if not hasattr(os, "sched_getaffinity"):  # not Linux
         return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
@@ -53,7 +53,7 @@ def _physical_cores(cpus: Path) -> int:
 
 
 def _quota(group: Path) -> float | None:
-    """Return the CPU seconds that a control group has each second; None without a limit."""
+    """Return the CPU seconds per second of a control group; None without a limit."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

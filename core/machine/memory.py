@@ -1,4 +1,4 @@
-"""How much memory there is, and what may be done with it."""
+"""Free memory."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def available_bytes(device: str | torch.device = "cpu", proc: Path = PROC) -> in
     """
     device = torch.device(device)
     if device.type == "cuda":
-        # What PyTorch keeps of memory that it has freed is not free to the driver, but it is to us.
+        # Memory that PyTorch has freed but keeps is free to us, though not to the driver.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     free = int(psutil.virtual_memory().available)
@@ -28,7 +28,7 @@ def available_bytes(device: str | torch.device = "cpu", proc: Path = PROC) -> in
 
 def _left(group: Path) -> int | None:
     """Return the bytes that a control group may still take; None without a limit."""
-    # Pages of files that the kernel can drop count as used.
+    # Cached pages of files, which the kernel can drop, count as used.
     if (group / "memory.max").exists():
         limit, used, droppable = "memory.max", "memory.current", "inactive_file"
     else:  # version 1

@@ -1,10 +1,10 @@
-"""The number format that a machine computes faster in: what ``precision: auto`` comes to.
+"""The number format that ``precision: auto`` selects: the one a machine computes faster in.
 
-Accelerators take bfloat16 where they compute in it natively. Of a CPU its instructions say nothing: some that
-have them for bfloat16 are faster in float32. So a CPU is measured, for less than a second.
+Accelerators use bfloat16 if they compute in it natively. A CPU's instruction set does not decide it: some
+CPUs with bfloat16 instructions are faster in float32. So a CPU is measured, for less than a second.
 
-float16 is never chosen. It ends at 65,504, which activations of some models exceed, and training in it needs
-its loss scaled; neither has been shown to leave the results right here.
+float16 is never chosen: it ends at 65,504, which activations of some models exceed, and training in it needs
+loss scaling.
 """
 
 import dataclasses
@@ -28,32 +28,32 @@ Precision = Literal["float32", "bfloat16"]
 Section = TypeVar("Section", CalibrationSettings, TrainingSettings, EvaluationSettings)
 
 SECTIONS = ("calibration", "training", "evaluation")
-"""The sections of a recipe that have a precision of their own."""
+"""The sections of a recipe with their own precision."""
 
 CLEARLY_FASTER = 1.2
-"""How many times as fast as float32 bfloat16 must be to be worth its rounding."""
+"""Speedup over float32 at which bfloat16 is worth its rounding."""
 
 _HIDDEN, _WIDTH = 576, 1536  # of SmolLM2-135M, the smallest model that this is for
 _PROBE_ROWS, _LEAST_ROWS, _MOST_ROWS = 16, 32, 1024
 _ROUND_S, _BUDGET_S = 0.05, 0.6
-_BEYOND_DOUBT = 3.0  # a probe this far apart needs no second look
+_BEYOND_DOUBT = 3.0  # a ratio this large needs no second measurement
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A number format, and what it follows from."""
+    """A number format, and why it was chosen."""
 
     precision: Precision
     """The format."""
     device: str
-    """What it was chosen for."""
+    """The device it was chosen for."""
     gflop_per_s: dict[str, float] = field(default_factory=dict)
-    """Format to the rate that was measured in it; empty where none was."""
+    """Format to its measured rate; empty if not measured."""
 
     def __str__(self) -> str:
-        """Return what a report says of it."""
+        """Return the text for a report."""
         if not self.gflop_per_s:
             return f"auto, for {self.device}"
         rates = " and ".join(f"{rate:.1f} GFLOP/s in {name}" for name, rate in self.gflop_per_s.items())
@@ -61,10 +61,10 @@ class Choice:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Choice":
-        """Read what ``dataclasses.asdict`` has made.
+        """Read the result of ``dataclasses.asdict``.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If it is not one.
             KeyError: If an entry is missing.
         """
         precision, device, rates = data["precision"], data["device"], dict(data["gflop_per_s"])
@@ -75,7 +75,7 @@ class Choice:
 
 
 ACCELERATORS = Choice(precision="bfloat16", device="the accelerators of the cluster")
-"""What tasks that get accelerators compute in, without a look at them."""
+"""The format of tasks that get accelerators, which are not examined."""
 
 
 def choose_precision(device: torch.device) -> Choice:
@@ -94,12 +94,7 @@ def choose_precision(device: torch.device) -> Choice:
 
 
 def resolved(settings: Section, choose: Callable[[], Choice]) -> Section:
-    """Return settings whose precision is one that can be computed in.
-
-    Args:
-        settings: A section of a recipe.
-        choose: Called if its precision is ``auto``.
-    """
+    """Return settings whose precision is not ``auto``; ``choose`` is called if it is."""
     if settings.precision != "auto":
         return settings
     choice = choose()
@@ -108,22 +103,16 @@ def resolved(settings: Section, choose: Callable[[], Choice]) -> Section:
 
 
 def has_native_bfloat16() -> bool:
-    """Return whether the current GPU computes in bfloat16, rather than by way of float32."""
+    """Return whether the current GPU computes in bfloat16 itself, rather than in float32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def warn_if_emulated(section: str, precision: str, device: torch.device) -> None:
-    """Log one warning if a task computes in bfloat16 on a GPU that has none.
-
-    Args:
-        section: Section of the recipe that the precision stands in.
-        precision: The format.
-        device: What the task computes on.
-    """
+    """Log a warning if a task computes in bfloat16 on a GPU that emulates it."""
     if precision == "bfloat16" and device.type == "cuda" and not has_native_bfloat16():
         log.warning(
-            "%s.precision=bfloat16, but %s has no bfloat16 of its own and is slow in it. Set %s.precision to "
-            "float32, which is another run.",
+            "%s.precision=bfloat16, but %s emulates bfloat16, which is slow. Set %s.precision to "
+            "float32, which makes it another run.",
             section,
             torch.cuda.get_device_name(device),
             section,
@@ -134,12 +123,11 @@ def cpu_rates(budget_s: float = _BUDGET_S) -> dict[str, float]:
     """Measure the rate of one thread in each format: the best of several rounds, in turn.
 
     A round is one forward and one backward pass of a gated MLP of ordinary sizes, with as many rows as take
-    about 50 ms in float32. A first look at few rows tells how many those are, and settles clear cases: a
-    machine that emulates bfloat16 would take long for more. The thread's own CPU time is taken, so that what
-    else the machine does hardly counts.
+    about 50 ms in float32. A first measurement with few rows finds that number and settles clear cases: with
+    emulated bfloat16, more would take long. The thread's own CPU time counts, so other load hardly matters.
 
     Args:
-        budget_s: Seconds after which no further round begins.
+        budget_s: Seconds after which no more rounds begin.
 
     Returns:
         Format to GFLOP/s.
@@ -170,7 +158,7 @@ def _rates_of_this_thread(ended: float) -> dict[str, float]:
 
 
 def _mlp_pass(dtype: torch.dtype) -> Callable[[int], float]:
-    """Return a function that passes so many rows through an MLP and back, and returns the GFLOP/s."""
+    """Return a function that runs a number of rows through an MLP and back, and returns the GFLOP/s."""
     generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> nn.Parameter:
@@ -191,7 +179,7 @@ def _mlp_pass(dtype: torch.dtype) -> Callable[[int], float]:
 
 
 def _flop(rows: int) -> int:
-    """Return the operations of a pass: two a weight and row forward, four backward."""
+    """Return the operations of a pass: per weight and row two forward, four backward."""
     return 6 * 3 * _HIDDEN * _WIDTH * rows
 
 

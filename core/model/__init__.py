@@ -1,1 +1,1 @@
-"""What a model is made of: sizes of each layer, families, building and checkpoints."""
+"""Models: sizes of each layer, families, configs, building, checkpoints, the loss."""

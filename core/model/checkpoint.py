@@ -1,11 +1,12 @@
-"""Checkpoints on disk: a Hugging Face directory, read and written one decoder layer at a time."""
+"""Checkpoints on disk: Hugging Face folders, read and written one decoder layer at a time."""
 
 import copy
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import CheckpointError
+from core.model.config import layer_shapes, load_config
 from core.model.families import family_of
 from core.model.remote_code import write_config
 from core.untrusted import files_of, foreign_errors, parse_object, read_limited
@@ -23,7 +25,10 @@ INDEX = "model.safetensors.index.json"
 PROVENANCE = "adapt_pruner.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Ends of the names of files that can run code where they are loaded."""
+"""Suffixes of files that can run code when they are loaded."""
+
+ChangeLayer = Callable[[int, dict[str, Tensor]], dict[str, Tensor]]
+"""Takes the number of a decoder layer and its tensors by name within the layer; returns them changed."""
 
 _CONVERT = (
     "convert it where its pickles are trusted, with transformers' from_pretrained and save_pretrained, or "
@@ -52,21 +57,21 @@ def is_companion(name: str) -> bool:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return what an index says: the name of each tensor, and which file beside the index it is in.
+    """Read an index: the name of each tensor to the file beside the index that holds it.
 
     Raises:
-        CheckpointError: If it is damaged, or names what is no safetensors file beside it.
+        CheckpointError: If it is damaged, or names something other than safetensors files.
     """
     try:
         shard_of = parse_object(read_limited(index))["weight_map"]
         if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-            raise ValueError("its weight_map is no object of file names")
+            raise ValueError("its weight_map does not map names to file names")
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error}. Fetch it again.") from error
     for shard in sorted(set(shard_of.values())):
         if not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} names {shard[:100]}, which is no safetensors file (pickles are never read). "
+                f"{index} names {shard[:100]}, which is not a safetensors file (pickles are never read). "
                 f"{_CONVERT}"
             )
     return shard_of
@@ -74,10 +79,106 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _no_weights(directory: Path) -> str:
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
-    held = f"holds only pickles ({', '.join(pickles[:3])}), which can run code where they are loaded"
+    held = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"
     problem = held if pickles else f"holds no model.safetensors or {INDEX}"
     advice = f"Give a checkpoint with safetensors weights (pickles are never read): {_CONVERT}"
     return f"{directory} {problem}. {advice}"
+
+
+class Checkpoint:
+    """A checkpoint's folder, opened once: its config is read and checked, the rest is read when asked for.
+
+    Only ``config.json`` need be there until the weights are asked for.
+
+    Attributes:
+        directory: The folder.
+        config: Its transformers config.
+        family: Where the model's family keeps its groups.
+        layers: Sizes of each decoder layer.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read the config.
+
+        Raises:
+            CheckpointError: If there is none, or it cannot be read.
+            UnsupportedModelError: If the model's family is not supported.
+        """
+        self.directory = directory
+        self.config = load_config(directory)
+        self.family = family_of(self.config)
+        self.layers = layer_shapes(self.config)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Number format of the first tensor, which stands for all."""
+        with self.weights() as reader:
+            return reader.tensor(reader.names()[0]).dtype
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How the checkpoint was made; {} if unknown."""
+        return read_json(self.directory / PROVENANCE)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """Content of ``generation_config.json``; {} if there is none."""
+        return read_json(self.directory / "generation_config.json")
+
+    def weights(self) -> "CheckpointReader":
+        """Open the weights."""
+        return CheckpointReader(self.directory)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Read a decoder layer's tensors, by their names within the layer."""
+        prefix = f"{self.family.layers}.{index}."
+        with self.weights() as reader:
+            names = [name for name in reader.names() if name.startswith(prefix)]
+            return {name.removeprefix(prefix): reader.tensor(name) for name in names}
+
+    def outside(self) -> dict[str, Tensor]:
+        """Read the tensors outside the decoder layers, less an output head that is tied to the embedding."""
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        with self.weights() as reader:
+            names = [n for n in reader.names() if not n.startswith(f"{self.family.layers}.")]
+            return {name: reader.tensor(name) for name in names if name not in tied}
+
+    def rewrite(
+        self,
+        target: Path,
+        config: Any,
+        *,
+        change: ChangeLayer = lambda _, tensors: tensors,
+        dtype: torch.dtype | None = None,
+        provenance: Mapping[str, Any],
+        config_writer: Callable[[Any, Path], None] = write_config,
+    ) -> None:
+        """Write the checkpoint with other layers, holding no more than one of them at a time.
+
+        Args:
+            target: Folder of the new checkpoint.
+            config: Describes it; see ``write_checkpoint``.
+            change: Turns a layer's tensors into those to write.
+            dtype: Number format to write; None keeps the stored one.
+            provenance: See ``write_checkpoint``.
+            config_writer: See ``write_checkpoint``.
+        """
+
+        def parts() -> Iterator[dict[str, Tensor]]:
+            for index in range(len(self.layers)):
+                tensors = change(index, self.layer(index))
+                yield {f"{self.family.layers}.{index}.{name}": t for name, t in tensors.items()}
+            yield self.outside()
+
+        write_checkpoint(
+            target,
+            config,
+            ({name: t.to(dtype or t.dtype) for name, t in part.items()} for part in parts()),
+            len(self.layers) + 1,
+            companions=self.directory,
+            provenance=provenance,
+            config_writer=config_writer,
+        )
 
 
 class CheckpointReader:
@@ -145,7 +246,7 @@ class CheckpointReader:
             tensor: Tensor = self._shard(self._shard_of[name]).get_tensor(name)
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self.directory / self._shard_of[name]}: {name} is of format {tensor.dtype}, but weights "
+                f"{self.directory / self._shard_of[name]}: {name} has the format {tensor.dtype}, but weights "
                 "must be float64, float32, bfloat16 or float16. Give a checkpoint that is not quantized."
             )
         return tensor
@@ -165,15 +266,6 @@ class CheckpointReader:
             lambda said: CheckpointError(f"{where} cannot be read ({said}). Fetch it again.")
         )
 
-    def dtype(self) -> torch.dtype:
-        """Return the number format of the first tensor, which stands for all."""
-        return self.tensor(next(iter(self._shard_of))).dtype
-
-    def layer(self, prefix: str) -> dict[str, Tensor]:
-        """Read all tensors whose names start with ``prefix.``, under the rest of their names."""
-        start = f"{prefix}."
-        return {name[len(start) :]: self.tensor(name) for name in self._shard_of if name.startswith(start)}
-
 
 def write_checkpoint(
     directory: Path,
@@ -185,16 +277,16 @@ def write_checkpoint(
     provenance: Mapping[str, Any],
     config_writer: Callable[[Any, Path], None] = write_config,
 ) -> None:
-    """Write a checkpoint, one shard a part, holding no more than one part at a time.
+    """Write a checkpoint, one shard per part, holding no more than one part at a time.
 
     Args:
         directory: Where it goes; created if missing.
-        config: The transformers config that describes it, or what ``config_writer`` takes for one.
-        parts: Full tensor names to tensors: one part a decoder layer, then one with the rest.
-        num_parts: How many parts there are (shards carry it in their names).
-        companions: Checkpoint whose tokenizer, chat template and generation config are copied along.
-        provenance: What is known of the checkpoint's making; written to ``adapt_pruner.json``.
-        config_writer: Writes ``config.json`` and the code that it names into a folder.
+        config: The transformers config that describes it, or whatever ``config_writer`` takes.
+        parts: Full tensor names to tensors: one part per decoder layer, then one with the rest.
+        num_parts: Number of parts, which is part of the shards' names.
+        companions: Folder of a checkpoint whose tokenizer, chat template and generation config are copied.
+        provenance: How the checkpoint was made; written to ``adapt_pruner.json``.
+        config_writer: Writes ``config.json``, and the code that it names, into a folder.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -216,7 +308,7 @@ def write_checkpoint(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object that lies beside the weights; {} if there is no such file.
+    """Read a JSON file beside the weights; {} if there is no such file.
 
     Raises:
         CheckpointError: If the file is damaged.
@@ -234,8 +326,7 @@ def save_model(
 ) -> None:
     """Write a model in memory as a checkpoint; arguments as in ``write_checkpoint``.
 
-    ``config.json`` names the number format of the weights that are written, whatever the model's config says:
-    it still names the format that the model was loaded in.
+    ``config.json`` gets the number format of the weights: the model's config may still name another.
     """
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype

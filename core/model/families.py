@@ -1,4 +1,4 @@
-"""Where each model family keeps what pruning removes: one table drives scores, sizes and surgery."""
+"""How each model family lays out the groups that pruning removes; drives scores, sizes and surgery."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from core.errors import UnsupportedModelError
 from core.model.shape import LayerShape
 
 Kind = Literal["query", "kv", "mlp"]
-"""What one slice of a weight belongs to: a query head, a KV head, or an MLP channel."""
+"""The kind of group that a slice of a weight belongs to."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Slicing:
     kinds: tuple[Kind, ...]
 
     def unit_rows(self, layer: LayerShape, length: int) -> list[tuple[Kind, Tensor]]:
-        """Return which rows along ``axis`` each unit takes.
+        """Return the rows along ``axis`` of each unit.
 
         Args:
             layer: Sizes of the layer.
-            length: Size of the weight along ``axis``: A rows a head, one row a channel.
+            length: Size of the weight along ``axis``: A rows per head, one row per channel.
 
         Returns:
-            For each block its kind and a (units, rows a unit) int64 tensor of row numbers.
+            For each block, its kind and a (units, rows per unit) int64 tensor of row numbers.
         """
         units = {"query": layer.query_heads, "kv": layer.kv_heads, "mlp": layer.mlp_width}
         rows = length // sum(units[kind] for kind in self.kinds)
@@ -51,9 +51,8 @@ class Family:
         model_type: ``model_type`` of its config.
         layers: Name of the list of decoder layers in the state dict.
         slicings: Weight or bias name within a layer to how groups lie in it; all other parameters stay whole.
-        prunes_heads: Whether a head can go without a change to those that stay.
-        ends_in_sum: Whether the output of ``last_projection`` goes into the residual sum, at most scaled, and
-            nowhere else.
+        prunes_heads: Whether a head can be removed without changing the others.
+        ends_in_sum: Whether ``last_projection``'s output only goes into the residual sum, at most scaled.
         last_projection: The linear map that ends a layer.
     """
 
@@ -66,7 +65,7 @@ class Family:
 
 
 def _projections(**kinds: tuple[int, *tuple[Kind, ...]]) -> dict[str, Slicing]:
-    """Expand ``block__projection=(axis, kind, ...)`` to its weight and, where outputs are cut, its bias."""
+    """Expand ``block__projection=(axis, kind, ...)`` to its weight and, if outputs are cut, its bias."""
     slicings = {}
     for name, (axis, *blocks) in kinds.items():
         path = name.replace("__", ".")
@@ -111,7 +110,7 @@ FAMILIES = {
         ("granite", _LLAMA, True),
         ("llama", _LLAMA, True),
         ("mistral", _LLAMA, True),
-        # Queries and keys are normalised over all heads at once: each that goes changes those that stay.
+        # Queries and keys are normalised over all heads at once: removing one changes the others.
         ("olmo2", _LLAMA | _NORMS_OVER_HEADS, False),
         ("phi3", _FUSED, True),
         ("qwen2", _LLAMA, True),
@@ -128,20 +127,19 @@ _OBSTACLES = {
     "state_size": "is a state-space model",
     "ssm_state_size": "is a state-space model",
     "mamba_d_state": "is a state-space model",
-    "text_config": "is multimodal: only a checkpoint of its language model alone could be read",
-    "vision_config": "is multimodal: only a checkpoint of its language model alone could be read",
+    "text_config": "is multimodal: only a checkpoint of the language model alone could be read",
+    "vision_config": "is multimodal: only a checkpoint of the language model alone could be read",
     "is_encoder_decoder": "is an encoder-decoder",
     "use_bidirectional_attention": "attends in both directions",
 }
-"""Config entries that tell of something that no family of the table has."""
+"""Config entries of architectures that no family in the table has."""
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config.
 
     Raises:
-        UnsupportedModelError: If the family is not supported, with the list of those that are, or the config
-            asks for something that its family does not have here, such as experts.
+        UnsupportedModelError: If the family, or a feature of the config (such as experts), is not supported.
     """
     model_type = getattr(config, "model_type", "unknown")
     obstacle = next((name for name in _OBSTACLES if getattr(config, name, None)), None)
@@ -155,12 +153,12 @@ def family_of(config: Any) -> Family:
 
 
 def under_its_family(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json's content under the name of the family that the model belongs to.
+    """Return a config.json's content under its actual family.
 
-    MobileLLM is Llama under a model type of its own, with ``share_embedding`` for tied embeddings.
+    MobileLLM is Llama with its own model type, and ``share_embedding`` for tied embeddings.
 
     Raises:
-        UnsupportedModelError: If a MobileLLM shares layers, which no Llama does.
+        UnsupportedModelError: If a MobileLLM shares layers, which Llama does not.
     """
     if data.get("model_type") != "mobilellm":
         return dict(data)

@@ -72,11 +72,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Read a header and check that the file holds what it says, and that sizes and tensors fit each other.
 
     Raises:
-        CheckpointError: If the file is damaged, or no GGUF file.
+        CheckpointError: If the file is damaged, or not a GGUF file.
     """
     try:
         if not path.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             header = _read(_Reader(file, path.stat().st_size))
         _check(header)

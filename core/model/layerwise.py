@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from core.machine.memory import available_bytes
-from core.model.build import build_model, config_with_layers, load_config, model_shape
-from core.model.checkpoint import CheckpointReader
+from core.model.build import build_model, model_shape
+from core.model.checkpoint import ChangeLayer, Checkpoint
+from core.model.config import config_with_layers
 from core.model.families import family_of
 from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Resident = Callable[[int], AbstractContextManager[torch.nn.Module]]
-"""Brings the decoder layer of a number into memory while it is used."""
+"""Takes a layer's number, and holds the layer in memory while it is used."""
 
 
 class LayerwiseModel:
     """Runs a model's embedding, its layers one by one, and its head.
 
-    What a family hands to its layers (masks, rotary tables, windows) is taken from its own code: its decoder
-    is run with layers that only record how they are called. That depends on the shape of a batch alone, since
-    no batch is padded.
+    The arguments that a family passes to its layers (masks, rotary tables, windows) come from its own code:
+    its decoder is run with layers that only record how they are called. That depends only on the shape of a
+    batch, since no batch is padded.
     """
 
     def __init__(self, model: "PreTrainedModel", resident: Resident | None = None) -> None:
@@ -37,12 +37,12 @@ class LayerwiseModel:
 
         Args:
             model: The model.
-            resident: How a layer comes into memory; None if all are there.
+            resident: Brings a layer into memory; None if all are there.
         """
         self.model = model
         layers = list(model.get_submodule(family_of(model.config).layers).children())
         self.layers: list[torch.nn.Module] = layers
-        # Not by way of self: that would be a cycle, and the whole model would wait for the garbage collector.
+        # Without a reference to self: a cycle would keep the whole model until garbage is collected.
         self.resident: Resident = resident or (lambda index: contextlib.nullcontext(layers[index]))
         self._calls: dict[torch.Size, list[dict[str, Any]]] = {}
 
@@ -62,19 +62,19 @@ class LayerwiseModel:
         return states[0]
 
     def run(self, index: int, state: Tensor) -> Tensor:
-        """Run layer ``index``, which must be in memory, on a (B, T, D) input of an embedded batch's shape."""
+        """Run layer ``index``, which must be in memory, on (B, T, D) states of an embedded batch's shape."""
         output = self.layers[index](state, **self._calls[state.shape[:2]][index])
         return output[0] if isinstance(output, tuple) else output
 
     def head_gradient(self, batch: Tensor, state: Tensor, *, predictions: int) -> tuple[float, Tensor]:
-        """Return a batch's causal-LM loss and its gradient by the last layer's output.
+        """Return a batch's causal-LM loss and its gradient with respect to the last layer's output.
 
         Everything after the layers (final norm, output head, soft caps) is run by the model's own code.
 
         Args:
             batch: (B, T) token ids.
             state: (B, T, D) output of the last layer.
-            predictions: What the loss is divided by: of the batch, or of a larger set that it is a part of.
+            predictions: The loss is divided by this number: of the batch, or of the larger set it belongs to.
 
         Returns:
             Summed loss / ``predictions`` in nats, and the (B, T, D) gradient.
@@ -90,7 +90,7 @@ class LayerwiseModel:
 
 @contextlib.contextmanager
 def frozen(model: "PreTrainedModel") -> Iterator[None]:
-    """Switch off all weight gradients and dropout for a while."""
+    """Switch off weight gradients and dropout within the block."""
     required = [p.requires_grad for p in model.parameters()]
     training = model.training
     model.requires_grad_(False).eval()
@@ -104,7 +104,7 @@ def frozen(model: "PreTrainedModel") -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Give each layer another forward for a while."""
+    """Give each layer another forward within the block."""
     for layer, forward in zip(layers, forwards, strict=True):
         layer.forward = forward
     try:
@@ -115,44 +115,49 @@ def replaced(layers: Sequence[torch.nn.Module], forwards: Sequence[Callable[...,
 
 
 def open_streamed(
-    directory: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     sizes: Sequence[LayerShape] | None = None,
-    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    cut: ChangeLayer = lambda _, tensors: tensors,
 ) -> LayerwiseModel:
     """Open a checkpoint whose decoder layers stay on disk; a layer is in memory only while it is used.
 
-    Args:
-        directory: Hugging Face directory with safetensors weights.
-        dtype: Number format to load into; None keeps the stored one.
-        device: Where weights go while they are used.
-        sizes: Layer sizes, if ``cut`` changes them.
-        cut: Changes the tensors of a layer (by number and name within the layer) each time they are loaded.
+    ``cut`` changes the tensors of a layer each time they are loaded; ``sizes`` are the sizes that result.
+    ``dtype`` None keeps the stored number format.
 
     Raises:
         CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
-        UnsupportedModelError: If the model's family is not supported.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    config = load_config(directory)
-    if sizes is not None:
-        config = config_with_layers(config, sizes)
-    prefix = family_of(config).layers
-    with CheckpointReader(directory) as reader:
-        outside = {name: reader.tensor(name) for name in reader.names() if not name.startswith(f"{prefix}.")}
-    dtype = dtype or next(iter(outside.values())).dtype
-    # Parameters take no memory, but tables that are computed (rotary frequencies) are real.
+    config = checkpoint.config if sizes is None else config_with_layers(checkpoint.config, sizes)
+    prefix, outside, number_format = checkpoint.family.layers, checkpoint.outside(), dtype or checkpoint.dtype
+    # Parameters take no memory, but computed tables (rotary frequencies) are real.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = build_model(config, dtype=dtype)
-    streamed = LayerwiseModel(model, lambda index: _loaded(model, directory, index, dtype, cut))
+        model = build_model(config, dtype=number_format)
+
+    def fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+        there = {name: tensor.to(device, number_format) for name, tensor in tensors.items()}
+        _fill(module, there, f"{checkpoint.directory}: {what}")
+
+    @contextlib.contextmanager
+    def resident(index: int) -> Iterator[torch.nn.Module]:
+        name = f"{prefix}.{index}"
+        layer = model.get_submodule(name)
+        fill(layer, cut(index, checkpoint.layer(index)), name)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    streamed = LayerwiseModel(model, resident)
     owner, _, name = prefix.rpartition(".")
     layers = model.get_submodule(prefix)
     setattr(model.get_submodule(owner), name, torch.nn.ModuleList())
-    _fill(model, {key: t.to(device, dtype) for key, t in outside.items()}, f"{directory}: outside the layers")
+    fill(model, outside, "outside the layers")
     model.tie_weights()
     torch.nn.Module.to(model, device)
     setattr(model.get_submodule(owner), name, layers)
@@ -160,45 +165,19 @@ def open_streamed(
 
 
 def exceeds_memory(
-    directory: Path, *, dtype: torch.dtype | None, device: torch.device, free_bytes: int | None = None
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device, free_bytes: int | None = None
 ) -> bool:
     """Return whether a checkpoint's weights would take over half of the memory that is free on ``device``.
 
-    Args:
-        directory: Hugging Face directory with safetensors weights.
-        dtype: Number format that they would be loaded into; None for the stored one.
-        device: Where they would go.
-        free_bytes: Memory that is free there; None looks.
+    ``dtype`` None stands for the stored number format; ``free_bytes`` None looks.
     """
     free = available_bytes(device) if free_bytes is None else free_bytes
-    with CheckpointReader(directory) as reader:
-        width = (dtype or reader.dtype()).itemsize
-    return model_shape(load_config(directory)).num_params() * width > free // 2
-
-
-@contextlib.contextmanager
-def _loaded(
-    model: "PreTrainedModel",
-    directory: Path,
-    index: int,
-    dtype: torch.dtype,
-    cut: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None,
-) -> Iterator[torch.nn.Module]:
-    name = f"{family_of(model.config).layers}.{index}"
-    layer = model.get_submodule(name)
-    with CheckpointReader(directory) as reader:
-        tensors = reader.layer(name)
-    tensors = cut(index, tensors) if cut else tensors
-    _fill(layer, {key: t.to(model.device, dtype) for key, t in tensors.items()}, f"{directory}: {name}")
-    del tensors
-    try:
-        yield layer
-    finally:
-        layer.to("meta")
+    width = (dtype or checkpoint.dtype).itemsize
+    return model_shape(checkpoint.config).num_params() * width > free // 2
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Assign a module's parameters, all of them but those that are tied."""
+    """Assign all of a module's parameters except tied ones."""
     try:
         missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a config.json may say, looked at before anything is built by it: sizes are numbers, and not absurd."""
+"""Limits on the sizes in a config.json, checked before anything is built from it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,17 +13,17 @@ _MAX = {
     "vocab_size": 2**23,
     "max_position_embeddings": 2**40,
 }
-"""The largest value of each size; models of 2025 have a tenth of it at most."""
+"""The largest value of each size; models of 2025 have at most a tenth of it."""
 
 _OF_A_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _OF_THE_WHOLE = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def check_sizes(data: Mapping[str, Any]) -> None:
-    """Check the sizes that the content of a config.json states; those that it leaves out have defaults.
+    """Check the sizes given in a config.json; those left out have defaults.
 
     Raises:
-        ValueError: If one is no whole number, or out of range.
+        ValueError: If one is not a whole number, or is out of range.
     """
     _check(data, _MAX, "")
     layers = data.get("num_hidden_layers")
@@ -36,10 +36,10 @@ def check_sizes(data: Mapping[str, Any]) -> None:
 
 
 def check_complete(config: Any) -> None:
-    """Check the sizes of a config that transformers has read, each layer's too.
+    """Check the sizes of a config that transformers has read, including those of each layer.
 
     Raises:
-        ValueError: If one is missing or out of range, or heads cannot be shared out over KV heads.
+        ValueError: If one is missing or out of range, or KV heads do not divide query heads.
     """
     for name in _OF_THE_WHOLE:
         _check_size(name, getattr(config, name, None), _MAX[name])
@@ -47,17 +47,17 @@ def check_complete(config: Any) -> None:
         for name in _OF_A_LAYER[:3]:
             _check_size(f"layer {index}: {name}", getattr(layer, name, None), _MAX[name])
         if layer.num_attention_heads % layer.num_key_value_heads:
-            raise ValueError(f"layer {index}: num_attention_heads is no multiple of num_key_value_heads")
+            raise ValueError(f"layer {index}: num_attention_heads is not a multiple of num_key_value_heads")
 
 
 def _layers(per_layer: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if per_layer is None:
         return
     if not isinstance(per_layer, dict) or not all(isinstance(layer, dict) for layer in per_layer.values()):
-        raise ValueError("per_layer_config is no object of one object a layer")
+        raise ValueError("per_layer_config must be an object with one object per layer")
     for name, layer in per_layer.items():
         if not (name.isascii() and name.isdecimal() and len(name) < 5):
-            raise ValueError(f"per_layer_config.{name} names no layer")
+            raise ValueError(f"per_layer_config.{name} does not name a layer")
         yield name, layer
 
 

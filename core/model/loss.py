@@ -1,7 +1,7 @@
 """The next-token loss of a causal language model and its gradient, a chunk of positions at a time.
 
-Logits are the largest array of a small model: V numbers a position. Only those of one chunk exist at once,
-and only of positions whose next token counts. The model's own code computes them from the final hidden
+Logits are the largest array of a small model: V numbers per position. Only those of one chunk exist at a
+time, and only for positions whose next token counts. The model's own code computes them from the final hidden
 states, because some families scale or cap them.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist at once, 64 MiB in float32: 340 positions at V = 49,152. A GPU needs more to be busy."""
+"""Logits that exist at a time: 64 MiB in float32, 340 positions at V = 49,152. A GPU needs more."""
 
 
 def final_states(model: "PreTrainedModel", ids: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def loss_sum(model: "PreTrainedModel", states: Tensor, ids: Tensor) -> float:
 def loss_gradient(
     model: "PreTrainedModel", states: Tensor, ids: Tensor, *, scale: float, trained: Tensor | None = None
 ) -> tuple[float, Tensor]:
-    """Return the summed next-token loss and the gradient of ``scale`` times it by the hidden states.
+    """Return the summed next-token loss and the gradient of ``scale`` times it with respect to ``states``.
 
     Parameters of the head that require a gradient get theirs added to ``grad``; a frozen head costs nothing.
 
@@ -59,8 +59,8 @@ def loss_gradient(
         model: As for ``loss_sum``.
         states: (B, T, D) hidden states from ``final_states``; their graph is left to the caller.
         ids: (B, T) int64 token ids.
-        scale: What the sum is multiplied by, such as 1 / predictions.
-        trained: (B, T), not 0 where a token is a target; None for all. Other positions cost nothing.
+        scale: Factor on the gradient, such as 1 / predictions.
+        trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing.
 
     Returns:
         The sum, unscaled, and the (B, T, D) gradient in the format of ``states``.
@@ -83,7 +83,7 @@ def loss_gradient(
 def chunk_gradient(
     model: "PreTrainedModel", rows: Tensor, targets: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of (N, D) states with (N,) targets, and the (N, D) gradient of ``scale`` times it."""
+    """Return the summed loss of (N, D) states with (N,) targets, and ``scale`` times its (N, D) gradient."""
     rows = rows.detach().requires_grad_()
     logits = _logits(model, rows)
     loss, gradient = _cross_entropy(logits.detach(), targets)
@@ -99,7 +99,7 @@ def chunk_positions(vocabulary: int, device: str) -> int:
 
 
 def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (N, D) states and their (N,) targets; without any, one pair that is empty."""
+    """Yield (N, D) states and their (N,) targets; one empty pair if there are none."""
     size = chunk_positions(int(model.config.vocab_size), rows.device.type)
     yield from zip(rows.split(size), targets.split(size), strict=True)
 
@@ -122,9 +122,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of (N, V) logits and its gradient by them: softmax less one-hot.
+    """Return the summed loss of (N, V) logits and its gradient: softmax minus one-hot.
 
-    By hand, because it takes one array of the logits' size where autograd takes four.
+    Computed by hand, which takes one array of the logits' size where autograd takes four.
     """
     wide = _wide(logits)
     normaliser = wide.logsumexp(dim=-1, keepdim=True)

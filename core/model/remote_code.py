@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 MODULE = "modeling_unequal_layers"
-"""The module beside this one that such a checkpoint carries; transformers runs it if it is trusted."""
+"""The module beside this one that such a checkpoint contains; transformers runs it if trusted."""
 
 _CLASSES = {
     "AutoConfig": "UnequalLayersConfig",
@@ -27,7 +27,7 @@ def stock_classes(config: Any) -> dict[str, str]:
 def write_config(config: Any, directory: Path) -> None:
     """Write ``config.json``, and for unequal layers the code that builds them.
 
-    A model of equal layers is a plain checkpoint of its family: it carries no code.
+    A model of equal layers is a plain checkpoint of its family, without code.
 
     Args:
         config: The transformers config; stays as it is.
@@ -37,7 +37,7 @@ def write_config(config: Any, directory: Path) -> None:
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]
     if config.is_heterogeneous:
-        # Names that no runtime knows as its own: one that did would build all layers alike.
+        # Names unknown to any runtime: one that knew them would build all layers alike.
         config.architectures = [_CLASSES["AutoModelForCausalLM"]]
         config.auto_map = {auto: f"{MODULE}.{name}" for auto, name in _CLASSES.items()}
         source = Path(__file__).with_name(f"{MODULE}.py").read_text()

@@ -1,4 +1,4 @@
-"""The sizes of a model: what each layer holds, and what a group costs in parameters."""
+"""The sizes of a model's layers, and the parameters that each group takes."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -29,12 +29,12 @@ class LayerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model and the parameters that each part costs.
+    """Sizes of a model and the parameters of each part.
 
     Attributes:
         layers: Sizes of each decoder layer.
         outside_params: Parameters outside the decoder layers (embeddings, final norm, an untied output head).
-        layer_params: Parameters of a decoder layer that belong to no group (norms, output biases).
+        layer_params: Parameters of a decoder layer outside all groups (norms, output biases).
         query_head_params: Parameters of one query head (its rows of q_proj, its columns of o_proj).
         kv_head_params: Parameters of one KV head (its rows of k_proj and v_proj).
         mlp_channel_params: Parameters of one MLP channel (3*D, and its biases).

@@ -1,1 +1,1 @@
-"""Which groups a model can lose: calibration, importance, sparsity, plans and surgery."""
+"""Choosing and removing groups: scores, importance, sparsity, plans and surgery."""

@@ -1,4 +1,4 @@
-"""What attention loses, and when: as much as the MLP, or what is worth less than the MLP's channels."""
+"""When attention is cut: as much as the MLP, or where it scores lower than the MLP's channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,11 @@ from core.settings.prune import AttentionUnit
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCut:
-    """What the attention of one layer loses, and when.
+    """How the attention of one layer is cut.
 
     Attributes:
-        unit: A KV head with its query heads, or one query head of every KV head; None where attention is none
-            of what is pruned.
-        due: Sparsities of the layer at which the next units go, ascending; the last unit is not among them.
+        unit: A KV head with its query heads, or one query head of every KV head; None if it stays whole.
+        due: Sparsities of the layer at which the next units are removed, ascending; the last unit stays.
     """
 
     unit: Literal["kv_group", "query_head"] | None = "kv_group"
@@ -28,35 +27,25 @@ class AttentionCut:
 def attention_cuts(
     unit: AttentionUnit, dense: ModelShape, current: ModelShape, scores: Sequence[LayerScores] | None = None
 ) -> tuple[AttentionCut, ...]:
-    """Return what each layer's attention loses under a setting.
+    """Return how each layer's attention is cut under a setting.
 
     Args:
         unit: The setting.
         dense: Sizes at the start of the run.
         current: Sizes now.
-        scores: Scores of each layer's groups; without them, ``auto`` stands for all that it could take.
+        scores: Scores of each layer's groups; without them, ``auto`` allows every cut.
     """
     if unit == "none":
         return (AttentionCut(unit=None),) * len(dense.layers)
-    if unit == "auto":
-        return (
-            equal_cuts(dense, current, "kv_group")
-            if scores is None
-            else cuts_by_score(dense, current, scores)
-        )
-    return equal_cuts(dense, current, unit)
+    if unit == "auto" and scores is not None:
+        return cuts_by_score(dense, current, scores)
+    return equal_cuts(dense, current, "kv_group" if unit == "auto" else unit)
 
 
 def equal_cuts(
     dense: ModelShape, current: ModelShape, unit: Literal["kv_group", "query_head"]
 ) -> tuple[AttentionCut, ...]:
-    """Let attention lose the same share of its units as the MLP loses of its channels (section 3.1).
-
-    Args:
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        unit: What goes.
-    """
+    """Cut the same share of attention units as of MLP channels (section 3.1)."""
 
     def units(layer: LayerShape) -> int:
         return layer.heads_per_group if unit == "query_head" else layer.kv_heads
@@ -73,12 +62,7 @@ def equal_cuts(
 def cuts_by_score(
     dense: ModelShape, current: ModelShape, scores: Sequence[LayerScores]
 ) -> tuple[AttentionCut, ...]:
-    """Let a KV group go when it is worth less a parameter than the MLP channels that would go instead.
-
-    Args:
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        scores: Scores of each layer's groups.
+    """Cut a KV group when it scores lower per parameter than the MLP channels it would replace.
 
     Returns:
         For ``Sizing(by_budget=True)``.

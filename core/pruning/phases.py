@@ -1,10 +1,10 @@
-"""How a run is shared out over its phases: sizes, training tokens, optimizer steps (section 3.2, eq. 11)."""
+"""How a run is divided into phases: sizes, training tokens, optimizer steps (section 3.2, eq. 11)."""
 
 import math
 from typing import Literal
 
 MAX_STEP_SHARE = 0.05
-"""Share of a model's parameters that one step removes at most: importance changes with what has gone."""
+"""Largest share of parameters that one step removes, as importance changes with what is removed."""
 
 
 def phase_sizes(
@@ -17,10 +17,10 @@ def phase_sizes(
         target_params: Parameters after the last phase.
         phases: N_P.
         kind: ``geometric``: phase i ends at |M| * P^i with P = (target / |M|)^(1 / N_P), as in the paper;
-            ``linear``: all phases remove equally many parameters.
+            ``linear``: all phases remove the same number of parameters.
 
     Returns:
-        One count a phase, ending exactly at the target.
+        One count per phase; the last one is the target.
     """
     sizes = []
     for phase in range(1, phases + 1):
@@ -34,12 +34,12 @@ def phase_sizes(
 
 
 def pruning_steps(before_params: int, target_params: int, setting: int = 0) -> int:
-    """Return how many pruning steps a phase takes.
+    """Return the number of pruning steps of a phase.
 
     Args:
         before_params: Parameters before the phase.
         target_params: Parameters after it.
-        setting: ``prune.steps_per_phase``; 0 for as many as keep each step within ``MAX_STEP_SHARE``.
+        setting: ``prune.steps_per_phase``; 0 keeps each step within ``MAX_STEP_SHARE``.
     """
     return setting or max(1, math.ceil((1 - target_params / before_params) / MAX_STEP_SHARE - 1e-9))
 
@@ -50,13 +50,13 @@ def phase_shares(phases: int) -> tuple[float, ...]:
 
 
 def phase_steps(total_steps: int, phases: int) -> tuple[int, ...]:
-    """Split optimizer steps over the phases by ``phase_shares``; the last phase takes what rounding leaves.
+    """Split optimizer steps over the phases by ``phase_shares``; the last phase takes the remainder.
 
-    Every phase gets at least one step where there are enough.
+    Every phase gets at least one step if there are enough.
     """
     if total_steps < phases:
         return (0,) * (phases - 1) + (total_steps,)
     steps = [max(1, int(total_steps * share)) for share in phase_shares(phases)[:-1]]
-    while sum(steps) >= total_steps:  # only where the minimum of one step asks for more than there is
+    while sum(steps) >= total_steps:  # only if the minimum of one step per phase exceeds the total
         steps[steps.index(max(steps))] -= 1
     return (*steps, total_steps - sum(steps))

@@ -1,4 +1,4 @@
-"""A plan: which groups of each layer stay. Made from statistics, applied by surgery, kept as JSON."""
+"""A plan: the groups of each layer that stay. Made from statistics, applied by surgery, stored as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class LayerPlan:
     """What one layer keeps, as ascending indices into its present groups.
 
     Attributes:
-        query_heads: Kept query heads; grouped by the KV heads that stay, equally many each.
+        query_heads: Kept query heads; the same number for each kept KV head.
         kv_heads: Kept KV heads.
         mlp_channels: Kept MLP channels.
     """
@@ -54,13 +54,13 @@ class Plan:
     Attributes:
         layers: What each layer keeps.
         before: Sizes of each layer of the checkpoint that the plan was made for.
-        checkpoint: Digest of that checkpoint; the plan fits no other.
-        statistics: Digest of the statistics that it was made from.
+        checkpoint: Digest of that checkpoint; the plan is only valid for it.
+        statistics: Digest of the statistics it was made from.
         importance: Normalised importance of each layer at the last step.
         sparsity: Cumulative sparsity of each layer, a share of its width at the start of the run.
         params_before: Parameters before.
         params_after: Parameters after.
-        target_params: Parameters that were asked for.
+        target_params: Requested parameters.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -160,7 +160,7 @@ def _fits(plan: LayerPlan, shape: LayerShape) -> bool:
     whole = all(indices and list(indices) == sorted(set(indices)) for indices, _ in kept)
     if not whole or any(indices[0] < 0 or indices[-1] >= size for indices, size in kept):
         return False
-    # The heads that stay must go on reading their own KV head.
+    # Kept heads must still read their own KV head.
     per_group, position = (
         len(plan.query_heads) / len(plan.kv_heads),
         {h: i for i, h in enumerate(plan.kv_heads)},
@@ -170,12 +170,12 @@ def _fits(plan: LayerPlan, shape: LayerShape) -> bool:
 
 
 def select_groups(scores: LayerScores, now: LayerShape, after: LayerShape) -> LayerPlan:
-    """Choose what a layer keeps: within each kind the lowest-scoring groups go first (section 3.1).
+    """Choose what a layer keeps: within each kind, the lowest-scoring groups go first (section 3.1).
 
     Args:
         scores: Scores of the layer's groups.
         now: Sizes of the layer.
-        after: Sizes to reach: fewer KV heads with as many query heads each, or fewer query heads for each.
+        after: Sizes to reach: fewer KV heads with as many query heads each, or fewer query heads each.
     """
     per_group = now.heads_per_group
     if after.heads_per_group < per_group:
@@ -197,6 +197,6 @@ def select_groups(scores: LayerScores, now: LayerShape, after: LayerShape) -> La
 
 
 def _highest(scores: Tensor, count: int) -> tuple[int, ...]:
-    """Return the indices of the ``count`` highest scores, ascending; of equals the first stay."""
+    """Return the indices of the ``count`` highest scores, ascending; the first of equals stay."""
     order = torch.argsort(scores, descending=True, stable=True)
     return tuple(sorted(order[:count].tolist()))

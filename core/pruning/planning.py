@@ -1,4 +1,4 @@
-"""Adapt-Pruner's decisions: statistics in, kept groups and the new cumulative sparsity out (Algorithm 1)."""
+"""Adapt-Pruner's decisions: from statistics to kept groups and cumulative sparsity (Algorithm 1)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one pruning step decides.
+    """The decisions of one pruning step.
 
     Attributes:
         layers: What each layer keeps.
-        shape: Sizes of the model that stays.
+        shape: Sizes of the remaining model.
         importance: Normalised importance of each layer.
         sparsity: Cumulative sparsity of each layer after the step.
     """
@@ -41,12 +41,12 @@ class Step:
 def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
     """Return the settings as they apply to a family.
 
-    The portable profile stands for whole attention and MLP widths that are multiples of 256. ``auto`` leaves
-    attention whole where no head can go. It compares attention with MLP channels by their scores, so it
-    stands for ``kv_group`` under a criterion whose scores are not the loss's.
+    The portable profile means whole attention and MLP widths that are multiples of 256. ``auto`` leaves
+    attention whole if the family's heads cannot be removed. It compares scores of attention and MLP, so it
+    means ``kv_group`` under a criterion whose scores are not in units of loss.
 
     Raises:
-        UnsupportedModelError: If the settings ask for heads of such a family.
+        UnsupportedModelError: If the settings ask to remove heads that cannot be removed.
     """
     if settings.profile == "portable":
         multiple = max(settings.width_multiple, PORTABLE_WIDTH)
@@ -59,7 +59,7 @@ def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
         return settings
     raise UnsupportedModelError(
         f"prune.attention_unit={settings.attention_unit}: {family.model_type} normalises queries and keys "
-        "over all heads at once, so none can go without a change to the others. Set prune.attention_unit to "
+        "over all heads at once, so removing one changes the others. Set prune.attention_unit to "
         "auto or none."
     )
 
@@ -70,13 +70,9 @@ def sizing_for(
     current: ModelShape,
     scores: Sequence[LayerScores] | None = None,
 ) -> Sizing:
-    """Return the rules by which sparsities become sizes under the settings of a run.
+    """Return the rules that turn sparsities into sizes under the settings of a run.
 
-    Args:
-        settings: Attention unit and width multiple.
-        dense: Sizes at the start of the run.
-        current: Sizes now.
-        scores: Scores of each layer's groups; None to ask what could be reached at all.
+    Without ``scores`` of the groups, the rules allow every size that some scores could lead to.
     """
     return Sizing(
         dense=dense,
@@ -105,15 +101,15 @@ def plan_step(
         current: Sizes now.
         sparsity: Cumulative sparsity of each layer so far.
         target_params: Where the phase ends.
-        steps_left: Steps of the phase that are left, this one included; the last one lands on the target,
-            as does an earlier one that would cross it.
+        steps_left: Steps left in the phase, including this one; the last one lands on the target, as does an
+            earlier one that would cross it.
         settings: Amplitude, attention unit and width multiple.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
     sizing = sizing_for(settings, dense, current, statistics.scores)
-    # eq. 4-5: a layer that leaves its input as it was matters least.
+    # eq. 4-5: a layer that leaves its input unchanged matters least.
     importance = normalise_importance([-s for s in statistics.similarities.tolist()])
     to_remove = max(current.num_params() - target_params, 0) / steps_left
     added = to_remove / sizing.prunable_params()
@@ -123,7 +119,7 @@ def plan_step(
     layers = sizes_at(sizing, after)
     if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
         layers, shift = sizes_for_target(sizing, after, importance, target_params)
-        # Widths that were rounded down ask the others to wait, but that takes back nothing of earlier steps.
+        # Widths that were rounded down lower the shift, but not below the sparsity before this step.
         shift = max(shift, -added)
         after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
     plans = tuple(
@@ -156,20 +152,20 @@ def plan_phase(
         settings: Steps, amplitude, attention unit and width multiple.
         checkpoint: Digest of the checkpoint.
         statistics_digest: Digest of the statistics.
-        remeasure: Takes what the steps so far keep of the checkpoint and the number of the next step (from
-            1), and returns statistics of the model that is left.
+        remeasure: Takes what the last step keeps of the model before it, and the next step's number (from 1);
+            returns statistics of the remaining model.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
     plan: Plan | None = None
+    step: Step | None = None
     steps = pruning_steps(current.num_params(), target_params, settings.steps_per_phase)
     for number in range(steps):
         if number and current.num_params() <= target_params:
             break
-        if number:
-            assert plan is not None, "the first step has made one"
-            statistics = remeasure(plan.layers, number)
+        if step is not None:
+            statistics = remeasure(step.layers, number)
         step = plan_step(
             statistics,
             dense=dense,

@@ -1,9 +1,9 @@
-"""How much the loss grows when one layer alone is pruned, layer by layer (Figure 1 of the paper)."""
+"""The growth of the loss when a single layer is pruned, for each layer (Figure 1 of the paper)."""
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError, TargetError
-from core.model.build import layer_shapes, model_shape
+from core.model.build import model_shape
+from core.model.config import layer_shapes
 from core.model.families import Family, family_of
 from core.model.layerwise import replaced
 from core.model.loss import final_states, loss_sum
 from core.model.shape import LayerShape, ModelShape
+from core.progress import Progress
 from core.pruning.attention import attention_cuts
 from core.pruning.plan import LayerPlan, select_groups
 from core.pruning.scoring.statistics import Statistics
@@ -28,18 +30,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Part = Literal["both", "mlp", "attention"]
-"""What a layer loses: MLP channels and attention groups, or one of them."""
+"""What is removed from a layer: MLP channels and attention groups, or one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """What pruning one layer alone does.
+    """The effect of pruning a single layer.
 
     Attributes:
         importance: 1 - similarity of the layer's input and output; larger changes its input more (eq. 4-5).
-        removed: Share of the layer's parameters that goes, in [0, 1).
-        loss: Loss of the model with this layer pruned, nats a token.
-        loss_increase: The same, less the loss of the model as it was.
+        removed: Share of the layer's parameters that is removed, in [0, 1).
+        loss: Loss of the model with this layer pruned, nats per token.
+        loss_increase: The same, minus the loss of the unpruned model.
     """
 
     importance: float
@@ -53,8 +55,8 @@ class Sensitivity:
     """A study of all layers.
 
     Attributes:
-        loss: Loss of the model as it was, nats a token.
-        layers: One entry a layer.
+        loss: Loss of the unpruned model, nats per token.
+        layers: One entry per layer.
     """
 
     loss: float
@@ -84,29 +86,27 @@ def layer_sensitivity(
     part: Part,
     attention_unit: AttentionUnit,
     batch_size: int,
-    advance: Callable[[int], object] = lambda sequences: None,
 ) -> Sensitivity:
-    """Prune each layer in turn, and it alone, and measure the loss.
+    """Prune each layer by itself, and measure the loss.
 
     Args:
-        model: Left as it was found.
+        model: Left unchanged.
         tokens: (S, T) integer token ids of text that the statistics were not measured on.
-        statistics: Measured on ``model``: the lowest-scoring groups go.
-        sparsity: Share of a layer's MLP channels and attention units that goes, in (0, 1). Only whole ones
-            go, and one of each stays.
-        part: What the layers lose.
-        attention_unit: What attention loses.
-        batch_size: Sequences a forward pass. The states between all layers are held for one batch at a time.
-        advance: Called with a number of sequences each time that a layer has been tried on so many.
+        statistics: Measured on ``model``: the lowest-scoring groups are removed.
+        sparsity: Share of a layer's MLP channels and attention units that is removed, in (0, 1), rounded to
+            whole units; one of each stays.
+        part: What is removed from the layers.
+        attention_unit: The unit of attention that is removed.
+        batch_size: Sequences per forward pass; the states between layers are held for one batch at a time.
 
     Raises:
-        TargetError: If no layer has a whole group to lose.
+        TargetError: If no layer would lose a whole group.
         CheckpointError: If a loss is not a number.
     """
     assert 0 < sparsity < 1, sparsity
     shape = model_shape(model.config)
     plans = plans_for_layers(statistics, shape, sparsity=sparsity, part=part, attention_unit=attention_unit)
-    loss, losses = losses_with_layer_pruned(model, tokens, plans, batch_size=batch_size, advance=advance)
+    loss, losses = losses_with_layer_pruned(model, tokens, plans, batch_size=batch_size)
     log.info("loss %.4f; with one layer pruned %.4f to %.4f", loss, min(losses), max(losses))
     return Sensitivity(
         loss=loss,
@@ -130,7 +130,7 @@ def plans_for_layers(
     """Return what each layer keeps at the given sparsity.
 
     Raises:
-        TargetError: If all keep everything.
+        TargetError: If every layer keeps everything.
     """
     unit: AttentionUnit = "none" if part == "mlp" else attention_unit
     cuts = attention_cuts(unit, shape, shape)
@@ -157,19 +157,17 @@ def losses_with_layer_pruned(
     plans: Sequence[LayerPlan],
     *,
     batch_size: int,
-    advance: Callable[[int], object] = lambda sequences: None,
 ) -> tuple[float, list[float]]:
-    """Return the loss of a model, and its loss with each layer alone cut down to its plan, nats a token.
+    """Return a model's loss, and its loss with each single layer cut down to its plan, in nats per token.
 
-    No smaller model is built: the outputs of the groups that go are zeroed on their way into the projection
-    that reads them, which equals removal. The layers below the pruned one do not run again.
+    No smaller model is built: outputs of removed groups are zeroed before the projection that reads them,
+    which equals removal. The layers below the pruned one do not run again.
 
     Args:
-        model: Left as it was found.
+        model: Left unchanged.
         tokens: (S, T) integer token ids.
         plans: What each layer keeps.
-        batch_size: Sequences a forward pass.
-        advance: Called with the number of sequences that a layer has been tried on.
+        batch_size: Sequences per forward pass.
 
     Raises:
         CheckpointError: If a loss is not a number.
@@ -180,7 +178,10 @@ def losses_with_layer_pruned(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with (
+            Progress("sensitivity", len(tokens) * len(layers), "sequences") as progress,
+            torch.no_grad(),
+        ):
             for batch in tokens.to(model.device, torch.long).split(batch_size):
                 outputs: list[Any] = []
                 with _recorded(layers, outputs):
@@ -193,7 +194,7 @@ def losses_with_layer_pruned(
                         _silenced(family, shape, layers[index], plan),
                     ):
                         pruned[index] += loss_sum(model, final_states(model, batch), batch)
-                    advance(len(batch))
+                    progress.add(len(batch))
     finally:
         model.train(was_training)
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -222,7 +223,7 @@ def _silenced(family: Family, shape: LayerShape, layer: torch.nn.Module, plan: L
     with contextlib.ExitStack() as stack:
         for name, slicing in family.slicings.items():
             if slicing.axis != 1:
-                continue  # makes groups; those that nobody reads may be anything
+                continue  # produces groups; values that are not read may be anything
             projection = layer.get_submodule(name.removesuffix(".weight"))
             weight = projection.weight
             assert isinstance(weight, Tensor), name

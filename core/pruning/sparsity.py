@@ -1,4 +1,4 @@
-"""How much each layer loses: importance, adaptive sparsity that accumulates, and the exact size (eq. 3-6)."""
+"""Importance, adaptive cumulative sparsity, and the sizes that reach a target exactly (eq. 3-6)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,22 +11,22 @@ from core.pruning.attention import AttentionCut
 
 MAX_SPARSITY = 0.99
 REFERENCE_STEP = 0.02
-"""Step that an amplitude per share is quoted at: the steps in which the published scripts prune a phase."""
+"""The step for which an amplitude per share is given: that of the published scripts."""
 
 
 def normalise_importance(importance: Sequence[float]) -> tuple[float, ...]:
     """Centre layer importances and scale the largest deviation to 1 (section 3.1, after eq. 5).
 
     Args:
-        importance: One value a layer, larger for layers that change their input more.
+        importance: One value per layer, larger for layers that change their input more.
 
     Returns:
-        Values in [-1, 1] with mean 0; all 0 if the layers are alike.
+        Values in [-1, 1] with mean 0; all 0 if the layers are equal.
     """
     mean = math.fsum(importance) / len(importance)
     centred = [value - mean for value in importance]
     largest = max(map(abs, centred))
-    # Layers that differ by rounding alone are alike: scaling would turn the noise into sparsity.
+    # Layers that differ only by rounding are equal: scaling would turn noise into sparsity.
     if largest <= 1e-12 * max(1.0, abs(mean)):
         return (0.0,) * len(importance)
     return tuple(value / largest for value in centred)
@@ -60,15 +60,15 @@ def next_sparsity(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """The rules by which sparsities become sizes.
+    """The rules that turn sparsities into sizes.
 
     Attributes:
         dense: Sizes at the start of the run: sparsity is a share of these.
         current: Sizes now; nothing grows back beyond them.
-        cuts: What each layer's attention loses.
-        by_budget: Whether a layer's sparsity is a share of all its prunable parameters, so that its MLP keeps
-            what its attention does not take; otherwise it is a share of each kind of group by itself.
-        width_multiple: MLP widths are multiples of this (a width that is not cut may be none).
+        cuts: How each layer's attention is cut.
+        by_budget: Whether a layer's sparsity is a share of all its prunable parameters, so that its MLP gets
+            what its attention leaves; otherwise it is a share of each kind of group separately.
+        width_multiple: MLP widths are multiples of this, except widths that are not cut.
     """
 
     dense: ModelShape
@@ -78,12 +78,12 @@ class Sizing:
     width_multiple: int = 1
 
     def attention_units(self, index: int) -> int:
-        """Return how many units of attention layer ``index`` holds."""
+        """Return the attention units of layer ``index``."""
         layer = self.current.layers[index]
         return layer.heads_per_group if self.cuts[index].unit == "query_head" else layer.kv_heads
 
     def with_attention_units(self, index: int, units: int) -> LayerShape:
-        """Return layer ``index`` with ``units`` units of attention."""
+        """Return layer ``index`` with ``units`` attention units."""
         layer = self.current.layers[index]
         if self.cuts[index].unit == "query_head":
             return replace(layer, query_heads=layer.kv_heads * units)
@@ -94,12 +94,12 @@ class Sizing:
         return min(max(1, self.width_multiple), self.current.layers[index].mlp_width)
 
     def units_at(self, index: int, sparsity: float) -> int:
-        """Return the attention units that layer ``index`` keeps: only whole ones go, at least one stays."""
+        """Return the attention units that layer ``index`` keeps, at least one."""
         gone = sum(due <= sparsity + 1e-9 for due in self.cuts[index].due)
         return self.attention_units(index) - gone
 
     def width_at(self, index: int, sparsity: float, units: int) -> float:
-        """Return the MLP width of layer ``index`` beside ``units`` of attention, before rounding."""
+        """Return the MLP width of layer ``index`` beside ``units`` attention units, before rounding."""
         kept = 1 - min(max(sparsity, 0.0), 1.0)
         if self.by_budget:
             attention = self.current.attention_params(self.with_attention_units(index, units))
@@ -116,14 +116,14 @@ class Sizing:
         )
 
     def params(self, units: Sequence[int], widths: Sequence[float]) -> float:
-        """Return the model's parameters at the given units of attention and (fractional) MLP widths."""
+        """Return the model's parameters at the given attention units and (fractional) MLP widths."""
         bare = self.layers(units, [0] * len(widths))
         return self.current.with_layers(bare).num_params() + self.current.mlp_channel_params * math.fsum(
             widths
         )
 
     def prunable_params(self) -> int:
-        """Return the parameters of the dense model that sparsity counts in."""
+        """Return the parameters of the dense model that sparsity is a share of."""
         total = 0
         for layer, cut in zip(self.dense.layers, self.cuts, strict=True):
             total += self.dense.prunable_params(layer)
@@ -133,7 +133,7 @@ class Sizing:
 
 
 def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...]:
-    """Return the layer sizes that sparsities call for, without a target."""
+    """Return the layer sizes at given sparsities, without a target."""
     units = [sizing.units_at(i, s) for i, s in enumerate(sparsity)]
     widths = []
     for i, s in enumerate(sparsity):
@@ -147,7 +147,7 @@ def smallest_params(sizing: Sizing, target_params: int) -> int:
     """Return the parameters of the smallest model that the rules allow.
 
     Raises:
-        TargetError: If that is above the target by more than rounding.
+        TargetError: If it exceeds the target by more than rounding.
     """
     count = len(sizing.current.layers)
     least = sizing.layers(
@@ -170,12 +170,12 @@ def sizes_for_target(
 ) -> tuple[tuple[LayerShape, ...], float]:
     """Find the layer sizes whose total comes as close to the target as one MLP channel allows.
 
-    One scalar d is added to every layer's sparsity, found by bisection. Attention units that fall due at
-    the same d go in order of layer importance, no further than the target allows; MLP widths take up the
-    rest, and are rounded by largest remainder. A model that is at the target or below it stays as it is.
+    One scalar d, found by bisection, is added to every layer's sparsity. Attention units that fall due at the
+    same d are removed in order of layer importance, as far as the target allows; MLP widths take up the rest,
+    and are rounded by largest remainder. A model at or below the target does not change.
 
     Args:
-        sizing: Sizes now and the rules.
+        sizing: Present sizes and the rules.
         sparsity: Cumulative sparsity of each layer after this step, before d.
         importance: Normalised importance of each layer.
         target_params: Parameters of the whole model.
@@ -184,7 +184,7 @@ def sizes_for_target(
         Layer sizes with |total - target| <= width_multiple / 2 channels, and d.
 
     Raises:
-        TargetError: If even the smallest model is larger; the text names its size.
+        TargetError: If even the smallest model is larger.
     """
     smallest_params(sizing, target_params)
     if sizing.current.num_params() <= target_params:
@@ -207,13 +207,13 @@ def sizes_for_target(
 
     missed, layers, shift = sized(kept)
     if missed > sizing.width_multiple * sizing.current.mlp_channel_params / 2:
-        # Widths at their bounds cannot make up for the last attention unit: one more or fewer may be closer.
+        # Widths at their bounds cannot offset the last attention unit: one more or fewer may be closer.
         _, layers, shift = min((sized(kept), *map(sized, _neighbours(sizing, kept))), key=lambda way: way[0])
     return layers, shift
 
 
 def _neighbours(sizing: Sizing, units: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the units of attention with one more, or one fewer, in one of the layers."""
+    """Yield the attention units with one more or one fewer in one layer."""
     for index, count in enumerate(units):
         for other in (count + 1, count - 1):
             if sizing.units_at(index, math.inf) <= other <= sizing.attention_units(index):
@@ -242,7 +242,7 @@ def _drop_due_units(
     importance: Sequence[float],
     target_params: int,
 ) -> list[int]:
-    """Remove attention units that fall due at one d, least important layer first, while the target allows."""
+    """Remove attention units that fall due at one d, least important layer first, as the target allows."""
     units = list(before)
     floors = [float(sizing.min_width(i)) for i in range(len(units))]
     for index in sorted(range(len(units)), key=lambda i: (importance[i], i)):
@@ -261,7 +261,7 @@ def _drop_due_units(
 def _round_widths(
     sizing: Sizing, units: Sequence[int], widths: Sequence[float], target_params: int
 ) -> list[int]:
-    """Round MLP widths so that the total is nearest the target: largest remainders are rounded up."""
+    """Round MLP widths so that the total is nearest to the target: largest remainders are rounded up."""
     multiple, cost = sizing.width_multiple, sizing.current.mlp_channel_params
     now = [layer.mlp_width for layer in sizing.current.layers]
     rounded = []

@@ -1,15 +1,16 @@
-"""Physical removal of groups: from a layer's tensors, a model in memory, a checkpoint on disk."""
+"""Physical removal of groups from a layer's tensors, a model in memory, or a checkpoint on disk."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
-from core.model.checkpoint import CheckpointReader, write_checkpoint
+from core.model.build import build_model, load_model
+from core.model.checkpoint import Checkpoint
+from core.model.config import config_with_layers, layer_shapes
 from core.model.families import Family, Kind, family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.model.shape import LayerShape
@@ -27,13 +28,13 @@ def prune_layer(
     """Cut a decoder layer's tensors down to the groups that stay.
 
     Args:
-        family: Says how groups lie in the tensors.
+        family: Defines how groups lie in the tensors.
         layer: Present sizes of the layer.
-        tensors: Name within the layer to weight, bias or anything else that an optimizer keeps in its shape.
+        tensors: Name within the layer to weight or bias.
         plan: What stays.
 
     Returns:
-        The same names; tensors of no group are passed on as they are.
+        The same names; tensors outside all groups are unchanged.
     """
     kept: dict[Kind, Tensor] = {
         "query": torch.tensor(plan.query_heads),
@@ -71,40 +72,34 @@ def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "Pre
 
 
 def open_pruned(
-    directory: Path,
+    checkpoint: Checkpoint,
     layers: tuple[LayerPlan, ...] | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device,
     streamed: bool = False,
 ) -> LayerwiseModel:
-    """Open what a plan leaves of a checkpoint, to measure it.
+    """Open what ``layers`` leave of a checkpoint (None: all of it), to measure it.
 
-    Args:
-        directory: Checkpoint directory.
-        layers: What each layer keeps; None for all.
-        dtype: Number format to load into; None keeps the stored one.
-        device: Where weights go.
-        streamed: Whether each layer is read and cut while it is used, instead of all of them now.
+    ``streamed`` reads and cuts each layer while it is used, instead of all of them now. ``dtype`` None keeps
+    the stored number format.
     """
     if not streamed:
-        model = load_model(directory, dtype=dtype, device=device)
+        model = load_model(checkpoint, dtype=dtype, device=device)
         return LayerwiseModel(model if layers is None else prune_model(model, layers))
     if layers is None:
-        return open_streamed(directory, dtype=dtype, device=device)
-    config = load_config(directory)
-    family, shapes = family_of(config), layer_shapes(config)
+        return open_streamed(checkpoint, dtype=dtype, device=device)
     return open_streamed(
-        directory,
+        checkpoint,
         dtype=dtype,
         device=device,
         sizes=[plan.shape() for plan in layers],
-        cut=lambda i, tensors: prune_layer(family, shapes[i], tensors, layers[i]),
+        cut=lambda i, tensors: prune_layer(checkpoint.family, checkpoint.layers[i], tensors, layers[i]),
     )
 
 
 def prune_checkpoint(
-    source: Path,
+    checkpoint: Checkpoint,
     target: Path,
     plan: Plan,
     *,
@@ -114,39 +109,19 @@ def prune_checkpoint(
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
 
-    Args:
-        source: Checkpoint directory.
-        target: Directory of the smaller checkpoint.
-        plan: What stays.
-        digest: Digest of the source's manifest.
-        dtype: Number format to write; None keeps that of the source's weights.
-        provenance: Written along with the checkpoint.
+    ``digest`` is that of the checkpoint's manifest; ``dtype`` None keeps the stored number format.
 
     Raises:
         PlanError: If the plan was made for another checkpoint.
-        CheckpointError: If the source is incomplete or corrupt.
+        CheckpointError: If the checkpoint is incomplete or corrupt.
     """
-    config = load_config(source)
-    family = family_of(config)
-    shapes = layer_shapes(config)
+    shapes = checkpoint.layers
     plan.check(digest, shapes)
-    smaller = config_with_layers(config, plan.after)
+    smaller = config_with_layers(checkpoint.config, plan.after)
+    smaller.dtype = dtype or checkpoint.dtype
 
-    def parts(reader: CheckpointReader) -> Iterator[dict[str, Tensor]]:
-        for index, shape in enumerate(shapes):
-            prefix = f"{family.layers}.{index}"
-            tensors = prune_layer(family, shape, reader.layer(prefix), plan.layers[index])
-            log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
-            yield {f"{prefix}.{name}": tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        yield {
-            name: (tensor := reader.tensor(name)).to(dtype or tensor.dtype)
-            for name in reader.names()
-            if not name.startswith(f"{family.layers}.") and name not in tied
-        }
+    def cut(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
+        return prune_layer(checkpoint.family, shapes[index], tensors, plan.layers[index])
 
-    with CheckpointReader(source) as reader:
-        smaller.dtype = dtype or reader.dtype()
-        write_checkpoint(
-            target, smaller, parts(reader), len(shapes) + 1, companions=source, provenance=provenance
-        )
+    checkpoint.rewrite(target, smaller, change=cut, dtype=dtype, provenance=provenance)

@@ -263,7 +263,10 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
     folder, fetch = place, ""
     if "://" in place:
         folder = "pruned"
-        fetch = f"from core.storage.publication import fetch\nfetch({place!r}, Path({folder!r}))\n"
+        fetch = (
+            "from core.storage.publication import open_publication\n"
+            f"open_publication({place!r}).fetch(Path({folder!r}))\n"
+        )
     shell = (
         f'adapt-pruner generate {shlex.quote(folder)} "The capital of France is"\n'
         f"adapt-pruner inspect {shlex.quote(folder)}"

@@ -14,7 +14,7 @@ from core.settings.schema import Settings
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
 from core.storage.owner import Owner
-from core.storage.publication import MANIFEST, read_manifest
+from core.storage.publication import MANIFEST, find_publication
 from core.storage.store import join_uri, open_store
 from core.untrusted import check_format, parse_object
 
@@ -170,8 +170,8 @@ class Run:
         publications do not change.
         """
         measured, final = self.settings.measured_digest(), self.uri("final")
-        manifest = read_manifest(final)
-        apart = manifest is not None and manifest.metadata.get("measured", measured) != measured
+        published = find_publication(final)
+        apart = published is not None and published.manifest.metadata.get("measured", measured) != measured
         return self.uri(f"report-{measured}") if apart else final
 
     def mark_done(self) -> None:

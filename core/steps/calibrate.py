@@ -1,24 +1,14 @@
 """The step that measures what layers and groups are worth: calibrate."""
 
-import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.runs.run import Run
-from core.steps.frame import (
-    Artifact,
-    Workspace,
-    compute_once,
-    hand_over,
-)
-from core.steps.measuring import measure
+from core.steps.frame import Artifact, Workspace, compute_once, hand_over
+from core.steps.measuring import PhaseMeasurement
 from core.storage.layout import STATISTICS
+from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
 
 
 def run_calibrate(
@@ -28,7 +18,8 @@ def run_calibrate(
     this = Run.load(run)
 
     def compute(work: Workspace) -> dict[str, Any]:
-        measured = measure(this, phase, checkpoint_uri, data_uri, work.scratch)
+        checkpoint, data = open_publication(checkpoint_uri), open_publication(data_uri)
+        measured = PhaseMeasurement(this, phase, checkpoint, data, work.scratch).measure()
         measured.save(work.out / STATISTICS)
         return {
             "calibration_loss": measured.loss,
@@ -36,9 +27,9 @@ def run_calibrate(
             "similarities": measured.similarities.tolist(),
         }
 
-    def track(child: ChildRun, report: dict[str, Any]) -> None:
+    def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_series("similarity", enumerate(report.get("similarities", ())))
 
     uri = this.phase_uri(phase, "calibrated")
-    compute_once(this, uri, phase=phase, step="calibrate", compute=compute, track=track)
-    hand_over(uri, STATISTICS, statistics)
+    published = compute_once(this, uri, phase=phase, step="calibrate", compute=compute, track=track)
+    hand_over(published, STATISTICS, statistics)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from core.report.summary import build_phase_summary
 from core.runs.run import Run
+from core.settings.evaluation import EvaluationSettings
 from core.steps.frame import Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
 from core.storage.layout import HELD_OUT, REPORT
-from core.storage.publication import fetch, is_whole, read_published
+from core.storage.publication import Publication, find_publication, open_publication
 from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from core.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -46,77 +49,84 @@ def run_evaluate(
     evaluation = this.settings.evaluation
 
     def compute(work: Workspace) -> dict[str, Any]:
-        checkpoint = _where_kept(this, phase, checkpoint_uri)
-        if not checkpoint:
+        checkpoint = _kept(this, checkpoint_uri)
+        if checkpoint is None and phase == len(this.phase_params):
+            checkpoint = open_publication(this.uri("final"))
+        if checkpoint is None:
             log.info("not measured: storage.keep=%s has kept no checkpoint", this.settings.storage.keep)
             return {"tasks": {}}
         from core.evaluation.benchmarks import evaluate_tasks
         from core.machine.precision import warn_if_emulated
-        from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+        from core.model.build import load_tokenizer, pick_device
+        from core.model.checkpoint import Checkpoint
+        from core.steps.footprint import explaining_memory, planned_evaluation
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
-
-        def load(uri: str, name: str) -> "PreTrainedModel":
-            folder = fetch(uri, work.scratch / name)
-            return load_model(folder, dtype=dtype_of(evaluation.precision), device=pick_device())
-
+        if evaluation.perplexity is not None:
+            held_out = open_publication(this.held_out_uri()).fetch(work.scratch, only=[HELD_OUT])
         report: dict[str, Any] = {}
         pruned = this.phase_uri(phase, "pruned")
         trained = phase > 0 and checkpoint_uri != pruned
-        if evaluation.perplexity is not None and trained and _has_kept(this, pruned):
-            report["perplexity_pruned"] = _perplexity(this, load(pruned, "pruned"), work.scratch)
-        model = load(checkpoint, "checkpoint")
-        if evaluation.perplexity is not None:
-            report["perplexity"] = _perplexity(this, model, work.scratch)
-        tokenizer = load_tokenizer(fetch(checkpoint, work.scratch / "checkpoint"))
-        return report | {"tasks": evaluate_tasks(model, tokenizer, evaluation) if evaluation.tasks else {}}
+        measured = Checkpoint(checkpoint.fetch(work.scratch / "checkpoint"))
+        settings = planned_evaluation(measured.config, evaluation, pick_device().type)
+        with explaining_memory("evaluation.batch_size=0 or lower"):
+            if evaluation.perplexity is not None and trained and (before := _kept(this, pruned)) is not None:
+                model = _load(this, Checkpoint(before.fetch(work.scratch / "pruned")))
+                report["perplexity_pruned"] = _perplexity(model, held_out, settings)
+            model = _load(this, measured)
+            if evaluation.perplexity is not None:
+                report["perplexity"] = _perplexity(model, held_out, settings)
+            wanted = evaluation.tasks and evaluation.asks_tasks(phase, phases=len(this.phase_params))
+            tokenizer = load_tokenizer(measured)
+            return report | {"tasks": evaluate_tasks(model, tokenizer, settings) if wanted else {}}
 
-    def track(child: ChildRun, report: dict[str, Any]) -> None:
+    def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_metrics(_flat(report))
 
-    uri = this.measured_uri(phase)
-    compute_once(this, uri, phase=phase, step="evaluate", compute=compute, track=track)
-    report = read_published(uri, REPORT)
-    before = [
-        read_published(this.phase_uri(phase, step), REPORT)
-        for step in ("calibrated", "scored", "pruned", "recovered")
-    ]
-    figures = {
-        **_flat(report),
-        "params": before[1].get("params", this.dense.num_params()),
-        "tokens": before[3].get("tokens", 0),
-        "seconds": sum(step.get("seconds", 0.0) for step in [*before, report]),
+    published = compute_once(
+        this, this.measured_uri(phase), phase=phase, step="evaluate", compute=compute, track=track
+    )
+    record = collect_record(this, checkpoint_uri, sorted({0, max(0, phase - 1), phase}))
+    measured = record.phases[-1]
+    series = {
+        **_flat(published.read_json(REPORT)),
+        "params": measured.params,
+        "tokens": measured.tokens,
+        "seconds": sum(measured.seconds.values()),
     }
-    series = {name: value for name, value in figures.items() if value is not None}
     tracker_of(this).log_phase(phase, series)
     metrics.metadata |= series
-    record = collect_record(this, checkpoint_uri, sorted({0, max(0, phase - 1), phase}))
     _write(summary, build_phase_summary(record))
     _write(picture, build_phase_report(record))
 
 
-def _where_kept(run: Run, phase: int, checkpoint_uri: str) -> str:
-    """Return where a phase's checkpoint is; "" if a run that is done has not kept it.
+def _kept(run: Run, uri: str) -> Publication | None:
+    """Return a checkpoint; None if the run has not kept it.
 
-    The last phase's is the final one. In any other run a file that is missing is an error where it is read.
+    A file that is missing of one that this run should have measured before is an error where it is read.
     """
-    if _has_kept(run, checkpoint_uri):
-        return checkpoint_uri
-    return run.uri("final") if phase == len(run.phase_params) else ""
+    measured = run.settings.measured_digest()
+    published = find_publication(uri) if Run.is_done(run.handle()) else open_publication(uri)
+    if published is None or published.is_whole():
+        return published
+    done = Run.is_done(run.handle()) or published.manifest.metadata.get("measured") != measured
+    return None if done else published
 
 
-def _has_kept(run: Run, uri: str) -> bool:
-    return not Run.is_done(run.handle()) or is_whole(uri)
+def _load(run: Run, checkpoint: "Checkpoint") -> "PreTrainedModel":
+    from core.model.build import dtype_of, load_model, pick_device
+
+    return load_model(checkpoint, dtype=dtype_of(run.settings.evaluation.precision), device=pick_device())
 
 
-def _perplexity(run: Run, model: "PreTrainedModel", scratch: Path) -> float:
-    """Return a model's perplexity on the run's held-out text."""
+def _perplexity(model: "PreTrainedModel", held_out: Path, settings: EvaluationSettings) -> float:
+    """Return a model's perplexity on the run's held-out text, which is in the folder ``held_out``."""
     from safetensors.torch import load_file
 
     from core.evaluation.perplexity import perplexity
 
-    windows = load_file(fetch(run.held_out_uri(), scratch, only=[HELD_OUT]) / HELD_OUT)["input_ids"]
-    return perplexity(model, windows, batch_size=run.settings.evaluation.batch_size)
+    windows = load_file(held_out / HELD_OUT)["input_ids"]
+    return perplexity(model, windows, batch_size=settings.batch_size)
 
 
 def _write(artifact: Artifact, text: str) -> None:

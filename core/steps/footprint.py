@@ -185,7 +185,9 @@ def evaluation_footprint(
     )
 
 
-def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", device: str) -> "TrainingSettings":
+def planned_training(
+    config: "PreTrainedConfig", settings: "TrainingSettings", device: str
+) -> "TrainingSettings":
     """Return the settings with a micro-batch that fits into the free memory; logs what will be taken.
 
     Args:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.bases.licence import card_facts, known_facts
-from core.errors import StorageError
 from core.runs.record import public_path
 from core.runs.run import Run
+from core.scratch import scratch_folder
 from core.settings.addresses import base_name
+from core.steps.dropped import drop_checkpoints
 from core.steps.opening import show_life
 from core.storage.layout import CARD, REPORT, REPORT_FORMAT
-from core.storage.manifest import Manifest
-from core.storage.publication import fetch, publish, read_manifest, read_published
+from core.storage.publication import Publication, find_publication, open_publication, publish
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
 
 log = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ class Workspace:
     scratch: Path
 
 
-Track = Callable[[ChildRun, dict[str, Any]], None]
-"""Logs onto a step's MLflow run what there is beside the numbers of its published report."""
+Track = Callable[[ChildRun, dict[str, Any], Publication], None]
+"""Logs onto a step's MLflow run what there is beside the numbers of its report: gets that and its result."""
 
 
 def compute_once(
@@ -55,7 +54,7 @@ def compute_once(
     step: str,
     compute: Callable[[Workspace], dict[str, Any]],
     track: Track | None = None,
-) -> Manifest:
+) -> Publication:
     """Compute and publish a step's result, unless it is published already, and then log its figures.
 
     While it computes it holds the run's lease. MLflow gets what is published: a step that fails there, or is
@@ -75,18 +74,18 @@ def compute_once(
         TrackingError: If MLflow fails, before anything is computed or after it was published.
     """
     tracker = tracker_of(run)
-    manifest = read_manifest(uri)
-    if manifest is not None:
+    published = find_publication(uri)
+    if published is not None:
         log.info("already done")
         show_life(run.handle())  # a run that finds much of it done works for longer than its lease lasts
         if not tracker.is_logged(phase, step):
             with tracker.child(phase, step) as child:
-                _log_published(uri, child, track)
-        return manifest
+                _log_published(published, child, track)
+        return published
     log.debug("computing %s", uri)
     started = time.monotonic()
-    with run.working() as renew_lease, tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
-        out, scratch = Path(folder, "out"), Path(folder, "scratch")
+    with run.working() as renew_lease, scratch_folder() as folder:
+        out, scratch = folder / "out", folder / "scratch"
         out.mkdir()
         scratch.mkdir()
         with tracker.child(phase, step) as child:
@@ -96,16 +95,17 @@ def compute_once(
             renew_lease()  # what a machine has computed before it was asleep may be another's by now
             metadata = {"run": run.key, "phase": phase, "step": step}
             metadata["measured"] = run.settings.measured_digest()  # what it was published under
-            manifest = publish(out, uri, metadata=metadata)
-            _log_published(uri, child, track)
-            return manifest
+            published = publish(out, uri, metadata=metadata)
+            drop_checkpoints(run)
+            _log_published(published, child, track)
+            return published
 
 
-def _log_published(uri: str, child: ChildRun, track: Track | None) -> None:
-    report = read_published(uri, REPORT)
+def _log_published(published: Publication, child: ChildRun, track: Track | None) -> None:
+    report = published.read_json(REPORT)
     child.log_metrics({name: value for name, value in report.items() if isinstance(value, int | float)})
     if track is not None:
-        track(child, report)
+        track(child, report, published)
 
 
 def tracker_of(run: Run) -> Tracker:
@@ -128,7 +128,7 @@ def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, 
         Where it comes from, and what the base model states of its licence.
     """
     return {
-        **base_facts(run),
+        **base_facts(open_publication(run.base_uri)),
         "run": run.key,
         "phase": phase,
         "step": step,
@@ -139,44 +139,32 @@ def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, 
     }
 
 
-def base_facts(run: Run) -> dict[str, Any]:
+def base_facts(base: Publication) -> dict[str, Any]:
     """Return what the base model of a run states of its licence and languages."""
     from core.model.checkpoint import PROVENANCE  # torch
 
-    facts = known_facts(read_published(run.base_uri, PROVENANCE))
-    manifest = read_manifest(run.base_uri)
+    facts = known_facts(base.read_json(PROVENANCE)) if PROVENANCE in base.manifest.paths else {}
     # A publication that was named as the base may have a card alone.
-    if not facts and manifest is not None and CARD in {entry.path for entry in manifest.files}:
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            return card_facts(fetch(run.base_uri, Path(scratch), only=[CARD]) / CARD)
+    if not facts and CARD in base.manifest.paths:
+        with scratch_folder() as scratch:
+            return card_facts(base.fetch(scratch, only=[CARD]) / CARD)
     return facts
 
 
-def digest_of(uri: str) -> str:
-    """Return the digest of a publication's files, less the report: that tells how long the step took.
-
-    Raises:
-        StorageError: If nothing is published there.
-    """
-    manifest = read_manifest(uri)
-    if manifest is None:
-        raise StorageError(f"{uri} is not published. Correct the URI, or rerun its step.")
-    return Manifest(files=tuple(entry for entry in manifest.files if entry.path != REPORT)).digest
-
-
-def hand_over(uri: str, name: str, artifact: Artifact) -> None:
+def hand_over(published: Publication, name: str, artifact: Artifact) -> None:
     """Copy a published file into a KFP artifact, for lineage and the UI; no step reads it there."""
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        content = (fetch(uri, Path(scratch), only=[name]) / name).read_bytes()
     Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
-    Path(artifact.path).write_bytes(content)
-    artifact.metadata["uri"] = uri
+    Path(artifact.path).write_bytes(published.read_bytes(name))
+    artifact.metadata["uri"] = published.uri
 
 
-def describe_checkpoint(uri: str, artifact: Artifact) -> None:
+def describe_checkpoint(published: Publication, artifact: Artifact) -> None:
     """Put a checkpoint's manifest into a KFP artifact; the weights stay in the store."""
-    manifest = read_manifest(uri)
-    assert manifest is not None, "a step describes what it has published"
+    manifest = published.manifest
     Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
     Path(artifact.path).write_text(manifest.to_json())
-    artifact.metadata |= {"checkpoint_uri": uri, "digest": manifest.digest, "bytes": manifest.total_bytes}
+    artifact.metadata |= {
+        "checkpoint_uri": published.uri,
+        "digest": manifest.digest,
+        "bytes": manifest.total_bytes,
+    }

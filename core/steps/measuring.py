@@ -1,59 +1,65 @@
-"""A checkpoint of a run measured on a calibration draw: for calibrate, and between the steps of a phase."""
+"""A phase's checkpoint measured on calibration draws: by calibrate, and between the steps of a phase."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.runs.run import Run
 from core.storage.layout import CALIBRATION_POOL
-from core.storage.publication import fetch
+from core.storage.publication import Publication
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from core.pruning.plan import LayerPlan
     from core.pruning.scoring.statistics import Statistics
 
-log = logging.getLogger(__name__)
 
+class PhaseMeasurement:
+    """The checkpoint and the calibration pool of a phase, fetched and opened once for all steps of the phase."""
 
-def measure(
-    run: Run,
-    phase: int,
-    checkpoint_uri: str,
-    data_uri: str,
-    scratch: Path,
-    *,
-    step: int = 0,
-    layers: "tuple[LayerPlan, ...] | None" = None,
-) -> "Statistics":
-    """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
-    from core.machine.precision import warn_if_emulated
-    from core.model.build import dtype_of, pick_device
-    from core.pruning.scoring.measurement import measure_checkpoint
+    def __init__(
+        self, run: Run, phase: int, checkpoint: Publication, data: Publication, scratch: Path
+    ) -> None:
+        """Fetch and open both; ``scratch`` holds what is fetched.
 
-    settings = run.settings
-    warn_if_emulated("calibration", settings.calibration.precision, pick_device())
-    return measure_checkpoint(
-        fetch(checkpoint_uri, scratch),
-        _draw(run, phase, step, data_uri, scratch),
-        settings.calibration,
-        settings.prune,
-        dtype=dtype_of(settings.calibration.precision),
-        seed=settings.seed,
-        layers=layers,
-        scratch=scratch,
-    )
+        Raises:
+            OutOfMemoryError: If the measurement would not fit into the memory.
+        """
+        from safetensors.torch import load_file
 
+        from core.machine.precision import warn_if_emulated
+        from core.model.build import dtype_of, pick_device
+        from core.model.checkpoint import Checkpoint
+        from core.pruning.scoring.measurement import MeasuredCheckpoint
+        from core.steps.footprint import check_scoring
 
-def _draw(run: Run, phase: int, step: int, data_uri: str, scratch: Path) -> "Tensor":
-    """Return the calibration set of a pruning step of a phase, both counted over the run."""
-    from safetensors.torch import load_file
+        settings = run.settings
+        self._run, self._phase = run, phase
+        folder = data.fetch(scratch, only=[CALIBRATION_POOL])
+        self._pool = load_file(folder / CALIBRATION_POOL)["input_ids"]
+        opened = Checkpoint(checkpoint.fetch(scratch))
+        warn_if_emulated("calibration", settings.calibration.precision, pick_device())
+        check_scoring(opened.config, settings.calibration, settings.prune, pick_device().type)
+        self._measured = MeasuredCheckpoint(
+            opened,
+            settings.calibration,
+            settings.prune,
+            dtype=dtype_of(settings.calibration.precision),
+            seed=settings.seed,
+            scratch=scratch,
+        )
 
-    from core.pruning.scoring.calibration import draw_calibration
+    def cut(self, layers: "tuple[LayerPlan, ...]") -> None:
+        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
+        self._measured.cut(layers)
 
-    folder = fetch(data_uri, scratch, only=[CALIBRATION_POOL])
-    pool = load_file(folder / CALIBRATION_POOL)["input_ids"]
-    number = (phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
-    sequences = run.settings.calibration.sequences
-    return draw_calibration(pool, sequences=sequences, seed=run.settings.seed, step=number)
+    def measure(self, step: int = 0) -> "Statistics":
+        """Measure what is left on the draw of a step of the phase, counted from 0."""
+        from core.pruning.scoring.calibration import draw_calibration
+        from core.steps.footprint import explaining_memory
+
+        number = (self._phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
+        settings = self._run.settings
+        tokens = draw_calibration(
+            self._pool, sequences=settings.calibration.sequences, seed=settings.seed, step=number
+        )
+        with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
+            return self._measured.measure(tokens)

@@ -2,13 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.runs.run import Run
 from core.steps.opening import show_life
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -1,19 +1,13 @@
 """The step that tokenizes and packs all texts of a run: prepare-data."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.runs.run import Run
 from core.steps.frame import Workspace, compute_once
 from core.storage.layout import CALIBRATION_POOL, HELD_OUT
-from core.storage.publication import fetch, read_manifest
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
+from core.storage.publication import open_publication
 
 
 def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
@@ -32,10 +26,9 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
 
     def tokenizer_in(folder: Path) -> Any:
-        manifest = read_manifest(base_uri)
-        names = [entry.path for entry in manifest.files] if manifest else []
-        wanted = ["config.json", *(name for name in names if is_companion(name))]
-        return load_tokenizer(fetch(base_uri, folder, only=wanted))
+        base = open_publication(base_uri)
+        wanted = ["config.json", *filter(is_companion, base.manifest.paths)]
+        return load_tokenizer(base.fetch(folder, only=wanted))
 
     def compute(work: Workspace) -> dict[str, Any]:
         tokenizer = tokenizer_in(work.scratch)

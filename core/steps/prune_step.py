@@ -1,25 +1,12 @@
 """The step that removes groups: prune-step."""
 
-import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core.runs.run import Run
-from core.steps.frame import (
-    Artifact,
-    Workspace,
-    compute_once,
-    describe_checkpoint,
-    digest_of,
-    provenance_of,
-)
+from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.storage.layout import PLAN
-from core.storage.publication import fetch
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
+from core.storage.publication import open_publication
 
 
 def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, model: Artifact) -> str:
@@ -32,14 +19,16 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import dtype_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
 
-        scored = this.phase_uri(phase, "scored")
-        plan = Plan.load(fetch(scored, work.scratch / "scored", only=[PLAN]) / PLAN)
-        digest = digest_of(checkpoint_uri)
+        scored = open_publication(this.phase_uri(phase, "scored"))
+        plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
+        checkpoint = open_publication(checkpoint_uri)
+        digest = checkpoint.digest
         prune_checkpoint(
-            fetch(checkpoint_uri, work.scratch),
+            Checkpoint(checkpoint.fetch(work.scratch)),
             work.out,
             plan,
             digest=digest,
@@ -49,6 +38,6 @@ def run_prune_step(*, run: Mapping[str, Any], phase: int, checkpoint_uri: str, m
         return {"params": plan.params_after}
 
     uri = this.phase_uri(phase, "pruned")
-    compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
-    describe_checkpoint(uri, model)
+    published = compute_once(this, uri, phase=phase, step="prune-step", compute=compute)
+    describe_checkpoint(published, model)
     return uri

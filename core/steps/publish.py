@@ -5,7 +5,6 @@ import dataclasses
 import fnmatch
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from core.errors import ExportError
 from core.runs.record import RunRecord, SpeedRecord, accuracies
 from core.runs.run import Run
+from core.scratch import scratch_folder
 from core.steps.frame import (
     Artifact,
     Workspace,
@@ -24,7 +24,7 @@ from core.steps.frame import (
 )
 from core.steps.records import collect_record
 from core.storage.layout import CARD, HTML, RECORD, REPORT
-from core.storage.publication import fetch, read_manifest, read_published
+from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
 
 log = logging.getLogger(__name__)
@@ -39,40 +39,42 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
     this = Run.load(run)
     uri, report_uri, phases = this.uri("final"), this.report_uri(), len(this.phase_params)
 
-    def write_report(folder: Path, work: Workspace) -> RunRecord:
+    def write_report(folder: Path, base: Publication, work: Workspace) -> RunRecord:
         from core.report.report import build_report
 
         record = collect_record(this, uri, range(phases + 1))  # asks MLflow, which may be away
-        record = dataclasses.replace(record, speed=_measure_speed(this, folder, work))
+        record = dataclasses.replace(record, speed=_measure_speed(this, folder, base, work))
         (work.out / RECORD).write_text(json.dumps(record.to_dict()))
         (work.out / HTML).write_text(build_report(record))
         return record
 
     def measure_again(work: Workspace) -> dict[str, Any]:
-        folder = fetch(uri, work.scratch / "checkpoint")
-        return {"params": write_report(folder, work).phases[-1].params}
+        folder, base = (
+            open_publication(uri).fetch(work.scratch / "checkpoint"),
+            open_publication(this.base_uri),
+        )
+        return {"params": write_report(folder, base, work).phases[-1].params}
 
     def compute(work: Workspace) -> dict[str, Any]:
-        folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-        record = write_report(folder, work)
-        manifest = read_manifest(checkpoint_uri)
-        assert manifest is not None, "it has just been fetched"
-        for entry in manifest.files:
-            if entry.path != REPORT:
-                (work.out / entry.path).parent.mkdir(parents=True, exist_ok=True)
-                (work.out / entry.path).symlink_to((folder / entry.path).resolve())
-        _write_card(this, record, work)
+        checkpoint, base = open_publication(checkpoint_uri), open_publication(this.base_uri)
+        folder = checkpoint.fetch(work.scratch / "checkpoint")
+        record = write_report(folder, base, work)
+        for path in checkpoint.manifest.paths:
+            if path != REPORT:
+                (work.out / path).parent.mkdir(parents=True, exist_ok=True)
+                (work.out / path).symlink_to((folder / path).resolve())
+        _write_card(base, record, work)
         return {"params": record.phases[-1].params}
 
-    def track(child: ChildRun, figures: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            tracker_of(this).log_report(fetch(report_uri, Path(scratch), only=[HTML]) / HTML)
+    def track(_: ChildRun, __: dict[str, Any], published: Publication) -> None:
+        with scratch_folder() as scratch:
+            tracker_of(this).log_report(published.fetch(scratch, only=[HTML]) / HTML)
 
     work = compute if report_uri == uri else measure_again
-    compute_once(this, report_uri, phase=phases, step="publish", compute=work, track=track)
-    hand_over(report_uri, HTML, report)
-    describe_checkpoint(uri, model)
-    record = RunRecord.from_dict(read_published(report_uri, RECORD))
+    published = compute_once(this, report_uri, phase=phases, step="publish", compute=work, track=track)
+    hand_over(published, HTML, report)
+    describe_checkpoint(published if report_uri == uri else open_publication(uri), model)
+    record = RunRecord.from_dict(published.read_json(RECORD))
     speedups = {name: value for speed in record.speed for name, value in speed.figures().items()}
     tracker_of(this).log_phase(phases, speedups)
     with this.working():
@@ -94,23 +96,21 @@ def _register(run: Run, uri: str, record: RunRecord, speedups: Mapping[str, floa
     log.info("registered %s version %s", name, version)
 
 
-def _write_card(run: Run, record: RunRecord, work: Workspace) -> None:
+def _write_card(base: Publication, record: RunRecord, work: Workspace) -> None:
     """Write the model card, and put the base model's licence files beside it."""
     from core.bases.licence import LEGAL
     from core.report.card import model_card
 
-    manifest = read_manifest(run.base_uri)
-    names = [entry.path for entry in manifest.files] if manifest else []
-    legal = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in LEGAL))
+    legal = [path for path in base.manifest.paths if any(fnmatch.fnmatch(path, name) for name in LEGAL)]
     if legal:
-        base = fetch(run.base_uri, work.scratch / "legal", only=legal)
+        folder = base.fetch(work.scratch / "legal", only=legal)
         for name in legal:
             if not (work.out / name).exists():
-                (work.out / name).symlink_to((base / name).resolve())
+                (work.out / name).symlink_to((folder / name).resolve())
     card = model_card(
         record,
         config=json.loads((work.out / "config.json").read_text()),
-        licence=base_facts(run),
+        licence=base_facts(base),
         legal_files=legal,
         formats=_formats(work.out),
     )
@@ -121,24 +121,24 @@ def _formats(checkpoint: Path) -> list[str]:
     """Return the formats of other runtimes that hold a checkpoint's sizes."""
     from core.export.decilm import decilm_obstacle
     from core.export.gguf_layout import architecture_of
-    from core.model.build import layer_shapes, load_config
+    from core.model.checkpoint import Checkpoint
 
-    config = load_config(checkpoint)
-    formats = ["padded"] if config.is_heterogeneous else []
-    if decilm_obstacle(config) is None:
+    opened = Checkpoint(checkpoint)
+    formats = ["padded"] if opened.config.is_heterogeneous else []
+    if decilm_obstacle(opened.config) is None:
         formats.append("decilm")
     with contextlib.suppress(ExportError):
-        architecture_of(config, layer_shapes(config))
+        architecture_of(opened.config, opened.layers)
         formats.append("gguf")
     return formats
 
 
-def _measure_speed(run: Run, checkpoint: Path, work: Workspace) -> tuple[SpeedRecord, ...]:
+def _measure_speed(run: Run, checkpoint: Path, base: Publication, work: Workspace) -> tuple[SpeedRecord, ...]:
     """Measure the result against the base model, if the settings ask for it."""
     if not run.settings.evaluation.speed:
         return ()
     from core.model.build import pick_device
     from core.steps.speed import BRIEF, compare_speed
 
-    base = fetch(run.base_uri, work.scratch / "base")
-    return compare_speed(base, checkpoint, BRIEF, device=pick_device().type)
+    folder = base.fetch(work.scratch / "base")
+    return compare_speed(folder, checkpoint, BRIEF, device=pick_device().type)

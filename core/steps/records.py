@@ -1,15 +1,18 @@
 """What a run has measured, gathered from what its steps have published."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from core.redaction import without_password
 from core.runs.record import LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
 from core.steps.frame import tracker_of
-from core.storage.layout import PLAN, REPORT
-from core.storage.publication import read_published
+from core.storage.layout import PLAN, REPORT, STEPS
+from core.storage.publication import find_publication
+from core.storage.transfer import in_parallel
 
 
 def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunRecord:
@@ -21,6 +24,12 @@ def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunR
         phases: Of which phases, 0 being the dense model.
     """
     tracker = tracker_of(run)
+    steps = [(phase, step) for phase in phases for step in (STEPS if phase else ("evaluated",))]
+    # At once: one after the other, twenty phases would take minutes from a distant store.
+    files = dict(zip(steps, in_parallel(lambda at: _published_files(run, *at), steps), strict=True))
+    reports = defaultdict[int, dict[str, dict[str, Any]]](dict)
+    for (phase, step), (report, _) in files.items():
+        reports[phase][step] = report
     return RunRecord(
         key=run.key,
         name=run.settings.name,
@@ -28,21 +37,32 @@ def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunR
         revision=run.revision,
         settings=run.settings.to_dict(),
         chosen=dict(run.chosen),
-        phases=tuple(_phase_record(run, phase) for phase in phases),
+        phases=tuple(
+            _phase_record(run, phase, found, files[phase, "scored"][1] if phase else {})
+            for phase, found in reports.items()
+        ),
         checkpoint_uri=checkpoint_uri,
         tracking_uri=without_password(tracker.uri),  # a record is handed on
         tracking_run=tracker.parent_run_id,
     )
 
 
-def _phase_record(run: Run, phase: int) -> PhaseRecord:
+def _published_files(run: Run, phase: int, step: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the report and, of score-layers, the plan that a step has published; {} if it has not."""
+    published = find_publication(
+        run.measured_uri(phase) if step == "evaluated" else run.phase_uri(phase, step)
+    )
+    if published is None:
+        return {}, {}
+    return published.read_json(REPORT), published.read_json(PLAN) if step == "scored" else {}
+
+
+def _phase_record(
+    run: Run, phase: int, reports: Mapping[str, dict[str, Any]], plan: dict[str, Any]
+) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
-    steps = ("calibrated", "scored", "pruned", "recovered", "evaluated")
-    uris = {step: run.phase_uri(phase, step) for step in steps} | {"evaluated": run.measured_uri(phase)}
-    reports = {step: read_published(uri, REPORT) for step, uri in uris.items()}
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    trained, measured = reports["recovered"], reports["evaluated"]
-    plan = read_published(run.phase_uri(phase, "scored"), PLAN) if phase else {}
+    trained, measured = reports.get("recovered", {}), reports["evaluated"]
     shapes = (
         [
             LayerSizes(

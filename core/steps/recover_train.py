@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
-from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, digest_of, provenance_of
-from core.storage.publication import fetch
+from core.settings.training import TrainingSettings
+from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
+from core.storage.publication import Publication, open_publication
 from core.storage.store import join_uri
 from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from core.training.recover import TrainingReport
-    from core.training.state import Progress, TrainingState
+    from core.training.state import TrainingProgress, TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,13 @@ def run_recover_train(
     this = Run.load(run)
     if not _steps(this)[phase - 1]:
         log.info("training.tokens=%s: nothing to train", this.settings.training.tokens)
-        describe_checkpoint(checkpoint_uri, model)
+        describe_checkpoint(open_publication(checkpoint_uri), model)
         return checkpoint_uri
     uri = this.phase_uri(phase, "recovered")
     compute = functools.partial(_compute, this, phase, checkpoint_uri, data_uri)
-    compute_once(this, uri, phase=phase, step="recover-train", compute=compute, track=_track)
+    published = compute_once(this, uri, phase=phase, step="recover-train", compute=compute, track=_track)
     remove_states(_states_uri(this, phase))
-    describe_checkpoint(uri, model)
+    describe_checkpoint(published, model)
     return uri
 
 
@@ -64,24 +65,27 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
 
     from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, load_model, pick_device
-    from core.model.checkpoint import CheckpointReader, save_model
+    from core.model.checkpoint import Checkpoint, save_model
+    from core.steps.footprint import explaining_memory, planned_training
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
-    folder = fetch(checkpoint_uri, work.scratch / "checkpoint")
-    network = load_model(folder, dtype=torch.float32, device=pick_device())
-    source = digest_of(checkpoint_uri)
+    source, data = open_publication(checkpoint_uri), open_publication(data_uri)
+    folder = source.fetch(work.scratch / "checkpoint")
+    checkpoint = Checkpoint(folder)
+    settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
+    network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
         every=parse_interval(run.settings.training.save_every),
-        belongs_to={"checkpoint": source, "data": digest_of(data_uri), "settings": run.settings.digest()},
+        belongs_to={"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()},
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
         save = functools.partial(states.save, network)
-        trained = _train(run, phase, network, data_uri, work, state, save)
-    with CheckpointReader(folder) as reader:
-        dtype = dtype_of(run.settings.model.dtype) or reader.dtype()
-    provenance = provenance_of(run, phase, source, step="recover-train")
+        with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
+            trained = _train(run, phase, network, data, settings, work, state, save)
+    dtype = dtype_of(run.settings.model.dtype) or checkpoint.dtype
+    provenance = provenance_of(run, phase, source.digest, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
         "losses": trained.losses,
@@ -92,7 +96,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     }
 
 
-def _track(child: ChildRun, report: dict[str, Any]) -> None:
+def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
     losses = report.get("losses", ())
     child.log_series("loss", [(step, loss) for step, loss, _ in losses])
     child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
@@ -102,10 +106,11 @@ def _train(
     run: Run,
     phase: int,
     network: "PreTrainedModel",
-    data_uri: str,
+    data: Publication,
+    settings: TrainingSettings,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, Progress], None]",
+    save: "Callable[[Optimizer, TrainingProgress], None]",
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file
@@ -114,12 +119,12 @@ def _train(
     from core.training.recover import recover
 
     name = slice_name(phase)
-    data = load_file(fetch(data_uri, work.scratch, only=[name]) / name)
+    tensors = load_file(data.fetch(work.scratch, only=[name]) / name)
     torch.manual_seed(run.settings.seed + phase)
     return recover(
         network,
-        data["input_ids"],
-        data["trained"],
+        tensors["input_ids"],
+        tensors["trained"],
         run.settings.training,
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,

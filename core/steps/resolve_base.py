@@ -1,22 +1,22 @@
 """The step that opens a run: resolve-base."""
 
 import logging
-import tempfile
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import TargetError, UnsupportedModelError
 from core.runs.run import Run
+from core.scratch import scratch_folder
 from core.settings.recipe import settings_from_dict, with_fixed
 from core.settings.schema import Settings
 from core.steps.frame import tracker_of
 from core.steps.opening import open_run
 from core.storage.layout import pointer_of
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from core.storage.store import open_store
 
 if TYPE_CHECKING:
+    from core.model.checkpoint import Checkpoint
     from core.model.shape import ModelShape
     from core.pruning.sparsity import Sizing
 
@@ -58,7 +58,7 @@ def run_resolve_base(
         LeaseError: If another execution works on the run, and this one is a local run.
     """
     from core.bases.importing import import_base
-    from core.model.build import load_config
+    from core.model.checkpoint import Checkpoint
     from core.steps.settled import settle_precision
 
     own: dict[str, dict[str, Any]] = {
@@ -69,9 +69,9 @@ def run_resolve_base(
     sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
     settings = settings_from_dict({**recipe, **sections})
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        config = load_config(fetch(base_uri, Path(scratch), only=["config.json"]))
-    dense, phase_params = _sizes_of_phases(settings, config)
+    with scratch_folder() as scratch:
+        base = Checkpoint(open_publication(base_uri).fetch(scratch, only=["config.json"]))
+    dense, phase_params = _sizes_of_phases(settings, base)
     settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
     run = Run(
         store=settings.storage.store,
@@ -97,22 +97,21 @@ def run_resolve_base(
     return run.handle(), base_uri, ""
 
 
-def _sizes_of_phases(settings: Settings, config: Any) -> tuple["ModelShape", tuple[int, ...]]:
+def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShape", tuple[int, ...]]:
     """Return the sizes of the base model, and the parameters that each phase is to end at."""
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
-    from core.model.families import family_of
     from core.pruning.phases import phase_sizes
     from core.pruning.planning import settings_for, sizing_for
     from core.pruning.sparsity import smallest_params
 
-    obstacle = decilm_obstacle(config) if settings.prune.profile == "portable" else None
+    obstacle = decilm_obstacle(base.config) if settings.prune.profile == "portable" else None
     if obstacle is not None:
         raise UnsupportedModelError(
             f"prune.profile=portable needs a base model that the DeciLM format holds, but {obstacle}. Set "
             "prune.profile to free, or choose another base model."
         )
-    dense, prune = model_shape(config), settings_for(settings.prune, family_of(config))
+    dense, prune = model_shape(base.config), settings_for(settings.prune, base.family)
     base_params = dense.num_params()
     target_params = prune.target_params(base_params)
     if target_params >= base_params:

@@ -5,16 +5,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
-from core.steps.frame import (
-    Artifact,
-    Workspace,
-    compute_once,
-    digest_of,
-    hand_over,
-)
-from core.steps.measuring import measure
+from core.steps.frame import Artifact, Workspace, compute_once, hand_over
+from core.steps.measuring import PhaseMeasurement
 from core.storage.layout import PLAN, STATISTICS
-from core.storage.publication import fetch, read_published
+from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
 
 if TYPE_CHECKING:
@@ -29,35 +23,40 @@ def run_score_layers(
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    The statistics are those that calibrate has published. With several steps a phase, what the steps so far
-    leave of the checkpoint is measured before the next one.
+    The statistics are those that calibrate has published. With several steps a phase, the checkpoint is opened
+    once, and cut and measured again for each step after the first.
     """
     this = Run.load(run)
     prune = this.settings.prune
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import layer_shapes, load_config
-        from core.model.families import family_of
+        from core.model.checkpoint import Checkpoint
         from core.pruning.planning import plan_phase, settings_for
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
 
-        def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
-            return measure(this, phase, checkpoint_uri, data_uri, work.scratch, step=step, layers=layers)
+        source, data = open_publication(checkpoint_uri), open_publication(data_uri)
+        calibrated = open_publication(this.phase_uri(phase, "calibrated"))
+        before = open_publication(this.phase_uri(phase - 1, "scored")).read_json(PLAN) if phase > 1 else {}
 
-        config = load_config(fetch(checkpoint_uri, work.scratch, only=["config.json"]))
-        shapes = layer_shapes(config)
-        before = read_published(this.phase_uri(phase - 1, "scored"), PLAN) if phase > 1 else {}
-        calibrated = this.phase_uri(phase, "calibrated")
-        statistics = fetch(calibrated, work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
+        opened: list[PhaseMeasurement] = []
+
+        def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
+            if not opened:  # one step alone needs no weights
+                opened.append(PhaseMeasurement(this, phase, source, data, work.scratch))
+            opened[0].cut(layers)
+            return opened[0].measure(step)
+
+        checkpoint = Checkpoint(source.fetch(work.scratch, only=["config.json"]))
+        statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         decided = plan_phase(
             Statistics.load(statistics),
             dense=this.dense,
-            current=this.dense.with_layers(shapes),
-            sparsity=before.get("sparsity", (0.0,) * len(shapes)),
+            current=this.dense.with_layers(checkpoint.layers),
+            sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
             target_params=this.phase_params[phase - 1],
-            settings=settings_for(prune, family_of(config)),
-            checkpoint=digest_of(checkpoint_uri),
+            settings=settings_for(prune, checkpoint.family),
+            checkpoint=source.digest,
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
         )
@@ -77,11 +76,11 @@ def run_score_layers(
             "attention_removed": 1 - left / whole,
         }
 
-    def track(child: ChildRun, report: dict[str, Any]) -> None:
-        decided = read_published(uri, PLAN)
+    def track(child: ChildRun, _: dict[str, Any], published: Publication) -> None:
+        decided = published.read_json(PLAN)
         for name in ("importance", "sparsity"):
             child.log_series(name, enumerate(decided[name]))
 
     uri = this.phase_uri(phase, "scored")
-    compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
-    hand_over(uri, PLAN, plan)
+    published = compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
+    hand_over(published, PLAN, plan)

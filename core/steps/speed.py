@@ -2,16 +2,17 @@
 
 import importlib.util
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ExportError, SettingsError, UnsupportedModelError
-from core.evaluation.speed.comparison import Runtime, Workload, compare
+from core.evaluation.speed.comparison import compare
+from core.evaluation.speed.workload import Runtime, Workload
 from core.export.gguf import export_gguf
 from core.export.gguf_quantization import GgufDtype
-from core.model.build import load_config
+from core.model.checkpoint import Checkpoint
 from core.runs.record import SpeedRecord
+from core.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def compare_speed(
         if runtime == "torch":
             found.append(compare(runtime, base, checkpoint, workload, device=device))
             continue
-        with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-            base_file, file = Path(scratch) / "base.gguf", Path(scratch) / "checkpoint.gguf"
+        with scratch_folder() as scratch:
+            base_file, file = scratch / "base.gguf", scratch / "checkpoint.gguf"
             try:
                 export_gguf(base, base_file, dtype=gguf_dtype)
                 export_gguf(checkpoint, file, dtype=gguf_dtype)
@@ -73,7 +74,7 @@ def compare_speed(
 
 
 def _check_length(folder: Path, workload: Workload) -> None:
-    positions = getattr(load_config(folder), "max_position_embeddings", None)
+    positions = getattr(Checkpoint(folder).config, "max_position_embeddings", None)
     length = workload.prompt_tokens + workload.new_tokens + 1
     if positions is not None and length > positions:
         raise SettingsError(

@@ -18,7 +18,7 @@ from core.errors import IntegrityError, LeaseError, StorageError
 from core.storage.layout import folder_of, pointer_of, publication_of
 from core.storage.lease import TTL_S, Lease, holding_lease, lease_number, read_lease, release_lease
 from core.storage.owner import Owner
-from core.storage.publication import MANIFEST, read_manifest
+from core.storage.publication import MANIFEST, find_publication
 from core.storage.store import Store, StoredFile, is_temporary, join_uri
 
 PATIENCE_S = 86_400.0
@@ -183,10 +183,11 @@ class _Search:
         self, place: str, files: list[StoredFile], *, done: bool = False, patience_s: float = 0.0
     ) -> None:
         try:
-            manifest = read_manifest(join_uri(self.store.uri, place))
+            published = find_publication(join_uri(self.store.uri, place))
         except IntegrityError:
             self.found.spared[place] = "its manifest is damaged"
             return
+        manifest = published.manifest if published else None
         claimed = {f"{place}/{manifest.key(entry)}" for entry in manifest.files} if manifest else set()
         loose = []
         for file in files:

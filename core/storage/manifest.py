@@ -74,6 +74,11 @@ class Manifest:
         """The size of all files."""
         return sum(entry.size for entry in self.files)
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all files."""
+        return [entry.path for entry in self.files]
+
     def key(self, entry: FileEntry) -> str:
         """Return the key of a file below the publication's URI."""
         return join_uri(self.folder, entry.path) if self.folder else entry.path

@@ -1,44 +1,31 @@
 """Publications: a directory whose ``MANIFEST.json`` lists every file by size and sha256 and is put last.
 
 A directory without a manifest is not published, and is not read. A publication never changes: of several
-publishers one wins, and all of them return its manifest.
+publishers one wins, and all of them return that one's.
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.errors import StorageError
-from core.storage.layout import REPORT_FORMAT
+from core.storage.layout import REPORT, REPORT_FORMAT
 from core.storage.manifest import FileEntry, Manifest
-from core.storage.store import is_temporary, join_uri, local_errors, open_store
+from core.storage.store import Store, is_temporary, join_uri, local_errors, open_store
 from core.storage.transfer import (
     UPLOADED,
     OccupiedError,
     download,
     in_parallel,
     is_apart,
+    read_verified,
     upload_apart,
     upload_beside,
     verify_in_place,
 )
-
-__all__ = [
-    "MANIFEST",
-    "OWN",
-    "FileEntry",
-    "Manifest",
-    "delete_publication",
-    "fetch",
-    "publish",
-    "published_in",
-    "read_manifest",
-    "read_published",
-    "verify_folder",
-]
 from core.untrusted import check_format, parse_object
 
 MANIFEST = "MANIFEST.json"
@@ -49,11 +36,145 @@ OWN = (MANIFEST, UPLOADED)
 log = logging.getLogger(__name__)
 
 
-def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """A publication whose manifest has been read: once, as it never changes."""
+
+    uri: str
+    """Where it is."""
+    manifest: Manifest
+    """The files it holds."""
+    store: Store = field(repr=False, compare=False)
+    """The store at ``uri``."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of the files without the step's report, which says how long the step took."""
+        return Manifest(files=tuple(entry for entry in self.manifest.files if entry.path != REPORT)).digest
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that holds the files; None if the store is not a folder."""
+        return self.store.local_path(self.manifest.folder)
+
+    def fetch(self, directory: Path, *, only: Sequence[str] | None = None) -> Path:
+        """Return a folder with the verified files.
+
+        A publication in a folder is verified in place. Otherwise its files are copied to ``directory``, less
+        those that are there and verify; other files there stay.
+
+        Args:
+            directory: Created if needed.
+            only: Paths of the wanted files; None for all.
+
+        Raises:
+            IntegrityError: If a file is not what the manifest says; it is then not in ``directory``.
+            StorageError: If a file of ``only`` is not part of the publication, or reading or writing fails.
+        """
+        entries = list(self.manifest.files) if only is None else self._entries(only)
+        if self.folder is not None:
+            self._verify(self.folder, entries)
+            return self.folder
+        start = time.monotonic()
+        moved = download(self.store, self.manifest, directory, entries)
+        if any(moved):
+            _log_rate("fetched", self.store.uri, [size for size in moved if size], start)
+        return directory
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the verified content of a small file; see ``fetch`` for the errors."""
+        return read_verified(self.store, self.manifest, *self._entries([name]))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file without its format number; see ``fetch`` for further errors.
+
+        Raises:
+            FormatError: If a newer version has written it.
+        """
+        where = join_uri(self.uri, name)
+        try:
+            data = parse_object(self.read_bytes(name))
+        except ValueError as error:
+            raise StorageError(f"{where} is damaged: {error}. Rerun its step.") from error
+        check_format(data, REPORT_FORMAT, where)
+        data.pop("format", None)
+        return data
+
+    def is_whole(self) -> bool:
+        """Return whether all files are there."""
+        return all(
+            in_parallel(self.store.exists, [self.manifest.key(entry) for entry in self.manifest.files])
+        )
+
+    def verify(self, *, may_differ: Sequence[str] = ()) -> None:
+        """Compare the files with the manifest where they are, in a folder.
+
+        Args:
+            may_differ: Paths of files that a person may have edited.
+
+        Raises:
+            IntegrityError: If a file is not what the manifest says.
+            StorageError: If one cannot be read.
+        """
+        assert self.folder is not None, "only a folder is verified in place"
+        start = time.monotonic()
+        entries = [entry for entry in self.manifest.files if entry.path not in may_differ]
+        self._verify(self.folder, entries)
+        _log_rate("verified", self.store.uri, [entry.size for entry in entries], start)
+
+    def delete(self, *, keep_manifest: bool = False, keep: Sequence[str] = ()) -> None:
+        """Remove the files except those in ``keep``, and the manifest too unless ``keep_manifest``."""
+        if not keep_manifest:
+            self.store.delete(MANIFEST)  # first: a manifest promises its files
+        gone = [self.manifest.key(entry) for entry in self.manifest.files if entry.path not in keep]
+        in_parallel(self.store.delete, [*gone, UPLOADED])
+
+    def _verify(self, folder: Path, entries: Sequence[FileEntry]) -> None:
+        verify_in_place(folder, join_uri(self.store.uri, self.manifest.folder), entries)
+
+    def _entries(self, names: Sequence[str]) -> list[FileEntry]:
+        if absent := set(names) - set(self.manifest.paths):
+            raise StorageError(
+                f"{self.store.uri} holds no file {', '.join(sorted(absent))}. Correct the name."
+            )
+        return [entry for entry in self.manifest.files if entry.path in names]
+
+
+def find_publication(uri: str) -> Publication | None:
+    """Open the publication at ``uri``; None if nothing is published there.
+
+    Raises:
+        IntegrityError: If its manifest is damaged or was edited.
+        StorageError: If the store cannot be reached or read.
+    """
+    store = open_store(uri)
+    try:
+        content = store.read_bytes(MANIFEST)
+    except FileNotFoundError:
+        return None
+    manifest = Manifest.from_json(content, where=join_uri(store.uri, MANIFEST))
+    return Publication(uri=uri, manifest=manifest, store=store)
+
+
+def open_publication(uri: str) -> Publication:
+    """Open the publication at ``uri``.
+
+    Raises:
+        IntegrityError: If its manifest is damaged or was edited.
+        StorageError: If nothing is published there, or the store cannot be reached or read.
+    """
+    published = find_publication(uri)
+    if published is None:
+        where = open_store(uri).uri
+        raise StorageError(f"{where} is not published: no {MANIFEST}. Correct the URI, or rerun its step.")
+    return published
+
+
+def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None) -> Publication:
     """Copy every file of ``directory`` to ``uri``, then put the manifest, which makes them readable.
 
-    Each file is read once, and hashed on its way. After a crash the same call goes on: what is there already
-    is not copied again.
+    Each file is read once, and hashed on its way. After a crash the same call continues: what is there
+    already is not copied again.
 
     Args:
         directory: Holds at least one file; nothing in it changes meanwhile.
@@ -61,20 +182,20 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
         metadata: JSON-able values to keep in the manifest.
 
     Returns:
-        The manifest that stands at ``uri``: another publisher's, if it was first.
+        What stands at ``uri``: another publisher's, if it was first.
 
     Raises:
         StorageError: If ``directory`` holds no file, or the store cannot be reached or written.
     """
-    store = open_store(uri)
-    published = read_manifest(uri)
+    published = find_publication(uri)
     if published is not None:
         return published
+    store = open_store(uri)
     start, paths, folder = time.monotonic(), _files(directory), ""
     try:
         files = upload_beside(directory, paths, store)
     except OccupiedError:
-        published = read_manifest(uri)
+        published = find_publication(uri)
         if published is not None:
             return published
         files, folder = upload_apart(directory, paths, store)
@@ -85,8 +206,8 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
     if store.write_bytes(MANIFEST, content, if_absent=True):
         store.delete(UPLOADED)
         _log_rate("published", store.uri, [entry.size for entry in files], start)
-        return Manifest.from_json(content)
-    published = read_manifest(uri)
+        return Publication(uri=uri, manifest=Manifest.from_json(content), store=store)
+    published = find_publication(uri)
     if published is None:
         raise StorageError(f"{store.uri} was removed while it was published. Run the step again.")
     if folder:
@@ -94,141 +215,43 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
     return published
 
 
-def read_manifest(uri: str) -> Manifest | None:
-    """Return the manifest at ``uri``; None if nothing is published there.
-
-    Raises:
-        IntegrityError: If it is not a manifest, or was edited.
-        StorageError: If the store cannot be reached or read.
-    """
-    store = open_store(uri)
-    try:
-        content = store.read_bytes(MANIFEST)
-    except FileNotFoundError:
-        return None
-    return Manifest.from_json(content, where=join_uri(store.uri, MANIFEST))
-
-
-def fetch(uri: str, directory: Path, *, only: Sequence[str] | None = None) -> Path:
-    """Return a folder with the verified files of the publication at ``uri``.
-
-    A publication in a folder is verified where it is. Otherwise its files come to ``directory``, unless they
-    are there and verify; other files there stay.
-
-    Args:
-        uri: A publication.
-        directory: Created if needed.
-        only: Paths of the files that are wanted; None for all.
-
-    Raises:
-        IntegrityError: If a file is not what the manifest says; it is then not in ``directory``.
-        StorageError: If nothing is published at ``uri``, a file of ``only`` is not part of it, or reading or
-            writing fails.
-    """
-    store, manifest = open_store(uri), read_manifest(uri)
-    if manifest is None:
-        raise StorageError(
-            f"{store.uri} is not published: no {MANIFEST}. Correct the URI, or rerun its step."
-        )
-    entries = [entry for entry in manifest.files if only is None or entry.path in only]
-    if only is not None and (absent := set(only) - {entry.path for entry in entries}):
-        raise StorageError(f"{store.uri} holds no file {', '.join(sorted(absent))}. Correct the name.")
-    start = time.monotonic()
-    folder = store.local_path(manifest.folder)
-    if folder is not None:
-        verify_in_place(folder, join_uri(store.uri, manifest.folder), entries)
-        return folder
-    moved = download(store, manifest, directory, entries)
-    if any(moved):
-        _log_rate("fetched", store.uri, [size for size in moved if size], start)
-    return directory
-
-
-def published_in(folder: Path) -> tuple[Path, Manifest] | None:
-    """Return the publication that the files in ``folder`` belong to: where its manifest is, and that.
+def published_in(folder: Path) -> Publication | None:
+    """Return the publication that the files in ``folder`` belong to; None for any other folder.
 
     Args:
         folder: A publication, the folder beside its manifest that holds its files, or a link to either.
 
-    Returns:
-        None for any other folder.
-
     Raises:
-        IntegrityError: If its manifest was damaged or edited.
+        IntegrityError: If its manifest is damaged or was edited.
         StorageError: If it cannot be read.
     """
     place = folder.resolve()
     if (place / MANIFEST).is_file():
-        manifest = read_manifest(str(place))
-        return None if manifest is None else (place, manifest)
+        return find_publication(str(place))
     if is_apart(place.name) and (place.parent / MANIFEST).is_file():
-        manifest = read_manifest(str(place.parent))
-        if manifest is not None and manifest.folder == place.name:
-            return place.parent, manifest
+        published = find_publication(str(place.parent))
+        if published is not None and published.manifest.folder == place.name:
+            return published
     return None
 
 
 def verify_folder(folder: Path, *, may_differ: Sequence[str] = ()) -> Path:
-    """Compare the files of a publication with its manifest; a folder without one is left as it is.
+    """Verify the publication in a folder; any other folder is left as it is.
 
-    Files beside those of the manifest are of no concern.
+    Files beside those of the manifest do not matter.
 
     Args:
         folder: See ``published_in``.
-        may_differ: Paths of files that a person may have edited.
+        may_differ: See ``Publication.verify``, also for the errors.
 
     Returns:
         Where the files are: ``folder``, or the folder in it that its manifest names.
-
-    Raises:
-        IntegrityError: If a file is not what the manifest says.
-        StorageError: If one cannot be read.
     """
     published = published_in(folder)
     if published is None:
         return folder
-    start, (place, manifest) = time.monotonic(), published
-    entries = [entry for entry in manifest.files if entry.path not in may_differ]
-    verify_in_place(place / manifest.folder, join_uri(place, manifest.folder), entries)
-    _log_rate("verified", str(place), [entry.size for entry in entries], start)
-    return folder / manifest.folder if folder.resolve() == place else folder
-
-
-def read_published(uri: str, name: str) -> dict[str, Any]:
-    """Return a published JSON file, less its format; {} if the step has not published it."""
-    manifest = read_manifest(uri)
-    if manifest is None or name not in {entry.path for entry in manifest.files}:
-        return {}
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        content = (fetch(uri, Path(scratch), only=[name]) / name).read_text()
-    try:
-        data = parse_object(content)
-    except ValueError as error:
-        raise StorageError(f"{uri}/{name} is damaged: {error}. Rerun its step.") from error
-    check_format(data, REPORT_FORMAT, f"{uri}/{name}")
-    data.pop("format", None)
-    return data
-
-
-def is_whole(uri: str) -> bool:
-    """Return whether something is published at ``uri`` and all its files are there."""
-    store, manifest = open_store(uri), read_manifest(uri)
-    return manifest is not None and all(store.exists(manifest.key(entry)) for entry in manifest.files)
-
-
-def delete_publication(uri: str, *, keep_manifest: bool, keep: Sequence[str] = ()) -> None:
-    """Remove the files of the publication at ``uri``, and the manifest too unless ``keep_manifest``.
-
-    Files whose paths are in ``keep`` stay.
-
-    What is gone already, or was never published, is no error.
-    """
-    store, manifest = open_store(uri), read_manifest(uri)
-    if not keep_manifest:
-        store.delete(MANIFEST)  # first: a manifest promises its files
-    if manifest is not None:
-        in_parallel(store.delete, [manifest.key(entry) for entry in manifest.files if entry.path not in keep])
-    store.delete(UPLOADED)
+    published.verify(may_differ=may_differ)
+    return folder / published.manifest.folder if str(folder.resolve()) == published.uri else folder
 
 
 def _files(directory: Path) -> list[str]:

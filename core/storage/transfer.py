@@ -6,6 +6,7 @@ of its files in a folder of its own, which the manifest then names.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -97,13 +98,29 @@ def verify_in_place(folder: Path, where: str, entries: Iterable[FileEntry]) -> N
     """
 
     def verify(entry: FileEntry) -> None:
-        path = folder / entry.path
-        leads_elsewhere = path.resolve() != folder.resolve() / entry.path
-        fault = "a file expected, a link found" if leads_elsewhere else entry.fault_of(path)
-        if fault:
+        if fault := _link_fault(folder, entry) or entry.fault_of(folder / entry.path):
             raise _unlike(where, entry, fault)
 
     in_parallel(verify, entries)
+
+
+def read_verified(store: Store, manifest: Manifest, entry: FileEntry) -> bytes:
+    """Return the content of a small file of a publication.
+
+    Raises:
+        IntegrityError: If it is not what its entry says.
+    """
+    folder, content = store.local_path(manifest.folder), b""
+    fault = _link_fault(folder, entry) if folder is not None else ""
+    if not fault:
+        try:
+            content = store.read_bytes(manifest.key(entry))
+            fault = entry.fault(len(content), hashlib.sha256(content).hexdigest())
+        except FileNotFoundError:
+            fault = "it is missing"
+    if fault:
+        raise _unlike(join_uri(store.uri, manifest.folder), entry, fault)
+    return content
 
 
 def download(store: Store, manifest: Manifest, directory: Path, entries: Iterable[FileEntry]) -> list[int]:
@@ -174,6 +191,11 @@ def _size(directory: Path, path: str) -> int:
             return file.stat().st_size
     except FileNotFoundError as error:
         raise StorageError(f"{file} is gone, or a link that leads nowhere. Make it again.") from error
+
+
+def _link_fault(folder: Path, entry: FileEntry) -> str:
+    is_link = (folder / entry.path).resolve() != folder.resolve() / entry.path
+    return "a file expected, a link found" if is_link else ""
 
 
 def _unlike(where: str, entry: FileEntry, fault: str) -> IntegrityError:

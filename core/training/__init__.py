@@ -1,1 +1,1 @@
-"""Recovery training: the mixture of texts, packing, the learning-rate schedule and the loop."""
+"""Recovery training: the learning-rate schedule, the loop and its states."""

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,24 +13,23 @@ from transformers import PreTrainedModel
 
 from core.errors import TrainingError
 from core.model.loss import final_states, loss_gradient
+from core.progress import Progress
 from core.settings.training import TrainingSettings
-from core.training.state import Progress, TrainingState, restore_state
+from core.training.state import TrainingProgress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 10.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """What a phase's training has done.
+    """The outcome of a phase's training.
 
     Attributes:
-        losses: (global step, loss in nats a trained token, learning rate) of each optimizer step.
+        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step.
         tokens: Tokens that passed through the model.
-        trained_tokens: Tokens among them that counted in the loss (prompts do not).
-        tokens_per_s: Rate over the whole phase, all attempts together.
+        trained_tokens: Those that counted in the loss (prompts do not).
+        tokens_per_s: Rate over the whole phase, all attempts included.
     """
 
     losses: tuple[tuple[int, float, float], ...]
@@ -48,9 +47,9 @@ def recover(
     first_step: int,
     total_steps: int,
     resume_from: TrainingState | None = None,
-    save: Callable[[Optimizer, Progress], None] | None = None,
+    save: Callable[[Optimizer, TrainingProgress], None] | None = None,
 ) -> TrainingReport:
-    """Train a pruned model on its phase's slice, in place.
+    """Train a pruned model on the phase's slice, in place.
 
     Args:
         model: Float32 weights, on the device to train on.
@@ -59,15 +58,15 @@ def recover(
         settings: Batch, learning rate and precision.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
-        resume_from: What an earlier attempt has left, which fits the model: training goes on as if it had
-            never stopped.
-        save: Called between two steps; may write the state, and decides by itself whether to.
+        resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
+            stopped.
+        save: Called between steps; decides by itself whether to write the state.
 
     Returns:
         Losses and rates.
 
     Raises:
-        TrainingError: If the loss or the norm of the gradients is not finite. That step changes nothing.
+        TrainingError: If the loss or the gradient norm is not finite. That step changes nothing.
     """
     assert settings.precision != "auto", "settled before the run"
     steps = len(input_ids) // settings.global_batch
@@ -77,34 +76,32 @@ def recover(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    done = Progress()
+    done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
         log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
     losses, trained_tokens = list(done.losses), done.trained_tokens
-    last_log = time.monotonic()
-    started = last_log - done.seconds
-    while len(losses) < steps:
-        step = first_step + len(losses)
-        rate = _set_learning_rate(optimizer, step, total_steps, settings)
-        rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
-        loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
-        _check_finite(step, total_steps, loss, float(norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append((step, loss, rate))
-        trained_tokens += counted
-        now, left = time.monotonic(), steps - len(losses)
-        if now - last_log > _LOG_EVERY_S or not left:
-            last_log = now
-            step_s = (now - started) / len(losses)
-            _log_step(
-                losses[-1], total_steps, settings.global_batch * input_ids.shape[1] / step_s, left * step_s
-            )
-        if save is not None and left:
-            save(optimizer, Progress(losses=losses, trained_tokens=trained_tokens, seconds=now - started))
-    tokens = steps * settings.global_batch * input_ids.shape[1]
+    batch_tokens = settings.global_batch * input_ids.shape[1]
+    tokens, started = steps * batch_tokens, time.monotonic() - done.seconds
+    with Progress("training", tokens, "tokens", done=len(losses) * batch_tokens) as progress:
+        while len(losses) < steps:
+            step = first_step + len(losses)
+            rate = _set_learning_rate(optimizer, step, total_steps, settings)
+            rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
+            loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+            _check_finite(step, total_steps, loss, float(norm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append((step, loss, rate))
+            trained_tokens += counted
+            progress.add(batch_tokens, f"step {step + 1} of {total_steps}, loss {loss:.3f}, lr {rate:.2g}")
+            if save is not None and len(losses) < steps:
+                seconds = time.monotonic() - started
+                save(
+                    optimizer,
+                    TrainingProgress(losses=losses, trained_tokens=trained_tokens, seconds=seconds),
+                )
     model.eval()
     return TrainingReport(
         losses=tuple(losses),
@@ -120,8 +117,8 @@ def _check_finite(step: int, total_steps: int, loss: float, norm: float) -> None
     found = f"the loss is {loss}" if not math.isfinite(loss) else f"the l2 norm of the gradients is {norm}"
     raise TrainingError(
         f"training has stopped at step {step + 1} of {total_steps}: {found}. Lower training.learning_rate, "
-        "or set training.precision to float32, and start a run anew. A rerun of this one goes on from the "
-        "last state that was saved."
+        "or set training.precision to float32, which makes it another run. Rerunning this one resumes from "
+        "the last saved state."
     )
 
 
@@ -141,23 +138,18 @@ def _set_learning_rate(
     return rate
 
 
-def _log_step(done: tuple[int, float, float], total_steps: int, tokens_per_s: float, left_s: float) -> None:
-    step, loss, rate = done
-    progress = "step %d of %d, loss %.3f, lr %.2g, %.0f tokens/s, %.0f s left"
-    log.info(progress, step + 1, total_steps, loss, rate, tokens_per_s, left_s)
-
-
 def _accumulate(
     model: PreTrainedModel, input_ids: Tensor, trained: Tensor, settings: TrainingSettings
 ) -> tuple[float, int]:
-    """Add up the gradients of one global batch; every trained token weighs the same.
+    """Accumulate the gradients of one global batch; every trained token has the same weight.
 
     Returns:
         The mean loss over the batch's trained tokens, and their number.
     """
     counted = int(trained[:, 1:].sum())
     total = 0.0
-    for ids, mask in _micro_batches(input_ids, trained, settings.micro_batch):
+    size = settings.micro_batch
+    for ids, mask in zip(input_ids.split(size), trained.split(size), strict=True):
         ids = ids.to(model.device).long()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             states = final_states(model, ids)
@@ -167,7 +159,3 @@ def _accumulate(
         states.backward(gradient)
         total += loss
     return total / max(counted, 1), counted
-
-
-def _micro_batches(input_ids: Tensor, trained: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(input_ids.split(size), trained.split(size), strict=True)

@@ -1,7 +1,7 @@
-"""Training states in the store: published while training goes on, found again by the next attempt.
+"""Training states in the store: published while training continues, found by the next attempt.
 
-Each is a publication of its own, named by its step, so it is there whole and verified or not at all. The last
-one stays until a newer one is published.
+Each is a publication named by its step, so it is either there whole and verified or not at all. The last one
+stays until a newer one is published.
 """
 
 import logging
@@ -14,36 +14,36 @@ from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
 from core.quantities import Interval
-from core.storage.publication import MANIFEST, fetch, publish
+from core.storage.publication import MANIFEST, open_publication, publish
 from core.storage.store import join_uri, open_store
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
-    from core.training.state import Progress, TrainingState
+    from core.training.state import TrainingProgress, TrainingState
 
 log = logging.getLogger(__name__)
 
 _NOT_SAVED = (
-    "the training state of step %d is not saved: %s Training goes on; the next one is tried as usual."
+    "the training state of step %d is not saved: %s Training continues; the next one is tried as usual."
 )
 
 
 class SavedStates:
-    """The states of one training: their place in the store, and a thread that publishes them there.
+    """The states of one training: their place in the store, and a thread that publishes them.
 
-    The end of a ``with`` block waits for the state that is under way.
+    The end of a ``with`` block waits for the state being published.
     """
 
     def __init__(self, uri: str, folder: Path, *, every: Interval, belongs_to: Mapping[str, str]) -> None:
-        """Use the place ``uri``; nothing is contacted yet.
+        """Use the place ``uri``, without contacting it yet.
 
         Args:
-            uri: Holds states of this training alone.
-            folder: Takes one state, 12 bytes a parameter; removed at the end.
+            uri: Holds only states of this training.
+            folder: Holds one state, 12 bytes per parameter; removed at the end.
             every: How often a state is saved.
-            belongs_to: What the training follows from. A state that follows from other things is not used.
+            belongs_to: The inputs of the training. A state with other inputs is not used.
         """
         self._uri, self._folder = uri, folder
         self._every, self._belongs_to = every, dict(belongs_to)
@@ -56,18 +56,14 @@ class SavedStates:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the state that is under way."""
+        """Wait for the state being published."""
         self._publisher.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def newest(self, model: "PreTrainedModel", *, first_step: int) -> "TrainingState | None":
-        """Return the newest state that verifies and fits; its files stay until the next state is saved.
+        """Return the newest state that verifies and fits the model; its files stay until the next save.
 
-        What is damaged or belongs to another training is removed: this one will need the name.
-
-        Args:
-            model: The model that is to be trained, whatever its weights.
-            first_step: Global step at which its training begins.
+        States that are damaged or belong to another training are removed: this one will need the name.
 
         Returns:
             None if there is no such state.
@@ -79,7 +75,7 @@ class SavedStates:
             try:
                 state = self._fetch(step, model, first_step)
             except (IntegrityError, CheckpointError) as error:
-                problem = str(error).partition(". ")[0].rstrip(".")  # what to do about it is done here
+                problem = str(error).partition(". ")[0].rstrip(".")  # its advice is carried out here
                 log.warning("the training state of step %d is removed, not used: %s", step, problem)
                 remove_states(self._uri, steps=range(step, step + 1))
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -91,25 +87,20 @@ class SavedStates:
     def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
         from core.training.state import STATE, check_fits, read_state
 
-        uri, folder = _place(self._uri, step), self._folder / "fetched"
-        state = read_state(fetch(uri, folder, only=[STATE]))
+        published, folder = open_publication(_place(self._uri, step)), self._folder / "fetched"
+        state = read_state(published.fetch(folder, only=[STATE]))
         progress = state.progress
         steps = progress.losses[0][0], progress.next_step
         if state.belongs_to != self._belongs_to or steps != (first_step, step):
-            raise CheckpointError(f"{uri} belongs to another training.")
-        fetch(uri, folder)
+            raise CheckpointError(f"{published.uri} belongs to another training.")
+        published.fetch(folder)
         check_fits(state, model)
         return state
 
-    def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "Progress") -> None:
-        """Save the state if it is time to and the one before is up; what goes wrong is logged.
+    def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "TrainingProgress") -> None:
+        """Save the state if one is due and the previous one is published; failures are logged.
 
-        It is on the local disk when this returns, and published while training goes on.
-
-        Args:
-            model: See ``write_state``.
-            optimizer: See ``write_state``.
-            progress: See ``write_state``.
+        It is on the local disk when this returns, and is published while training continues.
         """
         from core.training.state import write_state
 
@@ -131,10 +122,10 @@ class SavedStates:
 
     def _publish(self, folder: Path, step: int, started: float) -> None:
         try:
-            size = publish(folder, _place(self._uri, step)).total_bytes
-        except Exception as error:  # whatever it is, it must not end hours of training
+            size = publish(folder, _place(self._uri, step)).manifest.total_bytes
+        except Exception as error:  # no failure may end hours of training
             log.warning(_NOT_SAVED, step, error, exc_info=not isinstance(error, AdaptPrunerError))
-            superseded = range(step, step + 1)  # half of a state only takes space
+            superseded = range(step, step + 1)  # a partial state only takes space
         else:
             seconds = time.monotonic() - started
             log.info("saved the training state of step %d (%.1f MB, %.1f s)", step, size / 1e6, seconds)
@@ -144,11 +135,11 @@ class SavedStates:
 
 
 def remove_states(uri: str, *, steps: range | None = None) -> None:
-    """Remove states, half-published ones too; what goes wrong is logged, as nothing depends on it.
+    """Remove states, including partly published ones; failures are logged, as nothing depends on it.
 
     Args:
         uri: Where they are.
-        steps: Which of them; None for all.
+        steps: Which ones; None for all.
     """
     store = open_store(uri)
     try:
@@ -156,10 +147,10 @@ def remove_states(uri: str, *, steps: range | None = None) -> None:
         for key in sorted(keys, key=lambda key: not key.endswith(MANIFEST)):  # it promises the other files
             store.delete(key)
     except StorageError as error:
-        log.warning("training states that are no longer needed stay: %s", error)
+        log.warning("training states that are no longer needed could not be removed: %s", error)
     folder = store.local_path("")
     if steps is None and folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)  # an interrupted write leaves files that no list shows
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted write leaves files that are not listed
 
 
 def _published(uri: str) -> list[int]:
@@ -176,6 +167,6 @@ def _name(step: int) -> str:
 
 
 def _step_of(key: str) -> int:
-    """Return the step of the state that a key belongs to, -1 if it belongs to none."""
+    """Return the step of the state that a key belongs to; -1 if none."""
     name = key.partition("/")[0]
     return int(name) if name.isdecimal() and name == _name(int(name)) else -1

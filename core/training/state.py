@@ -1,6 +1,6 @@
-"""The state of a training between two optimizer steps: written to a folder, and put back bit for bit.
+"""The state of a training between two optimizer steps: written to a folder, and restored bit for bit.
 
-The learning rate and the place in the data follow from the step, so they are no part of it.
+The learning rate and the position in the data follow from the step, so they are not part of it.
 """
 
 import json
@@ -30,19 +30,19 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainingProgress:
     """How far a training has come."""
 
     losses: Sequence[tuple[int, float, float]] = ()
-    """(global step, loss, learning rate) of each optimizer step that is done."""
+    """(global step, loss, learning rate) of each finished optimizer step."""
     trained_tokens: int = 0
     """Tokens that counted in the loss."""
     seconds: float = 0.0
-    """Time that these steps took, over all attempts."""
+    """Time these steps took, over all attempts."""
 
     @property
     def next_step(self) -> int:
-        """The global step that comes next."""
+        """The next global step."""
         return self.losses[-1][0] + 1
 
 
@@ -53,29 +53,29 @@ class TrainingState:
     directory: Path
     """Holds ``state.json`` and the shards."""
     shards: int
-    """How many files the tensors are in."""
-    progress: Progress
+    """Number of files with tensors."""
+    progress: TrainingProgress
     """What has been done."""
     belongs_to: dict[str, Any]
-    """What the training follows from."""
+    """The inputs of the training."""
 
 
 def write_state(
     directory: Path,
     model: PreTrainedModel,
     optimizer: Optimizer,
-    progress: Progress,
+    progress: TrainingProgress,
     *,
     belongs_to: Mapping[str, str],
 ) -> None:
-    """Write the state between two optimizer steps: 12 bytes a parameter.
+    """Write the state between two optimizer steps: 12 bytes per parameter.
 
     Args:
         directory: Where it goes; created if missing.
         model: Its parameters are written, tied ones once.
         optimizer: AdamW over the model's parameters.
         progress: What has been done.
-        belongs_to: What the training follows from, such as the digest of its data.
+        belongs_to: The inputs of the training, such as the digest of its data.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -109,7 +109,7 @@ def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Join tensors to parts of a limited size; only one part at a time is copied off the device."""
+    """Group tensors into shards of limited size; only one shard at a time is copied off the device."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -139,11 +139,11 @@ def read_state(directory: Path) -> TrainingState:
         progress = data["progress"]
         losses = [(int(step), float(loss), float(rate)) for step, loss, rate in progress["losses"]]
         if not losses or any(step != losses[0][0] + i for i, (step, *_) in enumerate(losses)):
-            raise ValueError("its steps do not follow each other")
+            raise ValueError("its steps are not consecutive")
         return TrainingState(
             directory=directory,
             shards=int(data["shards"]),
-            progress=Progress(
+            progress=TrainingProgress(
                 losses=losses,
                 trained_tokens=int(progress["trained_tokens"]),
                 seconds=float(progress["seconds"]),
@@ -151,14 +151,14 @@ def read_state(directory: Path) -> TrainingState:
             belongs_to=dict(data["belongs_to"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
-        raise CheckpointError(f"{path} is no state of a training: {error}.") from error
+        raise CheckpointError(f"{path} is not a training state: {error}.") from error
 
 
 def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
-    """Check that a state has the very tensors that training the model has, by name, shape and number format.
+    """Check that a state holds exactly the tensors of the model's training, by name, shape and number format.
 
     Raises:
-        CheckpointError: If it has not, or a shard cannot be read.
+        CheckpointError: If it does not, or a shard cannot be read.
     """
     wanted = {f"{_RNG}.{name}": _like(random) for name, random in _random_states(model).items()}
     for name, parameter in model.named_parameters():
@@ -172,17 +172,12 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         raise CheckpointError(
-            f"{state.directory} is the state of another model: {', '.join(differing[:3])} differ."
+            f"{state.directory} is a state of another model: {', '.join(differing[:3])} differ."
         )
 
 
-def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optimizer) -> Progress:
-    """Put a state that ``check_fits`` into a model and its optimizer, a tensor at a time.
-
-    Args:
-        state: Where it lies.
-        model: Its parameters are overwritten in place.
-        optimizer: AdamW over the model's parameters that has made no step yet.
+def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optimizer) -> TrainingProgress:
+    """Load a state that ``check_fits`` has accepted into a model and its optimizer, one tensor at a time.
 
     Returns:
         What has been done.
@@ -194,7 +189,7 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
         if kind == _WEIGHT:
             parameters[name].detach().copy_(tensor)
         elif kind in _MOMENTS:
-            # A copy, as the file will go.
+            # A copy, as the file will be removed.
             optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
         elif name == "cpu":
             torch.set_rng_state(tensor)
@@ -208,7 +203,7 @@ def _like(tensor: Tensor) -> tuple[list[int], str]:
 
 
 def _stored(state: TrainingState) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each tensor with the open file that it is in."""
+    """Yield the name of each tensor with the open file that holds it."""
     for number in range(1, state.shards + 1):
         path = state.directory / _shard_name(number)
         try:

@@ -11,7 +11,7 @@ from core.errors import SettingsError
 from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
 
 if TYPE_CHECKING:
-    from core.evaluation.speed.comparison import Runtime
+    from core.evaluation.speed.workload import Runtime
     from core.export.gguf_quantization import GgufDtype
     from core.pruning.sensitivity import Part
 
@@ -154,7 +154,7 @@ def benchmark(
 
     from rich import print as show
 
-    from core.evaluation.speed.comparison import Workload
+    from core.evaluation.speed.workload import Workload
     from core.model.build import pick_device
     from core.steps.speed import compare_speed
     from pipelines.models import local_checkpoint, params_of, speed_table

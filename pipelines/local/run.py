@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,10 +20,11 @@ import core
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from core.runs.record import RunRecord
 from core.runs.run import Run
+from core.scratch import scratch_folder
 from core.settings.schema import Settings
 from core.storage.layout import CARD, HTML, RECORD
 from core.storage.owner import LOCAL
-from core.storage.publication import fetch, read_manifest, verify_folder
+from core.storage.publication import open_publication
 from core.storage.store import open_store
 from core.tracking.client import absolute_uri
 from pipelines.adapt_accel import build_pipeline
@@ -102,19 +102,13 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
         output: The folder.
     """
     run = Run.load(handle)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        folder = fetch(run.report_uri(), Path(scratch, "report"), only=[HTML, RECORD])
-        elsewhere = Path(scratch, "final")
-        final = fetch(run.uri("final"), elsewhere, only=[])
-        is_local = final != elsewhere
-        if is_local:  # links will lead there
-            verify_folder(final, may_differ=(CARD,))
-        shutil.copyfile(folder / HTML, output / HTML)
-        record = RunRecord.from_dict(json.loads((folder / RECORD).read_text()))
-        _link(output / "model", final if is_local else None)
-    base = read_manifest(run.base_uri)
-    _link(output / "base", open_store(run.base_uri).local_path(base.folder if base else ""))
-    return record
+    measured, final = open_publication(run.report_uri()), open_publication(run.uri("final"))
+    if final.folder is not None:  # a link will lead there
+        final.verify(may_differ=(CARD,))
+    (output / HTML).write_bytes(measured.read_bytes(HTML))
+    _link(output / "model", final.folder)
+    _link(output / "base", open_publication(run.base_uri).folder)
+    return RunRecord.from_dict(measured.read_json(RECORD))
 
 
 def _link(link: Path, folder: Path | None) -> None:
@@ -191,11 +185,11 @@ def _task_environment() -> Iterator[None]:
     """Let tasks find this very package, whatever the current directory holds, and clean up after them."""
     before = dict(os.environ)
     source = str(Path(core.__file__).parents[1])
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
+    with scratch_folder() as scratch:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
         os.environ["PYTHONSAFEPATH"] = "1"  # python -m would look into the current directory first
         os.environ[LOCAL] = str(os.getpid())
-        os.environ["TMPDIR"] = scratch  # each task leaves a copy of its component's source behind
+        os.environ["TMPDIR"] = str(scratch)  # each task leaves a copy of its component's source behind
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from core.settings.recipe import settings_from_dict
 from core.settings.storage import TrackingSettings
 from core.steps.frame import provenance_of
 from core.steps.needs_run import run_needs_run
-from core.storage.publication import publish, read_manifest
+from core.storage.publication import open_publication, publish
 from core.storage.store import join_uri, open_store
 from core.tracking.mlflow import open_tracker
 from tests.support.evidence import note
@@ -92,7 +92,7 @@ def test_a_head_file_names_what_is_current(folder, models, tmp_path):
         store.write_bytes("HEAD", line.encode())
         uri, revision = take_up(join_uri(models, "HEAD"), tmp_path / "store")
         seen.append(revision)
-        assert read_manifest(uri).digest[:16] == revision
+        assert open_publication(uri).manifest.digest[:16] == revision
     assert seen == [first, second, first]
     assert first != second
     note("Faults", f"a HEAD file moves on ({kind})", "the next run takes the publication that it names")

@@ -23,7 +23,7 @@ from core.errors import AdaptPrunerError
 from core.model.build import load_model, load_tokenizer
 from core.settings.model import ModelSettings
 from core.settings.texts import TextSource
-from core.storage.publication import read_manifest
+from core.storage.publication import open_publication
 from tests.support.hub import TOKEN, Repository, run_hub
 
 pytestmark = pytest.mark.slow  # a process that imports everything: 10 s on a busy machine
@@ -326,9 +326,9 @@ def test_a_model_is_pinned_to_its_commit_and_published(value, seen, project):
         uri, revision = value(name)
         assert revision == repository.commit(branch)
         assert uri == str(folder / "store" / "bases" / revision)
-        manifest = read_manifest(uri)
+        manifest = open_publication(uri).manifest
         wanted = {path.name for path in (project / "base").iterdir()} | others
-        assert {entry.path for entry in manifest.files} == wanted  # no pickle, no README
+        assert set(manifest.paths) == wanted  # no pickle, no README
         assert manifest.metadata == {"base": "team/model", "revision": revision}
         model, expected = load_model(Path(uri)).state_dict(), load_model(project / "base").state_dict()
         assert all(torch.equal(model[key], expected[key]) for key in expected)

@@ -11,7 +11,7 @@ import pytest
 from core.bases.importing import import_base
 from core.bases.licence import card_facts, gguf_facts, known_facts
 from core.settings.model import ModelSettings
-from core.storage.publication import read_manifest
+from core.storage.publication import open_publication
 
 CARD = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en, de]\n---\n# A base\n"
 STATED = {"license": "other", "license_name": "tiny", "license_link": "LICENSE", "language": ["en", "de"]}
@@ -105,5 +105,5 @@ def test_a_folder_brings_its_licence_and_stays_as_it_is(project, tmp_path):
     assert changed != revision
     assert json.loads((uri / "adapt_pruner.json").read_text()) == made | STATED
     assert json.loads((base / "adapt_pruner.json").read_text()) == made
-    names = {entry.path for entry in read_manifest(str(uri)).files}
+    names = set(open_publication(str(uri)).manifest.paths)
     assert names == {path.name for path in base.iterdir()} - {"README.md"}

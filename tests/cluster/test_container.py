@@ -12,7 +12,7 @@ import pytest
 from kfp import local
 
 from core.settings.recipe import settings_from_dict
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from core.storage.store import join_uri, open_store
 from pipelines.adapt_accel import build_pipeline
 from tests.local.test_kills import content, orphans
@@ -127,7 +127,7 @@ def test_the_pipeline_runs_in_containers(engine, place, s3_server, s3_store_uri,
     build_pipeline(settings_from_dict(recipe), local=True)()
     store = recipe["storage"]["store"]
     (key,) = {key.split("/")[1] for key in open_store(store).list("runs/")}
-    final = fetch(join_uri(store, "runs", key, "final"), Path(place, "final"))
+    final = open_publication(join_uri(store, "runs", key, "final")).fetch(Path(place, "final"))
     assert (final / "report.html").is_file()
     assert content(join_uri(store, "runs", key, "final"), place / "again")["config.json"]
     assert orphans(store) == set()

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from core.settings.recipe import settings_from_dict
-from core.storage.publication import publish, read_manifest
+from core.storage.publication import open_publication, publish
 from core.storage.store import join_uri, open_store
 from pipelines.adapt_accel import compile_pipeline
 from tests.local.test_kills import content, orphans
@@ -95,7 +95,7 @@ def test_a_run_whose_pods_die_ends_as_one_that_nobody_disturbs(recipe, cluster_i
     with contextlib.chdir(tmp_path):
         _, expected = run_all(undisturbed, tmp_path / "undisturbed")
     assert content(final_of(recipe), tmp_path / "fetched") == content(expected, tmp_path / "expected")
-    base = read_manifest(recipe["model"]["base"])
+    base = open_publication(recipe["model"]["base"])
     assert orphans(recipe["storage"]["store"]) == set()
     assert base is not None
 

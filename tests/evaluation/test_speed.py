@@ -10,10 +10,12 @@ from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 from core.errors import CheckpointError, ExportError, SettingsError
-from core.evaluation.speed.comparison import Workload, compare, median_rates, median_speedup, time_pair
+from core.evaluation.speed.comparison import compare, median_rates, median_speedup, time_pair
 from core.evaluation.speed.engines import LlamaCpp, Torch, accelerator_of
-from core.model.build import build_model, config_with_layers, load_model
+from core.evaluation.speed.workload import Workload
+from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.report.report import build_report
 from core.runs.record import RunRecord, SpeedRecord
@@ -73,7 +75,7 @@ def test_a_machine_that_is_slow_for_a_while_does_not_change_the_ratio():
 
 
 class Timed:
-    """A model that takes a known time, and tells whose turn it was."""
+    """A model that takes a known time, and records whose turn it was."""
 
     def __init__(self, seconds, turns):
         self.seconds, self.turns = seconds, turns

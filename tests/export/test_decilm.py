@@ -16,11 +16,12 @@ from transformers import AutoConfig, LlamaConfig
 from core.errors import ExportError, TargetError, UnsupportedModelError
 from core.export.decilm import export_decilm, ffn_mult
 from core.export.exported import size_of
-from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.model.config import config_with_layers, layer_shapes, load_config
 from core.model.shape import LayerShape
 from core.runs.run import Run
-from core.storage.publication import fetch
+from core.storage.publication import open_publication
 from tests.support.models import CONFIGS, SIZES, random_tokens
 from tests.support.project import recipe_with, resolve, rewrite_base, run_all
 
@@ -186,7 +187,7 @@ def portable(project, tmp_path, monkeypatch):
 
 def test_a_portable_run_ends_in_a_model_that_is_exported(portable, tmp_path):
     handle, final = run_all(portable(target="70%"), tmp_path / "artifacts")
-    run, folder = Run.load(handle), fetch(final, tmp_path / "final")
+    run, folder = Run.load(handle), open_publication(final).fetch(tmp_path / "final")
     shapes = layer_shapes(load_config(folder))
     assert {(layer.query_heads, layer.kv_heads) for layer in shapes} == {(6, 3)}
     assert all(layer.mlp_width % 256 == 0 for layer in shapes)

@@ -9,8 +9,9 @@ from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
 from core.export.gguf_layout import neighbouring_pairs
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
-from core.model.build import build_model, config_with_layers, layer_shapes, load_config, load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.model.config import config_with_layers, layer_shapes, load_config
 from core.model.shape import LayerShape
 from tests.support.llamacpp import LlamaCpp
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens

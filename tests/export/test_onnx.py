@@ -11,15 +11,9 @@ from core.errors import CheckpointError, ExportError
 from core.export.exported import size_of
 from core.export.onnx import export_onnx
 from core.export.onnx_genai import genai_config
-from core.model.build import (
-    config_with_layers,
-    head_dim,
-    layer_shapes,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
-from core.model.checkpoint import save_model
+from core.model.build import load_model, load_tokenizer
+from core.model.checkpoint import Checkpoint, save_model
+from core.model.config import config_with_layers, head_dim, layer_shapes, load_config
 from core.model.families import family_of
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
@@ -221,10 +215,10 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_the_end_tokens_and_the_sampling_are_the_generation_configs(tmp_path):
-    model = write(tmp_path / "pruned", "llama")
+    write(tmp_path / "pruned", "llama")
     generation = dict(eos_token_id=[7, 9], do_sample=True, temperature=0.6, top_p=0.9, max_length=20)
     (tmp_path / "pruned" / "generation_config.json").write_text(json.dumps(generation))
-    described = genai_config(tmp_path / "pruned", model.config, "model.onnx")
+    described = genai_config(Checkpoint(tmp_path / "pruned"), "model.onnx")
     decoder = described["model"]["decoder"]
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (
         6,
@@ -241,7 +235,7 @@ def test_the_end_tokens_and_the_sampling_are_the_generation_configs(tmp_path):
     assert described["search"]["max_length"] == 64
     (tmp_path / "pruned" / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not a JSON object"):
-        genai_config(tmp_path / "pruned", model.config, "model.onnx")
+        genai_config(Checkpoint(tmp_path / "pruned"), "model.onnx")
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from core.errors import ExportError
 from core.export.exported import size_of
 from core.export.padded import export_padded
-from core.model.build import config_with_layers, head_dim, load_model
+from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.model.config import config_with_layers, head_dim
 from core.model.families import family_of
 from core.model.shape import LayerShape
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny

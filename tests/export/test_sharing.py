@@ -6,8 +6,9 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from core.model.build import build_model, config_with_layers, load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from pipelines.cli import main
 from tests.support.models import random_tokens

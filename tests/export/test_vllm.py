@@ -8,8 +8,9 @@ import torch
 from core.bases.importing import import_base
 from core.export.decilm import export_decilm
 from core.export.padded import export_padded
-from core.model.build import build_model, config_with_layers, load_model, load_tokenizer
+from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.settings.model import ModelSettings
 from tests.support import vllm_answers

@@ -223,7 +223,7 @@ def test_a_hub_repository_of_pickles_alone_is_refused_before_it_is_taken_up(fold
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: commit)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder / "base"))
     text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
-    assert "holds only pickles (pytorch_model.bin), which can run code where they are loaded. Give a " in text
+    assert "holds only pickles (pytorch_model.bin), which can run code when they are loaded. Give a " in text
     assert (
         "with safetensors weights (pickles are never read): convert it where its pickles are trusted" in text
     )

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from core.machine.precision import Choice
-from core.model.build import build_model, config_with_layers, load_model
+from core.model.build import build_model, load_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.runs.record import perplexity_text
 from pipelines.cli import main

@@ -13,7 +13,7 @@ from core.bases.importing import import_base
 from core.errors import IntegrityError
 from core.runs.run import Run
 from core.settings.model import ModelSettings
-from core.storage.publication import fetch, publish, verify_folder
+from core.storage.publication import open_publication, publish, verify_folder
 from core.storage.transfer import upload_apart
 from pipelines.cli import main
 from pipelines.local.run import fetch_results
@@ -208,8 +208,8 @@ def test_any_publication_of_a_run_that_is_done_comes_back_as_advised(folder, kee
     weights = [*Path(uri).glob("*.safetensors"), *Path(uri).glob("*.json")]
     flip(weights[0])
     with pytest.raises(IntegrityError) as error:
-        fetch(uri, folder / "fetched")
+        open_publication(uri).fetch(folder / "fetched")
     obey(error.value)
     run_all(recipe, folder / "artifacts")
-    assert bits(fetch(uri, folder / "fetched")) == before
-    assert bits(fetch(final, folder / "fetched")) == before_final
+    assert bits(open_publication(uri).fetch(folder / "fetched")) == before
+    assert bits(open_publication(final).fetch(folder / "fetched")) == before_final

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError, full_disk
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import open_publication
 from core.storage.store import join_uri, open_store
 from tests.support import faults
 from tests.support.disks import fill, read_only, tiny_disk
@@ -57,8 +57,8 @@ def published(store):
 
 def content(uri, scratch):
     """Return the bytes of a publication, less what tells how long something took."""
-    folder = fetch(uri, scratch)
-    paths = [entry.path for entry in read_manifest(uri).files if entry.path not in TIMED]
+    folder = open_publication(uri).fetch(scratch)
+    paths = [path for path in open_publication(uri).manifest.paths if path not in TIMED]
     return {path: (folder / path).read_bytes() for path in paths}
 
 

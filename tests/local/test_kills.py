@@ -17,7 +17,7 @@ from collections import Counter
 
 import pytest
 
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import open_publication
 from core.storage.store import join_uri, open_store
 from tests.support.evidence import note
 from tests.support.project import MEASURED, command_line, recipe_with, run_all, write_recipe
@@ -86,8 +86,8 @@ def final_uri(store):
 
 def content(uri, scratch):
     """Return the bytes of a publication, less what tells how long something took."""
-    folder = fetch(uri, scratch)
-    paths = [entry.path for entry in read_manifest(uri).files if entry.path not in TIMED]
+    folder = open_publication(uri).fetch(scratch)
+    paths = [path for path in open_publication(uri).manifest.paths if path not in TIMED]
     return {path: (folder / path).read_bytes() for path in paths}
 
 
@@ -98,7 +98,7 @@ def orphans(store):
     for key in keys:
         place, _, name = key.rpartition("/")
         if name == "MANIFEST.json":
-            manifest = read_manifest(join_uri(store, place))
+            manifest = open_publication(join_uri(store, place)).manifest
             claimed |= {key, *(f"{place}/{manifest.key(entry)}" for entry in manifest.files)}
     return {key for key in keys - claimed if not re.fullmatch(r"runs/[0-9a-f]+/(run|DONE)\.json", key)}
 

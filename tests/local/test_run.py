@@ -22,7 +22,7 @@ import torch
 
 from core.model.build import load_model, load_tokenizer
 from core.runs.run import Run
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import open_publication
 from tests.support.project import (
     CHANNEL_PARAMS,
     MEASURED,
@@ -158,7 +158,9 @@ def finished(place, project, killed):
 @pytest.fixture(scope="module")
 def checkpoint(place, finished, tmp_path_factory):
     """The final checkpoint, fetched from the S3 server."""
-    return fetch(f"{place.store}/runs/{finished.key}/final", tmp_path_factory.mktemp("final"))
+    return open_publication(f"{place.store}/runs/{finished.key}/final").fetch(
+        tmp_path_factory.mktemp("final")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +251,7 @@ def test_every_step_has_published_and_only_the_final_checkpoint_is_kept(place, f
     places = {f"phases/{phase:02d}/{folders.get(step, step)}": step for phase, step in steps}
     places |= {name: name for name in ("data", "final", f"held-out-{MEASURED}")}
     for folder, step in places.items():
-        manifest = read_manifest(f"{place.store}/{run}/{folder}")
+        manifest = open_publication(f"{place.store}/{run}/{folder}").manifest
         files = {f"{run}/{folder}/{manifest.key(entry)}" for entry in manifest.files}
         assert files
         if step in ("pruned", "recovered"):

@@ -145,7 +145,7 @@ cli.main(["threads"])
     ],
 )
 def test_torch_gets_what_a_task_and_a_command_have_set(entry, settings, threads, spins):
-    """OpenMP itself tells, when torch loads it, how long its threads spin."""
+    """OpenMP prints how long its threads spin when torch loads it."""
     cpu = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{cpu}}})\n{entry}"],

@@ -1,4 +1,4 @@
-"""``precision: auto``: what a machine chooses, and that a run keeps what it began with."""
+"""``precision: auto``: the choice of a machine, which a run keeps."""
 
 import contextlib
 import json
@@ -228,7 +228,7 @@ def test_a_damaged_note_is_one_error_that_says_what_to_do(machine, begin, tmp_pa
     assert begin(**dict.fromkeys(AUTO, "float32")).key == key  # what the error advises
 
 
-# --- it is told, and it stays
+# --- it is reported, and it stays
 
 
 def test_record_report_and_log_say_what_was_used_and_why(machine, begin, caplog):

@@ -20,17 +20,9 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask  # noqa: F401 (fails here if transformers moves it)
 
 from core.errors import CheckpointError, UnsupportedModelError
-from core.model.build import (
-    build_model,
-    config_with_layers,
-    head_dim,
-    layer_shapes,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_shape,
-)
+from core.model.build import build_model, load_model, load_tokenizer, model_shape
 from core.model.checkpoint import save_model
+from core.model.config import config_with_layers, head_dim, layer_shapes, load_config
 from core.model.families import FAMILIES, family_of
 from core.model.shape import LayerShape
 from tests.support.models import CONFIGS, SIZES, UNEQUAL, Float64Throughout, random_tokens, tiny
@@ -81,22 +73,8 @@ def test_fewer_heads_in_all_layers_survive_a_round_trip(name, heads, tmp_path):
     assert head_dim(load_config(tmp_path)) == head_dim(CONFIGS[name]())
 
 
-def test_config_of_equal_layers_is_plain(tmp_path):
-    config = config_with_layers(
-        tiny("llama", UNEQUAL).config, (LayerShape(query_heads=4, kv_heads=2, mlp_width=9),) * 3
-    )
-    config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert "per_layer_config" not in written
-    assert (written["num_attention_heads"], written["num_key_value_heads"], written["intermediate_size"]) == (
-        4,
-        2,
-        9,
-    )
-
-
 def test_head_counts_that_llama_refuses_globally_still_load(tmp_path):
-    # 48 is no multiple of 5: transformers' own check would refuse a plain config.
+    # 48 is not a multiple of 5: transformers' own check would refuse a plain config.
     config = config_with_layers(CONFIGS["llama"](), (LayerShape(query_heads=5, kv_heads=5, mlp_width=9),) * 3)
     config.save_pretrained(tmp_path)
     assert layer_shapes(AutoConfig.from_pretrained(tmp_path))[2].query_heads == 5
@@ -142,16 +120,6 @@ def test_cached_decoding_equals_the_full_forward_in_both_ways_of_attention(name,
             found += [model(tokens, use_cache=False).logits, logits_token_by_token(model, tokens)]
     for logits in found:
         torch.testing.assert_close(logits, full, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_attention_is_causal_in_every_layer(name):
-    model = tiny(name, UNEQUAL)
-    tokens = random_tokens()
-    changed = tokens.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % 101
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits[:, :-1], model(changed).logits[:, :-1])
 
 
 def test_generation_is_greedy_decoding_by_hand():

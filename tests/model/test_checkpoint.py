@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from core.errors import CheckpointError
-from core.model.build import load_model
-from core.model.checkpoint import INDEX, CheckpointReader, save_model, write_checkpoint
+from core.model.build import load_model, model_shape
+from core.model.checkpoint import (
+    INDEX,
+    PROVENANCE,
+    Checkpoint,
+    save_model,
+    write_checkpoint,
+)
 from tests.support.models import UNEQUAL, tiny
 
 
@@ -26,11 +32,43 @@ def test_one_shard_a_layer_and_one_for_the_rest(checkpoint):
     assert index["metadata"]["total_size"] == total
 
 
+def test_what_was_opened_is_not_read_again(checkpoint):
+    model, opened = load_model(checkpoint), Checkpoint(checkpoint)
+    assert opened.layers == UNEQUAL
+    assert (opened.provenance, opened.generation_config) == ({"base": "tiny"}, {})
+    assert opened.dtype == torch.float64
+    for name in ("config.json", PROVENANCE):
+        (checkpoint / name).unlink()
+    assert opened.provenance == {"base": "tiny"}
+    again = load_model(opened).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_config_alone_can_be_opened(checkpoint):
+    for shard in checkpoint.glob("*.safetensors*"):
+        shard.unlink()
+    opened = Checkpoint(checkpoint)
+    assert model_shape(opened.config).layers == opened.layers == UNEQUAL
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        _ = opened.dtype
+
+
 def test_a_layer_is_read_alone(checkpoint):
-    with CheckpointReader(checkpoint) as reader:
-        layer = reader.layer("model.layers.2")
+    layer = Checkpoint(checkpoint).layer(2)
     assert layer["mlp.down_proj.weight"].shape == (48, 7)
     assert len(layer) == 9
+
+
+def test_a_tied_output_head_that_was_stored_is_not_written_again(tmp_path):
+    model = tiny("llama-tied")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    write_checkpoint(tmp_path / "base", model.config, [state], 1, companions=None, provenance={})
+    Checkpoint(tmp_path / "base").rewrite(tmp_path / "copy", model.config, provenance={})
+    with Checkpoint(tmp_path / "copy").weights() as reader:
+        assert set(reader.names()) == state.keys() - {"lm_head.weight"}
+    copied = load_model(tmp_path / "copy").state_dict()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):
@@ -67,17 +105,3 @@ def test_a_corrupt_shard_is_named(checkpoint, damage):
         CheckpointError, match=r"model-00001-of-00004\.safetensors is not a valid safetensors"
     ):
         load_model(checkpoint)
-
-
-def test_an_index_cannot_name_a_file_elsewhere(checkpoint):
-    index = json.loads((checkpoint / INDEX).read_text())
-    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
-    (checkpoint / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"secret\.safetensors is missing"):
-        load_model(checkpoint)
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickles are never read"):
-        CheckpointReader(tmp_path)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from core.bases.importing import import_base
 from core.errors import CheckpointError
 from core.export.gguf import export_gguf
-from core.model.build import load_config, load_model
+from core.model.build import load_model
 from core.model.checkpoint import INDEX, CheckpointReader, save_model
+from core.model.config import load_config
 from core.model.gguf_header import read_gguf_header
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.settings.model import ModelSettings
@@ -35,7 +36,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def checkpoint(project, tmp_path_factory):
-    """A folder with the tiny base, whose files the tests of this module write anew and again."""
+    """A folder with the tiny base, whose files the tests of this module overwrite."""
     return shutil.copytree(project / "base", tmp_path_factory.mktemp("fuzz") / "base")
 
 
@@ -147,7 +148,7 @@ def test_weights_that_are_no_plain_floats_are_refused(checkpoint, dtype):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
     save_file(tensors, checkpoint / WEIGHTS)
     for read in (lambda: read_all(checkpoint), lambda: load_model(checkpoint)):
-        assert f"model.norm.weight is of format {dtype}, but weights must be float64" in outcome(read)
+        assert f"model.norm.weight has the format {dtype}, but weights must be float64" in outcome(read)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**27, 2**31, 2**63, 2**64 - 1])
@@ -192,7 +193,7 @@ def test_an_index_names_safetensors_files_beside_it_and_nothing_else(checkpoint,
     (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     said = outcome(lambda: read_all(checkpoint))
     shutil.rmtree(checkpoint / "a")
-    assert "which is no safetensors file" in said or "the index names it" in said
+    assert "which is not a safetensors file" in said or "the index names it" in said
     note("Security", "an index that names a file outside of its folder, or a pickle", "refused with one line")
 
 

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig
 
 from core.errors import CheckpointError
-from core.model.build import build_model, layer_shapes
-from core.model.checkpoint import save_model
+from core.model.build import build_model
+from core.model.checkpoint import Checkpoint, save_model
+from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import exceeds_memory, open_streamed
 from core.pruning.plan import LayerPlan
@@ -36,7 +37,8 @@ def test_layers_streamed_from_disk_score_like_a_model_in_memory(name, tmp_path):
     model = tiny(name, UNEQUAL)
     save_model(model, tmp_path, companions=None, provenance={})
     assert_same(
-        measure(open_streamed(tmp_path), TOKENS, micro_batch=2), measure(model, TOKENS, micro_batch=2)
+        measure(open_streamed(Checkpoint(tmp_path)), TOKENS, micro_batch=2),
+        measure(model, TOKENS, micro_batch=2),
     )
 
 
@@ -44,13 +46,13 @@ def test_layers_streamed_from_disk_score_like_a_model_in_memory(name, tmp_path):
 def test_every_kind_of_criterion_is_streamed(criterion, tmp_path):
     model = tiny("qwen2")
     save_model(model, tmp_path, companions=None, provenance={})
-    found = measure(open_streamed(tmp_path), TOKENS, micro_batch=2, criterion=criterion)
+    found = measure(open_streamed(Checkpoint(tmp_path)), TOKENS, micro_batch=2, criterion=criterion)
     assert_same(found, measure(model, TOKENS, micro_batch=2, criterion=criterion))
 
 
 def test_only_the_layer_in_use_is_in_memory(tmp_path):
     save_model(tiny("llama"), tmp_path, companions=None, provenance={})
-    streamed = open_streamed(tmp_path)
+    streamed = open_streamed(Checkpoint(tmp_path))
 
     def in_memory():
         return [not next(layer.parameters()).is_meta for layer in streamed.layers]
@@ -78,7 +80,7 @@ def test_a_measured_model_is_gone_at_once_not_when_garbage_is_collected(layers, 
     try:
         for _ in range(12):
             device = torch.device("cpu")
-            layerwise = open_pruned(tmp_path, layers, device=device, streamed=streamed)
+            layerwise = open_pruned(Checkpoint(tmp_path), layers, device=device, streamed=streamed)
             measure(layerwise, TOKENS, micro_batch=2)
             models.append(weakref.ref(layerwise.model))
             assert sum(model() is not None for model in models) == 1
@@ -91,7 +93,7 @@ def test_layers_are_cut_while_they_are_streamed(tmp_path):
     save_model(model, tmp_path, companions=None, provenance={})
     family, shapes = family_of(model.config), layer_shapes(model.config)
     streamed = open_streamed(
-        tmp_path,
+        Checkpoint(tmp_path),
         sizes=[plan.shape() for plan in PLANS],
         cut=lambda i, tensors: prune_layer(family, shapes[i], tensors, PLANS[i]),
     )
@@ -105,16 +107,17 @@ def test_weights_that_do_not_fit_are_refused_when_their_layer_is_loaded(tmp_path
     config["per_layer_config"]["2"]["intermediate_size"] = 8
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.2: weights do not fit config\.json"):
-        measure(open_streamed(tmp_path), TOKENS, micro_batch=2)
+        measure(open_streamed(Checkpoint(tmp_path)), TOKENS, micro_batch=2)
 
 
 def test_weights_over_half_of_the_free_memory_are_streamed(tmp_path):
     model = tiny("llama-tied", UNEQUAL, dtype=torch.float32)
     save_model(model, tmp_path, companions=None, provenance={})
     weight_bytes = sum(p.nbytes for p in model.parameters())  # tied ones once
+    checkpoint = Checkpoint(tmp_path)
 
     def exceeds(free_bytes, dtype=None):
-        return exceeds_memory(tmp_path, dtype=dtype, device=torch.device("cpu"), free_bytes=free_bytes)
+        return exceeds_memory(checkpoint, dtype=dtype, device=torch.device("cpu"), free_bytes=free_bytes)
 
     assert not exceeds(2 * weight_bytes)
     assert exceeds(2 * weight_bytes - 1)
@@ -126,17 +129,18 @@ import resource, sys
 from pathlib import Path
 import torch
 from core.model.build import load_model
+from core.model.checkpoint import Checkpoint
 from core.model.layerwise import open_streamed
 from core.pruning.scoring.calibration import measure
 from tests.support.models import random_tokens
 
 checkpoint, out, how, allowed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 tokens = random_tokens(rows=2)
-# What every process takes before it sees a model is not at stake.
+# Memory that every process takes before it opens a model does not count.
 import transformers.models.llama.modeling_llama, accelerate
 now = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + allowed, now + allowed))
-model = open_streamed(checkpoint) if how == "streamed" else load_model(checkpoint)
+model = open_streamed(Checkpoint(checkpoint)) if how == "streamed" else load_model(checkpoint)
 measure(model, tokens, micro_batch=1).save(out)
 """
 

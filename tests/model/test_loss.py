@@ -81,7 +81,7 @@ def test_a_frozen_head_gets_no_gradient(name):
     )[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     assert all(p.grad is None for p in model.parameters())
-    assert states.grad is None, "the caller goes on from the gradient that is returned"
+    assert states.grad is None, "the caller continues from the returned gradient"
 
 
 def test_without_a_trained_token_every_gradient_is_zero():

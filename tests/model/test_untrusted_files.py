@@ -18,12 +18,13 @@ from core.data.texts import read_rows
 from core.errors import AdaptPrunerError, CheckpointError, SettingsError
 from core.export.hub_files import checkpoint_files
 from core.export.padded import export_padded
-from core.model.build import build_model, config_with_layers, load_config, load_model, load_tokenizer
+from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import INDEX, read_json, save_model
+from core.model.config import config_with_layers, load_config
 from core.model.shape import LayerShape
 from core.settings.model import ModelSettings
 from core.settings.texts import TextSource
-from core.storage.publication import fetch, publish, read_manifest
+from core.storage.publication import open_publication, publish
 from pipelines.cli import main
 from tests.support.evidence import note
 from tests.support.fuzzing import bounded, outcome
@@ -104,7 +105,7 @@ def test_the_links_of_a_hugging_face_cache_are_followed(base, tmp_path):
         path.rename(blobs / f"{number}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     uri, _ = import_base(ModelSettings(base=str(snapshot)), str(tmp_path / "store"))
-    assert {entry.path for entry in read_manifest(uri).files} >= {"model.safetensors", "tokenizer.json"}
+    assert set(open_publication(uri).manifest.paths) >= {"model.safetensors", "tokenizer.json"}
     load_tokenizer(snapshot)
     note("Security", "the links of a Hugging Face cache", "followed")
     (snapshot / "tokenizer_x.json").symlink_to("../../../secret.txt")
@@ -160,7 +161,9 @@ def test_a_pipe_in_a_store_is_not_read(base, tmp_path):
     publish(base, str(tmp_path / "store"))
     (tmp_path / "store" / "empty.txt").unlink()
     os.mkfifo(tmp_path / "store" / "empty.txt")
-    assert "something else found" in outcome(lambda: fetch(str(tmp_path / "store"), tmp_path / "to"))
+    assert "something else found" in outcome(
+        lambda: open_publication(str(tmp_path / "store")).fetch(tmp_path / "to")
+    )
     note("Security", "a pipe in the place of a published file", "refused with one line")
 
 

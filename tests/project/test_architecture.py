@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the bottom up: a part imports what stands below it. Parts of one layer know nothing of each other.
 LAYERS = [
-    {"core", "core.progress", "core.quantities", "core.redaction"},
+    {"core", "core.progress", "core.quantities", "core.redaction", "core.scratch"},
     {"core.errors"},
     {"core.untrusted", "core.settings"},
     {"core.data", "core.machine", "core.storage", "core.tracking"},

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from core.errors import CheckpointError, DataError, PlanError
-from core.model.build import layer_shapes
+from core.model.config import layer_shapes
 from core.pruning.scoring.calibration import draw_calibration, layer_similarity, measure
 from core.pruning.scoring.criteria import CRITERIA
 from core.pruning.scoring.statistics import LayerScores, Statistics

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from core.model.build import layer_shapes
+from core.model.config import layer_shapes
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.criteria import CRITERIA
 from tests.support.models import UNEQUAL, random_tokens, tiny

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from core.errors import PlanError
-from core.model.build import head_dim, layer_shapes, load_model, model_shape
-from core.model.checkpoint import save_model
+from core.model.build import load_model, model_shape
+from core.model.checkpoint import Checkpoint, save_model
+from core.model.config import head_dim, layer_shapes
 from core.model.families import family_of
 from core.pruning.plan import LayerPlan, Plan
 from core.pruning.surgery import prune_checkpoint, prune_layer, prune_model
@@ -119,7 +120,7 @@ def test_a_checkpoint_is_pruned_like_the_model_in_memory(name, tmp_path):
     model = tiny(name)
     save_model(model, tmp_path / "base", companions=None, provenance={})
     plan = plan_for(model, KV_GROUPS, "d")
-    prune_checkpoint(tmp_path / "base", tmp_path / "small", plan, digest="d", provenance={})
+    prune_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "small", plan, digest="d", provenance={})
     expected, found = prune_model(model, KV_GROUPS).state_dict(), load_model(tmp_path / "small").state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
@@ -133,7 +134,9 @@ def test_a_pruned_checkpoint_says_the_number_format_of_its_weights(said, tmp_pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": said}))
     plan = plan_for(model, KV_GROUPS, "d")
     for name, dtype in (("bfloat16", None), ("float32", torch.float32)):
-        prune_checkpoint(tmp_path / "base", tmp_path / name, plan, digest="d", dtype=dtype, provenance={})
+        prune_checkpoint(
+            Checkpoint(tmp_path / "base"), tmp_path / name, plan, digest="d", dtype=dtype, provenance={}
+        )
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
 
 
@@ -164,7 +167,7 @@ def test_a_plan_applied_twice_is_refused(tmp_path):
     save_model(prune_model(model, KV_GROUPS), tmp_path, companions=None, provenance={})
     # Even where the digest is claimed to fit, the sizes do not.
     with pytest.raises(PlanError, match="layer sizes are not the checkpoint's"):
-        prune_checkpoint(tmp_path, tmp_path / "out", plan, digest="d", provenance={})
+        prune_checkpoint(Checkpoint(tmp_path), tmp_path / "out", plan, digest="d", provenance={})
 
 
 @pytest.mark.parametrize(

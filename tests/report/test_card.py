@@ -21,7 +21,7 @@ from core.model.checkpoint import save_model
 from core.report.card import model_card
 from core.runs.record import PhaseRecord, RunRecord, SpeedRecord
 from core.runs.run import Run
-from core.storage.publication import read_manifest
+from core.storage.publication import open_publication
 from tests.support.models import SIZES
 from tests.support.project import recipe_with, run_all
 
@@ -80,7 +80,7 @@ def blocks(text, language):
 
 def test_the_card_is_part_of_the_publication_beside_the_licence_files(finished):
     _, final = finished
-    assert {"README.md", "LICENSE", "NOTICE"} <= {entry.path for entry in read_manifest(str(final)).files}
+    assert {"README.md", "LICENSE", "NOTICE"} <= set(open_publication(str(final)).manifest.paths)
     assert (final / "NOTICE").read_text() == "Made by us."
     assert parsed((final / "README.md").read_text())
 

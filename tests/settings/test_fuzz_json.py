@@ -8,10 +8,11 @@ from hypothesis import given
 from core.bases.licence import card_facts, known_facts
 from core.data.packing import tokenize_conversations
 from core.errors import SettingsError
-from core.export.generation import end_ids, generation_config
+from core.export.generation import end_ids
 from core.export.hub_files import checkpoint_files
-from core.model.build import config_with_layers, load_config, load_model, load_tokenizer, model_shape
-from core.model.checkpoint import PROVENANCE, read_json
+from core.model.build import load_model, load_tokenizer, model_shape
+from core.model.checkpoint import PROVENANCE, Checkpoint
+from core.model.config import config_with_layers, load_config
 from core.model.remote_code import write_config
 from core.model.shape import LayerShape
 from tests.support.evidence import note
@@ -156,8 +157,9 @@ def test_changed_tokenizers_are_read_or_refused(base, name):
     seen = []
 
     def read():
-        load_tokenizer(base)
-        end_ids(generation_config(base), load_config(base))
+        checkpoint = Checkpoint(base)
+        load_tokenizer(checkpoint)
+        end_ids(checkpoint.generation_config, checkpoint.config)
 
     @fuzzed(0.5)
     @given(FILES)
@@ -212,7 +214,7 @@ def test_changed_provenance_and_cards_are_read_or_refused(base):
     seen = []
 
     def read():
-        known_facts(read_json(base / PROVENANCE))
+        known_facts(Checkpoint(base).provenance)
         card_facts(base / "README.md")
         checkpoint_files(base)
 

@@ -141,7 +141,9 @@ def test_streamed_weights_take_a_layer(free):
 )
 def test_running_out_of_memory_is_one_line_that_names_settings(error):
     with (
-        pytest.raises(OutOfMemoryError, match=r"out of memory.*Set training\.micro_batch: the same") as caught,
+        pytest.raises(
+            OutOfMemoryError, match=r"out of memory.*Set training\.micro_batch: the same"
+        ) as caught,
         explaining_memory("training.micro_batch"),
     ):
         raise error

@@ -17,7 +17,7 @@ from core.storage import lease as lease_module
 from core.storage.lease import read_lease, release_lease, take_lease
 from core.storage.manifest import Manifest
 from core.storage.owner import LOCAL, Owner
-from core.storage.publication import read_manifest
+from core.storage.publication import find_publication
 from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import recipe_with, resolve, resolve_or_tell
@@ -181,7 +181,7 @@ def test_tasks_that_have_nothing_to_compute_show_that_their_run_lives(recipe, st
     other = handle | {"job": "second"}
     assert not renewed_by(lambda: run_prepare_data(run=other, base_uri=base_uri))
     assert not renewed_by(lambda: run_needs_run(run=other, being_done_by=""))
-    assert read_manifest(Run.load(handle).uri("data")) is not None
+    assert find_publication(Run.load(handle).uri("data")) is not None
 
 
 def test_a_local_run_does_not_wait(recipe, store, monkeypatch):

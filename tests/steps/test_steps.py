@@ -28,7 +28,7 @@ from core.steps.needs_run import run_needs_run
 from core.steps.prepare_data import run_prepare_data
 from core.steps.prune_step import run_prune_step
 from core.steps.score_layers import run_score_layers
-from core.storage.publication import fetch, read_manifest
+from core.storage.publication import find_publication, open_publication
 from core.storage.store import open_store
 from core.tracking.client import connect
 from tests.support.evidence import note
@@ -82,7 +82,10 @@ def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, m
         handle, base_uri = resolve(recipe)
         run_phase(handle, 1, base_uri, run_prepare_data(run=handle, base_uri=base_uri), tmp_path)
         run = Run.load(handle)
-        checkpoints = [fetch(run.phase_uri(1, step), tmp_path / step) for step in ("pruned", "recovered")]
+        checkpoints = [
+            open_publication(run.phase_uri(1, step)).fetch(tmp_path / step)
+            for step in ("pruned", "recovered")
+        ]
     for checkpoint in checkpoints:
         with CheckpointReader(checkpoint) as reader:
             assert {reader.tensor(name).dtype for name in reader.names()} == {format_}
@@ -159,7 +162,7 @@ def test_without_training_the_result_is_cut_out_of_the_base_model(
         check_accumulation(record["phases"], run.dense)
     assert all(phase["perplexity"] == phase["perplexity_pruned"] for phase in record["phases"][1:])
     assert not any(phase["tokens"] or phase["losses"] for phase in record["phases"])
-    assert read_manifest(run.phase_uri(3, "recovered")) is None
+    assert find_publication(run.phase_uri(3, "recovered")) is None
 
 
 def check_accumulation(phases, dense):
@@ -197,14 +200,14 @@ def test_finalize_keeps_the_checkpoints_that_were_asked_for(pruned_only, tmp_pat
     kept = {"all": {1, 2, 3}, "last": set(), "best": {best}, "2": {2}}[keep]
     for phase in (1, 2, 3):
         uri = moved.phase_uri(phase, "pruned")
-        assert read_manifest(uri) is not None
+        assert find_publication(uri) is not None
         assert Path(uri, "model-00001-of-00004.safetensors").exists() == (phase in kept)
         for uri in (
             *(moved.phase_uri(phase, step) for step in ("calibrated", "scored")),
             moved.measured_uri(phase),
         ):
-            fetch(uri, tmp_path / "unused")
-    assert load_model(fetch(moved.uri("final"), tmp_path / "unused")) is not None
+            open_publication(uri).fetch(tmp_path / "unused")
+    assert load_model(open_publication(moved.uri("final")).fetch(tmp_path / "unused")) is not None
     assert not list(open_store(moved.store).list("jobs/"))
 
 
@@ -216,7 +219,7 @@ def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
         checkpoint_uri = run_phase(handle, 1, base_uri, data_uri, tmp_path)
         run_finalize(store=handle["store"], job="failed", succeeded=False)
         assert run_needs_run(run=handle, being_done_by="")
-        fetch(checkpoint_uri, tmp_path / "unused")
+        open_publication(checkpoint_uri).fetch(tmp_path / "unused")
 
 
 @pytest.fixture
@@ -262,7 +265,7 @@ def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_na
     plan.write_text(plan.read_text().replace("[0, 1", "[0, 2", 1))
     with pytest.raises(IntegrityError, match=r"scored/plan\.json"):
         run_prune_step(**given, model=Artifact(tmp_path / "model"))
-    assert read_manifest(run.phase_uri(1, "pruned")) is None
+    assert find_publication(run.phase_uri(1, "pruned")) is None
 
 
 def logged(uri):

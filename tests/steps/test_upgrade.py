@@ -15,10 +15,9 @@ from core.pruning.plan import Plan
 from core.runs.overview import list_runs
 from core.runs.record import RunRecord
 from core.runs.run import Run
-from core.steps.frame import read_published
 from core.storage.garbage import find_garbage
 from core.storage.manifest import Manifest
-from core.storage.publication import read_manifest
+from core.storage.publication import open_publication
 from core.storage.store import open_store
 from core.untrusted import check_format
 from tests.support.project import run_all
@@ -148,7 +147,7 @@ def test_checkpoints_that_were_not_kept_are_not_measured_again_but_the_final_one
 
 
 def record_of(run):
-    return RunRecord.from_dict(read_published(run.report_uri(), "record.json"))
+    return RunRecord.from_dict(open_publication(run.report_uri()).read_json("record.json"))
 
 
 def test_another_result_is_another_run(old, go_on):
@@ -185,7 +184,7 @@ def test_a_file_of_a_newer_version_is_refused_with_one_line(old, name, tmp_path)
     readers = {
         "run.json": lambda: Run.load(run),
         "DONE.json": lambda: done(run, path),
-        "MANIFEST.json": lambda: read_manifest(str(path.parent)),
+        "MANIFEST.json": lambda: open_publication(str(path.parent)),
         "plan.json": lambda: Plan.load(path),
         "record.json": lambda: RunRecord.from_dict(json.loads(path.read_text())),
     }

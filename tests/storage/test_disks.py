@@ -7,11 +7,11 @@ import time
 import pytest
 
 from core.errors import StorageError
-from core.storage.publication import fetch, publish, read_manifest
+from core.storage.publication import find_publication, open_publication, publish
 from core.storage.store import open_store
 from tests.support.disks import as_nobody, fill, limited, read_only, resize, tiny_disk
 from tests.support.evidence import note
-from tests.support.publications import read, write
+from tests.support.publications import fetch, read, write
 from tests.support.servers import BUCKET, s3_server
 
 CONTENT = {
@@ -40,11 +40,11 @@ def test_a_store_on_a_full_disk_publishes_nothing_and_a_rerun_completes(checkpoi
         uri = str(disk / "store")
         message = refused(lambda: publish(checkpoint, uri), "no space left on device. Free space")
         assert f"{uri}/model.safetensors cannot be read or written" in message
-        assert read_manifest(uri) is None
+        assert find_publication(uri) is None
         assert list(open_store(uri).unfinished()) == []
         resize(disk, "4m")
         publish(checkpoint, uri)
-        assert read(fetch(uri, tmp_path / "fetched")) == CONTENT
+        assert read(open_publication(uri).fetch(tmp_path / "fetched")) == CONTENT
     note("Faults", "a full disk under a store in a folder", "one line; nothing published; a rerun published")
 
 
@@ -52,12 +52,14 @@ def test_a_fetch_to_a_full_disk_leaves_no_half_file_and_a_rerun_completes(s3_sto
     publish(checkpoint, s3_store_uri)
     with tiny_disk(tmp_path / "disk") as disk:
         target = disk / "fetched"
-        message = refused(lambda: fetch(s3_store_uri, target), "no space left on device. Free space")
+        message = refused(
+            lambda: open_publication(s3_store_uri).fetch(target), "no space left on device. Free space"
+        )
         assert f"{target}/model.safetensors cannot be read or written" in message
         assert {path.name for path in target.rglob("*")} <= {"config.json", "tokenizer", "vocab.txt"}
         assert read(target).items() <= CONTENT.items()
         resize(disk, "4m")
-        assert read(fetch(s3_store_uri, target)) == CONTENT
+        assert read(open_publication(s3_store_uri).fetch(target)) == CONTENT
     note("Faults", "a full disk under a fetch", "one line; no half file; a rerun fetched the rest")
 
 
@@ -83,10 +85,10 @@ def test_a_limit_on_the_size_of_files_is_one_line(s3_store_uri, checkpoint, tmp_
     for text in (limited(publish, checkpoint, str(store)), limited(fetch, s3_store_uri, target)):
         assert text.startswith("StorageError: ")
         assert "model.safetensors cannot be read or written: file too large. Free space" in text
-    assert read_manifest(str(store)) is None
+    assert find_publication(str(store)) is None
     assert not [path for path in (*store.rglob("*"), *target.rglob("*")) if path.name.startswith((".", "m"))]
     publish(checkpoint, str(store))
-    assert read(store) == read(fetch(s3_store_uri, target)) == CONTENT
+    assert read(store) == read(open_publication(s3_store_uri).fetch(target)) == CONTENT
     note("Faults", "a limit on the size of files (store, fetch)", "one line; no half file; a rerun completed")
 
 
@@ -105,7 +107,7 @@ def test_a_store_or_a_target_that_cannot_be_written_is_one_line(checkpoint, tmp_
             refused(call, "Check its owner and permissions, or use another folder")
 
     def reads():
-        assert read(fetch(str(store / "there"), target)) == CONTENT
+        assert read(open_publication(str(store / "there")).fetch(target)) == CONTENT
         publish(checkpoint, str(store / "there"))  # it is there
 
     if how.startswith("a file system"):
@@ -128,9 +130,12 @@ def test_a_target_that_cannot_be_written_is_one_line(s3_store_uri, checkpoint, t
     target = tmp_path / "target"
     target.mkdir()
     with read_only(target):
-        refused(lambda: fetch(s3_store_uri, target), "Check its owner and permissions, or use another folder")
+        refused(
+            lambda: open_publication(s3_store_uri).fetch(target),
+            "Check its owner and permissions, or use another folder",
+        )
     assert list(target.iterdir()) == []
-    assert read(fetch(s3_store_uri, target)) == CONTENT
+    assert read(open_publication(s3_store_uri).fetch(target)) == CONTENT
     note("Faults", "a fetch to a file system that is read-only", "one line; a rerun fetched")
 
 
@@ -148,12 +153,12 @@ def test_a_server_whose_disk_is_full_is_one_line_and_a_rerun_completes(tmp_path,
             filler = fill(disk)
             message = refused(lambda: publish(write(tmp_path / "big", big), uri), "cannot be written: ")
             assert message.endswith("answers 500 InternalError. Check the server, then rerun to go on.")
-            assert read_manifest(uri) is None
+            assert find_publication(uri) is None
             filler.unlink()
             until = time.monotonic() + 150
             while not is_published:  # the server looks at its disk once a minute
                 with contextlib.suppress(*[StorageError] if time.monotonic() < until else []):
                     publish(tmp_path / "big", uri)
                     is_published = True
-            assert read(fetch(uri, tmp_path / "fetched")) == big
+            assert read(open_publication(uri).fetch(tmp_path / "fetched")) == big
     note("Faults", "a full disk under the S3 server", "one line; nothing published; a rerun published")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from core.storage.publication import OWN, fetch, publish, read_manifest
+from core.storage.publication import OWN, find_publication, open_publication, publish
 from core.storage.store import open_store
 from tests.support import faults
 from tests.support.evidence import note
@@ -42,7 +42,7 @@ def test_faults_that_pass_on_the_way_up_cost_only_time(
     with behind(s3_server, striking, monkeypatch):
         publish(checkpoint, s3_store_uri)
     assert {method for method, *_ in striking.struck} == {"PUT", "POST"}
-    assert read_manifest(s3_store_uri).folder == ""
+    assert open_publication(s3_store_uri).manifest.folder == ""
     check_published(s3_store_uri, tmp_path / "fetched")
     begun = [action for *_, action in striking.struck if action == "uploads"]
     # An upload that was begun and whose name did not arrive: what is cleaned.
@@ -57,7 +57,7 @@ def test_faults_that_pass_on_the_way_down_cost_only_time(
     publish(checkpoint, s3_store_uri)
     striking = Striking(faults.DOWN[name], goes_down, times=2)
     with behind(s3_server, striking, monkeypatch):
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
     assert {name for method, name, _ in striking.struck if method == "GET"} >= {BIG, "vocab.txt", *OWN[:1]}
     assert read(tmp_path / "fetched") == CONTENT
     note("Faults", f"{name}: twice for each request of a fetch", "fetched; the bytes are right")
@@ -91,7 +91,7 @@ def test_a_reply_that_trickles_is_waited_for(s3_server, s3_store_uri, checkpoint
     publish(checkpoint, s3_store_uri)
     striking = Striking(faults.trickle, goes_down)
     with behind(s3_server, striking, monkeypatch, attempts=1):
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
     assert read(tmp_path / "fetched") == CONTENT
     note("Faults", "replies that trickle, for longer than a request may be silent", "fetched at that pace")
 
@@ -104,7 +104,7 @@ def test_an_outage_is_outlasted_by_many_transfers_at_once(
     striking = Striking(fault, times=6)
     with behind(s3_server, striking, monkeypatch):
         publish(write(tmp_path / "many", many), s3_store_uri)
-        assert read(fetch(s3_store_uri, tmp_path / "fetched")) == many
+        assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) == many
     assert len(striking.struck) > 6 * 2 * len(many)
     note("Faults", "an outage: six failures for each request of 40 transfers at once", "went on; right bytes")
 
@@ -117,7 +117,7 @@ def test_faults_that_last_stop_a_publication_which_a_rerun_completes(
     with behind(s3_server, striking, monkeypatch, attempts=3):
         message = refused(lambda: publish(checkpoint, s3_store_uri), f"{BIG} cannot be written: ")
     assert re.search("Check .*[.]$", message)
-    assert read_manifest(s3_store_uri) is None
+    assert find_publication(s3_store_uri) is None
     assert set(striking.struck) == {("POST", BIG, "uploads")}
     assert len(striking.struck) == 3
     again = Striking(faults.reset, lambda request: False)
@@ -181,13 +181,13 @@ def test_faults_that_last_stop_a_fetch_which_a_rerun_completes(
     striking = Striking(faults.DOWN[name], of("GET", BIG))
     target = tmp_path / "fetched"
     with behind(s3_server, striking, monkeypatch, attempts=3):
-        message = refused(lambda: fetch(s3_store_uri, target), f"{BIG} cannot be read: ")
+        message = refused(lambda: open_publication(s3_store_uri).fetch(target), f"{BIG} cannot be read: ")
     assert re.search("Check the (server|network), then rerun to go on[.]$", message)
     assert {path.name for path in target.rglob("*")} <= {"config.json", "tokenizer", "vocab.txt"}
     assert all(striking.struck.count(asked) <= 3 for asked in striking.struck)
     again = Striking(faults.reset, lambda request: False)
     with behind(s3_server, again, monkeypatch):
-        fetch(s3_store_uri, target)
+        open_publication(s3_store_uri).fetch(target)
     assert BIG in moved(again)
     assert read(target) == CONTENT
     note(

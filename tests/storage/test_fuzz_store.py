@@ -3,7 +3,8 @@ import json
 import pytest
 from hypothesis import given
 
-from core.model.build import load_config, model_shape
+from core.model.build import model_shape
+from core.model.config import load_config
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 from core.runs.overview import list_runs
@@ -25,7 +26,7 @@ SHAPE = LayerShape(query_heads=6, kv_heads=3, mlp_width=40)
 def test_changed_manifests_are_read_or_refused(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_text("a")
-    document = json.loads(publish(tmp_path / "files", str(tmp_path / "store")).to_json())
+    document = json.loads(publish(tmp_path / "files", str(tmp_path / "store")).manifest.to_json())
     seen = []
 
     @fuzzed(3)

@@ -13,7 +13,7 @@ from core.steps.prepare_data import run_prepare_data
 from core.storage.garbage import PATIENCE_S, clean, find_garbage
 from core.storage.lease import read_lease, take_lease
 from core.storage.owner import Owner
-from core.storage.publication import MANIFEST, fetch, publish
+from core.storage.publication import MANIFEST, open_publication, publish
 from core.storage.store import join_uri, open_store
 from tests.support.evidence import note
 from tests.support.project import recipe_with, resolve, run_all, run_phase
@@ -118,12 +118,14 @@ def test_a_publication_whose_files_stand_in_a_folder_of_their_own_keeps_them(sto
     at = f"{run}/phases/03/calibrated"
     store.write_bytes(f"{at}/model.safetensors", b"of a rival that died")
     mine = write(tmp_path / "mine", {"model.safetensors": b"mine"})
-    manifest = publish(mine, join_uri(store.uri, at))
-    assert manifest.folder
+    published = publish(mine, join_uri(store.uri, at))
+    assert published.manifest.folder
     found = find_garbage(store)
     assert keys_of(found) == {f"{at}/model.safetensors"}
     clean(store, found.garbage, CLEANER)
-    assert read(fetch(join_uri(store.uri, at), tmp_path / "fetched")) == {"model.safetensors": b"mine"}
+    assert read(open_publication(join_uri(store.uri, at)).fetch(tmp_path / "fetched")) == {
+        "model.safetensors": b"mine"
+    }
     note(TABLE, "a publication beside the files of a rival that died, then clean", "it stays, the rest goes")
 
 
@@ -140,7 +142,7 @@ def test_what_an_interrupted_run_needs_to_go_on_stays(store):
     }
     clean(store, found.garbage, CLEANER)
     assert snapshot(store) == needed
-    assert state.total_bytes == 400
+    assert state.manifest.total_bytes == 400
     note(TABLE, "an interrupted run with a training state, then clean", "the state stays, the rest goes")
 
 

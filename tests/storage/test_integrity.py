@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import IntegrityError
-from core.storage.publication import Manifest, fetch, publish
+from core.storage.publication import Manifest, open_publication, publish
 from core.storage.store import join_uri, open_store
 from tests.support.evidence import note
 from tests.support.publications import CONTENT, LAYER_0_SHA256, RIVAL, backend, behind, read, write
@@ -62,11 +62,14 @@ def test_damage_is_detected_and_named_and_not_used(uri, checkpoint, tmp_path, na
     publish(checkpoint, uri)
     path = "model-00001.safetensors"
     damage(open_store(uri), path)
-    with pytest.raises(IntegrityError, match=rf"{uri}/{path} is not what its manifest says: {found}\. "):
-        fetch(uri, tmp_path / "fetched")
+    published = open_publication(uri)
+    for read_it in (lambda: published.fetch(tmp_path / "fetched"), lambda: published.read_bytes(path)):
+        with pytest.raises(IntegrityError, match=rf"{uri}/{path} is not what its manifest says: {found}\. "):
+            read_it()
     assert not (tmp_path / "fetched" / path).exists()
     assert not list((tmp_path / "fetched").rglob(".*")), "no temporary file is left"
-    fetch(uri, tmp_path / "fetched", only=["config.json"])
+    published.fetch(tmp_path / "fetched", only=["config.json"])
+    assert published.read_json("config.json") == {}
     note("Integrity", f"{name} in a store{backend(uri)}", "IntegrityError named the file; it was not used")
 
 
@@ -84,7 +87,7 @@ def test_bytes_that_change_on_the_way_are_not_used(
 
     error = pytest.raises(IntegrityError, match=r"model-00001\.safetensors")
     with behind(s3_server, change, monkeypatch), error:
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
     assert not (tmp_path / "fetched/model-00001.safetensors").exists()
 
 
@@ -111,7 +114,7 @@ def test_an_edited_manifest_is_refused(uri, checkpoint, tmp_path, edit, problem)
     publish(checkpoint, uri)
     edit_manifest(uri, edit)
     with pytest.raises(IntegrityError, match=rf"{uri}/MANIFEST.json is damaged: {problem}"):
-        fetch(uri, tmp_path / "fetched")
+        open_publication(uri).fetch(tmp_path / "fetched")
     assert not (tmp_path / "fetched").exists()
     note(
         "Integrity",
@@ -126,7 +129,7 @@ def test_a_manifest_of_another_publication_does_not_fit(uri, checkpoint, tmp_pat
     store = open_store(uri)
     store.write_bytes("MANIFEST.json", store.read_bytes("rival/MANIFEST.json"))
     with pytest.raises(IntegrityError, match="model-0000"):
-        fetch(uri, tmp_path / "fetched")
+        open_publication(uri).fetch(tmp_path / "fetched")
     note("Integrity", f"the manifest of another publication{backend(uri)}", "IntegrityError named a file")
 
 
@@ -145,8 +148,10 @@ def test_a_link_in_the_place_of_a_file_is_refused(checkpoint, tmp_path):
     shutil.move(store / "tokenizer", tmp_path / "elsewhere")
     (store / "tokenizer").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(IntegrityError, match=r"tokenizer/vocab\.txt.*a file expected, a link found"):
-        fetch(str(store), tmp_path / "fetched")
+        open_publication(str(store)).fetch(tmp_path / "fetched")
+    with pytest.raises(IntegrityError, match="a file expected, a link found"):
+        open_publication(str(store)).read_bytes("tokenizer/vocab.txt")
     note("Integrity", "a link in the place of a folder (folder)", "IntegrityError named the file behind it")
     (tmp_path / "link").symlink_to(tmp_path)  # a store that is itself reached by a link is none of this
     publish(checkpoint, f"{tmp_path}/link/other")
-    assert read(fetch(f"{tmp_path}/link/other", tmp_path / "fetched")) == CONTENT
+    assert read(open_publication(f"{tmp_path}/link/other").fetch(tmp_path / "fetched")) == CONTENT

@@ -21,7 +21,7 @@ from core.steps.prepare_data import run_prepare_data
 from core.storage import owner as owner_module
 from core.storage.lease import Lease, holding_lease, read_lease, release_lease, take_lease, time_text
 from core.storage.owner import LOCAL, Owner
-from core.storage.publication import read_manifest
+from core.storage.publication import find_publication
 from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import ROOT, command_line, recipe_with, resolve, run_all, write_recipe
@@ -364,7 +364,7 @@ def test_a_second_local_execution_of_a_run_is_refused_and_the_first_is_not_distu
     assert read_lease(store, f"runs/{handle['key']}").owner.job == "first"
     resolve(recipe, job="first")  # a task that is tried again
     assert run_needs_run(run=handle, being_done_by="")
-    assert read_manifest(run_prepare_data(run=handle, base_uri=base_uri)) is not None
+    assert find_publication(run_prepare_data(run=handle, base_uri=base_uri)) is not None
 
 
 def test_a_step_whose_run_was_taken_over_computes_nothing(recipe, store):
@@ -374,7 +374,7 @@ def test_a_step_whose_run_was_taken_over_computes_nothing(recipe, store):
     other, _ = resolve(recipe, job="second")
     with pytest.raises(LeaseError, match="job second"):
         run_prepare_data(run=handle, base_uri=base_uri)
-    assert read_manifest(Run.load(handle).uri("data")) is None
+    assert find_publication(Run.load(handle).uri("data")) is None
     run_finalize(store=store.uri, job="first", succeeded=False)
     assert read_lease(store, folder).owner.job == "second"
     data_uri = run_prepare_data(run=other, base_uri=base_uri)

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from core.storage.publication import OWN, fetch, publish, read_manifest
+from core.storage.publication import OWN, find_publication, open_publication, publish
 from core.storage.store import open_store
 from tests.support import faults
 from tests.support.evidence import note
@@ -49,7 +49,7 @@ def every_action(uri, tmp_path):
         lambda: store.download("key", tmp_path / "copy"),
         lambda: store.delete("key"),
         lambda: store.read_bytes("key"),
-        lambda: read_manifest(uri),
+        lambda: open_publication(uri),
     ]
 
 
@@ -126,7 +126,7 @@ def test_credentials_that_expire_in_the_middle_stop_a_publication_at_once(
         assert message == "" or EXPIRED in message
         done = message == ""
         if not done:
-            is_published = read_manifest(uri) is not None
+            is_published = find_publication(uri) is not None
             assert is_published <= (("PUT", "MANIFEST.json", "") in striking.passed)
             asked = [what for what in striking.struck if what[1] not in OWN]
             assert len(set(asked)) == len(asked), "it is of no use to try again"
@@ -151,7 +151,7 @@ def test_credentials_that_expire_in_the_middle_stop_a_fetch_at_once(
         target = tmp_path / f"fetched-{times}"
         striking = Striking(faults.error(403 if times % 2 else 400, "ExpiredToken"), after=times)
         with behind(s3_server, striking, monkeypatch):
-            message = error_of(lambda target=target: fetch(s3_store_uri, target))
+            message = error_of(lambda target=target: open_publication(s3_store_uri).fetch(target))
         assert message == "" or EXPIRED in message
         done = message == ""
         there = read(target)
@@ -159,7 +159,7 @@ def test_credentials_that_expire_in_the_middle_stop_a_fetch_at_once(
         if not done:
             again = Striking(faults.reset, lambda request: False)
             with behind(s3_server, again, monkeypatch):
-                fetch(s3_store_uri, target)
+                open_publication(s3_store_uri).fetch(target)
             assert not moved(again) & {name.rpartition("/")[2] for name in there}
             assert read(target) == CONTENT
             times += 5
@@ -191,7 +191,10 @@ def test_what_was_mistyped_publishes_and_fetches_nothing(
     uri = s3_store_uri if variable != "bucket" else s3_store_uri.replace("models", "no-such-bucket")
     with monkeypatch.context() as environment:
         environment.setenv(variable, "wrong-and-private")
-        for call in (lambda: publish(checkpoint, uri), lambda: fetch(uri, tmp_path / "fetched")):
+        for call in (
+            lambda: publish(checkpoint, uri),
+            lambda: open_publication(uri).fetch(tmp_path / "fetched"),
+        ):
             message = refused(call, "denies access|there is no bucket no-such-bucket")
             assert "wrong-and-private" not in message
     assert list(open_store(s3_store_uri).list()) == []
@@ -205,7 +208,7 @@ def test_a_store_that_may_be_read_and_not_written(s3_server, s3_store_uri, check
         faults.error(403, "AccessDenied"), lambda request: request.method not in ("GET", "HEAD")
     )
     with behind(s3_server, striking, monkeypatch):
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
         publish(checkpoint, s3_store_uri)  # it is there
         other = f"{s3_store_uri}/other"
         refused(lambda: publish(checkpoint, other), r"cannot be written: .* denies access \(AccessDenied\)")
@@ -230,9 +233,9 @@ def test_bytes_that_change_on_the_way_are_found_by_their_checksum(
         striking = Striking(flip, of("GET", name.rpartition("/")[2]))
         with behind(s3_server, striking, monkeypatch):
             target = tmp_path / name.replace("/", "-")
-            refused(lambda target=target: fetch(s3_store_uri, target), f"{name} ")
+            refused(lambda target=target: open_publication(s3_store_uri).fetch(target), f"{name} ")
         assert not (target / name).exists()
-        fetch(s3_store_uri, target)
+        open_publication(s3_store_uri).fetch(target)
         assert read(target) == CONTENT
     note(
         "Faults", "a bit that flips on the way down", "one line; not used; the rerun fetched it", len(CONTENT)

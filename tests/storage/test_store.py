@@ -177,8 +177,8 @@ def test_an_uri_names_a_folder_or_a_bucket(tmp_path, monkeypatch):
 
 
 def test_boto3_is_imported_only_for_s3(tmp_path):
-    code = "import sys; from core.storage.publication import fetch; from core.storage.store import open_store"
-    code += "; open_store(sys.argv[1]).write_bytes('a', b'x'); sys.exit('boto3' in sys.modules)"
+    code = "import sys, core.storage.publication; from core.storage.store import open_store; "
+    code += "open_store(sys.argv[1]).write_bytes('a', b'x'); sys.exit('boto3' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
-from core.storage.publication import OWN, Manifest, fetch, publish, read_manifest
+from core.storage.publication import OWN, Manifest, find_publication, open_publication, publish
 from core.storage.store import join_uri, open_store
 from tests.support.evidence import note
 from tests.support.publications import (
@@ -50,19 +50,19 @@ def test_of_eight_publishers_one_wins_and_readers_see_it_whole(uri, tmp_path, a_
     def watch() -> None:
         start.wait()
         while not done.is_set():
-            if read_manifest(uri) is not None:
-                folder = fetch(uri, tmp_path / "watched")
+            if find_publication(uri) is not None:
+                folder = open_publication(uri).fetch(tmp_path / "watched")
                 assert {name: (folder / name).read_bytes() for name in "abc"} in contents
 
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         watcher = pool.submit(watch)
         try:
-            manifests = list(pool.map(run, range(8)))
+            publications = list(pool.map(run, range(8)))
         finally:
             done.set()
         watcher.result()
-    winner = manifests[0]
-    assert all(manifest == winner for manifest in manifests)
+    winner = publications[0].manifest
+    assert all(published == publications[0] for published in publications)
     note(
         "Publishing",
         "eight publishers of four contents at once"
@@ -72,7 +72,7 @@ def test_of_eight_publishers_one_wins_and_readers_see_it_whole(uri, tmp_path, a_
     )
     left = set(open_store(uri).list()) - {"MANIFEST.json", *(winner.key(entry) for entry in winner.files)}
     assert left <= {"a", "b", "c", "d", "_UPLOADED.json"}, "losers remove the folders that only they know"
-    assert read(fetch(uri, tmp_path / "fetched")) in [dict(content) for content in contents]
+    assert read(open_publication(uri).fetch(tmp_path / "fetched")) in [dict(content) for content in contents]
 
 
 def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
@@ -80,16 +80,16 @@ def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
 ):
     both_have_uploaded = threading.Barrier(2, timeout=30)
 
-    def hold_manifests(request, forward):
+    def hold_publications(request, forward):
         if request.method == "PUT" and request.path.endswith("MANIFEST.json"):
             both_have_uploaded.wait()
         return forward()
 
     rival = write(tmp_path / "rival", RIVAL)
-    with behind(s3_server, hold_manifests, monkeypatch), concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with behind(s3_server, hold_publications, monkeypatch), concurrent.futures.ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda directory: publish(directory, s3_store_uri), [checkpoint, rival])
     assert one == two
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) in (CONTENT, RIVAL)
+    assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) in (CONTENT, RIVAL)
     note(
         "Publishing", "two publishers have stored all files when the first puts its manifest (s3)", "one won"
     )
@@ -98,8 +98,8 @@ def test_a_rival_that_uploads_before_the_manifest_is_put_corrupts_nothing(
 def test_a_rerun_after_a_crash_publishes_what_it_has(uri, checkpoint, tmp_path):
     publish(write(tmp_path / "rival", RIVAL), uri)
     die_before_the_manifest(uri)
-    assert publish(checkpoint, uri) == read_manifest(uri)
-    assert read(fetch(uri, tmp_path / "fetched")) == CONTENT
+    assert publish(checkpoint, uri) == open_publication(uri)
+    assert read(open_publication(uri).fetch(tmp_path / "fetched")) == CONTENT
 
 
 def count_requests(seen: list[tuple[str, str]]) -> Callable[[Request, Callable[[], Reply]], Reply]:
@@ -119,14 +119,14 @@ def interrupt(s3_server, uri, checkpoint, monkeypatch, last):
     match = f"{last} cannot be"
     with behind(s3_server, fail_at_last, monkeypatch, attempts=1), pytest.raises(StorageError, match=match):
         publish(checkpoint, uri)
-    assert read_manifest(uri) is None
+    assert find_publication(uri) is None
 
 
 def test_an_interrupted_publication_goes_on(s3_server, s3_store_uri, checkpoint, tmp_path, monkeypatch):
     interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
     seen: list[tuple[str, str]] = []
     with behind(s3_server, count_requests(seen), monkeypatch):
-        manifest = publish(checkpoint, s3_store_uri)
+        published = publish(checkpoint, s3_store_uri)
     moved = [name for method, name in seen if method in ("PUT", "GET") and name not in OWN]
     assert moved == ["vocab.txt"]
     note(
@@ -134,9 +134,9 @@ def test_an_interrupted_publication_goes_on(s3_server, s3_store_uri, checkpoint,
         "a publication cut short, and started again (s3)",
         "only the file that was missing moved",
     )
-    assert manifest.folder == ""
+    assert published.manifest.folder == ""
     assert sorted(open_store(s3_store_uri).list()) == sorted(["MANIFEST.json", *CONTENT])
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+    assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) == CONTENT
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"config.json": 7}', '{"config.json": "00"}'])
@@ -146,7 +146,7 @@ def test_a_damaged_record_of_an_interrupted_publication_does_no_harm(
     interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
     open_store(s3_store_uri).write_bytes("_UPLOADED.json", damage.encode())
     publish(checkpoint, s3_store_uri)
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+    assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) == CONTENT
 
 
 def test_what_an_interrupted_publication_has_lost_since_is_uploaded_again(
@@ -155,7 +155,7 @@ def test_what_an_interrupted_publication_has_lost_since_is_uploaded_again(
     interrupt(s3_server, s3_store_uri, checkpoint, monkeypatch, "tokenizer/vocab.txt")
     open_store(s3_store_uri).delete("model-00002.safetensors")
     publish(checkpoint, s3_store_uri)
-    assert read(fetch(s3_store_uri, tmp_path / "fetched")) == CONTENT
+    assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) == CONTENT
 
 
 def test_an_interrupted_publication_in_a_folder_goes_on(checkpoint, tmp_path):
@@ -173,8 +173,8 @@ def test_what_was_damaged_before_the_manifest_was_put_is_not_published(uri, chec
     publish(checkpoint, uri)
     die_before_the_manifest(uri)
     open_store(uri).write_bytes("config.json", b"damaged")
-    assert publish(checkpoint, uri).folder
-    assert read(fetch(uri, tmp_path / "fetched")).items() >= CONTENT.items()
+    assert publish(checkpoint, uri).manifest.folder
+    assert read(open_publication(uri).fetch(tmp_path / "fetched")).items() >= CONTENT.items()
 
 
 def test_a_publication_is_read_once(uri, tmp_path):
@@ -208,13 +208,13 @@ def test_an_interrupted_fetch_goes_on_without_the_files_that_verify(
 
     error = pytest.raises(StorageError, match=f"{broken} cannot be read.* 500")
     with behind(s3_server, fail_one_file, monkeypatch, attempts=2), error:
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
     assert read(tmp_path / "fetched") == {path: data for path, data in CONTENT.items() if path != broken}
 
     (tmp_path / "fetched/config.json").write_bytes(b"{")  # a file that does not verify is fetched again
     seen: list[tuple[str, str]] = []
     with behind(s3_server, count_requests(seen), monkeypatch):
-        fetch(s3_store_uri, tmp_path / "fetched")
+        open_publication(s3_store_uri).fetch(tmp_path / "fetched")
     note(
         "Publishing",
         "a fetch cut short, and started again (s3)",

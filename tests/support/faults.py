@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from core.errors import StorageError
-from core.storage.publication import OWN, fetch
+from core.storage.publication import OWN, open_publication
 from core.storage.store import open_store
 from tests.support.publications import read
 from tests.support.servers import HangUp, Reply
@@ -197,5 +197,5 @@ def recorded(uri):
 
 
 def check_published(uri, folder):
-    assert read(fetch(uri, folder)) == CONTENT
+    assert read(open_publication(uri).fetch(folder)) == CONTENT
     assert {key for key in open_store(uri).list() if "/" not in key} <= {"MANIFEST.json", *CONTENT}

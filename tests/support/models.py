@@ -17,7 +17,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from core.model.build import build_model, config_with_layers
+from core.model.build import build_model
+from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 
 SIZES = dict(

@@ -10,7 +10,8 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from core.model.build import build_model, load_config
+from core.model.build import build_model
+from core.model.config import load_config
 from core.settings.recipe import settings_from_dict
 from tests.support.models import SIZES
 

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from core.storage.publication import OWN
+from core.storage.publication import OWN, open_publication
 from core.storage.store import open_store
 from tests.support.servers import s3_proxy
 
@@ -31,6 +31,11 @@ def read(directory: Path) -> dict[str, bytes]:
     paths = [path for path in directory.rglob("*") if path.is_file()]
     content = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
     return {path: data for path, data in content.items() if path not in OWN}
+
+
+def fetch(uri: str, directory: Path) -> Path:
+    """For another process, which an opened publication cannot be sent to."""
+    return open_publication(uri).fetch(directory)
 
 
 @contextlib.contextmanager

@@ -5,33 +5,23 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from core.errors import TrainingError
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.training.recover import recover
 from tests.support.models import UNEQUAL, random_tokens, tiny
+from tests.support.training import training_settings, weights
 
-
-def settings(**changes):
-    defaults = dict(
-        tokens="1k",
-        sources=(TextSource(path="x"),),
-        sequence_length=12,
-        global_batch=4,
-        micro_batch=4,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        precision="float32",
-    )
-    return TrainingSettings(**defaults | changes)
+RATES = dict(learning_rate=1e-3, min_learning_rate=1e-4)
 
 
 def train(model, tokens, mask=None, first_step=0, total_steps=100, **changes):
     mask = torch.ones_like(tokens) if mask is None else mask
-    return recover(model, tokens, mask, settings(**changes), first_step=first_step, total_steps=total_steps)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return recover(
+        model,
+        tokens,
+        mask,
+        training_settings(**RATES | changes),
+        first_step=first_step,
+        total_steps=total_steps,
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -149,7 +139,7 @@ def test_a_step_that_is_not_finite_is_an_error_and_changes_nothing(what, found, 
             model,
             tokens,
             torch.ones_like(tokens),
-            settings(max_grad_norm=limit),
+            training_settings(**RATES, max_grad_norm=limit),
             first_step=0,
             total_steps=100,
             save=lambda _, progress: saved.append(progress.next_step),

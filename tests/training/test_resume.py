@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
-from core.storage.publication import delete_publication, fetch, publish, read_manifest
+from core.storage.publication import open_publication, publish
 from core.storage.store import join_uri, open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
@@ -18,20 +16,11 @@ from tests.support.evidence import note
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.publications import behind
 from tests.support.servers import Reply, s3_proxy
+from tests.support.training import training_settings, weights
 
 TABLE = "Resumed training"
 STEPS, FIRST_STEP = 6, 10
 BELONGS_TO = {"checkpoint": "c", "data": "d", "settings": "s"}
-SETTINGS = TrainingSettings(
-    tokens="1k",
-    sources=(TextSource(path="x"),),
-    sequence_length=12,
-    global_batch=4,
-    micro_batch=4,
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    precision="float32",
-)
 ALWAYS, NEVER = Interval(steps=1), Interval()
 
 
@@ -46,7 +35,7 @@ def uri(request, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def told(caplog):
+def log(caplog):
     caplog.set_level(logging.INFO, "core")
     return caplog
 
@@ -78,13 +67,13 @@ def attempt(uri, folder, *, every=ALWAYS, stop=None, seed=0, settled=False, at_s
             model,
             tokens,
             torch.ones_like(tokens),
-            SETTINGS,
+            training_settings(),
             first_step=FIRST_STEP,
             total_steps=30,
             resume_from=state,
             save=save,
         )
-    return report.losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+    return report.losses, weights(model)
 
 
 def stopped_attempt(uri, folder, stop, **options):
@@ -100,10 +89,10 @@ def states_at(uri):
 def write_two_states(uri, folder):
     """Leave the states of steps 12 and 14, as a task does that is killed before it removes the older one."""
     stopped_attempt(uri, folder / "one", 2)
-    saved = fetch(join_uri(uri, "000012"), folder / "saved")
+    saved = open_publication(join_uri(uri, "000012")).fetch(folder / "saved")
     kept = {
         entry.path: (saved / entry.path).read_bytes()
-        for entry in read_manifest(join_uri(uri, "000012")).files
+        for entry in open_publication(join_uri(uri, "000012")).manifest.files
     }
     stopped_attempt(uri, folder / "two", 4)
     assert states_at(uri) == ["000014"]
@@ -119,15 +108,15 @@ def assert_undisturbed(result, folder):
     assert torch.equal(result[1], weights)
 
 
-def test_the_next_attempt_goes_on_from_the_newest_state_and_one_is_kept(uri, tmp_path, told):
+def test_the_next_attempt_resumes_from_the_newest_state_and_one_is_kept(uri, tmp_path, log):
     stopped_attempt(uri, tmp_path / "work", 2)
     assert states_at(uri) == ["000012"]
     stopped_attempt(uri, tmp_path / "work", 4, seed=1)
-    assert "resumed at step 12 of 30" in told.text
+    assert "resumed at step 12 of 30" in log.text
     assert states_at(uri) == ["000014"]
     result = attempt(uri, tmp_path / "work", seed=2)
-    assert "resumed at step 14 of 30" in told.text
-    assert "saved the training state of step 14 (0." in told.text
+    assert "resumed at step 14 of 30" in log.text
+    assert "saved the training state of step 14 (0." in log.text
     assert_undisturbed(result, tmp_path)
     assert not (tmp_path / "work").exists()
 
@@ -146,60 +135,60 @@ DAMAGES = {
     ),
     "its tensors are cut short": overwrite("state-00001.safetensors", lambda x: x[:-1]),
     "its state.json is changed": overwrite("state.json", lambda x: x.replace(b'"format": 1', b'"format": 2')),
-    "its manifest is no JSON": overwrite("MANIFEST.json", lambda x: x[: len(x) // 2]),
+    "its manifest is not JSON": overwrite("MANIFEST.json", lambda x: x[: len(x) // 2]),
     "its tensors are gone": lambda uri: open_store(uri).delete("000014/state-00001.safetensors"),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_state_is_told_and_the_one_before_is_used(what, uri, tmp_path, told):
+def test_a_damaged_state_is_logged_and_the_one_before_is_used(what, uri, tmp_path, log):
     write_two_states(uri, tmp_path)
     DAMAGES[what](uri)
-    told.clear()
+    log.clear()
     stopped_attempt(uri, tmp_path / "work", 4, seed=5)
-    assert "the training state of step 14 is removed, not used: " in told.text
-    assert "resumed at step 12 of 30" in told.text
+    assert "the training state of step 14 is removed, not used: " in log.text
+    assert "resumed at step 12 of 30" in log.text
     assert states_at(uri) == ["000014"]  # a sound one, under the name of the damaged one
     assert_undisturbed(attempt(uri, tmp_path / "work", seed=6), tmp_path)
-    assert "resumed at step 14 of 30" in told.text
+    assert "resumed at step 14 of 30" in log.text
     happened = "told, and removed; resumed from the state before; curve and weights equal to the last bit"
     note(TABLE, f"the newest state is damaged: {what}", happened)
 
 
-def test_a_state_whose_publishing_was_cut_off_is_none(uri, tmp_path, told):
+def test_a_state_whose_publishing_was_cut_off_is_none(uri, tmp_path, log):
     write_two_states(uri, tmp_path)
     open_store(uri).delete("000014/MANIFEST.json")
     assert_undisturbed(attempt(uri, tmp_path / "work", seed=5), tmp_path)
-    assert "resumed at step 12 of 30" in told.text
-    assert "not used" not in told.text
+    assert "resumed at step 12 of 30" in log.text
+    assert "not used" not in log.text
     note(TABLE, "the newest state lacks its manifest", "resumed from the state before; equal to the last bit")
 
 
-def test_all_states_damaged_is_a_start_from_the_beginning(uri, tmp_path, told):
+def test_all_states_damaged_is_a_start_from_the_beginning(uri, tmp_path, log):
     write_two_states(uri, tmp_path)
     for step in (12, 14):
         open_store(uri).write_bytes(f"{step:06d}/state.json", b"{}")
-    told.clear()
+    log.clear()
     assert_undisturbed(attempt(uri, tmp_path / "work"), tmp_path)
-    assert told.text.count("is removed, not used") == 2
-    assert "resumed" not in told.text
+    assert log.text.count("is removed, not used") == 2
+    assert "resumed" not in log.text
     note(TABLE, "all states are damaged", "told, and removed; trained from the start; equal to the last bit")
 
 
 @pytest.mark.parametrize("changed", [*BELONGS_TO, "first step", "name", "model"])
-def test_a_state_of_another_training_is_told_and_not_used(changed, uri, tmp_path, told):
+def test_a_state_of_another_training_is_logged_and_not_used(changed, uri, tmp_path, log):
     stopped_attempt(uri, tmp_path / "work", 2)
     belongs_to = BELONGS_TO | ({changed: "other"} if changed in BELONGS_TO else {})
     first_step = FIRST_STEP - (changed == "first step")
     if changed == "name":
-        saved = fetch(join_uri(uri, "000012"), tmp_path / "saved")
+        saved = open_publication(join_uri(uri, "000012")).fetch(tmp_path / "saved")
         publish(saved, join_uri(uri, "000013"))
-        delete_publication(join_uri(uri, "000012"), keep_manifest=False)
+        open_publication(join_uri(uri, "000012")).delete()
     model = tiny("llama", UNEQUAL[::-1], dtype=torch.float32) if changed == "model" else model_of()
     before = model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     with SavedStates(uri, tmp_path / "work", every=NEVER, belongs_to=belongs_to) as states:
         assert states.newest(model, first_step=first_step) is None
-    assert "not used" in told.text
+    assert "not used" in log.text
     assert torch.equal(model.state_dict()["model.layers.0.mlp.up_proj.weight"], before)
     assert states_at(uri) == []
     note(
@@ -209,10 +198,10 @@ def test_a_state_of_another_training_is_told_and_not_used(changed, uri, tmp_path
     )
 
 
-def test_a_setting_of_zero_saves_nothing(uri, tmp_path, told):
+def test_a_setting_of_zero_saves_nothing(uri, tmp_path, log):
     attempt(uri, tmp_path / "work", every=parse_interval("0"))
     assert states_at(uri) == []
-    assert "saved" not in told.text
+    assert "saved" not in log.text
     assert not (tmp_path / "work").exists()
 
 
@@ -224,12 +213,12 @@ def test_states_are_saved_by_the_clock(tmp_path):
     assert states_at(seldom) == []
 
 
-def test_the_interval_counts_from_the_state_that_was_resumed_from(tmp_path, told):
+def test_the_interval_counts_from_the_state_that_was_resumed_from(tmp_path, log):
     uri = str(tmp_path / "store")
     stopped_attempt(uri, tmp_path / "work", 2)
     attempt(uri, tmp_path / "work", every=Interval(steps=3), settled=True)
     assert states_at(uri) == ["000015"]
-    assert "step 13" not in told.text
+    assert "step 13" not in log.text
 
 
 @contextlib.contextmanager
@@ -252,19 +241,19 @@ def server_that_goes_down(tmp_path, request):
 
 
 @pytest.mark.parametrize("place", [folder_that_goes_down, server_that_goes_down])
-def test_training_goes_on_while_the_store_is_down_and_saves_when_it_is_back(place, request, tmp_path, told):
+def test_training_continues_while_the_store_is_down_and_saves_when_it_is_back(place, request, tmp_path, log):
     counts = []
     with place(tmp_path, request) as (uri, down):
 
         def at_step(step):
-            counts.append(told.text.count("is not saved"))
+            counts.append(log.text.count("is not saved"))
             if step in (1, 4):
                 down(step == 1)
 
         result = attempt(uri, tmp_path / "work", settled=True, at_step=at_step)
         assert counts == [0, 1, 2, 3, 3]
         assert states_at(uri) == ["000015"]
-    assert "Training goes on" in told.text
+    assert "Training continues" in log.text
     assert_undisturbed(result, tmp_path)
     note(
         TABLE,
@@ -273,7 +262,7 @@ def test_training_goes_on_while_the_store_is_down_and_saves_when_it_is_back(plac
     )
 
 
-def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_path, told, monkeypatch):
+def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_path, log, monkeypatch):
     release, puts = threading.Event(), []
 
     def slow(request, forward):
@@ -285,7 +274,7 @@ def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_pa
 
     def at_step(step):
         if step == STEPS - 1:
-            assert "saved the training state" not in told.text
+            assert "saved the training state" not in log.text
             release.set()
 
     with behind(s3_server, slow, monkeypatch):
@@ -293,20 +282,20 @@ def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_pa
         assert all("/000011/" in path for path in puts)
         # One at a time. The end of training waits for it, and for the next if that has begun.
         assert set(states_at(s3_store_uri)) <= {"000011", "000015"}
-        assert "saved the training state of step 11" in told.text
+        assert "saved the training state of step 11" in log.text
     note(TABLE, "the store takes no bytes for four steps", "training goes on; the state is saved afterwards")
 
 
-def test_a_full_disk_does_not_end_the_training(tmp_path, told):
+def test_a_full_disk_does_not_end_the_training(tmp_path, log):
     (tmp_path / "work").touch()  # nothing can be written below a file
     result = attempt(str(tmp_path / "store"), tmp_path / "work" / "states")
-    assert told.text.count("is not saved") == STEPS - 1
+    assert log.text.count("is not saved") == STEPS - 1
     assert states_at(str(tmp_path / "store")) == []
     assert_undisturbed(result, tmp_path)
 
 
 def test_an_upload_that_fails_half_way_leaves_the_state_before(
-    s3_server, s3_store_uri, tmp_path, told, monkeypatch
+    s3_server, s3_store_uri, tmp_path, log, monkeypatch
 ):
     def without_manifests(request, forward):
         refused = request.method == "PUT" and request.path.endswith("MANIFEST.json")
@@ -315,7 +304,7 @@ def test_an_upload_that_fails_half_way_leaves_the_state_before(
     stopped_attempt(s3_store_uri, tmp_path / "work", 2)
     with behind(s3_server, without_manifests, monkeypatch):
         result = attempt(s3_store_uri, tmp_path / "work", settled=True)
-    assert told.text.count("denies access") == told.text.count("is not saved") == 3
+    assert log.text.count("denies access") == log.text.count("is not saved") == 3
     assert states_at(s3_store_uri) == ["000012"]
     assert_undisturbed(result, tmp_path)
     note(
@@ -353,10 +342,10 @@ def test_of_a_state_that_is_removed_the_manifest_goes_first(s3_server, s3_store_
     assert len(deleted) > 1
 
 
-def test_states_that_cannot_be_removed_are_told(s3_server, s3_store_uri, tmp_path, told, monkeypatch):
+def test_states_that_cannot_be_removed_are_logged(s3_server, s3_store_uri, tmp_path, log, monkeypatch):
     stopped_attempt(s3_store_uri, tmp_path / "work", 2)
     refused = lambda request, forward: Reply(status=403) if request.method == "DELETE" else forward()  # noqa: E731
     with behind(s3_server, refused, monkeypatch):
         remove_states(s3_store_uri)
-    assert "training states that are no longer needed stay: " in told.text
+    assert "training states that are no longer needed could not be removed: " in log.text
     assert states_at(s3_store_uri) == ["000012"]

@@ -1,4 +1,4 @@
-"""A training that stops and goes on from a written state equals one that never stopped, to the last bit."""
+"""A training that stops and resumes from a written state equals one that never stopped, to the last bit."""
 
 import json
 import resource
@@ -10,12 +10,11 @@ from transformers import LlamaConfig
 
 from core.errors import CheckpointError, StorageError
 from core.model.build import build_model
-from core.settings.texts import TextSource
-from core.settings.training import TrainingSettings
 from core.training import state as state_module
 from core.training.recover import recover
-from core.training.state import Progress, check_fits, read_state, restore_state, write_state
+from core.training.state import TrainingProgress, check_fits, read_state, restore_state, write_state
 from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
+from tests.support.training import training_settings, weights
 
 STEPS, FIRST_STEP, TOTAL_STEPS = 6, 10, 30
 
@@ -35,20 +34,7 @@ def with_dropout(seed):
 
 def train(model, *, resume_from=None, save=None, seed=3, **changes):
     tokens = random_tokens(rows=4 * STEPS)
-    settings = TrainingSettings(
-        **dict(
-            tokens="1k",
-            sources=(TextSource(path="x"),),
-            sequence_length=12,
-            global_batch=4,
-            micro_batch=2,
-            learning_rate=1e-2,
-            min_learning_rate=1e-3,
-            weight_decay=0.1,
-            precision="float32",
-        )
-        | changes
-    )
+    settings = training_settings(**dict(micro_batch=2, weight_decay=0.1) | changes)
     torch.manual_seed(seed)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.3).int()
     return recover(
@@ -76,10 +62,6 @@ def state_after(steps, model, folder, *, resume_from=None, **changes):
     return read_state(folder)
 
 
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def tensors_of(state):
     return {
         name: tensor
@@ -100,7 +82,7 @@ def tensors_of(state):
     ],
     ids=["llama", "tied-bfloat16", "tied-checkpointing", "dropout", "dropout-checkpointing-bfloat16"],
 )
-def test_training_goes_on_bit_for_bit(make, changes, stops, tmp_path):
+def test_training_resumes_bit_for_bit(make, changes, stops, tmp_path):
     undisturbed = make(0)
     expected = train(undisturbed, **changes)
     state = None
@@ -122,7 +104,7 @@ def test_dropout_draws_other_numbers_with_another_seed():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_state_is_twelve_bytes_a_parameter_and_tied_ones_are_in_it_once(tmp_path):
+def test_a_state_takes_twelve_bytes_per_parameter_and_holds_tied_ones_once(tmp_path):
     model = unequal("llama-tied")(0)
     state = state_after(2, model, tmp_path / "state")
     tensors = tensors_of(state)
@@ -134,7 +116,7 @@ def test_a_state_is_twelve_bytes_a_parameter_and_tied_ones_are_in_it_once(tmp_pa
     assert {tensors[f"step.{name}"].item() for name in names} == {2}
 
 
-def test_a_state_lies_in_parts_so_that_few_tensors_are_copied_at_a_time(tmp_path, monkeypatch):
+def test_a_state_is_split_into_files_so_that_few_tensors_are_copied_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(state_module, "_SHARD_BYTES", 20_000)
     undisturbed, model = unequal("llama")(0), unequal("llama")(1)
     expected = train(undisturbed)
@@ -155,7 +137,7 @@ def test_what_is_restored_outlives_the_files(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     restore_state(state, model, optimizer)
     for path in state.directory.glob("*.safetensors"):
-        path.write_bytes(bytes(path.stat().st_size))  # the same file: what were a view of it would change
+        path.write_bytes(bytes(path.stat().st_size))  # the same file: a view of it would change
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[f"weight.{name}"])
         for moment in ("step", "exp_avg", "exp_avg_sq"):
@@ -166,7 +148,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     model = unequal("llama")(0)
 
     def save(optimizer, progress):
-        long = Progress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
+        long = TrainingProgress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
         if len(progress.losses) == 2:
             write_state(tmp_path / "state", model, optimizer, long, belongs_to={})
 
@@ -176,10 +158,10 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     assert 0 < report.tokens_per_s <= report.tokens / 1e4
 
 
-def test_what_was_kept_comes_back_as_it_was(tmp_path):
+def test_progress_survives_a_round_trip(tmp_path):
     model = unequal("llama")(0)
     losses = [(7, float("nan"), 0.1 + 0.2), (8, float("inf"), 5e-324)]
-    progress = Progress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
+    progress = TrainingProgress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
     optimizer = torch.optim.AdamW(model.parameters())
     write_state(tmp_path / "s", model, optimizer, progress, belongs_to={"a": "b"})
     state = read_state(tmp_path / "s")
@@ -188,7 +170,7 @@ def test_what_was_kept_comes_back_as_it_was(tmp_path):
     assert state.belongs_to == {"a": "b"}
 
 
-# --- what is no state of this model
+# --- what is not a state of this model
 
 
 def rewrite(change):
@@ -249,7 +231,7 @@ def test_a_state_that_lacks_or_changes_a_tensor_is_refused(damage, tmp_path):
 )
 def test_a_state_of_another_model_is_refused(other, tmp_path):
     state = state_after(2, unequal("llama")(0), tmp_path / "state")
-    with pytest.raises(CheckpointError, match=r"is the state of another model: .* differ"):
+    with pytest.raises(CheckpointError, match=r"is a state of another model: .* differ"):
         check_fits(state, other())
 
 
@@ -275,23 +257,23 @@ def test_a_state_file_of_other_content_is_refused(change, tmp_path):
     data = json.loads((state.directory / "state.json").read_text())
     change(data)
     (state.directory / "state.json").write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"state\.json is no state of a training"):
+    with pytest.raises(CheckpointError, match=r"state\.json is not a training state"):
         read_state(state.directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}'])
-def test_what_is_no_state_file_is_refused(content, tmp_path):
+def test_anything_but_a_state_file_is_refused(content, tmp_path):
     (tmp_path / "state.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no state of a training"):
+    with pytest.raises(CheckpointError, match="is not a training state"):
         read_state(tmp_path)
     (tmp_path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="is no state of a training"):
+    with pytest.raises(CheckpointError, match="is not a training state"):
         read_state(tmp_path)
 
 
 def test_a_disk_that_takes_no_state_is_a_storage_error(tmp_path):
     model = unequal("llama")(0)
-    optimizer, progress = torch.optim.AdamW(model.parameters()), Progress(losses=[(0, 1.0, 0.1)])
+    optimizer, progress = torch.optim.AdamW(model.parameters()), TrainingProgress(losses=[(0, 1.0, 0.1)])
 
     def write(folder):
         with pytest.raises(StorageError, match=r"cannot be (read or )?written: ") as caught:

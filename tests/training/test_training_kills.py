@@ -1,4 +1,4 @@
-"""The step recover-train in a process of its own, killed in the midst of a phase and started again."""
+"""The step recover-train in its own process, killed during a phase and started again."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,12 @@ import torch
 from core.model.build import load_model
 from core.runs.run import Run
 from core.steps.calibrate import run_calibrate
-from core.steps.frame import digest_of
 from core.steps.prepare_data import run_prepare_data
 from core.steps.prune_step import run_prune_step
 from core.steps.publish import run_publish
 from core.steps.recover_train import run_recover_train
 from core.steps.score_layers import run_score_layers
-from core.storage.publication import delete_publication, fetch, publish, read_manifest, read_published
+from core.storage.publication import find_publication, open_publication, publish
 from core.storage.store import join_uri
 from tests.support.evidence import note
 from tests.support.project import Artifact, recipe_with, resolve
@@ -33,13 +32,13 @@ from tests.training.test_resume import TABLE, states_at
 
 
 def recover_train(job, die=None):
-    """Run recover-train in a process of its own; ``die`` is when it kills itself with SIGKILL.
+    """Run recover-train in its own process; ``die`` is when it kills itself with SIGKILL.
 
     Args:
         job: Its arguments, the variables of its environment, and the file of its log.
-        die: ``("saved", n)``: as soon as the n-th state is published, in the midst of whatever step training
-            is at by then. ``("forward", n)``: at the n-th forward pass, in the midst of whatever publishing
-            is at by then. ``("done", 1)``: when the checkpoint is published, before states are removed.
+        die: ``("saved", n)``: when the n-th state is published, at any point of a training step.
+            ``("forward", n)``: at the n-th pass, at any point of publishing. ``("done", 1)``: once the
+            checkpoint is published, before states are removed.
     """
     import torch
 
@@ -141,9 +140,9 @@ def run_in_a_process(processes, job, die=None):
 
 
 def assert_equal_results(job, expected):
-    """Every published file but the report is the same, and of the report all that does not tell the time."""
-    assert digest_of(job["uri"]) == digest_of(expected["uri"])
-    reports = [read_published(each["uri"], "report.json") for each in (job, expected)]
+    """Every published file but the report is the same, and so is the report, except for times."""
+    assert open_publication(job["uri"]).digest == open_publication(expected["uri"]).digest
+    reports = [open_publication(each["uri"]).read_json("report.json") for each in (job, expected)]
     for report in reports:
         assert report.pop("seconds") > 0
         assert report.pop("tokens_per_s") > 0
@@ -174,7 +173,7 @@ def test_killed_in_the_midst_of_a_phase(place, precision, kills, processes, job_
         resumed_at += [int(words.split()[0]) for words in log.split("resumed at step ")[1:]]
         if kill is not None:
             assert states_at(states_uri)
-            assert (read_manifest(job["uri"]) is None) == (kill[0] != "done")
+            assert (find_publication(job["uri"]) is None) == (kill[0] != "done")
     assert resumed_at == sorted(resumed_at)
     assert 0 < resumed_at[0] < resumed_at[-1] < TRAINING_STEPS
     assert_equal_results(job, expected)
@@ -190,14 +189,14 @@ def test_killed_in_the_midst_of_a_phase(place, precision, kills, processes, job_
 def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
     """The moments are the system clock's: they differ from run to run."""
     expected = job_in(str(tmp_path / "undisturbed"), save_every="0")
-    run_in_a_process(processes, expected)  # lets the server import all it needs, too
+    run_in_a_process(processes, expected)  # also lets the server import all it needs
     started = time.monotonic()
     run_in_a_process(processes, job_in(str(tmp_path / "timed")))
     undisturbed_s = time.monotonic() - started
     job = job_in(s3_store_uri)
     log, kills = Path(job["log"]), 0
     log.touch()
-    while read_manifest(job["uri"]) is None:
+    while find_publication(job["uri"]) is None:
         process = processes.Process(target=recover_train, args=(job,))
         process.start()
         if kills < 40 and (kills < 5 or log.read_text().count("resumed at step") < 5):
@@ -219,14 +218,14 @@ def test_the_time_of_earlier_attempts_is_taken_over(processes, job_in, tmp_path)
     run_in_a_process(processes, job, ("saved", 1))
     states_uri = join_uri(job["uri"], "_resume")
     uri = join_uri(states_uri, states_at(states_uri)[-1])
-    changed = shutil.copytree(fetch(uri, tmp_path), tmp_path / "changed")
+    changed = shutil.copytree(open_publication(uri).fetch(tmp_path), tmp_path / "changed")
     state = json.loads((changed / "state.json").read_text())
     state["progress"]["seconds"] = 1e4
     (changed / "state.json").write_text(json.dumps(state))
-    delete_publication(uri, keep_manifest=False)
+    open_publication(uri).delete()
     publish(changed, uri)
     run_in_a_process(processes, job)
-    report = read_published(job["uri"], "report.json")
+    report = open_publication(job["uri"]).read_json("report.json")
     assert report["seconds"] > 1e4
     assert 0 < report["tokens_per_s"] < report["tokens"] / 1e4
 
@@ -244,10 +243,10 @@ def test_what_lies_in_the_folder_of_a_checkpoint_is_not_published_with_it(job_in
         report=Artifact(tmp_path / "report"),
         model=Artifact(tmp_path / "final-model"),
     )
-    paths = {entry.path for entry in read_manifest(final).files}
+    paths = set(open_publication(final).manifest.paths)
     assert {"config.json", "tokenizer.json", "record.json", "README.md"} < paths
     assert not {path for path in paths if "_resume" in path or "stray" in path}
-    model = load_model(fetch(final, tmp_path / "fetched"))
+    model = load_model(open_publication(final).fetch(tmp_path / "fetched"))
     assert torch.equal(model.lm_head.weight, load_model(Path(job["uri"])).lm_head.weight)
     run_recover_train(**job["given"], phase=1, model=Artifact(tmp_path / "model"))  # done already
     assert not late.parent.exists()

@@ -1,1 +1,1 @@
-"""How fast two checkpoints are side by side."""
+"""The speed of two checkpoints side by side."""

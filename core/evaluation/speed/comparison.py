@@ -1,10 +1,9 @@
-"""How fast two checkpoints are side by side: prompt processing, decoding, loading, memory.
+"""The speed of two checkpoints side by side: prompt processing, decoding, loading, memory.
 
-Each checkpoint lives in a process of its own; they are asked in turn, so that whatever else the machine does
-slows both down alike, and a ratio is the median of the rounds' ratios.
+Each checkpoint has its own process; they take turns, so that other load on the machine slows both down alike,
+and a ratio is the median of the rounds' ratios.
 """
 
-import logging
 import multiprocessing
 import os
 import statistics
@@ -13,46 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from core.errors import AdaptPrunerError, CheckpointError
 from core.evaluation.speed.engines import LlamaCpp, Torch
+from core.evaluation.speed.workload import Kind, Runtime, Workload
+from core.progress import tracked
 from core.runs.record import SpeedRecord
-
-log = logging.getLogger(__name__)
-
-Runtime = Literal["torch", "llama.cpp"]
-Kind = Literal["prompt", "decode"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is timed.
-
-    Attributes:
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens that are decoded after a prompt, one at a time.
-        batches: Sequences at a time; each is a measurement of its own.
-        rounds: Times that everything is measured; one more goes before to warm up.
-        threads: CPU threads; 0 takes one a physical core that may be used.
-        dtype: Number format of the weights in PyTorch, ``auto`` as they are stored.
-    """
-
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 4)
-    rounds: int = 5
-    threads: int = 0
-    dtype: str = "auto"
-
-    def jobs(self) -> list[tuple[Kind, int]]:
-        """Return what is timed in a round: a kind of work and a batch size each."""
-        kinds: tuple[Kind, ...] = ("prompt", "decode")
-        return [(kind, batch) for batch in self.batches for kind in kinds]
-
-    def tokens(self, kind: Kind, batch: int) -> int:
-        """Return the tokens that a job processes."""
-        return batch * (self.prompt_tokens if kind == "prompt" else self.new_tokens)
 
 
 def compare(
@@ -65,7 +31,7 @@ def compare(
         base: What the other is compared with.
         checkpoint: The model of interest.
         workload: What is timed.
-        device: ``cpu`` or ``cuda``, for which llama.cpp takes what it was built for; the record says what.
+        device: ``cpu`` or ``cuda``; llama.cpp then takes the accelerator it was built for, which is recorded.
 
     Raises:
         CheckpointError: If one of them cannot be loaded or run.
@@ -74,13 +40,11 @@ def compare(
         first = stack.enter_context(_running(runtime, base, workload, device))
         second = stack.enter_context(_running(runtime, checkpoint, workload, device))
         seconds: dict[str, list[tuple[float, float]]] = {}
-        for turn in range(workload.rounds + 1):
+        for turn in tracked(range(workload.rounds + 1), f"{runtime} on {first.device}", "rounds"):
             for kind, batch in workload.jobs():
                 took = time_pair(first, second, kind, batch, reverse=bool(turn % 2))
-                if turn:
+                if turn:  # the first round warms up
                     seconds.setdefault(f"{kind} {batch}", []).append(took)
-            done = f"round {turn} of {workload.rounds}" if turn else "warmed up"
-            log.info("%s on %s: %s", runtime, first.device, done)
         memory = (first.finish(), second.finish())
     tokens = {f"{kind} {batch}": workload.tokens(kind, batch) for kind, batch in workload.jobs()}
     return SpeedRecord(
@@ -102,7 +66,7 @@ def median_rates(pairs: Sequence[tuple[float, float]], tokens: int) -> tuple[flo
 def median_speedup(pairs: Sequence[tuple[float, float]]) -> float:
     """Return how many times faster the checkpoint is: the median of the rounds' own ratios.
 
-    A round in which the machine is slow is slow for both, and its ratio as good as any.
+    A round in which the machine is slow is slow for both, so its ratio is as good as any.
     """
     return statistics.median(base / checkpoint for base, checkpoint in pairs)
 
@@ -110,7 +74,7 @@ def median_speedup(pairs: Sequence[tuple[float, float]]) -> float:
 def time_pair(
     first: "_Model", second: "_Model", kind: Kind, batch: int, *, reverse: bool
 ) -> tuple[float, float]:
-    """Return the seconds of both; ``reverse`` times the second first: neither always follows the same."""
+    """Return the seconds of both; ``reverse`` times the second one first, so that none always comes first."""
     if reverse:
         seconds = second.time(kind, batch)
         return first.time(kind, batch), seconds
@@ -132,7 +96,7 @@ class _Model:
             answer = self.connection.recv()
         except (EOFError, OSError) as error:
             raise CheckpointError(
-                f"{self.path}: the process that measured it ended. Is there memory for two models at once?"
+                f"{self.path}: the process that measured it ended. Check that two models fit into memory."
             ) from error
         if isinstance(answer, str):
             raise CheckpointError(f"{self.path} cannot be measured: {answer}")
@@ -147,7 +111,7 @@ class _Model:
 
 @contextmanager
 def _running(runtime: Runtime, path: Path, workload: Workload, device: str) -> Iterator[_Model]:
-    context = multiprocessing.get_context("spawn")  # a fork would share, and so hide, memory
+    context = multiprocessing.get_context("spawn")  # a fork would share memory, and so hide it
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, runtime, path, workload, device), daemon=True)
     process.start()
@@ -169,7 +133,7 @@ def _serve(connection: Connection, runtime: Runtime, path: Path, workload: Workl
         try:
             request = connection.recv()
         except EOFError:
-            os._exit(0)  # a server's threads would be waited for
+            os._exit(0)  # without waiting for a server's threads
         try:
             if request[0] == "load":
                 engine = (Torch if runtime == "torch" else LlamaCpp)(path, workload, device)
@@ -178,6 +142,6 @@ def _serve(connection: Connection, runtime: Runtime, path: Path, workload: Workl
                 connection.send(engine.peak_bytes())
             else:
                 connection.send(engine.time(*request))
-        except Exception as error:  # the parent raises it, in its own words
+        except Exception as error:  # the parent raises it
             text = str(error) if isinstance(error, AdaptPrunerError) else f"{type(error).__name__} {error}"
             connection.send(" ".join(text.split())[:400])

@@ -1,4 +1,4 @@
-"""The runtimes whose speed is measured; each runs in a process of its own."""
+"""The runtimes whose speed is measured; each runs in its own process."""
 
 import inspect
 import math
@@ -6,35 +6,34 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from core.errors import CheckpointError
+from core.evaluation.speed.workload import Kind, Workload
 from core.machine.cores import usable_cores
-
-if TYPE_CHECKING:
-    from core.evaluation.speed.comparison import Kind, Workload
 
 _SEED = 0
 
 
 class Torch:
-    """A checkpoint's folder in PyTorch, by transformers' own forward pass and cache.
+    """A checkpoint's folder in PyTorch, with transformers' own forward pass and cache.
 
     Attributes:
         device: Where it runs: ``cpu`` or ``cuda``.
         load_s: Seconds that loading took.
     """
 
-    def __init__(self, path: Path, workload: "Workload", device: str) -> None:
+    def __init__(self, path: Path, workload: Workload, device: str) -> None:
         """Load the model and note how long that took."""
         import torch
 
-        from core.model.build import dtype_of, load_config, load_model
+        from core.model.build import dtype_of, load_model
+        from core.model.checkpoint import Checkpoint
 
         torch.set_num_threads(workload.threads or usable_cores())
-        load_config(path)  # transformers' model classes take seconds to import, which is no part of loading
+        checkpoint = Checkpoint(path)  # importing transformers takes seconds, which are not part of loading
         from transformers import DynamicCache
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
 
@@ -42,7 +41,7 @@ class Torch:
         self._torch, self._workload, self.device = torch, workload, device
         self._empty_bytes = psutil.Process().memory_info().rss
         start = time.perf_counter()
-        self._model: Any = load_model(path, dtype=dtype_of(workload.dtype), device=device)
+        self._model: Any = load_model(checkpoint, dtype=dtype_of(workload.dtype), device=device)
         self._wait()
         self.load_s = time.perf_counter() - start
         # Its name until transformers 5.23.
@@ -53,7 +52,7 @@ class Torch:
         generator = torch.Generator().manual_seed(_SEED)
         self._tokens = torch.randint(vocabulary, shape, generator=generator).to(device)
 
-    def time(self, kind: "Kind", batch: int) -> float:
+    def time(self, kind: Kind, batch: int) -> float:
         """Return the seconds of one job."""
         cache = {self._cache_argument: self._new_cache(config=self._model.config)}
         with self._torch.inference_mode():
@@ -84,16 +83,16 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, through the Python package xllamacpp.
 
     Attributes:
-        device: Where it runs: ``cpu``, or what else llama.cpp was built for, such as ``cuda``.
+        device: Where it runs: ``cpu``, or the accelerator llama.cpp was built for, such as ``cuda``.
         load_s: Seconds that loading took.
     """
 
-    def __init__(self, path: Path, workload: "Workload", device: str) -> None:
+    def __init__(self, path: Path, workload: Workload, device: str) -> None:
         """Load the model and note how long that took."""
         import xllamacpp
 
         parallel = max(workload.batches)
-        # llama.cpp shares the context out among the sequences, in whole blocks.
+        # llama.cpp divides the context among the sequences, in whole blocks.
         length = 256 * math.ceil((workload.prompt_tokens + workload.new_tokens + 1) / 256)
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -111,11 +110,11 @@ class LlamaCpp:
         self.load_s = time.perf_counter() - start
         self._pool = ThreadPoolExecutor(parallel)
 
-    def time(self, kind: "Kind", batch: int) -> float:
-        """Return the seconds of one job: until all prompts are read, or as llama.cpp counts decoding.
+    def time(self, kind: Kind, batch: int) -> float:
+        """Return the seconds of one job: until all prompts are read, or decoding by llama.cpp's own clock.
 
-        Prompts of a batch are not read at the same time, so the first sequence to begin waits for the prompts
-        of the others. The last one, whose time is the shortest, decodes beside all others.
+        Prompts of a batch are not read at the same time, so the sequence that begins first waits for the
+        prompts of the others. The last one, whose time is the shortest, decodes beside all others.
         """
         new_tokens = 1 if kind == "prompt" else self._workload.new_tokens + 1
         start = time.perf_counter()
@@ -137,7 +136,7 @@ class LlamaCpp:
             }
         )
         if "timings" not in answer:
-            raise CheckpointError(f"llama.cpp answered {answer}.")
+            raise CheckpointError(f"llama.cpp answered {answer}. Check the GGUF file.")
         return answer
 
     def peak_bytes(self) -> int:
@@ -146,10 +145,10 @@ class LlamaCpp:
 
 
 def accelerator_of(devices: Sequence[Mapping[str, Any]]) -> str:
-    """Return what llama.cpp runs on if it may choose: ``cpu``, as PyPI's build does, or ``cuda`` and such.
+    """Return what llama.cpp runs on by default: ``cpu`` (PyPI's build) or an accelerator such as ``cuda``.
 
     Args:
-        devices: What llama.cpp finds, by ``name``, such as CPU or CUDA0, and ``type``.
+        devices: The devices llama.cpp finds, by ``name`` (such as CPU or CUDA0) and ``type``.
     """
     names = [str(device["name"]) for device in devices if device["type"].name.endswith("GPU")]
     return names[0].rstrip("0123456789").lower() if names else "cpu"
@@ -158,7 +157,7 @@ def accelerator_of(devices: Sequence[Mapping[str, Any]]) -> str:
 def peak_rss_bytes() -> int:
     """Return the most memory that this process ever held.
 
-    Linux's getrusage would not do: it counts in what the parent held when it started this process.
+    Linux's getrusage would include what the parent held when it started this process.
     """
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024

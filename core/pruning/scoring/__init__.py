@@ -1,1 +1,1 @@
-"""What layers and groups are worth, measured with the gradients of one layer in memory."""
+"""Scores of layers and groups, computed with only one layer's gradients in memory at a time."""

@@ -1,13 +1,11 @@
-"""Layer similarities and group scores with the gradients of one layer in memory (eq. 3-5, 7-10).
+"""Layer similarities and group scores with only one layer's gradients in memory (eq. 3-5, 7-10).
 
 One forward pass, layer by layer, keeps each layer's inputs in host memory and yields the similarities. The
-gradient by the last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate
-through it, reduce what its criterion observes to one number a group, free it, go down. The result is plain
+gradient of the last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate
+through it, reduce what its criterion observes to one number per group, free it. The result is plain
 autograd's, to rounding.
 """
 
-import logging
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, DataError
-from core.model.build import layer_shapes
+from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
+from core.progress import tracked
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.criteria import CRITERIA, LayerScoring
 from core.pruning.scoring.kept_outputs import KeptOutputs
@@ -26,16 +25,12 @@ from core.pruning.scoring.layer_inputs import LayerInputs
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.settings.prune import CriterionName
 
-log = logging.getLogger(__name__)
-
-_PROGRESS_INTERVAL_S = 30.0
-
 
 def draw_calibration(pool: Tensor, *, sequences: int, seed: int, step: int) -> Tensor:
-    """Draw the calibration set of one pruning step: fresh each step, no document twice.
+    """Draw the calibration set of one pruning step: new in each step, no document twice.
 
     Args:
-        pool: (P, T) token ids, one row a document.
+        pool: (P, T) token ids, one row per document.
         sequences: S, rows to draw.
         seed: Seed of the run.
         step: Number of the pruning step within the run.
@@ -58,7 +53,7 @@ def draw_calibration(pool: Tensor, *, sequences: int, seed: int, step: int) -> T
 def layer_similarity(
     inputs: Tensor, outputs: Tensor, kind: Literal["cosine", "euclidean", "manhattan"] = "cosine"
 ) -> Tensor:
-    """Compare a layer's input and output at each token; larger is more alike (eq. 3).
+    """Compare a layer's input and output at each token; larger is more similar (eq. 3).
 
     Args:
         inputs: (B, T, D) hidden states that enter the layer.
@@ -89,19 +84,18 @@ def measure(
     """Measure layer similarities and group scores of a model on a calibration set.
 
     Args:
-        model: Any number format; products and sums are float32. Left as it was found. Its layers may lie on
-            disk.
+        model: In any number format; products and sums are float32. Left unchanged. Its layers may be on disk.
         tokens: (S, T) int64 token ids.
-        micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
-            The loss is the mean over all predictions of the set, so that no split changes a score (but of
-            the criterion ``taylor_per_microbatch``, which is about the split).
-        similarity: How a layer's input and output are compared.
+        micro_batch: Sequences that pass through a layer at a time; 0 chooses by the free memory. The loss is
+            the mean over all predictions of the set, so the split changes no score (except those of the
+            criterion ``taylor_per_microbatch``).
+        similarity: See ``layer_similarity``.
         criterion: How groups are scored.
         seed: Seed of the criterion ``random``.
         state_bytes: Host memory for the layers' inputs; None for no limit.
-        scratch: Folder for what goes beyond ``state_bytes``.
-        keep_bytes: Memory on the model's device for outputs of projections, which the backward pass then need
-            not compute again: the same result in less time.
+        scratch: Folder for inputs beyond ``state_bytes``.
+        keep_bytes: Memory on the model's device for outputs of projections, which the backward pass then does
+            not compute again.
 
     Raises:
         StorageError: If ``scratch`` is full.
@@ -128,7 +122,7 @@ def measure(
 
 
 class _Passes:
-    """The three passes over a model, and the scores that they find."""
+    """The three passes over a model, and the resulting scores."""
 
     def __init__(
         self,
@@ -146,7 +140,7 @@ class _Passes:
         self.scores: dict[int, LayerScores] = {}
 
     def make_room(self, state_bytes: int | None, scratch: Path | None, keep_bytes: int) -> None:
-        """Take the memory for what the forward pass keeps for the backward pass."""
+        """Allocate memory for what the forward pass keeps for the backward pass."""
         model = self.model.model
         sequences, length = self.tokens.shape
         self.inputs = LayerInputs(
@@ -170,8 +164,7 @@ class _Passes:
         """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
         similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
         states = [self.model.embed(self.tokens[rows]).cpu() for rows in self.batches]
-        progress = _Progress("forward", len(similarities))
-        for index in range(len(similarities)):
+        for index in tracked(range(len(similarities)), "forward", "layers"):
             with self.model.resident(index) as layer:
                 scoring = None if self.goes_back else self._scoring(index, layer)
                 for number, rows in enumerate(self.batches):
@@ -189,11 +182,10 @@ class _Passes:
                 _check_finite(f"the similarity of layer {index}", similarities[index])
                 if scoring is not None:
                     self._keep_scores(index, scoring)
-            progress.show(index + 1)
         return similarities, states
 
     def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
-        """Return each micro-batch's part of the loss and its gradient by the last layer's output."""
+        """Return each micro-batch's part of the loss, and the gradient of its last layer's output."""
         losses, gradients = [], []
         sequences, length = self.tokens.shape
         for rows, state in zip(self.batches, states, strict=True):
@@ -207,15 +199,13 @@ class _Passes:
 
     def backward(self, gradients: list[Tensor]) -> None:
         """Score the layers from last to first."""
-        progress = _Progress("backward", len(self.model.layers))
-        for index in reversed(range(len(self.model.layers))):
+        for index in tracked(range(len(self.model.layers))[::-1], "backward", "layers"):
             with self.model.resident(index) as layer:
                 scoring = self._scoring(index, layer)
                 for number, rows in enumerate(self.batches):
                     with self.kept.reuse(index, rows, layer):
                         gradients[number] = self._layer_backward(index, rows, scoring, gradients[number])
                 self._keep_scores(index, scoring)
-            progress.show(len(self.model.layers) - index)
 
     def _keep_scores(self, index: int, scoring: LayerScoring) -> None:
         scores = scoring.scores()
@@ -228,7 +218,7 @@ class _Passes:
         return LayerScoring(self.criterion, family_of(config), shape, layer, seed=seed)
 
     def _layer_backward(self, index: int, rows: slice, scoring: LayerScoring, gradient: Tensor) -> Tensor:
-        """Back-propagate a micro-batch through a layer; returns the gradient by its input."""
+        """Back-propagate a micro-batch through a layer; returns the gradient with respect to its input."""
         state = self.inputs.take(index, rows).to(self.device).detach().requires_grad_()
         of_weights = scoring.criterion.observed == "weight_gradients"
         for weight in scoring.weights.values():
@@ -249,27 +239,9 @@ class _Passes:
 
 
 def _check_finite(what: str, *values: Tensor) -> None:
-    """Refuse what would be pruned by as if it were a number; the values are in host memory."""
+    """Refuse NaN and infinities, which would silently decide what is pruned; values are in host memory."""
     if not all(bool(value.isfinite().all()) for value in values):
         raise CheckpointError(
             f"{what} is not finite, as the model's weights or activations are not. Check the checkpoint; if "
-            "a training has made it, lower training.learning_rate; else set calibration.precision to float32."
+            "training made it, lower training.learning_rate; otherwise set calibration.precision to float32."
         )
-
-
-class _Progress:
-    """A log line now and then: how far a pass is, and how long it may still take."""
-
-    def __init__(self, name: str, layers: int) -> None:
-        self._name, self._layers = name, layers
-        self._started = self._shown = time.monotonic()
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        log.debug("%s: layer %d of %d", self._name, done, self._layers)
-        if done == self._layers:
-            log.info("%s over %d layers took %.1f s", self._name, done, now - self._started)
-        elif now - self._shown > _PROGRESS_INTERVAL_S:
-            self._shown = now
-            left = (now - self._started) / done * (self._layers - done)
-            log.info("%s: %d of %d layers, %.0f s left", self._name, done, self._layers, left)

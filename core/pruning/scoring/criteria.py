@@ -1,9 +1,8 @@
-"""What a group is worth: the criteria, each a few lines on shared sums (eq. 7-10 and its rivals).
+"""The criteria that score groups: eq. 7-10 and alternatives, each a few lines on shared sums.
 
 A weight is cut along its groups into *blocks* of (U, R, ...): U units (query heads, KV heads or channels) of
-R rows each; the activations that run along the groups likewise. Over the micro-batches a criterion adds up
-something for each block; at the end it turns the sum into one number a unit. What a group's blocks give is
-added.
+R rows each, and likewise the activations along the groups. A criterion accumulates a sum for each block over
+the micro-batches, and finally turns it into one number per unit. The numbers of a group's blocks are added.
 """
 
 import contextlib
@@ -49,11 +48,11 @@ class Criterion:
     """One way to score groups.
 
     Attributes:
-        observed: What it looks at in each micro-batch. ``inputs``: the activations that enter the projections
+        observed: What it observes in each micro-batch. ``inputs``: the activations that enter the projections
             that read groups (o_proj, down_proj). ``output_gradients``: the activations along the groups of
-            every sliced weight and the loss's gradient by them. ``weight_gradients``: every sliced weight and
-            bias and the loss's gradient by it.
-        add: What a micro-batch adds to a block's sum, from what was observed: activations are (B, T, U, R),
+            every sliced weight and their gradients. ``weight_gradients``: every sliced weight and bias
+            and its gradient.
+        add: A micro-batch's share of a block's sum, from the observations: activations are (B, T, U, R),
             weights (U, R, ...).
         score: (U,) from the weight w (U, R, ...), the block's sum s and the number n of tokens seen.
         finish: A group's score from the total over its blocks.
@@ -109,20 +108,12 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
 
 
 class LayerScoring:
-    """Scores the groups of one decoder layer: is shown the micro-batches, then gives its verdict."""
+    """Scores the groups of one decoder layer: takes in the micro-batches, then returns the scores."""
 
     def __init__(
         self, name: CriterionName, family: Family, shape: LayerShape, layer: torch.nn.Module, *, seed: int = 0
     ) -> None:
-        """Prepare for a layer.
-
-        Args:
-            name: The criterion.
-            family: Says which weights belong to groups, and how groups lie in them.
-            shape: Sizes of the layer.
-            layer: The decoder layer.
-            seed: What ``random`` draws with.
-        """
+        """Prepare for a layer of the given sizes; ``seed`` is that of ``random``."""
         parameters = dict(layer.named_parameters())
         self.criterion = CRITERIA[name]
         self.weights = {key: parameters[key] for key in family.slicings if key in parameters}
@@ -133,10 +124,10 @@ class LayerScoring:
 
     @contextlib.contextmanager
     def activations(self) -> Iterator[dict[str, Tensor]]:
-        """Record, while the layer runs, the activations that the criterion observes.
+        """Record the activations that the criterion observes while the layer runs.
 
         Yields:
-            Name of a weight to the (B, T, U*R) activations along its groups, once the layer has run.
+            Name of a weight to the (B, T, U*R) activations along its groups, filled when the layer has run.
         """
         seen: dict[str, Tensor] = {}
         hooks = []
@@ -161,7 +152,7 @@ class LayerScoring:
         """Take in a micro-batch.
 
         Args:
-            observations: Name of a weight to what ``Criterion.add`` takes, not yet cut into blocks.
+            observations: Name of a weight to the arguments of ``Criterion.add``, not yet cut into blocks.
             tokens: B * T.
         """
         self._tokens += tokens
@@ -174,9 +165,9 @@ class LayerScoring:
                 self._sums[key] = self._sums[key].add_(value) if key in self._sums else value
 
     def scores(self) -> LayerScores:
-        """Return the verdict: float32 (float64 for float64 weights), in host memory."""
+        """Return the scores: float32 (float64 for float64 weights), in host memory."""
         totals: dict[Kind, Tensor] = {}
-        # A criterion that looks at inputs has nothing to say about weights that only produce them.
+        # A criterion that observes inputs scores only the weights that read them.
         names = self.weights if self.criterion.observed == "nothing" else {name for name, _ in self._sums}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed)

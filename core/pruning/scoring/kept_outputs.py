@@ -1,8 +1,8 @@
-"""What the backward pass need not compute again: outputs of linear maps that the forward pass has kept.
+"""Outputs of linear maps kept from the forward pass, so that the backward pass need not compute them again.
 
-To back-propagate through a linear map takes its input, not its output. So a layer that runs again for its
-backward pass may take the outputs of its projections from the first run, as far as memory allows, and needs
-no output at all that only ends in the residual sum.
+Back-propagating through a linear map takes its input, not its output. So a layer that runs again for its
+backward pass may take its projections' outputs from the first run, as far as memory allows, and does not need
+an output that only goes into the residual sum.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from core.model.families import Family
 
 
 class KeptOutputs:
-    """Keeps outputs of linear maps from a layer's first run, and hands them to its second one."""
+    """Keeps outputs of linear maps from a layer's first run for its second one."""
 
     def __init__(
         self,
@@ -28,15 +28,15 @@ class KeptOutputs:
         device: torch.device,
         budget_bytes: int,
     ) -> None:
-        """Choose what to keep, first what saves most arithmetic a byte, and take the memory in one piece.
+        """Choose the outputs that save most arithmetic per byte, and allocate the memory in one piece.
 
         Args:
-            family: Says which projection comes last, and whether its output is needed.
-            layers: The decoder layers; only their sizes are read.
+            family: Defines the last projection, and whether its output is needed.
+            layers: The decoder layers; only their sizes are used.
             shape: (S, T) of all micro-batches together.
             dtype: Number format of the outputs.
             device: Where they are kept.
-            budget_bytes: Memory for what is kept.
+            budget_bytes: Memory for the outputs.
         """
         self._needless = _needless(family)
         tokens = shape[0] * shape[1]
@@ -49,7 +49,7 @@ class KeptOutputs:
 
     @contextlib.contextmanager
     def keep(self, index: int, rows: slice, layer: nn.Module) -> Iterator[None]:
-        """Keep what was chosen of layer ``index`` while it runs on some of the sequences."""
+        """Keep the chosen outputs of layer ``index`` while it runs on some of the sequences."""
         hooks = [
             layer.get_submodule(name).register_forward_hook(
                 lambda _, inputs, output, kept=kept: kept[rows].copy_(output)
@@ -64,7 +64,7 @@ class KeptOutputs:
 
     @contextlib.contextmanager
     def reuse(self, index: int, rows: slice, layer: nn.Module) -> Iterator[None]:
-        """Let layer ``index`` take what was kept of them; its own output is then worthless."""
+        """Let layer ``index`` use its kept outputs; the layer's own output is meaningless then."""
         outputs: dict[str, Tensor | None] = {name: kept[rows] for name, kept in self._kept[index].items()}
         if self._needless is not None:
             outputs[self._needless] = None

@@ -1,4 +1,4 @@
-"""The inputs of every layer on a calibration set: in host memory up to a limit, beyond it on disk."""
+"""The inputs of every layer on a calibration set: in host memory up to a limit, on disk beyond it."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from core.errors import StorageError
 
 
 class LayerInputs:
-    """Keeps the input of each layer, a micro-batch at a time; what lies on disk is taken out once."""
+    """Keeps the input of each layer, one micro-batch at a time; inputs on disk can be taken once."""
 
     def __init__(
         self,
@@ -22,14 +22,14 @@ class LayerInputs:
         limit_bytes: int | None = None,
         scratch: Path | None = None,
     ) -> None:
-        """Take the memory, in one piece: many small ones would leave gaps between them.
+        """Allocate the memory in one piece: many small ones would fragment it.
 
         Args:
             layers: L.
             shape: (S, T, D) of all micro-batches together.
             dtype: Number format of the inputs.
-            limit_bytes: Host memory at most; None for no limit.
-            scratch: Folder for what goes beyond; needed with a limit.
+            limit_bytes: Limit of host memory; None for no limit.
+            scratch: Folder for the rest; needed with a limit.
         """
         a_layer = shape[0] * shape[1] * shape[2] * dtype.itemsize
         held = layers if limit_bytes is None else min(layers, limit_bytes // a_layer)
@@ -55,7 +55,7 @@ class LayerInputs:
             ) from error
 
     def take(self, layer: int, rows: slice) -> Tensor:
-        """Return what was put."""
+        """Return the input that was put."""
         if layer < len(self._held):
             return self._held[layer, rows]
         path = self._path(layer, rows)

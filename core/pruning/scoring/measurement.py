@@ -1,7 +1,6 @@
-"""A checkpoint on disk measured as the settings of a run say: number format, memory, criterion."""
+"""Measuring a checkpoint on disk with the settings of a run: number format, memory, criterion."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -9,66 +8,98 @@ from torch import Tensor
 
 from core.machine.memory import available_bytes
 from core.model.build import pick_device
-from core.model.layerwise import exceeds_memory
+from core.model.checkpoint import Checkpoint
+from core.model.layerwise import LayerwiseModel, exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
-from core.pruning.surgery import open_pruned
+from core.pruning.surgery import open_pruned, prune_model
 from core.quantities import parse_bytes
+from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 
 log = logging.getLogger(__name__)
 
 
-def measure_checkpoint(
-    directory: Path,
-    tokens: Tensor,
-    calibration: CalibrationSettings,
-    prune: PruneSettings,
-    *,
-    dtype: torch.dtype | None,
-    seed: int,
-    layers: tuple[LayerPlan, ...] | None = None,
-    scratch: Path | None = None,
-) -> Statistics:
-    """Measure layer similarities and group scores of a checkpoint, or of what a plan leaves of it.
+class MeasuredCheckpoint:
+    """A checkpoint that is opened once, and then measured and cut by turns, without being read again."""
 
-    Args:
-        directory: Checkpoint directory.
-        tokens: (S, T) int64 token ids of the calibration set.
-        calibration: ``weights``, ``state_memory`` and ``micro_batch`` count.
-        prune: ``similarity`` and ``criterion`` count.
-        dtype: Number format of weights and activations; None keeps the stored one.
-        seed: Seed of the criterion ``random``.
-        layers: What each layer keeps; None for all.
-        scratch: Where a folder for layers' inputs is made, and removed; None for the system's temporary one.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSettings,
+        prune: PruneSettings,
+        *,
+        dtype: torch.dtype | None,
+        seed: int,
+        scratch: Path | None = None,
+    ) -> None:
+        """Open it: its weights are loaded, unless each layer is to be read from disk while it is used.
 
-    Raises:
-        CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
-        StorageError: If the disk is full.
-    """
-    device = pick_device()
-    streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(directory, dtype=dtype, device=device):
-        log.info("the weights would take over half of the free memory: layers are read while they are used")
-        streamed = True
-    model = open_pruned(directory, layers, dtype=dtype, device=device, streamed=streamed)
-    auto = calibration.state_memory == "auto"
-    state_bytes = available_bytes() // 2 if auto else parse_bytes(calibration.state_memory)
-    inputs_bytes = (
-        tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
-    )
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-", dir=scratch) as states:
-        return measure(
-            model,
-            tokens,
-            micro_batch=calibration.micro_batch,
-            similarity=prune.similarity,
-            criterion=prune.criterion,
-            seed=seed,
-            state_bytes=state_bytes,
-            scratch=Path(states),
-            # On an accelerator it is quicker to compute again than to fetch from the host.
-            keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
+        Args:
+            checkpoint: The checkpoint.
+            calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
+            prune: ``similarity`` and ``criterion`` are used.
+            dtype: Number format of weights and activations; None keeps the stored one.
+            seed: Seed of the criterion ``random``.
+            scratch: Holds a temporary folder for layers' inputs; None for the system's.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be loaded.
+        """
+        self._checkpoint, self._calibration, self._prune = checkpoint, calibration, prune
+        self._dtype, self._seed, self._scratch = dtype, seed, scratch
+        self._device = pick_device()
+        self._streamed = calibration.weights == "streamed"
+        self._kept: tuple[LayerPlan, ...] | None = None
+        if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=self._device):
+            log.info(
+                "the weights would take over half of the free memory: layers are read while they are used"
+            )
+            self._streamed = True
+        self._model = open_pruned(checkpoint, dtype=dtype, device=self._device, streamed=self._streamed)
+
+    def cut(self, layers: tuple[LayerPlan, ...]) -> None:
+        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
+        if not self._streamed:
+            self._model = LayerwiseModel(prune_model(self._model.model, layers))
+            return
+        before = self._kept
+        self._kept = (
+            layers if before is None else tuple(a.then(b) for a, b in zip(before, layers, strict=True))
         )
+        self._model = open_pruned(
+            self._checkpoint, self._kept, dtype=self._dtype, device=self._device, streamed=True
+        )
+
+    def measure(self, tokens: Tensor) -> Statistics:
+        """Measure layer similarities and group scores of what is left.
+
+        Args:
+            tokens: (S, T) int64 token ids of the calibration set.
+
+        Raises:
+            CheckpointError: If what is measured is not finite.
+            StorageError: If the disk is full.
+        """
+        model, settings = self._model, self._calibration
+        auto = settings.state_memory == "auto"
+        state_bytes = available_bytes() // 2 if auto else parse_bytes(settings.state_memory)
+        inputs_bytes = (
+            tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
+        )
+        on_cpu = self._device.type == "cpu"
+        with scratch_folder(self._scratch) as states:
+            return measure(
+                model,
+                tokens,
+                micro_batch=settings.micro_batch,
+                similarity=self._prune.similarity,
+                criterion=self._prune.criterion,
+                seed=self._seed,
+                state_bytes=state_bytes,
+                scratch=states,
+                # On an accelerator, computing outputs again is faster than fetching them from the host.
+                keep_bytes=state_bytes - inputs_bytes if on_cpu else available_bytes(self._device) // 4,
+            )

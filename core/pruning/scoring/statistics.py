@@ -1,4 +1,4 @@
-"""What a calibration has measured: layer similarities and one score a group."""
+"""The result of a calibration: layer similarities and group scores."""
 
 import math
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from core.errors import PlanError
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScores:
-    """What the groups of one decoder layer are worth, by some criterion; the lowest go first.
+    """Scores of the groups of one decoder layer; the lowest are removed first.
 
     Attributes:
         query_heads: (H,) float32 scores of query heads.
@@ -29,14 +29,13 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What one calibration has measured on one checkpoint.
+    """The result of one calibration of one checkpoint.
 
     Attributes:
-        similarities: (L,) float64, mean over tokens of how alike a layer's input and output are; larger is
-            more alike.
+        similarities: (L,) float64, similarity of each layer's input and output, mean over tokens.
         scores: Group scores of each layer.
-        loss: Causal-LM loss, nats a token, averaged over the micro-batches.
-        tokens: Tokens that were measured on.
+        loss: Causal-LM loss, nats per token.
+        tokens: Tokens of the calibration set.
     """
 
     similarities: Tensor
@@ -59,7 +58,7 @@ class Statistics:
         """Read what ``save`` wrote.
 
         Raises:
-            PlanError: If the file is not one of ours, or holds a number that is not finite.
+            PlanError: If the file is not a statistics file, or holds a number that is not finite.
         """
         try:
             with safe_open(path, framework="pt") as file:

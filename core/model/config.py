@@ -1,0 +1,97 @@
+"""Configs of models whose layers may differ in size: read from a checkpoint, asked, changed.
+
+transformers describes such models with ``per_layer_config``.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from core.errors import CheckpointError
+from core.model.families import family_of, under_its_family
+from core.model.limits import check_complete, check_sizes
+from core.model.shape import LayerShape
+from core.untrusted import foreign_errors, parse_object, read_limited
+
+_SIZES = {
+    "query_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp_width": "intermediate_size",
+}
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Read and check a checkpoint's config; MobileLLM's becomes the equivalent Llama config.
+
+    Raises:
+        CheckpointError: If there is none, or it cannot be read.
+        UnsupportedModelError: If the model's family is not supported.
+    """
+    where = directory / "config.json"
+    if not where.is_file():
+        raise CheckpointError(
+            f"{directory} holds no config.json. Give the folder of a Hugging Face checkpoint."
+        )
+    # It warns of every read of a global size, which stands beside the sizes of the layers on purpose.
+    logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
+
+    def unreadable(said: str) -> CheckpointError:
+        return CheckpointError(f"{where} cannot be read: {said}. Fetch it again, or correct it.")
+
+    with foreign_errors(unreadable):  # a wrong type may raise anything in transformers
+        data = under_its_family(parse_object(read_limited(where)))
+        data.pop("auto_map", None)  # code of a checkpoint is never run
+        # Before transformers, which does not know all families, sees it.
+        family_of(SimpleNamespace(**data))
+        check_sizes(data)
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
+        family_of(config)
+        check_complete(config)
+    return config
+
+
+def layer_shapes(config: PreTrainedConfig) -> tuple[LayerShape, ...]:
+    """Return the sizes of each decoder layer."""
+    return tuple(
+        LayerShape(**{size: getattr(view, name) for size, name in _SIZES.items()})
+        for view in config.per_layer_config
+    )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Return A, the size of one attention head; it is the same in all layers."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
+
+
+def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> PreTrainedConfig:
+    """Return a copy of ``config`` with the given layer sizes.
+
+    Layers that are all alike make a plain config that any loader reads. Otherwise the global sizes stay and
+    each layer is listed in ``per_layer_config``; ``head_dim`` is explicit, since it no longer follows from
+    the hidden size, and the global sizes stay readable, since Llama's own config check reads them.
+    """
+    data = config.to_dict()
+    data.pop("per_layer_config", None)
+    data.pop("allow_global_per_layer_attribute_access", None)
+    data["head_dim"] = head_dim(config)
+    sizes = [{name: getattr(layer, size) for size, name in _SIZES.items()} for layer in layers]
+    if all(size == sizes[0] for size in sizes):
+        # Some configs refuse a global head count: one that does not divide the hidden size (Llama, Gemma), or
+        # one that does not suit the rotary factors, though an explicit head_dim does (Phi-3).
+        with suppress(StrictDataclassError):
+            return type(config).from_dict(data | sizes[0])
+    data["per_layer_config"] = dict(enumerate(sizes))
+    data["allow_global_per_layer_attribute_access"] = True
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns about global sizes that we wrote on purpose
+    try:
+        return type(config).from_dict(data)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
