@@ -7,7 +7,6 @@ of Llama-3.2-1B, with bfloat16 weights. Needs 10 GB of disk.
     python benchmarks/export.py --companions output/demo/base
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from demo import parser_for, table_of
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -113,9 +112,9 @@ def write_seconds(size_bytes: int, path: Path) -> float:
 
 def main() -> None:
     """Measure; print a table and one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--companions", type=Path, required=True, help="checkpoint to take a tokenizer from")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each format is written")
+    parser = parser_for(__doc__)
+    parser.add_argument("--companions", type=Path, required=True, help="checkpoint whose tokenizer is copied")
+    parser.add_argument("--rounds", type=int, default=3, help="exports per format")
     parser.add_argument("--work", type=Path, help="folder to write to (default: a temporary one)")
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)
@@ -129,7 +128,7 @@ def main() -> None:
                 plain = write_seconds(size, folder / "plain")
                 pairs.setdefault(name, []).append((seconds, plain, size))
                 console.print(f"round {turn + 1}: {name} {seconds:.1f} s, writing alone {plain:.1f} s")
-    table = Table("format", "bytes", "export, s", "writing, s", "ratio")
+    table = table_of("", ["format"], ["bytes", "export, s", "writing, s", "ratio"])
     ratios = {}
     for name, rounds in pairs.items():
         ratios[name] = statistics.median(seconds / plain for seconds, plain, _ in rounds)

@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo import RECIPE, table_of
 from rich.console import Console
-from rich.table import Table
 from threads import measure_threads
 
 from core.settings.recipe import load_recipe
@@ -35,7 +35,6 @@ from pipelines.adapt_accel import build_pipeline
 from pipelines.local.progress import RunProgress
 from pipelines.local.run import run_pipeline
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 LIMIT_S = 6.0
 NO_ARITHMETIC = (
     "prune.target=90%",
@@ -99,10 +98,8 @@ def main() -> None:
     """Measure; print the tables, and the figures as JSON in the last line."""
     parser = argparse.ArgumentParser(description="Measure what a pipeline task costs beyond its arithmetic.")
     parser.add_argument("model", nargs="?", help="checkpoint folder or GGUF file; default: the demo's model")
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="runs, of which the quickest counts (default: 3)"
-    )
-    parser.add_argument("--only", choices=("tasks", "threads"), help="Measure one of the two.")
+    parser.add_argument("--repeat", type=int, default=3, help="runs; the fastest counts (default: 3)")
+    parser.add_argument("--only", choices=("tasks", "threads"), help="measure only this")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {
         "benchmark": "overhead",
@@ -191,18 +188,15 @@ def part_seconds(folder: Path) -> dict[str, float]:
 def report(tasks: dict[str, tuple[float, float]], parts: dict[str, float], once_s: float) -> None:
     """Print the measurements as tables."""
     console = Console(highlight=False)
-    table = Table("task", title="Overhead of a task", title_justify="left")
-    table.add_column("seconds", justify="right")
-    table.add_column("CPU seconds", justify="right")
+    table = table_of("Overhead of a task", ["task"], ["seconds", "CPU seconds"])
     for name, (seconds, cpu) in tasks.items():
         table.add_row(name, f"{seconds:.2f}", f"{cpu:.2f}", style="" if seconds < LIMIT_S else "red")
     console.print(table)
-    table = Table("part", title="What it is made of", title_justify="left")
-    table.add_column("seconds", justify="right")
+    table = table_of("Its parts", ["part"], ["seconds"])
     for name, seconds in parts.items():
         table.add_row(name, f"{seconds:.2f}")
     console.print(table)
-    console.print(f"Once a base model, to take it up and to make the MLflow database: {once_s:.1f} s")
+    console.print(f"Once per base model, to import it and create the MLflow database: {once_s:.1f} s")
 
 
 if __name__ == "__main__":

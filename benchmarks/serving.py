@@ -15,8 +15,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from demo import DEMO, parser_for, table_of
 from rich.console import Console
-from rich.table import Table
 
 from core.evaluation.speed.workload import Workload
 from core.export.gguf_quantization import GgufDtype
@@ -24,24 +24,21 @@ from core.runs.record import SpeedRecord
 from core.runs.run import Run
 from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
-from core.settings.recipe import load_recipe
 from core.settings.schema import Settings
 from core.settings.storage import StorageSettings, TrackingSettings
 from core.settings.training import TrainingSettings
 from core.steps.speed import compare_speed
 from core.storage.publication import open_publication
+from pipelines.commands.benchmark import params_of, speed_table
 from pipelines.local.run import run_local
-from pipelines.models import params_of, speed_table
 
-RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 GGUF_DTYPES: tuple[GgufDtype, ...] = ("f32", "f16", "q8_0")
 
 
 def settings_of(multiple: int, target: str, work: Path) -> Settings:
     """Return the demo's recipe, without training and evaluation."""
-    demo = load_recipe(RECIPE)
     return dataclasses.replace(
-        demo,
+        DEMO,
         prune=PruneSettings(target=target, phases=1, width_multiple=multiple),
         training=TrainingSettings(),
         evaluation=EvaluationSettings(),
@@ -100,19 +97,24 @@ def row_of(multiple: int, dtype: str, record: SpeedRecord, params: tuple[int, in
 
 def main() -> None:
     """Prune and measure; print a table and one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--target", default="80%", help="what stays (default: 80%%)")
-    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 8, 32, 64], help="of MLP widths")
-    parser.add_argument("--rounds", type=int, default=7, help="times that everything is measured")
+    parser = parser_for(__doc__)
+    parser.add_argument("--target", default="80%", help="size after pruning (default: 80%%)")
+    parser.add_argument(
+        "--multiples",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32, 64],
+        help="multiples that MLP widths are rounded to",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of measurement")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after a prompt of 128")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: physical cores)")
-    parser.add_argument("--work", type=Path, default=Path("output/serving"), help="folder for what is pruned")
+    parser.add_argument("--work", type=Path, default=Path("output/serving"), help="for the pruned models")
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     rows = [row for multiple in arguments.multiples for row in rows_of(multiple, arguments, console)]
-    table = Table("widths", "runtime", "weights", title="Decoding at batch 1", title_justify="left")
-    for header in ("parameters", "times fewer", "times as fast", "share", "tokens/s"):
-        table.add_column(header, justify="right")
+    headers = ("parameters", "reduction", "speedup", "share", "tokens/s")
+    table = table_of("Decoding at batch 1", ["widths", "runtime", "weights"], headers)
     for row in rows:
         names = ("width_multiple", "runtime", "dtype")
         figures = ("params_ratio", "speedup decode 1", "share", "pruned_tokens_per_s")

@@ -8,7 +8,6 @@ this machine, which then shares the processor with both.
     python benchmarks/storage.py --gigabytes 2 --rounds 3
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,15 +21,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import boto3
+from demo import ROOT, parser_for, table_of
 from rich.console import Console
-from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the server that the tests use
 
-from core.storage.publication import open_publication, publish  # noqa: E402
-from core.storage.store import join_uri  # noqa: E402
-from tests.support.servers import BUCKET, s3_server  # noqa: E402
+from core.storage.interface import join_uri
+from core.storage.publication import open_publication, publish
+from tests.support.servers import BUCKET, s3_server
 
 SHARD_BYTES = 400_000_000
 """About the size of a decoder layer of an 8B model."""
@@ -38,10 +36,10 @@ SHARD_BYTES = 400_000_000
 
 def main() -> None:
     """Measure; print a table, and the ratios as one JSON object on the last line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--store", default="", help="s3://bucket/prefix on a server of yours, for a trial")
+    parser.add_argument("--store", default="", help="s3://bucket/prefix on an existing server")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch, _store(arguments.store) as store:
         folder = Path(scratch, "checkpoint")
@@ -73,7 +71,7 @@ def _store(uri: str) -> Iterator[str]:
 
 
 def _write_shards(folder: Path, size: int) -> list[Path]:
-    """Write random bytes, because some stores compress others."""
+    """Write random bytes: some stores compress anything else."""
     folder.mkdir()
     paths = []
     for start in range(0, size, SHARD_BYTES):
@@ -141,7 +139,7 @@ def _ratio(seconds: dict[str, list[float]], way: str) -> float:
 
 
 def _show(seconds: dict[str, list[float]], gigabytes: float) -> None:
-    table = Table("", "seconds of each round", "MB/s, median")
+    table = table_of("", ["", "seconds of each round"], ["MB/s, median"])
     for name, values in seconds.items():
         rate = gigabytes * 1000 / statistics.median(values)
         table.add_row(name, ", ".join(f"{value:.1f}" for value in values), f"{rate:.0f}")

@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo import RECIPE, ROOT, model_folder, table_of
 from rich.console import Console
-from rich.table import Table
 
-from core.bases.importing import import_base
 from core.machine.control_groups import control_groups
-from core.settings.model import ModelSettings
-from core.settings.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "demo.yaml"
 ITEMS = 15  # of ARC-easy, four answers each
 PERIOD_US = 100_000
 
@@ -64,7 +59,7 @@ while True:
 
 @dataclass(frozen=True)
 class Situation:
-    """Conditions for answering items: a CPU quota in cores (0 is none), and a busy process beside."""
+    """Conditions for answering items: a CPU quota in cores (0: none), and whether a busy process competes."""
 
     name: str
     quota: float = 0.0
@@ -78,8 +73,7 @@ def measure_threads(model: str | None, rounds: int) -> dict[str, Any]:
     situations += [Situation(f"quota of {quota:g}", quota) for quota in (2.0, 1.5, 1.0) if quota <= cores]
     figures: dict[str, Any] = {"items": ITEMS, "situations": {}}
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as scratch:
-        base = str(Path(model).resolve()) if model else load_recipe(RECIPE).model.base
-        folder, _ = import_base(ModelSettings(base=base), str(Path(scratch, "store")))
+        folder = model_folder(model, Path(scratch))
         for situation in situations:
             plain, ours = (answer(folder, situation, rounds, ours=ours) for ours in (False, True))
             figures["situations"][situation.name] = {
@@ -94,18 +88,10 @@ def measure_threads(model: str | None, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def answer(folder: str, situation: Situation, rounds: int, *, ours: bool) -> dict[str, Any]:
+def answer(folder: Path, situation: Situation, rounds: int, *, ours: bool) -> dict[str, Any]:
     """Answer the items in a separate process; return its number of threads and its median seconds."""
-    words = [
-        sys.executable,
-        "-c",
-        ANSWER,
-        folder,
-        str(RECIPE),
-        str(ITEMS),
-        str(rounds),
-        "ours" if ours else "",
-    ]
+    arguments = [folder, RECIPE, ITEMS, rounds, "ours" if ours else ""]
+    words = [sys.executable, "-c", ANSWER, *map(str, arguments)]
     with limited(situation.quota) as (prefix, limited_by), busy_process(situation.busy):
         done = subprocess.run(
             [*prefix, *words], env=environment(), stdout=subprocess.PIPE, text=True, check=True
@@ -168,9 +154,8 @@ def set_quota(group: Path, quota_us: int) -> bool:
 
 def report(figures: dict[str, Any]) -> None:
     """Print the measurements as a table."""
-    table = Table("situation", title=f"{4 * ITEMS} answers, seconds (threads)", title_justify="left")
-    for name in ("torch's defaults", "ours", "ratio"):
-        table.add_column(name, justify="right")
+    title = f"{4 * ITEMS} answers, seconds (threads)"
+    table = table_of(title, ["situation"], ["torch's defaults", "ours", "ratio"])
     for name, found in figures["situations"].items():
         table.add_row(
             f"{name} ({found['limited_by']})" if found["limited_by"] else name,

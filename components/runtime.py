@@ -1,4 +1,4 @@
-"""What every task does around its step: live log lines, the time it took, and errors of one line.
+"""The frame of every task: live log lines, the time taken, and one-line errors.
 
 A component's body imports this inside the task, so it must import neither kfp nor torch, which reads on
 import what is set here.
@@ -51,7 +51,7 @@ def task(step: str, phase: int | None = None) -> Iterator[None]:
     """Run a step as a task: our log goes to stderr, each line with the phase and the step.
 
     A process that an error ends prints ``error: <text>`` last. A traceback comes before it unless the error
-    is one that is meant for the user. In a pod Kubernetes is told the same.
+    is one that is meant for the user. In a pod Kubernetes gets the same text.
 
     Args:
         step: The component's name, such as ``recover-train``.
@@ -84,7 +84,7 @@ def _log_to_stderr(where: str) -> Iterator[None]:
     before = [(logger.level, logger.propagate) for logger in loggers]
     root = logging.getLogger()
     level_of_root = root.level
-    # kfp's executor logs at the root from INFO on, and botocore would tell each time where its keys are from.
+    # kfp's executor logs at the root from INFO on, and botocore would log each time where its keys are from.
     root.setLevel(max(level_of_root, logging.WARNING))
     for logger in loggers:
         logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Every error that a user can cause, and what it should tell: what, where, the limit, and what to do."""
+"""Every error that a user can cause. It says what, where, the limit, and what to do."""
 
 import re
 import tempfile
@@ -70,7 +70,7 @@ class PlanError(AdaptPrunerError):
 
 
 class TrainingError(AdaptPrunerError):
-    """A training cannot go on: its loss or its gradients are not finite."""
+    """A training cannot continue: its loss or its gradients are not finite."""
 
 
 class DataError(AdaptPrunerError):
@@ -106,7 +106,7 @@ class ClusterError(AdaptPrunerError):
 
 
 def full_disk(error: BaseException) -> StorageError | None:
-    """Return what to tell the user of an error that comes of a full disk, whichever library raises it.
+    """Return the message for an error caused by a full disk, whichever library raises it.
 
     Returns:
         None if it is another error.
@@ -118,5 +118,5 @@ def full_disk(error: BaseException) -> StorageError | None:
     where = f"{place} cannot be written" if place else "a file cannot be written"
     return StorageError(
         f"{where}: {reason[0].lower()}. Free space there, and in {tempfile.gettempdir()} for what is "
-        "temporary, or set TMPDIR to another folder; then rerun to go on."
+        "temporary, or set TMPDIR to another folder; then rerun to resume."
     )

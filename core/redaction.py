@@ -1,4 +1,4 @@
-"""What may be shown of text that came from outside: no credentials, and nothing that steers a terminal."""
+"""Makes text from outside safe to show: without credentials, and without terminal controls."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,12 +1,18 @@
-"""Files from outside: regular ones alone are read, up to a size, and what is wrong with them is one error."""
+"""Untrusted files: only regular ones of limited size are read, and any fault is one error."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.errors import AdaptPrunerError, CheckpointError, FormatError
+from core.errors import AdaptPrunerError, CheckpointError, FormatError, StorageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Decoded = TypeVar("Decoded")
 
 MAX_JSON_BYTES = 10_000_000
 """Of a file of settings, such as config.json: the index of a model of 100,000 tensors is as large. Read into
@@ -17,10 +23,10 @@ MAX_TOKENIZER_BYTES = 200_000_000
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: If it is none, or nested too deeply.
+        ValueError: If it is not valid, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -36,7 +42,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """
     data = parse_json(text)
     if not isinstance(data, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return data
 
 
@@ -59,6 +65,60 @@ def check_format(data: Mapping[str, Any], newest: int, where: str) -> None:
         )
 
 
+def decode(
+    kind: type[Decoded],
+    content: str | bytes,
+    where: str,
+    advice: str,
+    *,
+    newest: int | None = None,
+    error: type[AdaptPrunerError] = StorageError,
+) -> Decoded:
+    """Return a dataclass that a stored file holds as a JSON object; further entries are ignored.
+
+    Args:
+        kind: The dataclass; its types are checked strictly, and its ``__post_init__`` may raise ValueErrors.
+        content: The JSON.
+        where: The file's name in errors.
+        advice: What to do about a damaged file, as a sentence.
+        newest: The newest readable format; None does not check it.
+        error: What to raise.
+
+    Raises:
+        FormatError: If a newer version has written it.
+        AdaptPrunerError: An ``error``, if it is damaged.
+    """
+    hashable: Any = kind
+    try:
+        data = parse_object(content)
+        if newest is not None:
+            check_format(data, newest, where)
+        decoded: Decoded = _decoder(hashable).validate_json(content, strict=True)
+        return decoded
+    except ValueError as problem:
+        said = " ".join(_first_problem(problem).split())[:300].rstrip(".")
+        raise error(f"{where} is damaged: {said}. {advice}") from problem
+
+
+@functools.cache
+def _decoder(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter  # settings are read without it
+
+    return TypeAdapter(kind)
+
+
+def _first_problem(problem: ValueError) -> str:
+    from pydantic import ValidationError
+
+    if not isinstance(problem, ValidationError):
+        return str(problem)
+    first = problem.errors(include_url=False, include_context=False, include_input=False)[0]
+    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"it lacks {place}"
+    return f"{place}: {message[:1].lower()}{message[1:]}" if place else message
+
+
 def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a regular file.
 
@@ -67,7 +127,7 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         OSError: If it cannot be read.
     """
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -89,7 +149,7 @@ def files_of(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """Refuse what is no regular file within ``folder``.
+    """Refuse anything but a regular file within ``folder``.
 
     The links of a Hugging Face cache lead from ``snapshots/<commit>`` to ``blobs``, and are followed.
 
@@ -99,7 +159,7 @@ def check_file(path: Path, folder: Path) -> None:
     root = folder.resolve()
     places = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file, or a link that leads nowhere. Remove it.")
+        raise CheckpointError(f"{path} is not a regular file, or a link that leads nowhere. Remove it.")
     if not any(path.resolve().is_relative_to(place) for place in places):
         raise CheckpointError(
             f"{path} is a link that leads out of its folder. Put the file itself there, or remove the link."
@@ -118,7 +178,7 @@ def foreign_errors(explain: Callable[[str], AdaptPrunerError]) -> Iterator[None]
     except AdaptPrunerError:
         raise
     except BaseException as error:
-        # What Rust calls a panic is no Exception in Python.
+        # A Rust panic is not an Exception in Python.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         said = " ".join(str(error).split())[:300].rstrip(".")

@@ -11,6 +11,7 @@ import types
 import typing
 
 from core.settings.cluster import ComponentSettings, Toleration
+from core.settings.parameters import reached_by
 from core.settings.schema import Settings
 from core.settings.texts import TextSource
 
@@ -25,16 +26,37 @@ shares as `80%`, sizes as `16GB`, times as `10min`. The code is in [core/setting
 `measured` measures again and computes nothing else; `place` is the same run (of the base model its pinned
 revision counts, not its name).
 
+*Pipeline* says how a setting reaches a run on a cluster: by a parameter of that name, which each run may
+change (`recipe` holds all settings without a parameter of their own), or `compiled` into the pipeline.
+
 Written by `make docs`; do not edit.
 """
 PARTS = (
-    ("Text sources", "A text source; its kind is that of the setting that holds it:", TextSource, ""),
-    ("Components", "What `cluster.components` may say of one component:", ComponentSettings, "place"),
-    ("Tolerations", "An entry of `cluster.tolerations` and `cluster.gpu_tolerations`:", Toleration, "place"),
+    (
+        "Text sources",
+        "A text source; its kind is that of the setting that holds it:",
+        TextSource,
+        "",
+        "recipe",
+    ),
+    (
+        "Components",
+        "What `cluster.components` may say of one component:",
+        ComponentSettings,
+        "place",
+        "compiled",
+    ),
+    (
+        "Tolerations",
+        "An entry of `cluster.tolerations` and `cluster.gpu_tolerations`:",
+        Toleration,
+        "place",
+        "compiled",
+    ),
 )
 
 NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true, false"}
-NAMES |= {part: f"[{title.lower()}](#{title.lower().replace(' ', '-')})" for title, _, part, _ in PARTS}
+NAMES |= {part: f"[{title.lower()}](#{title.lower().replace(' ', '-')})" for title, _, part, *_ in PARTS}
 
 
 def meanings(section: type) -> dict[str, str]:
@@ -73,7 +95,7 @@ def default(field: dataclasses.Field[typing.Any]) -> str:
     return str(value)
 
 
-def table(section: type, prefix: str = "", inherited: str = "result") -> str:
+def table(section: type, prefix: str = "", inherited: str = "result", pipeline: str = "") -> str:
     """Return the fields of a dataclass as a table, less those that are sections."""
     hints, texts = typing.get_type_hints(section), meanings(section)
     rows = [
@@ -83,13 +105,16 @@ def table(section: type, prefix: str = "", inherited: str = "result") -> str:
                 default(field),
                 kind(hints[field.name]),
                 field.metadata.get("kind", inherited),
+                pipeline or reached_by(prefix.rstrip("."), field.name),
                 f"{texts[field.name]} |",
             ]
         )
         for field in dataclasses.fields(section)
         if not (section is Settings and dataclasses.is_dataclass(hints[field.name]))
     ]
-    return "\n".join(["| setting | default | takes | kind | meaning |", "|---|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        ["| setting | default | takes | kind | pipeline | meaning |", "|---|---|---|---|---|---|", *rows, ""]
+    )
 
 
 def page() -> str:
@@ -100,7 +125,7 @@ def page() -> str:
         if dataclasses.is_dataclass(section := hints[field.name]):
             rows = table(section, f"{field.name}.", field.metadata.get("kind", "result"))
             parts.append(f"## {field.name}\n\n{texts[field.name]}\n\n{rows}")
-    parts += [f"## {title}\n\n{text}\n\n{table(part, inherited=kind)}" for title, text, part, kind in PARTS]
+    parts += [f"## {title}\n\n{text}\n\n{table(part, '', *how)}" for title, text, part, *how in PARTS]
     return "\n".join(parts)
 
 

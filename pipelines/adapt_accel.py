@@ -1,15 +1,13 @@
 """The DAG: prune a little, train a little, N_P times.
 
-The number of phases is fixed when the pipeline is built; all else is a parameter of the run. Each phase is a
-nested pipeline of four tasks. Its evaluation stands beside it: what consumes a nested pipeline's output waits
-for the whole nested pipeline, and the next phase need not wait for an evaluation.
+The number of phases is fixed when the pipeline is built, as is what else ``core.settings.parameters`` names.
+Each phase is a nested pipeline of four tasks. Its evaluation is beside it: a consumer of a nested pipeline's
+output waits for all of its tasks, and the next phase need not wait for an evaluation.
 """
 
 import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kfp import compiler, dsl
 from kfp.dsl.base_component import BaseComponent
@@ -25,7 +23,9 @@ from components.recover_train import recover_train
 from components.resolve_base import resolve_base
 from components.score_layers import score_layers
 from core.errors import SettingsError
+from core.scratch import scratch_folder
 from core.settings.cluster import ComponentName
+from core.settings.parameters import compiled_settings, parameters_of
 from core.settings.schema import Settings
 from pipelines.cluster import PHASE_OF_NESTED, configure
 from pipelines.ir import (
@@ -39,15 +39,6 @@ from pipelines.ir import (
 )
 
 _MEASURED_PHASES = (1, 9)
-
-_OWN_PARAMETERS = (
-    ("model", "base"),
-    ("model", "revision"),
-    ("prune", "target"),
-    ("prune", "method"),
-)
-_FIXED = (("prune", "phases"), ("prune", "steps_per_phase"), ("evaluation", "speed"))
-"""What the compiled pipeline depends on: how many tasks there are, and which of them get accelerators."""
 
 Place = Callable[..., dsl.PipelineTask]
 """Configures a task for the cluster: ``place(task, gpu=True, phase=1)``."""
@@ -75,8 +66,8 @@ def compile_pipeline(settings: Settings, output: Path) -> None:
 def largest_phases(settings: Settings) -> int:
     """Return the most phases whose workflow Argo can store, estimated from two pipelines of few phases.
 
-    A phase adds the same tasks each time, and gzip finds a little more that repeats: the line through the two
-    is above the sizes beyond them.
+    Each phase adds the same tasks, and gzip compresses more of them better: the line through the two
+    overestimates all larger pipelines.
     """
     few, more = _MEASURED_PHASES
     least, larger = (workflow_bytes(*_compiled(settings, phases)[:2]) for phases in _MEASURED_PHASES)
@@ -84,9 +75,9 @@ def largest_phases(settings: Settings) -> int:
 
 
 def _compiled(settings: Settings, phases: int) -> tuple[Document, Document, str]:
-    """Return the PipelineSpec and the PlatformSpec of so many phases, and the comments above them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
+    """Return the PipelineSpec and the PlatformSpec of a number of phases, and the comments above them."""
+    with scratch_folder() as folder:
+        path = folder / "pipeline.yaml"
         compiler.Compiler().compile(build_pipeline(settings, phases=phases), str(path))
         pipeline, platform = read_ir(path)
         heading = heading_of(path)
@@ -100,8 +91,8 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     Args:
         settings: The run's settings.
         local: Build for one machine, which does one task at a time anyway: no retries, and each phase waits
-            for the evaluation before it, so that what is wrong shows early.
-        phases: Build so many phases instead of ``settings.prune.phases``.
+            for the evaluation before it, so that errors show early.
+        phases: Number of phases to build instead of ``settings.prune.phases``.
 
     Returns:
         What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
@@ -111,13 +102,15 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     place = _place_here if local else on_cluster
     phase_pipeline = _build_phase(place, gpu_scoring=settings.prune.steps_per_phase != 1)
 
+    defaults = parameters_of(settings)
+
     @dsl.pipeline(name="adapt-pruner", display_name=f"Adapt-Pruner ({phases} phases)")
     def adapt_pruner(
-        base_model: str = settings.model.base,
-        revision: str = settings.model.revision,
-        target: str = settings.prune.target,
-        method: str = settings.prune.method,
-        recipe: dict = recipe_parameter(settings),  # noqa: B008 (computed once a build, which is what is wanted)
+        base_model: str = defaults["base_model"],
+        revision: str = defaults["revision"],
+        target: str = defaults["target"],
+        method: str = defaults["method"],
+        recipe: dict = defaults["recipe"],
     ):
         """Prune a language model to the size asked for, a little at a time, with training in between.
 
@@ -138,7 +131,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
                 target=target,
                 method=method,
                 recipe=recipe,
-                fixed=fixed_settings(settings, phases),
+                fixed=compiled_settings(settings, phases=phases),
                 job=job,
                 accelerated=[] if local else accelerated_sections(settings),
             )
@@ -161,32 +154,6 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
 def _place_here(task: dsl.PipelineTask, *, gpu: bool, phase: int | str = "") -> dsl.PipelineTask:
     """Leave a task as it is, but for caching: this machine is all it gets."""
     return task.set_caching_options(False)
-
-
-def recipe_parameter(settings: Settings) -> dict[str, Any]:
-    """Return the settings that the ``recipe`` parameter carries.
-
-    They are those that have no parameter of their own and that can still be changed once the pipeline is
-    compiled.
-    """
-    recipe = settings.to_dict()
-    for section, key in _OWN_PARAMETERS + _FIXED:
-        del recipe[section][key]
-    del recipe["cluster"]
-    # KFP knows no null: a setting that is None is one that the recipe leaves out.
-    return {
-        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for name, value in recipe.items()
-    }
-
-
-def fixed_settings(settings: Settings, phases: int) -> dict[str, dict[str, Any]]:
-    """Return the settings that the compiled pipeline fixes, by section."""
-    recipe, fixed = settings.to_dict(), dict[str, dict[str, Any]]()
-    recipe["prune"]["phases"] = phases
-    for section, key in _FIXED:
-        fixed.setdefault(section, {})[key] = recipe[section][key]
-    return fixed
 
 
 def accelerated_sections(settings: Settings) -> list[str]:
@@ -212,7 +179,7 @@ def _prune_and_train(
     in_order: bool,
     gpu_publish: bool,
 ) -> None:
-    """Unroll the phases, each with its evaluation beside it, and publish what the last one leaves."""
+    """Unroll the phases, each with its evaluation beside it, and publish the last checkpoint."""
     run, checkpoint_uri = resolved.outputs["run"], resolved.outputs["base_uri"]
     data_uri = place(prepare_data(run=run, base_uri=checkpoint_uri), gpu=False).output
     digits = len(str(phases))

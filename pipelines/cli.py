@@ -6,11 +6,38 @@ import click
 
 from core.errors import AdaptPrunerError, SettingsError, full_disk
 from core.machine.cores import use_own_cores
-from pipelines.commands import clusters, models, pushing, recipes, sharing, stores
+from pipelines.commands.benchmark import benchmark
+from pipelines.commands.clean import clean
+from pipelines.commands.compile import compile_
+from pipelines.commands.evaluate import evaluate
+from pipelines.commands.export import export
+from pipelines.commands.generate import generate
+from pipelines.commands.inspect import inspect
+from pipelines.commands.push import push
+from pipelines.commands.run import run
+from pipelines.commands.runs import runs
+from pipelines.commands.schedule import schedule
+from pipelines.commands.sensitivity import sensitivity
+from pipelines.commands.submit import submit
+
+_GROUPS = {
+    "Run a recipe": (run, compile_, submit, schedule),
+    "Examine a model": (inspect, generate, evaluate, sensitivity, benchmark),
+    "Share a model": (export, push),
+    "Look after a store": (runs, clean),
+}
 
 
 class _Commands(click.Group):
-    """Turns errors that are meant for the user into ``error:`` lines and an exit status."""
+    """Lists commands by topic, and turns errors that are meant for the user into lines and an exit status."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for topic, commands in _GROUPS.items():
+            with formatter.section(topic):
+                formatter.write_dl(
+                    [(f"{each.name:<{width}}", each.get_short_help_str(80)) for each in commands]
+                )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -23,9 +50,7 @@ class _Commands(click.Group):
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2 if isinstance(error, SettingsError) else 1)
         except KeyboardInterrupt:
-            click.echo(
-                "error: interrupted; run and push go on when the same command is given again.", err=True
-            )
+            click.echo("error: interrupted; repeat the command to resume run or push.", err=True)
             ctx.exit(130)
 
 
@@ -39,24 +64,11 @@ def main() -> None:
     A recipe (a YAML file) names the model, the target size, the texts and the number of phases; each phase
     prunes a little and trains a little.
 
-    Exit status: 0 done, 1 failed, 2 the settings are wrong.
+    Exit status: 0 success, 1 failure, 2 wrong settings.
     """
     use_own_cores()
 
 
-for _command in (
-    recipes.run,
-    recipes.compile_,
-    clusters.submit,
-    clusters.schedule,
-    stores.runs,
-    stores.clean,
-    models.inspect,
-    models.evaluate,
-    models.benchmark,
-    models.sensitivity,
-    models.generate,
-    sharing.export,
-    pushing.push,
-):
-    main.add_command(_command)
+for _commands in _GROUPS.values():
+    for _command in _commands:
+        main.add_command(_command)

@@ -1,4 +1,4 @@
-"""The compiled pipeline (KFP's IR): what is equal stands in it once, and how large it becomes on a cluster.
+"""The compiled pipeline (KFP's IR): equal parts are stored once, and its size on a cluster is estimated.
 
 A pipeline that Argo cannot store fails when it is submitted, or worse, when its status has grown for a day.
 """
@@ -52,7 +52,7 @@ def heading_of(path: Path) -> str:
 def share_components(pipeline: Document, platform: Document) -> None:
     """Let tasks of equal components share one definition, in place.
 
-    The SDK writes each task's component and executor anew, those of every phase among them. KFP's backend
+    The SDK repeats each task's component and executor, also those of every phase. KFP's backend
     keeps components apart by their name and visits each once, whatever the number of tasks that refer to it.
     """
     executors = pipeline["deploymentSpec"]["executors"]

@@ -1,8 +1,12 @@
+import shutil
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from core.storage.interface import Store
+from core.storage.store import open_store
 from tests.support.servers import BUCKET, S3Server
 from tests.support.servers import s3_server as run_s3_server
 
@@ -31,6 +35,18 @@ def s3_store_uri(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place for a store: once in a folder, once on the real S3 server."""
+    return str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
+
+
+@pytest.fixture
+def store(store_uri: str) -> Store:
+    """A store without content: once in a folder, once on the real S3 server."""
+    return open_store(store_uri)
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +97,28 @@ def project(tmp_path_factory, tokenizer_definition):
     from tests.support.project import make_project
 
     return make_project(tmp_path_factory.mktemp("project"), tokenizer_of(tokenizer_definition))
+
+
+@pytest.fixture(scope="session")
+def smaller(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project's base model, but with layers of unequal sizes, and its tokenizer."""
+    import torch
+
+    from core.model.build import build_model
+    from core.model.checkpoint import save_model
+    from core.model.config import config_with_layers, load_config
+    from tests.support.models import UNEQUAL
+
+    folder = tmp_path_factory.mktemp("smaller") / "model"
+    torch.manual_seed(0)
+    model = build_model(config_with_layers(load_config(project / "base"), UNEQUAL))
+    save_model(model, folder, companions=project / "base", provenance={})
+    return folder
+
+
+@pytest.fixture
+def folder(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny project, which is the current directory."""
+    copy = shutil.copytree(project, tmp_path / "my project")
+    monkeypatch.chdir(copy)
+    return copy

@@ -30,10 +30,10 @@ from core.scratch import scratch_folder
 from core.settings.addresses import hub_address
 from core.settings.model import ModelSettings
 from core.storage.hashing import file_sha256
+from core.storage.interface import join_uri
 from core.storage.layout import CARD
 from core.storage.manifest import FileEntry, Manifest
 from core.storage.publication import MANIFEST, find_publication, publish, published_in
-from core.storage.store import join_uri
 from core.storage.transfer import verify_in_place
 from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_object, read_limited
 
@@ -76,7 +76,7 @@ def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
         published = find_publication(settings.base)
         if published is None:
             raise CheckpointError(
-                f"model.base={settings.base} is no published checkpoint (it has no manifest)."
+                f"model.base={settings.base} is not a published checkpoint (it has no manifest)."
             )
         return settings.base, published.manifest.digest[:16]
     location = locate(settings.base)
@@ -109,7 +109,7 @@ def _publish_once(
 ) -> str:
     uri = join_uri(store, "bases", revision)
     if find_publication(uri) is None:
-        log.info("taking %s up into the store", base)
+        log.info("importing %s into the store", base)
         with directory() as path:
             publish(path, uri, metadata={"base": base, "revision": revision})
     return uri
@@ -119,7 +119,7 @@ def _belonging(folder: Path) -> list[Path]:
     """Return the files of a checkpoint, without whatever else lies beside them.
 
     Raises:
-        CheckpointError: If one is no regular file, or leads out of the folder.
+        CheckpointError: If one is not a regular file, or leads out of the folder.
     """
     found = files_of(folder, _is_wanted)
     for path in found:
@@ -245,7 +245,7 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
     from huggingface_hub import snapshot_download
 
     log.info("downloading %s at %s", name, commit)
-    # The config first: it tells whether the rest is of use.
+    # The config first: it shows whether the rest is usable.
     for patterns in (["config.json"], [*_PATTERNS, CARD]):
         with _hub_errors(name):
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
@@ -267,11 +267,11 @@ def _hub_errors(name: str) -> Iterator[None]:
             f"model.base={name} is neither a folder nor a file nor a Hugging Face id. Correct it."
         ) from None
     except Exception as error:  # network errors are those of httpx or httpx2, by the client's version
-        # What went wrong stands first; the hub's client goes on with advice of its own.
+        # The problem stands first; the hub's client adds advice of its own.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
         message = shorten(" ".join(lines), 300, placeholder=" ...").rstrip(".") or type(error).__name__
         raise CheckpointError(
-            f"model.base={name} is no local folder or file, and the Hugging Face hub does not give it: "
+            f"model.base={name} is not a local folder or file, and the Hugging Face hub does not give it: "
             f"{message}. Check the name, model.revision, the network and, for a private or gated model, "
             "HF_TOKEN."
         ) from error

@@ -1,4 +1,4 @@
-"""What a base model says of its licence and its languages: facts that a smaller model carries on."""
+"""A base model's licence and languages, as it states them: a smaller model keeps them."""
 
 import re
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def card_facts(card: Path) -> dict[str, Any]:
 def gguf_facts(file: Path) -> dict[str, Any]:
     """Return what the metadata of a GGUF file states.
 
-    A licence that is no id as the hub has them, but a name, becomes ``other`` with that name.
+    A licence that is a name instead of one of the hub's ids becomes ``other`` with that name.
     """
     from gguf import GGUFReader
 

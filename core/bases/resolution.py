@@ -1,6 +1,6 @@
-"""What a base model's address stands for today: an alias in MLflow's registry or a HEAD file may move on.
+"""The current meaning of a base model's address: an alias in MLflow's registry or a HEAD file may move on.
 
-Both are read anew whenever a run starts. What is found there was written by others: it is checked, and never
+Both are read again whenever a run starts. Others wrote their content: it is checked, and never
 followed from one pointer to the next.
 """
 
@@ -15,8 +15,9 @@ from core.errors import CheckpointError, StorageError
 from core.redaction import without_password
 from core.settings.addresses import HEAD, hub_address, is_head, registry_address
 from core.settings.model import ModelSettings
+from core.storage.interface import check_key, join_uri, local_errors
 from core.storage.publication import MANIFEST
-from core.storage.store import check_key, join_uri, local_errors, open_store
+from core.storage.store import open_store
 from core.tracking.client import absolute_uri, connect, explained
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _named_by_head(base: str) -> str:
     if is_head(target):
         raise _useless(base, line, "another HEAD file")
     if target.startswith("hf://") and hub_address(target) is None:
-        raise _useless(base, line, "which is no address on the hub")
+        raise _useless(base, line, "which is not a valid address on the hub")
     return target
 
 

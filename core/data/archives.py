@@ -1,30 +1,27 @@
-"""Compressed data files: what one unpacks to is counted before a library writes it to the disk."""
+"""Compressed data files: their unpacked size is checked before a library writes them to disk."""
 
 import bz2
 import gzip
 import lzma
 import tarfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from core.errors import DataError
 
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 _ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x04\x22\x4d\x18")
 _MAX_RATIO = 200
-"""Texts are compressed to a twentieth at best."""
+"""Texts compress 20x at best."""
 _FREE_BYTES = 10_000_000
-"""So small that the ratio is of no concern."""
+"""Too small for the ratio to matter."""
 _CHUNK_BYTES = 2**20
 
 
 def check_compressed(file: Path) -> None:
-    """Refuse a data file that is not what its name says, or unpacks to hundreds of times its size.
+    """Raise a ``DataError`` if a file is not what its name says, or unpacks to hundreds of times its size.
 
-    The ``datasets`` library goes by the content: it unpacks an archive under any name, whatever its size.
-
-    Raises:
-        DataError: If it is such a file.
+    The ``datasets`` library goes by the content: it unpacks an archive under any name, of any size.
     """
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -32,30 +29,28 @@ def check_compressed(file: Path) -> None:
     expected = file.suffix if file.suffix in _MAGIC else ""
     if kind != expected or start.startswith(_ARCHIVES) or (not kind and tarfile.is_tarfile(file)):
         raise DataError(
-            f"{file} is compressed or archived in another way than its name says. Unpack it where its source "
-            "is trusted, and name what is in it."
+            f"{file} is compressed or archived in another way than its name says. If you trust its source, "
+            "unpack it, and name what is in it."
         )
     if not kind:
         return
     limit = max(_FREE_BYTES, _MAX_RATIO * file.stat().st_size)
     unpacked = 0
     try:
-        with _open(file, kind) as stream:
+        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(kind) or _zstandard().open
+        with opener(file, "rb") as stream:
             while unpacked <= limit and (chunk := stream.read(_CHUNK_BYTES)):
                 unpacked += len(chunk)
     except (OSError, EOFError, lzma.LZMAError, ValueError, ImportError):
-        return  # the library says what is wrong with it
+        return  # the library reports it
     if unpacked > limit:
         raise DataError(
-            f"{file} unpacks to more than {_MAX_RATIO} times its size, as only a file made to fill the disk "
-            "does. Unpack it yourself if it is sound."
+            f"{file} unpacks to more than {_MAX_RATIO} times its size, as if made to fill the disk. Unpack "
+            "it yourself if you trust it."
         )
 
 
-def _open(file: Path, kind: str) -> IO[bytes] | Any:
-    if kind == ".zst":
-        import zstandard
+def _zstandard() -> Any:
+    import zstandard
 
-        return zstandard.open(file, "rb")
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[kind]
-    return opener(file, "rb")
+    return zstandard

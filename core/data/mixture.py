@@ -1,24 +1,18 @@
-"""Write the token files of a run: training slices, the calibration pool and the windows for perplexity."""
+"""The token files of a run: training slices, the calibration pool and the windows for perplexity."""
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.data.packing import (
-    Tokenized,
-    opening_ids,
-    pack,
-    tokenize_conversations,
-    tokenize_documents,
-)
+from core.data.packing import Tokenized, opening_ids, pack, tokenize_conversations, tokenize_documents
 from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError, StorageError
 from core.progress import Progress
@@ -31,33 +25,29 @@ log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
 
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What one source gave to the mixture."""
+    """What one source contributed to the mixture."""
 
     path: str
-    """The source's path."""
     share: float
-    """Share of the tokens that it was to give, in [0, 1]."""
+    """Its share of the tokens, in [0, 1]."""
     tokens: int
-    """Tokens it gave, with those of its last document that no slice took."""
+    """Tokens drawn from it, with the rest of its last document, which is in no slice."""
     trained_tokens: int
     """Those of them that are targets of the loss."""
     documents: int
-    """Documents or conversations it gave, repetitions included."""
+    """Documents or conversations drawn from it, repetitions included."""
     passes: int
-    """How many times it was read, the last time perhaps in part; 0 if it was never drawn from."""
+    """How many times it was read, the last one perhaps in part; 0 if it was never drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureReport:
-    """What the slices hold."""
+    """Contents of the slices."""
 
     sources: tuple[SourceReport, ...]
-    """One entry a source, in their order."""
     sequence_length: int
     """T, tokens a sequence."""
     sequences: tuple[int, ...]
@@ -70,7 +60,7 @@ class MixtureReport:
 
 
 def slice_name(phase: int) -> str:
-    """Return the file of a phase's slice below the data directory; phases count from 1."""
+    """Return the path of a phase's slice below the data directory; phases count from 1."""
     return f"slices/phase-{phase:02d}.safetensors"
 
 
@@ -86,22 +76,19 @@ def write_slices(
     """Mix, tokenize and pack the sources, and cut the stream into one file a phase (eq. 11).
 
     The next document always comes from the source that is furthest behind its share of the tokens. A source
-    that runs dry is read again in another order. Same inputs and seed give the same bytes.
+    that is used up is read again in another order. Equal inputs and seeds give equal bytes.
 
     Args:
         sources: The mixture; ``weight`` gives the shares.
         tokenizer: The base model's.
         sequence_length: T.
         sequences: S of each phase: disjoint consecutive slices of one stream. Memory holds one of them.
-        seed: Seed of the sources' shuffles.
-        directory: Where ``slices/phase-01.safetensors`` and so on go: ``input_ids`` (S, T) int32 and
-            ``trained`` (S, T) uint8, which is 0 for the tokens of prompts.
-
-    Returns:
-        What was taken from each source.
+        seed: Of the shuffles.
+        directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32 and ``trained``
+            (S, T) uint8, which is 0 for the tokens of prompts.
 
     Raises:
-        DataError: If a source cannot be read or holds nothing.
+        DataError: If a source cannot be read or is empty.
         StorageError: If a file cannot be written.
     """
     weights = sum(source.weight for source in sources)
@@ -135,18 +122,18 @@ def write_calibration_pool(
 ) -> int:
     """Write the sequences that calibration draws from: one window of each document that is long enough.
 
-    With ``packing``, shorter documents are joined to further sequences. Either way no document is in two of
-    them, so that whoever draws rows without replacement takes no document twice.
+    With ``packing``, shorter documents are joined to further sequences. No document is in two of them, so
+    drawing rows without replacement takes no document twice. Each row opens with what the tokenizer puts
+    before a text, such as a begin-of-text token.
 
     Args:
-        source: The calibration corpus, shuffled with ``seed``.
-        tokenizer: The base model's. Each row opens with what it puts before a text, such as a begin-of-text
-            token.
+        source: The calibration corpus.
+        tokenizer: The base model's.
         sequence_length: T.
-        packing: Whether documents that are too short are joined, instead of left out.
-        documents: How many documents are tokenized at most.
-        at_least: How many rows the caller needs.
-        seed: Seed of the shuffle and of where the windows lie.
+        packing: Whether documents that are too short are joined or left out.
+        documents: Most documents to tokenize.
+        at_least: Rows that the caller needs.
+        seed: Of the shuffle and of the places of the windows.
         path: A safetensors file with ``input_ids`` (P, T) int32.
 
     Returns:
@@ -157,14 +144,24 @@ def write_calibration_pool(
         StorageError: If the file cannot be written.
     """
     opening = opening_ids(tokenizer)
-    rows, read = _calibration_rows(
-        islice(_without_opening(source, tokenizer, seed), documents),
-        length=_body_length(sequence_length, opening),
-        # A text's end token belongs between documents, not into a window; a conversation's are its own.
-        end_tokens=1 if source.format == "text" else 0,
-        packing=packing,
-        rng=np.random.default_rng(seed),
-    )
+    length, rng = _body_length(sequence_length, opening), np.random.default_rng(seed)
+    # A text's end token belongs between documents, not into a window; a conversation's are its own.
+    end_tokens = 1 if source.format == "text" else 0
+    rows: list[NDArray[np.int32]] = []
+    joined = np.empty(0, np.int32)
+    read = 0
+    for ids, _ in islice(_without_opening(source, tokenizer, seed), documents):
+        read += 1
+        body = ids[: len(ids) - end_tokens]
+        if len(body) >= length:
+            start = int(rng.integers(len(body) - length + 1))
+            rows.append(body[start : start + length].copy())
+        elif packing:
+            joined = np.concatenate([joined, ids])
+            if len(joined) >= length:
+                rows.append(joined[:length])
+                # The rest of the document is dropped: in the next row it would be drawn a second time.
+                joined = np.empty(0, np.int32)
     if len(rows) < max(at_least, 1):
         size, needed = f"{sequence_length:,} tokens", f"{max(at_least, 1):,} are needed"
         if packing:
@@ -183,42 +180,16 @@ def write_calibration_pool(
     return len(rows)
 
 
-def _calibration_rows(
-    documents: Iterable[Tokenized], *, length: int, end_tokens: int, packing: bool, rng: np.random.Generator
-) -> tuple[list[NDArray[np.int32]], int]:
-    """Return (length,) rows, and how many documents were read."""
-    rows: list[NDArray[np.int32]] = []
-    joined = np.empty(0, np.int32)
-    read = 0
-    for ids, _ in documents:
-        read += 1
-        body = ids[: len(ids) - end_tokens]
-        if len(body) >= length:
-            start = int(rng.integers(len(body) - length + 1))
-            rows.append(body[start : start + length].copy())
-        elif packing:
-            joined = np.concatenate([joined, ids])
-            if len(joined) >= length:
-                rows.append(joined[:length])
-                # What is left of the document is dropped: in the next row it would be drawn a second time.
-                joined = np.empty(0, np.int32)
-    return rows, read
-
-
 def write_perplexity_windows(
     source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, path: Path
 ) -> int:
     """Write the windows for perplexity: the documents in file order, joined with end tokens and cut.
 
-    Args:
-        source: Text that is neither trained nor calibrated on.
-        tokenizer: The base model's. Each window opens with what it puts before a text.
-        windows: W, how many are wanted.
-        length: T, tokens a window.
-        path: A safetensors file with ``input_ids`` (W, T) int32.
+    Each window opens with what the tokenizer puts before a text. The file holds ``input_ids`` (W, T) int32,
+    where T is ``length`` and W is ``windows``, or as many as the text fills.
 
     Returns:
-        The windows written: ``windows``, or as many as the text fills.
+        W.
 
     Raises:
         DataError: If the text does not fill one window.
@@ -238,7 +209,7 @@ def write_perplexity_windows(
 
 
 class _Draw:
-    """An endless stream of one source's documents, and the count of what was taken from it."""
+    """An endless stream of one source's documents, and counts of what was drawn from it."""
 
     def __init__(
         self, source: TextSource, share: float, tokenizer: "PreTrainedTokenizerBase", seed: int
@@ -272,9 +243,8 @@ class _Draw:
                 self.passes = done + 1
                 yield document
             if empty:
-                kind = (
-                    "documents" if self.source.format == "text" else "replies that the chat template writes"
-                )
+                is_text = self.source.format == "text"
+                kind = "documents" if is_text else "replies that the chat template writes"
                 raise DataError(
                     f"{self.source.path} holds no {kind}. Check its field and format, or leave it out."
                 )
@@ -294,18 +264,11 @@ def _mix(draws: Sequence[_Draw]) -> Iterator[Tokenized]:
 def _tokenized(
     source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
 ) -> Iterator[Tokenized]:
-    if source.format == "text":
-        for texts in _batches(iter_documents(source, seed)):
-            yield from tokenize_documents(texts, tokenizer)
-    else:
-        for conversations in _batches(iter_conversations(source, seed)):
-            yield from tokenize_conversations(conversations, tokenizer)
-
-
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH_DOCUMENTS)):
-        yield batch
+    is_text = source.format == "text"
+    tokenize: Any = tokenize_documents if is_text else tokenize_conversations
+    items: Iterator[Any] = (iter_documents if is_text else iter_conversations)(source, seed)
+    while batch := list(islice(items, _BATCH_DOCUMENTS)):
+        yield from tokenize(batch, tokenizer)
 
 
 def _without_opening(
@@ -325,13 +288,11 @@ def _body_length(length: int, opening: Sequence[int]) -> int:
 
 
 def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> NDArray[np.int32]:
-    body = np.stack(rows)
-    first = np.tile(np.array(opening, np.int32), (len(body), 1))
-    return np.concatenate([first, body], axis=1)
+    return np.stack([np.concatenate([np.array(opening, np.int32), row]) for row in rows])
 
 
 def _save(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file; nothing half-written stays under its final name."""
+    """Write a safetensors file, which gets its final name once it is complete."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

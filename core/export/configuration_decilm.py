@@ -1,7 +1,7 @@
 """Reads the config of a DeciLM (nemotron-nas) checkpoint: a Llama whose layers are described one by one.
 
-This file lies beside the weights: transformers knows no model of this type, so runtimes that read configs
-through it run this file (with trust_remote_code).
+It is copied beside the weights: transformers has no model of this type, so runtimes that read configs through
+it run this file (with trust_remote_code).
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 
 class Block(dict[str, Any]):
-    """A mapping whose entries are attributes too; what is a mapping within it is a ``Block``."""
+    """A mapping whose entries are attributes too, and so on for mappings in it."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         """Take over ``entries``."""

@@ -1,7 +1,7 @@
-"""Export to the DeciLM format (nemotron-nas), which runtimes with kernels of their own read.
+"""Export to the DeciLM format (nemotron-nas), which runtimes read with their own kernels.
 
-vLLM, SGLang, TensorRT-LLM and MLX load a Llama whose layers differ in MLP width under this model type. It
-knows no width but multiples of 256, and one count of query heads for all layers.
+vLLM, SGLang, TensorRT-LLM and MLX load a Llama whose layers differ in MLP width under this model type. Widths
+are multiples of 256, and all layers have the same number of query heads.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete, size_of
+from core.export.exported import Exported, put_when_complete
 from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.model.config import head_dim, layer_shapes
@@ -20,22 +20,11 @@ from core.settings.prune import PORTABLE_WIDTH
 
 _CODE = "configuration_decilm.py"
 _ROPE_TYPES = ("default", "linear", "llama3")
-"""Kinds of rotary scaling that all of the runtimes compute alike."""
+"""Kinds of rotary scaling that all runtimes compute alike."""
 
 
 def export_decilm(checkpoint: Path, output: Path) -> Exported:
-    """Write a checkpoint of the portable profile as a DeciLM, a layer at a time.
-
-    Args:
-        checkpoint: Folder of a checkpoint.
-        output: Folder to write; must not exist.
-
-    Raises:
-        CheckpointError: If the checkpoint is incomplete or corrupt.
-        UnsupportedModelError: If its family is not supported.
-        ExportError: If the format does not hold such a model, with the reason; or the folder cannot be
-            written.
-    """
+    """Write a checkpoint of the portable profile as a DeciLM, a layer at a time."""
     opened = Checkpoint(checkpoint)
     config = opened.config
     if (problem := decilm_obstacle(config)) is not None:
@@ -49,30 +38,21 @@ def export_decilm(checkpoint: Path, output: Path) -> Exported:
             partial, decilm_config(config), provenance=opened.provenance, config_writer=_write_config
         )
     notes = [
-        f"Runtimes that read configs through transformers run {_CODE}, which lies beside the weights: start "
-        "vLLM, SGLang and TensorRT-LLM with --trust-remote-code. MLX needs no flag."
+        f"Runtimes that read configs through transformers run {_CODE}, beside the weights: start vLLM, "
+        "SGLang and TensorRT-LLM with --trust-remote-code. MLX needs no flag."
     ]
     if len({layer.kv_heads for layer in opened.layers}) > 1:
         notes.append("SGLang refuses layers that differ in KV heads, as these do.")
-    return Exported(
-        path=output,
-        params=model_shape(config).num_params(),
-        size_bytes=size_of(output),
-        notes=tuple(notes),
-    )
+    return Exported(path=output, params=model_shape(config).num_params(), notes=tuple(notes))
 
 
 def decilm_obstacle(config: Any) -> str | None:
-    """Say what keeps a model out of the format: the first reason there is, without a full stop.
-
-    Args:
-        config: Its config.
-    """
+    """Return the first reason why the format does not fit a model, without a full stop; None if it fits."""
     return next(_obstacles(config), None) or next(_size_obstacles(config), None)
 
 
 def _obstacles(config: Any) -> Iterator[str]:
-    """Say what pruning does not change."""
+    """Yield reasons that pruning does not change."""
     if config.model_type != "llama":
         yield f"its family is {config.model_type}, the format's is llama"
         return
@@ -87,38 +67,35 @@ def _obstacles(config: Any) -> Iterator[str]:
 
 
 def _size_obstacles(config: Any) -> Iterator[str]:
-    """Say which sizes the format does not hold."""
+    """Yield the sizes that do not fit the format."""
     shapes, size = layer_shapes(config), head_dim(config)
     heads = sorted({layer.query_heads for layer in shapes})
     if len(heads) > 1:
         yield f"its layers have {', '.join(map(str, heads))} query heads, but must all have the same number"
     elif heads[0] * size != config.hidden_size:
         yield (
-            f"its {heads[0]} query heads of {size} dimensions make {heads[0] * size}, but the runtimes take "
-            f"the hidden size, {config.hidden_size}, over the number of heads"
+            f"its {heads[0]} query heads of {size} dimensions make {heads[0] * size}, but the runtimes "
+            f"expect the hidden size, {config.hidden_size}"
         )
     for index, layer in enumerate(shapes):
         if layer.mlp_width % PORTABLE_WIDTH:
-            yield f"layer {index} has an MLP width of {layer.mlp_width:,}, no multiple of {PORTABLE_WIDTH}"
+            yield f"layer {index} has an MLP width of {layer.mlp_width:,}, not a multiple of {PORTABLE_WIDTH}"
 
 
 def ffn_mult(mlp_width: int, hidden_size: int) -> float:
-    """Return F as the format tells it.
+    """Return F as the format stores it.
 
     Runtimes compute F = 2/3 * ffn_mult * D, rounded down and then up to a multiple of 256. MLX rounds
-    the number to six decimals first, which moves F by less than 1 at any hidden size below 10^6.
+    ``ffn_mult`` to six decimals first, which moves F by less than 1 at any hidden size below 10^6.
     """
     return 1.5 * mlp_width / hidden_size
 
 
 def decilm_config(config: Any) -> dict[str, Any]:
-    """Return the config.json of a model that the format holds.
+    """Return the config.json of a model that fits the format.
 
-    The rotary frequencies stand there twice: runtimes of 2024 and MLX read ``rope_theta`` and
-    ``rope_scaling``, newer ones ``rope_parameters``.
-
-    Args:
-        config: Config of the checkpoint.
+    It has the rotary frequencies twice: runtimes of 2024 and MLX read ``rope_theta`` and ``rope_scaling``,
+    newer ones ``rope_parameters``.
     """
     shapes = layer_shapes(config)
     data = config.to_diff_dict()  # without what is the default of every config

@@ -1,4 +1,4 @@
-"""What an export leaves behind, and how it is put in its place."""
+"""The result of an export, and how it gets its final name."""
 
 import contextlib
 import os
@@ -13,35 +13,35 @@ from core.errors import ExportError
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A finished export.
-
-    Attributes:
-        path: The file or folder that was written.
-        params: Parameters in it; tied weights count once.
-        size_bytes: Size of the file, or of all files of the folder.
-        notes: Sentences that its user should read, such as which quantizations its widths rule out.
-    """
+    """A finished export."""
 
     path: Path
+    """The file or folder."""
     params: int
-    size_bytes: int
+    """Parameters in it; tied weights count once."""
     notes: tuple[str, ...] = ()
+    """Sentences for its user, such as which quantizations its widths rule out."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file, or of all files of the folder."""
+        return sum(file.stat().st_size for file in _files(self.path))
 
 
 def check_absent(output: Path) -> None:
-    """Refuse to write to what exists already, with an ``ExportError``."""
+    """Raise an ``ExportError`` if ``output`` exists."""
     if output.exists():
         raise ExportError(f"{output} exists already. Remove it, or name another place.")
 
 
 @contextlib.contextmanager
 def put_when_complete(output: Path) -> Iterator[Path]:
-    """Give a name beside ``output`` to write to, a file or a folder; it becomes ``output`` at the end.
+    """Yield a path beside ``output`` for a file or folder, which becomes ``output`` once it is on the disk.
 
-    Nothing stands under the final name until all is on the disk, and nothing is left after a failure.
+    Nothing is left after a failure.
 
     Raises:
-        ExportError: If ``output`` exists already, or the disk refuses (full, read-only).
+        ExportError: If ``output`` exists already, or cannot be written (disk full, read-only).
     """
     check_absent(output)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -59,11 +59,6 @@ def put_when_complete(output: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
-
-
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a folder."""
-    return sum(file.stat().st_size for file in _files(path))
 
 
 def _files(path: Path) -> list[Path]:

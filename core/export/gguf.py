@@ -14,7 +14,7 @@ from gguf.utility import size_label
 
 from core.bases.licence import card_facts, known_facts
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete, size_of
+from core.export.exported import Exported, put_when_complete
 from core.export.generation import end_ids
 from core.export.gguf_layout import Part, architecture_of, parts_of
 from core.export.gguf_quantization import (
@@ -38,27 +38,15 @@ log = logging.getLogger(__name__)
 
 _LARGE = 2**24
 _ANY = np.dtype(np.float32)
-"""The writer asks for numpy's idea of a tensor's format, though the raw one says it all."""
+"""The writer requires a numpy dtype, but uses only the raw one."""
 
 
 def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> Exported:
-    """Write a checkpoint as one GGUF file that llama.cpp loads, with its tokenizer and chat template.
+    """Write a checkpoint as one GGUF file for llama.cpp, with its tokenizer and chat template.
 
-    Tensors are read, converted and written one after the other; at most two are in memory.
-
-    Args:
-        checkpoint: Hugging Face directory with safetensors weights.
-        output: The file; it must not exist yet.
-        dtype: Number format of the matrices; vectors stay in float32. ``q8_0`` leaves matrices whose rows are
-            not a multiple of 32 in float16.
-
-    Returns:
-        The file, and notes on further quantization and on the tokenizer.
-
-    Raises:
-        ExportError: If llama.cpp does not compute what the model does, or the file cannot be written.
-        CheckpointError: If the checkpoint is incomplete, or weights and config do not fit.
-        UnsupportedModelError: If the family is not supported.
+    Tensors are read, converted and written one after the other; at most two are in memory. ``dtype`` is the
+    number format of the matrices; vectors stay in float32, and under ``q8_0`` matrices whose rows are not a
+    multiple of 32 in float16.
     """
     if dtype not in FILE_TYPES:
         raise ExportError(f"dtype={dtype!r} is none of {', '.join(FILE_TYPES)}. Choose one of these.")
@@ -86,7 +74,6 @@ def export_gguf(checkpoint: Path, output: Path, *, dtype: GgufDtype = "f16") -> 
     return Exported(
         path=output,
         params=params,
-        size_bytes=size_of(output),
         notes=(
             *_kept_notes(parts, dtype),
             *quantization_notes(layers, hidden_size=config.hidden_size, head_dim=head_dim(config)),
@@ -102,11 +89,7 @@ def _write(
     factors: torch.Tensor | None,
     dtype: GgufDtype,
 ) -> None:
-    """Write head, metadata and tensors: each is converted while the one before is written.
-
-    Raises:
-        ExportError: If a tensor is not of the shape that the config says, or the format cannot hold it.
-    """
+    """Write head, metadata and tensors: each is converted while the one before is written."""
     if factors is not None:
         writer.add_tensor_info(FACTORS, factors.shape, _ANY, factors.numel() * 4, raw_dtype=ggml_type("f32"))
     for part in parts:
@@ -122,7 +105,7 @@ def _write(
     with ThreadPoolExecutor(max_workers=1) as disk:
         written: Future[None] | None = None
         for part in parts:
-            data = _data(reader, part, dtype)  # while the one before is written
+            data = _data(reader, part, dtype)
             if written is not None:
                 written.result()
             written = disk.submit(_store, writer, data)
@@ -131,7 +114,7 @@ def _write(
 
 
 def _store(writer: gguf.GGUFWriter, data: np.ndarray) -> None:
-    """Write a tensor, and a large one through to the disk: it need not be waited for at the end."""
+    """Write a tensor, and sync a large one to the disk now rather than at the end."""
     writer.write_tensor_data(data)
     if data.nbytes >= _LARGE:
         file = (writer.fout or [])[0]
@@ -140,11 +123,6 @@ def _store(writer: gguf.GGUFWriter, data: np.ndarray) -> None:
 
 
 def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:
-    """Read a tensor and return its bytes.
-
-    Raises:
-        ExportError: If it is not of the shape that the config says, or the format cannot hold it.
-    """
     try:
         return encoded(part.read(reader), format_of(part.shape, dtype))
     except OverflowError as error:
@@ -154,7 +132,7 @@ def _data(reader: CheckpointReader, part: Part, dtype: GgufDtype) -> np.ndarray:
 
 
 def _add_description(writer: gguf.GGUFWriter, checkpoint: Checkpoint, params: int, dtype: GgufDtype) -> None:
-    """Write what the file is and what it was made of."""
+    """Write the model's name, licence and base model."""
     provenance, directory = checkpoint.provenance, checkpoint.directory
     base = str(provenance.get("base", ""))
     base_name = Path(base).name.removesuffix(".gguf")
@@ -178,7 +156,7 @@ def _add_description(writer: gguf.GGUFWriter, checkpoint: Checkpoint, params: in
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any, layers: Sequence[LayerShape]) -> None:
-    """Write the model's sizes: one number where all layers are alike, else a list by layer."""
+    """Write the model's sizes: one number if all layers are alike, else a list by layer."""
     width = head_dim(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -203,6 +181,6 @@ def _kept_notes(parts: Sequence[Part], dtype: GgufDtype) -> tuple[str, ...]:
         return ()
     share = sum(part.params for part in kept) / sum(part.params for part in parts)
     return (
-        f"{len(kept)} of {len(parts)} tensors ({share:.0%} of the weights) stay in float16, as Q8_0 needs "
-        "rows of a multiple of 32.",
+        f"{len(kept)} of {len(parts)} tensors ({share:.0%} of the weights) stay in float16: Q8_0 needs rows "
+        "of a multiple of 32.",
     )

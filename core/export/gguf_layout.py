@@ -1,8 +1,8 @@
-"""Which llama.cpp architecture fits a checkpoint, and what its file holds under which names.
+"""Which llama.cpp architecture fits a checkpoint, and the tensors of its file.
 
-What the architectures read was looked up in llama.cpp's sources (``src/models/*.cpp``): ``llama``, ``qwen2``
-and ``qwen3`` take one size for all layers; ``deci`` takes heads, KV heads and MLP width of each layer, with
-or without biases; ``openelm`` takes them too, with norms over queries and keys, and has tied embeddings only.
+From llama.cpp's sources (``src/models/*.cpp``): ``llama``, ``qwen2`` and ``qwen3`` take one size for all
+layers; ``deci`` takes heads, KV heads and MLP width of each layer, with or without biases; ``openelm`` too,
+with norms over queries and keys, and tied embeddings only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,14 +20,7 @@ from core.model.shape import LayerShape
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _TURNS_NEIGHBOURS = ("llama", "deci")
-"""Architectures whose rotary embedding turns dimensions 2i and 2i+1 of a head, not i and i + A/2."""
-_READS_BIASES = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    "deci": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": (),
-    "openelm": (),
-}
+"""Architectures whose rotary embedding rotates dimensions 2i and 2i+1 of a head, not i and i + A/2."""
 _PROJECTIONS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -37,27 +30,29 @@ _PROJECTIONS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_READS_BIASES: dict[str, tuple[str, ...]] = {
+    "llama": tuple(_PROJECTIONS),
+    "deci": tuple(_PROJECTIONS),
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor of the file.
-
-    Attributes:
-        name: Its name there.
-        sources: Names and shapes of the tensors of the checkpoint that it is made of, one below the other.
-        heads: Into how many heads its rows fall, if they are put in the order of neighbouring pairs; else 0.
-    """
+    """One tensor of the file."""
 
     name: str
+    """Its name there."""
     sources: tuple[tuple[str, tuple[int, ...]], ...]
+    """Names and shapes of the tensors of the checkpoint whose rows it holds, one after the other."""
     heads: int = 0
+    """Number of heads of its rows, if they are put in the order of neighbouring pairs; else 0."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, as torch tells it."""
+        """Its shape in torch's order."""
         return (sum(shape[0] for _, shape in self.sources), *self.sources[0][1][1:])
 
     @property
@@ -66,11 +61,7 @@ class Part:
         return prod(self.shape)
 
     def read(self, reader: CheckpointReader) -> Tensor:
-        """Return the tensor of the file, made of those of the checkpoint.
-
-        Raises:
-            ExportError: If one is not of the shape that the config says.
-        """
+        """Return the tensor of the file; raise an ``ExportError`` if weights and config do not fit."""
         tensors = []
         for name, shape in self.sources:
             tensors.append(reader.tensor(name))
@@ -84,30 +75,22 @@ class Part:
 
 
 def neighbouring_pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Move the two dimensions that a rotary embedding turns together next to each other, in each head.
+    """Make the two dimensions of a head that a rotary embedding rotates together adjacent.
 
     Args:
-        tensor: (H*A, D) weight or (H*A,) bias of a query or key projection: dimensions i and i + A/2 of a
-            head are turned together.
+        tensor: (H*A, D) weight or (H*A,) bias of a query or key projection, which rotates dimensions i and
+            i + A/2 of a head together.
         heads: H.
 
     Returns:
-        The same shape, its rows in another order: those two are 2i and 2i + 1.
+        The same shape; those two are 2i and 2i + 1.
     """
     pairs = tensor.shape[0] // heads // 2
     return tensor.reshape(heads, 2, pairs, -1).transpose(1, 2).reshape(tensor.shape)
 
 
 def architecture_of(config: Any, layers: Sequence[LayerShape]) -> str:
-    """Choose the llama.cpp architecture for a model.
-
-    Args:
-        config: The transformers config.
-        layers: Sizes of each decoder layer.
-
-    Raises:
-        ExportError: If no architecture computes what the model does.
-    """
+    """Return the llama.cpp architecture for a model; raise an ``ExportError`` if none computes the same."""
     family, unequal = config.model_type, len(set(layers)) > 1
     if family not in _FAMILIES:
         raise ExportError(
@@ -132,7 +115,7 @@ def architecture_of(config: Any, layers: Sequence[LayerShape]) -> str:
             )
         return "openelm" if unequal else "qwen3"
     if family == "qwen2":
-        # qwen2 takes it for granted that all heads together are as wide as the hidden size.
+        # qwen2 assumes that all heads together are as wide as the hidden size.
         fits = layers[0].query_heads * head_dim(config) == config.hidden_size
         return "qwen2" if fits and not unequal else "deci"
     return "deci" if unequal else "llama"
@@ -161,13 +144,7 @@ def _check_windows(config: Any) -> None:
 def parts_of(
     config: Any, layers: Sequence[LayerShape], architecture: str, names: Iterable[str]
 ) -> tuple[Part, ...]:
-    """List the tensors of the file, in the order in which they are written.
-
-    Args:
-        config: The transformers config.
-        layers: Sizes of each decoder layer.
-        architecture: As ``architecture_of`` chose it.
-        names: Tensors of the checkpoint.
+    """Return the tensors of the file in order, for a checkpoint with the tensors ``names``.
 
     Raises:
         ExportError: If the checkpoint has tensors that the architecture does not read, or lacks some.
@@ -203,12 +180,8 @@ def _layer_parts(
     hidden, width, ours = config.hidden_size, head_dim(config), f"model.layers.{index}."
     heads = {"attn_q": layer.query_heads, "attn_k": layer.kv_heads, "attn_v": layer.kv_heads}
     rows = {name: count * width for name, count in heads.items()}
-    rows |= {
-        "attn_output": hidden,
-        "ffn_gate": layer.mlp_width,
-        "ffn_up": layer.mlp_width,
-        "ffn_down": hidden,
-    }
+    rows |= dict.fromkeys(("attn_output", "ffn_down"), hidden)
+    rows |= dict.fromkeys(("ffn_gate", "ffn_up"), layer.mlp_width)
     columns = {"attn_output": layer.query_heads * width, "ffn_down": layer.mlp_width}
     prefix = f"blk.{index}."
     parts = [
@@ -224,7 +197,7 @@ def _layer_parts(
         shapes = {"weight": (rows[name], columns.get(name, hidden)), "bias": (rows[name],)}
         for kind, shape in shapes.items():
             source = f"{ours}{projection}.{kind}"
-            if kind == "weight" or (source in present and name in _READS_BIASES[architecture]):
+            if kind == "weight" or (source in present and name in _READS_BIASES.get(architecture, ())):
                 parts.append(Part(name=f"{prefix}{name}.{kind}", sources=((source, shape),), heads=turned))
     return _fused(parts, prefix) if architecture == "openelm" else parts
 

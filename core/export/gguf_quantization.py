@@ -1,4 +1,4 @@
-"""Number formats of a GGUF file's tensors, and what a model's sizes mean for llama.cpp's quantizations."""
+"""Number formats of a GGUF file's tensors, and which quantizations of llama.cpp a model's sizes allow."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -22,28 +22,20 @@ FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_FORMATS = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}
-_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (BLOCK + 2) / BLOCK}
 _HALF_LIMIT = 65520.0
 """From here on float16 rounds to infinity."""
 _ALMOST_HALF = torch.tensor(0.5).nextafter(torch.tensor(0.0))
-"""Added before what is behind the point is cut off, it rounds halves away from zero; 0.5 would round up what
-is just below a half."""
+"""Added before truncation, it rounds halves away from zero; 0.5 would round up values just below a half."""
 _CHUNK = (1 << 15) - BLOCK
-"""Weights that are converted at a time: few enough that all steps find them in the processor's cache, and
-just below what torch would share among threads, which on a busy machine wait longer than they work."""
+"""Weights that are converted at a time: few enough for the processor's cache, and just too few for torch to
+share them among threads, which wait longer than they work on a busy machine."""
 
 
 def format_of(shape: Sequence[int], dtype: GgufDtype) -> GgufDtype:
     """Return the format that a tensor is stored in.
 
-    Vectors stay in float32, since llama.cpp adds and multiplies them in it, and rows that Q8_0's blocks do
-    not divide stay in float16, as llama.cpp's own quantizer leaves them.
+    Vectors stay in float32, in which llama.cpp computes with them, and rows that Q8_0's blocks do not divide
+    in float16, as in llama.cpp's own quantizer.
     """
     if len(shape) == 1:
         return "f32"
@@ -51,24 +43,18 @@ def format_of(shape: Sequence[int], dtype: GgufDtype) -> GgufDtype:
 
 
 def ggml_type(dtype: GgufDtype) -> gguf.GGMLQuantizationType:
-    """Return how the file calls a format."""
-    return _FORMATS[dtype]
+    """Return the file's name of a format."""
+    return gguf.GGMLQuantizationType[dtype.upper()]
 
 
 def stored_bytes(params: int, dtype: GgufDtype) -> int:
-    """Return the bytes of so many weights in a format."""
-    return int(params * _BYTES[dtype])
+    """Return the size of so many weights in a format."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type(dtype)]
+    return params // block * block_bytes
 
 
 def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
-    """Return a tensor's bytes in a format.
-
-    Args:
-        tensor: Of any floating-point type.
-        dtype: As ``format_of`` gave it.
-
-    Returns:
-        A one-dimensional array to write out; its dtype means nothing.
+    """Return a tensor in a format, as a one-dimensional array of which only the bytes count.
 
     Raises:
         OverflowError: If float16 cannot hold a value.
@@ -78,40 +64,22 @@ def encoded(tensor: Tensor, dtype: GgufDtype) -> np.ndarray:
         return tensor.float().numpy().reshape(-1)
     if dtype == "bf16":
         return tensor.to(torch.bfloat16).view(torch.int16).numpy().reshape(-1)
-    if dtype == "f16":
-        return halves(tensor) if tensor.dtype != torch.float16 else tensor.numpy().reshape(-1)
-    return quantized_q8_0(tensor)
-
-
-def halves(tensor: Tensor) -> np.ndarray:
-    """Round to float16.
-
-    Args:
-        tensor: Contiguous weights.
-
-    Returns:
-        (number of weights,) float16.
-
-    Raises:
-        OverflowError: If a value would become infinite, or is no number.
-    """
-    low, high = tensor.aminmax()
-    if not (low > -_HALF_LIMIT and high < _HALF_LIMIT):
-        raise OverflowError("float16's 65504")
+    if dtype == "q8_0":
+        return quantized_q8_0(tensor)
+    if tensor.dtype != torch.float16:
+        low, high = tensor.aminmax()
+        if not (low > -_HALF_LIMIT and high < _HALF_LIMIT):  # infinities and NaN too
+            raise OverflowError("float16's 65504")
     return tensor.to(torch.float16).numpy().reshape(-1)
 
 
 def quantized_q8_0(tensor: Tensor) -> np.ndarray:
-    """Quantize to Q8_0: 32 weights share a float16 scale, each is the nearest of 255 steps.
+    """Quantize (rows, columns) weights to Q8_0: 32 share a float16 scale, each is the nearest of 255 steps.
 
-    Bit for bit what ``gguf.quants`` makes of it, which takes 2.2 times as long from float32 and 3.3 times as
-    long from bfloat16.
-
-    Args:
-        tensor: (rows, columns) weights, columns a multiple of 32.
+    Bit for bit the result of ``gguf.quants``, 2.2x faster from float32 and 3.3x from bfloat16.
 
     Returns:
-        (rows * columns / 32 * 34,) uint8: of each block the scale, then the steps.
+        (rows * columns / 32 * 34,) uint8: the scale of each block, then its steps.
     """
     blocks = tensor.reshape(-1, BLOCK)
     out = torch.empty(blocks.shape[0], BLOCK + 2, dtype=torch.int8)
@@ -128,20 +96,12 @@ def quantized_q8_0(tensor: Tensor) -> np.ndarray:
 
 
 def quantization_notes(layers: Sequence[LayerShape], *, hidden_size: int, head_dim: int) -> tuple[str, ...]:
-    """Say which of llama.cpp's quantizations the sizes rule out, where, and what to set.
+    """Return notes on which of llama.cpp's quantizations the sizes rule out, where, and what to set.
 
     A row is quantized in blocks of 32 weights, or of 256 in K-quants (Q4_K_M and the like). Rows that the
     blocks do not divide get another type from llama.cpp's quantizer: Q5_0, Q5_1 and Q8_0 instead of Q4_K,
-    Q5_K and Q6_K; float16 where 32 does not divide them either. Only MLP widths and heads change by pruning,
-    and with them only the rows of ``ffn_down`` and ``attn_output``.
-
-    Args:
-        layers: Sizes of each decoder layer.
-        hidden_size: D.
-        head_dim: A.
-
-    Returns:
-        Sentences for the user; none if every type fits.
+    Q5_K and Q6_K; float16 if 32 does not divide them either. Pruning changes only MLP widths and heads: only
+    the rows of ``ffn_down`` and ``attn_output``.
     """
     if hidden_size % BLOCK:
         return (f"No quantization fits: the hidden size {hidden_size} is not a multiple of {BLOCK}.",)
@@ -150,7 +110,7 @@ def quantization_notes(layers: Sequence[LayerShape], *, hidden_size: int, head_d
     attention = [layer.query_heads * head_dim for layer in layers]
     for tensor, rows, remedy in (
         ("ffn_down", widths, "set prune.width_multiple={} to avoid that"),
-        ("attn_output", attention, "the number of query heads decides it"),
+        ("attn_output", attention, "it depends on the number of query heads"),
     ):
         odd = [i for i, row in enumerate(rows) if row % BLOCK]
         odd_256 = [i for i, row in enumerate(rows) if row % SUPERBLOCK and not row % BLOCK]
@@ -176,7 +136,7 @@ def quantization_notes(layers: Sequence[LayerShape], *, hidden_size: int, head_d
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers shortly: 0, 3-5."""
+    """Write ascending numbers as ranges: 0, 3-5."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -1,4 +1,4 @@
-"""Rotary embeddings as llama.cpp takes them: keys of the file, and a tensor of factors for Llama 3's."""
+"""Rotary embeddings for llama.cpp: keys of the file, and a tensor of factors for Llama 3's."""
 
 import math
 from typing import Any
@@ -15,20 +15,12 @@ _YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Write the keys that tell llama.cpp how positions turn queries and keys.
-
-    Args:
-        writer: The file.
-        config: The transformers config.
-
-    Raises:
-        ExportError: If llama.cpp does not compute the model's rotary embedding.
-    """
+    """Write the keys of the rotary embedding; raise an ``ExportError`` if llama.cpp cannot compute it."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ExportError(
-            f"partial_rotary_factor={rope['partial_rotary_factor']}: llama.cpp turns whole heads in this "
+            f"partial_rotary_factor={rope['partial_rotary_factor']}: llama.cpp rotates whole heads in this "
             "model. It cannot be exported."
         )
     writer.add_rope_dimension_count(head_dim(config))
@@ -48,11 +40,7 @@ def add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _check_yarn(rope: dict[str, Any]) -> None:
-    """Refuse a YaRN that llama.cpp's cannot be told of.
-
-    Raises:
-        ExportError: Naming the parameter.
-    """
+    """Refuse a YaRN with parameters that GGUF has no keys for."""
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(name):
             raise ExportError(f"rope_type='yarn' with {name} of its own cannot be written for llama.cpp.")
@@ -63,13 +51,10 @@ def _check_yarn(rope: dict[str, Any]) -> None:
 
 
 def frequency_factors(config: Any, architecture: str) -> Tensor | None:
-    """Return what llama.cpp divides each rotary frequency by, where the model scales them as Llama 3 does.
+    """Return llama.cpp's (A/2,) float32 divisors of the rotary frequencies; None unless scaled as in Llama 3.
 
     A frequency whose wave is short against the context of the first training stays, a long one is divided by
-    ``factor``, and between the two there is a smooth passage.
-
-    Returns:
-        (A/2,) float32 divisors; None where the model does not scale so.
+    ``factor``, with a smooth transition in between.
 
     Raises:
         ExportError: If the architecture reads no such factors.

@@ -1,6 +1,6 @@
-r"""How a tokenizer splits texts before it merges, and by which name or rules llama.cpp does the same.
+r"""How a tokenizer splits texts before merging, and the name or rules by which llama.cpp does the same.
 
-The names and what they split by were looked up in llama.cpp's ``src/llama-vocab.cpp``.
+The names and their regular expressions are from llama.cpp's ``src/llama-vocab.cpp``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from core.errors import ExportError
 
 _SPACE = "▁"
-"""What stands for a space in SentencePiece's vocabularies."""
+"""A space in SentencePiece's vocabularies."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _AFTER_LETTERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,25 +31,19 @@ _NAMES = {
     ((_QWEN2,), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
 }
-"""What texts are split by, step by step, and whether words of the vocabulary are taken whole, unmerged."""
+"""The steps of splitting, and whether words of the vocabulary are taken whole, unmerged."""
 
 _REMARKS = {
-    "tekken": "llama.cpp tells small from capital letters only in ASCII where it splits words for this "
-    "tokenizer (tekken): some words with capital letters of other scripts fall into other tokens.",
+    "tekken": "For this tokenizer (tekken) llama.cpp splits words at capital letters only in ASCII: some "
+    "words with capital letters of other scripts get other tokens.",
 }
 
 
 def splitting_of(definition: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Name the way in which a byte-level BPE splits texts.
-
-    Args:
-        definition: Content of its tokenizer.json.
-
-    Returns:
-        The value of ``tokenizer.ggml.pre``, and sentences on texts that llama.cpp splits otherwise.
+    """Return ``tokenizer.ggml.pre`` for a byte-level BPE, and notes on texts that llama.cpp splits otherwise.
 
     Raises:
-        ExportError: If llama.cpp has no name for it, with what was found.
+        ExportError: If llama.cpp has no name for its way of splitting, which the error shows.
     """
     model = definition["model"]
     for extra in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
@@ -62,8 +56,8 @@ def splitting_of(definition: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         found = " then ".join(steps) or "nothing"
         raise ExportError(
             f"llama.cpp has no known name for how this tokenizer splits texts: by {found}, with "
-            f"ignore_merges={bool(model.get('ignore_merges'))}. Under a wrong name it would read every text "
-            f"otherwise. Known are: {', '.join(sorted(_NAMES.values()))}."
+            f"ignore_merges={bool(model.get('ignore_merges'))}. A wrong name would change the tokens of "
+            f"every text. Known: {', '.join(sorted(_NAMES.values()))}."
         )
     return name, remarks + ((_REMARKS[name],) if name in _REMARKS else ())
 
@@ -87,13 +81,13 @@ def _normalizer_remarks(normalizer: Mapping[str, Any] | None) -> tuple[str, ...]
     if kinds:
         return (
             "The tokenizer first composes characters (NFC) and llama.cpp does not: texts with letters in "
-            "decomposed form fall into other tokens.",
+            "decomposed form get other tokens.",
         )
     return ()
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Write down what a pre-tokenizer splits by; the last step must turn bytes to characters."""
+    """Return the steps of a pre-tokenizer; the last one must turn bytes into characters."""
     steps = []
     encodes = False
     for step in _flat(pre_tokenizer, "pretokenizers"):
@@ -117,31 +111,25 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceRules:
-    """How a BPE with byte fallback works, in llama.cpp's terms.
-
-    Attributes:
-        scores: Of each token that is merged of two others; the pair whose token scores highest goes first.
-        space_prefix: Whether a space is put before a text.
-        notes: Sentences on texts that llama.cpp cuts otherwise.
-    """
+    """A BPE with byte fallback, in llama.cpp's terms."""
 
     scores: Mapping[str, float]
+    """Of each merged token; the pair whose token scores highest is merged first."""
     space_prefix: bool
-    notes: tuple[str, ...] = ()
+    """Whether a space is put before a text."""
+    notes: tuple[str, ...]
+    """Sentences on texts that llama.cpp tokenizes otherwise."""
 
 
 def sentencepiece_rules(definition: Mapping[str, Any]) -> SentencePieceRules:
     """Turn the merges of a BPE with byte fallback into scores.
 
-    llama.cpp merges whatever two neighbours make a token, the highest score first. That equals a list of
+    llama.cpp merges any two neighbours that make a token, the highest score first. That equals a list of
     merges if the list holds every such pair, and all pairs of one token in a row, as lists made from a
     SentencePiece model do.
 
-    Args:
-        definition: Content of a tokenizer.json.
-
     Raises:
-        ExportError: If its merges, or what it does to a text before, have no equal in llama.cpp.
+        ExportError: If its merges, or its preparation of texts, have no equal in llama.cpp.
     """
     model = definition["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
@@ -152,7 +140,7 @@ def sentencepiece_rules(definition: Mapping[str, Any]) -> SentencePieceRules:
         if token in scores and token != previous:
             raise ExportError(
                 f"the tokenizer merges into {token!r} at two different ranks, which llama.cpp's scores "
-                "cannot tell. Only merges as SentencePiece makes them can be exported."
+                "cannot express. Only merges as SentencePiece makes them can be exported."
             )
         scores.setdefault(token, -float(rank))
         previous = token
@@ -175,7 +163,7 @@ def _check_closed(definition: Mapping[str, Any], merges: set[tuple[str, ...]]) -
 
 
 def _space_prefix(definition: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Return whether a space is put before each text, and sentences on where llama.cpp does otherwise."""
+    """Return whether a space is put before each text, and notes on where llama.cpp does otherwise."""
     before = [*_flat(definition.get("normalizer"), "normalizers")]
     before += [*_flat(definition.get("pre_tokenizer"), "pretokenizers")]
     prefix, escapes, notes = False, False, []
@@ -187,13 +175,17 @@ def _space_prefix(definition: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]
                 escapes = True
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 prefix, escapes = scheme != "never", True
-                if step.get("split", True):
-                    _check_words(definition["model"]["vocab"])
+                joined = [t for t in definition["model"]["vocab"] if _SPACE in t[1:]]
+                if step.get("split", True) and joined:
+                    raise ExportError(
+                        f"the tokenizer splits texts at spaces though {joined[0]!r} is a token, and "
+                        "llama.cpp does not split them. It cannot be exported."
+                    )
                 if prefix:
-                    where = "at the start of a text" if scheme == "first" else "where none stands already"
+                    where = "at its start" if scheme == "first" else "if there is none already"
                     notes.append(
-                        f"The tokenizer puts a space before a text only {where}; llama.cpp puts one before "
-                        "each text, and after each special token, even where one stands."
+                        f"The tokenizer puts a space before a text only {where}; llama.cpp always puts one "
+                        "before each text and after each special token."
                     )
             case _:
                 raise ExportError(
@@ -204,12 +196,3 @@ def _space_prefix(definition: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]
             f"the tokenizer does not write spaces as {_SPACE!r}, which llama.cpp's SentencePiece does."
         )
     return prefix, tuple(notes)
-
-
-def _check_words(vocabulary: Mapping[str, int]) -> None:
-    for token in vocabulary:
-        if _SPACE in token[1:]:
-            raise ExportError(
-                f"the tokenizer splits texts at spaces though {token!r} is a token, and llama.cpp does not "
-                "split them. It cannot be exported."
-            )

@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer as GGUF metadata, so that llama.cpp cuts texts into the same tokens.
+"""A checkpoint's tokenizer as GGUF metadata, so that llama.cpp gives texts the same tokens.
 
-llama.cpp knows how a byte-level BPE splits texts by a name alone (``tokenizer.ggml.pre``). The name is
-derived from what the tokenizer does, never from what it is called, and a tokenizer without a fitting name is
-refused: with a wrong one, a file loads well and reads every text otherwise.
+llama.cpp chooses how a byte-level BPE splits texts by a name alone (``tokenizer.ggml.pre``). We derive it
+from the tokenizer's rules, and refuse a tokenizer without a matching name: under a wrong one, a file loads
+without errors and every text gets other tokens.
 """
 
 import json
@@ -17,14 +17,14 @@ from core.export.gguf_splitting import sentencepiece_rules, splitting_of
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
 _KNOWN_ENDS = frozenset((*_TURN_ENDS[:4], "<|endoftext|>", "</s>", "<|eom_id|>", "<|end_of_text|>", "<eos>"))
-"""Tokens at which llama.cpp stops by itself, known by their texts."""
+"""Tokens at which llama.cpp stops by itself, by their texts."""
 _NEVER_MERGED = -1e9
-"""Score of a token that comes of no merge: the last of all."""
+"""Score of a token that no merge gives: the last of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Vocabulary:
-    """The tokens of a model, by id, as the file lists them."""
+    """The tokens of a model, by id."""
 
     texts: list[str]
     types: list[int]
@@ -39,10 +39,10 @@ def add_tokenizer(
         writer: The file.
         tokenizer: A transformers tokenizer.
         vocab_size: V, rows of the embedding; ids without a token become unused ones.
-        end_ids: What else ends a text, from the model's and the generation config.
+        end_ids: Further tokens that end a text, from the model's and the generation config.
 
     Returns:
-        Sentences on texts that llama.cpp will cut otherwise.
+        Sentences on texts that llama.cpp will tokenize otherwise.
 
     Raises:
         ExportError: If llama.cpp has no tokenizer that does the same.
@@ -68,7 +68,8 @@ def add_tokenizer(
         vocabulary = _vocabulary(definition, vocab_size, unknown=None, has_bytes=False)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
-        writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
+        # Older tokenizer.json files write a merge as one text.
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
         writer.add_add_space_prefix(False)
         notes += remarks
     writer.add_token_list(vocabulary.texts)
@@ -76,26 +77,21 @@ def add_tokenizer(
     return notes + _add_special_tokens(writer, tokenizer, vocabulary, end_ids)
 
 
-def _merges(model: Mapping[str, Any]) -> list[list[str]]:
-    # Older tokenizer.json files write a merge as one text.
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-
-
 def _vocabulary(
     definition: Mapping[str, Any], vocab_size: int, *, unknown: str | None, has_bytes: bool
 ) -> _Vocabulary:
-    """List all tokens; a row of the embedding that no token has becomes one that is never used.
+    """List all tokens; a row of the embedding without a token becomes one that is never used.
 
     Raises:
-        ExportError: If there are more tokens than rows, or two of one text, which llama.cpp aborts at.
+        ExportError: If there are more tokens than rows, or two with the same text, at which llama.cpp aborts.
     """
     texts: dict[int, str] = {index: text for text, index in definition["model"]["vocab"].items()}
     types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
     if has_bytes:
-        missing = [b for b in range(256) if _byte_token(b) not in definition["model"]["vocab"]]
-        if missing:
-            raise ExportError(f"the tokenizer has no token {_byte_token(missing[0])} to fall back to.")
-        types |= {definition["model"]["vocab"][_byte_token(b)]: gguf.TokenType.BYTE for b in range(256)}
+        for name in (f"<0x{byte:02X}>" for byte in range(256)):
+            if name not in definition["model"]["vocab"]:
+                raise ExportError(f"the tokenizer has no token {name} to fall back to.")
+            types[definition["model"]["vocab"][name]] = gguf.TokenType.BYTE
     for token in definition["added_tokens"]:
         texts[token["id"]] = token["content"]
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
@@ -114,32 +110,27 @@ def _vocabulary(
     )
 
 
-def _byte_token(byte: int) -> str:
-    return f"<0x{byte:02X}>"
-
-
 def _notes_on_added_tokens(added: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    strips = [
-        token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]
+    strips = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    notes = [
+        f"Around {text!r} llama.cpp keeps spaces that the original tokenizer removes." for text in strips
     ]
-    if not strips:
-        return ()
-    return (f"Around {strips[0]!r} llama.cpp keeps spaces that the original tokenizer takes away.",)
+    return tuple(notes[:1])
 
 
 def _add_special_tokens(
     writer: gguf.GGUFWriter, tokenizer: Any, vocabulary: _Vocabulary, end_ids: Sequence[int]
 ) -> tuple[str, ...]:
-    """Write which tokens begin and end a text, and what is put around one.
+    """Write the tokens that begin and end a text, and whether they are put around one.
 
     Raises:
-        ExportError: If no token ends a text: llama.cpp would then take an arbitrary one for it.
+        ExportError: If no token ends a text: llama.cpp would then use an arbitrary one.
     """
     ends = list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids) if i is not None))
     if not ends:
         raise ExportError(
-            "neither tokenizer nor config names a token that ends a text; llama.cpp would take token 11 for "
-            "it. Set eos_token_id in config.json."
+            "neither tokenizer nor config names a token that ends a text; llama.cpp would use token 11. Set "
+            "eos_token_id in config.json."
         )
     writer.add_eos_token_id(ends[0])
     for write, index in (
@@ -161,11 +152,7 @@ def _add_special_tokens(
 
 
 def _put_around(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether a text gets a token that begins it, and one that ends it.
-
-    Raises:
-        ExportError: If it gets others.
-    """
+    """Return whether a text gets a token that begins it, and one that ends it; refuse any others."""
     bare, dressed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for before in (False, True):
@@ -173,15 +160,15 @@ def _put_around(tokenizer: Any) -> tuple[bool, bool]:
             if dressed == (begin if before else []) + bare + (end if after else []):
                 return before, after
     raise ExportError(
-        f"the tokenizer puts {dressed} around a text of tokens {bare}; llama.cpp can put the tokens that "
-        "begin and end a text there, and nothing else."
+        f"the tokenizer puts {dressed} around a text of tokens {bare}; llama.cpp can only put the tokens "
+        "that begin and end a text there."
     )
 
 
 def _add_further_ends(
     writer: gguf.GGUFWriter, vocabulary: _Vocabulary, ends: Sequence[int], template: str
 ) -> tuple[str, ...]:
-    """Write at which other tokens to stop: the end of a turn in the chat template, and what configs name."""
+    """Write further tokens to stop at: the end of a turn in the chat template, and those of the configs."""
     ids = {text: index for index, text in enumerate(vocabulary.texts)}
     turn_ends = [ids[text] for text in _TURN_ENDS if text in ids and text in template]
     unknown = [i for i in ends[1:] if i not in turn_ends[:1] and vocabulary.texts[i] not in _KNOWN_ENDS]

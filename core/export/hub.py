@@ -1,8 +1,8 @@
-"""Checkpoints go up to the Hugging Face hub: in one commit, and without sending again what has arrived.
+"""Uploads of checkpoints to the Hugging Face hub, in one commit, and without sending a file twice.
 
-The client's ``create_commit`` sends large files before the commit that names them, less those that the hub
-holds already; until then no reader sees them. Its ``upload_folder`` would not do: it splits large folders
-into several commits, between which readers find half a checkpoint.
+The client's ``create_commit`` carries retries and resumes: it sends large files that the hub lacks before the
+commit that names them. Its ``upload_folder`` with ``delete_patterns`` does not serve: it splits large folders
+into several commits, between which readers find half a checkpoint, and cannot say beforehand what it changes.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from core.errors import HubError
 from core.export.hub_errors import hub_errors
 from core.export.hub_files import checkpoint_files, is_stale
+from core.runs.record import bytes_text
 from core.storage.hashing import file_sha256
 
 if TYPE_CHECKING:
@@ -27,21 +28,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PushPlan:
-    """What an upload changes in a repository.
-
-    Attributes:
-        files: Name in the repository to file, of those that are new there or differ.
-        unchanged: Names of those that are there already.
-        stale: Names in the repository that belonged to another checkpoint and go.
-        head: Commit that the upload builds on; "" if there is none yet.
-        is_new: Whether the repository does not exist yet.
-    """
+    """What an upload changes in a repository."""
 
     files: dict[str, Path]
-    unchanged: tuple[str, ...]
-    stale: tuple[str, ...]
-    head: str
-    is_new: bool
+    """Name in the repository to file, of those that are new there or differ."""
+    unchanged: tuple[str, ...] = ()
+    """Names of those that are there already."""
+    stale: tuple[str, ...] = ()
+    """Names of files of another checkpoint, which are removed."""
+    head: str = ""
+    """Commit that the upload builds on; "" if there is none yet."""
+    is_new: bool = False
+    """Whether the repository does not exist yet."""
 
     @property
     def changes(self) -> bool:
@@ -50,7 +48,7 @@ class PushPlan:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files that differ; large ones that the hub holds already are not sent all the same."""
+        """Bytes of the files that differ; of these, large ones that the hub has already are not sent."""
         return sum(path.stat().st_size for path in self.files.values())
 
 
@@ -64,18 +62,18 @@ def push_checkpoint(
 ) -> str:
     """Upload a checkpoint to a model repository on the Hugging Face hub, which is created if missing.
 
-    Readers see the commit before or all of the new one. A call that was cut off can be made again: what has
-    arrived is not sent again. If nothing differs there is no commit.
+    Readers see the previous commit or all of the new one. An interrupted call can be repeated: files that
+    have arrived are not sent again. If nothing differs there is no commit.
 
     Args:
         checkpoint: The folder; all of it is checked before anything is sent.
         repository: ``user/name`` or ``organization/name``.
-        private: Whether a new repository is private; one that is there must be.
+        private: Whether a new repository is private; an existing one must be.
         revision: A branch, which is created if missing.
         message: Of the commit.
 
     Returns:
-        URL of the commit; of the one that is there if nothing has changed.
+        URL of the commit; of the existing one if nothing has changed.
 
     Raises:
         CheckpointError: If the folder holds no complete checkpoint, or pickles.
@@ -103,23 +101,17 @@ def push_checkpoint(
 
 
 def plan_push(checkpoint: Path, repository: str, *, revision: str = "main") -> PushPlan:
-    """Return what ``push_checkpoint`` would change; nothing is created or sent.
-
-    Raises:
-        CheckpointError: As ``push_checkpoint``.
-        IntegrityError: As ``push_checkpoint``.
-        HubError: As ``push_checkpoint``.
-    """
+    """Return what ``push_checkpoint`` would change, with the same errors; nothing is created or sent."""
     files = checkpoint_files(checkpoint)
     api = _open_hub(repository, revision)
     with hub_errors(repository):
         if _find(api, repository) is None:
-            return PushPlan(files=files, unchanged=(), stale=(), head="", is_new=True)
+            return PushPlan(files=files, is_new=True)
         return _compare(api, repository, revision, files)
 
 
 def _open_hub(repository: str, revision: str) -> "HfApi":
-    """Check what can be checked without the hub, and return its client."""
+    """Check the arguments and the token, and return the hub's client."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -131,7 +123,7 @@ def _open_hub(repository: str, revision: str) -> "HfApi":
         valid = False
     if not valid:
         raise HubError(
-            f"REPOSITORY={repository} is no id of a model repository. Give it as user/name or "
+            f"REPOSITORY={repository} is not a valid id of a model repository. Give it as user/name or "
             "organization/name: letters, digits, '-', '_' and '.', without an address before it."
         )
     if re.fullmatch("[0-9a-f]{40}", revision) or not re.fullmatch(r"[\w.][\w./-]*", revision):
@@ -146,7 +138,7 @@ def _open_hub(repository: str, revision: str) -> "HfApi":
 
 
 def _find(api: "HfApi", repository: str) -> "ModelInfo | None":
-    """Return what the hub says of a repository; None if it is not there, or hidden from this token."""
+    """Return the hub's description of a repository; None if it does not exist for this token."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
@@ -161,7 +153,7 @@ def _head(api: "HfApi", repository: str, revision: str) -> str | None:
     """Return the commit that a branch ends at; None if there is no such branch."""
     refs = api.list_repo_refs(repository)
     if revision in {tag.name for tag in refs.tags}:
-        raise HubError(f"revision={revision} is a tag of {repository}, which stays. Name a branch.")
+        raise HubError(f"revision={revision} is a tag of {repository}, and tags do not move. Name a branch.")
     return next((branch.target_commit for branch in refs.branches if branch.name == revision), None)
 
 
@@ -174,8 +166,7 @@ def _compare(api: "HfApi", repository: str, revision: str, files: dict[str, Path
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     if ".gitignore" in there:
         raise HubError(
-            f"{repository} has a .gitignore, by which the hub may leave files of the checkpoint out. "
-            "Remove it."
+            f"{repository} has a .gitignore, which may keep files of the checkpoint out. Remove it."
         )
     same = [name for name, path in files.items() if name in there and _is_same(path, there[name])]
     return PushPlan(
@@ -183,7 +174,6 @@ def _compare(api: "HfApi", repository: str, revision: str, files: dict[str, Path
         unchanged=tuple(same),
         stale=tuple(sorted(name for name in there if name not in files and is_stale(name))),
         head=head,
-        is_new=False,
     )
 
 
@@ -200,29 +190,21 @@ def _is_same(path: Path, there: "RepoFile") -> bool:
 def _send(api: "HfApi", repository: str, plan: PushPlan, *, revision: str, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    log.info("%s: %d files, %s", repository, len(plan.files), _size(plan.size_bytes))
+    log.info("%s: %d files, %s", repository, len(plan.files), bytes_text(plan.size_bytes))
     for name in plan.stale:
         log.info("removing %s, which is not part of this checkpoint", name)
     start = time.monotonic()
+    added = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=path) for n, path in plan.files.items()]
+    removed = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in plan.stale]
     with hub_errors(repository, " during the upload"):
         commit = api.create_commit(
             repository,
-            operations=[
-                *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in plan.stale),
-                *(
-                    CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-                    for name, path in plan.files.items()
-                ),
-            ],
+            operations=[*removed, *added],
             commit_message=message,
             revision=revision,
-            num_threads=1,  # of what is cut off, one file at most is sent again
-            # What is removed was decided on this commit: one that somebody has made since is not undone.
+            num_threads=1,  # after an interruption at most one file is sent again
+            # What is removed was decided on this commit: a newer one by somebody else is not undone.
             parent_commit=plan.head or None,
         )
     log.info("committed after %.1f s", time.monotonic() - start)
     return str(commit.commit_url)
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes:,} bytes"

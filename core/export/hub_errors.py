@@ -1,4 +1,4 @@
-"""What the Hugging Face hub and its client complain of, in one line that says what to do."""
+"""Errors of the Hugging Face hub and its client, in one line that says what to do."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ from textwrap import shorten
 from core.errors import AdaptPrunerError, HubError
 from core.redaction import without_password
 
-_AGAIN = "Give the same command again: what has arrived is not sent again."
+_AGAIN = "Run the same command again: files that have arrived are not sent again."
 _NEW_TOKEN = (
     "Take one with write access from https://huggingface.co/settings/tokens as HF_TOKEN, "
     "or run `hf auth login`."
@@ -20,14 +20,9 @@ _NO_ROOM = re.compile("storage|quota|too large|limit reached|payment", re.IGNORE
 
 @contextlib.contextmanager
 def hub_errors(repository: str, when: str = "") -> Iterator[None]:
-    """Turn whatever the hub's client raises into a ``HubError``.
+    """Turn whatever the hub's client raises into a ``HubError`` without secrets.
 
-    Args:
-        repository: Its id.
-        when: What was done, such as `` while config.json was sent``; "" before anything is sent.
-
-    Raises:
-        HubError: One line, without the token and without signatures of addresses.
+    ``when``, such as `` during the upload``, says what was interrupted.
     """
     try:
         yield
@@ -44,16 +39,16 @@ def _sentence(error: Exception, repository: str, when: str) -> str:
     reason = _reason(cause)
     hub = "the Hugging Face hub"
     if isinstance(cause, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE keeps everything off {hub}. Unset it to upload."
+        return f"HF_HUB_OFFLINE blocks all requests to {hub}. Unset it to upload."
     if isinstance(cause, GatedRepoError):
         return f"{repository} is gated: {reason}. Ask its owners for access, or name another repository."
     if not isinstance(cause, HfHubHTTPError):
         if _XET_STATUS.search(reason):
-            return f"the storage of {hub} has refused{when}: {reason}. {_WITHOUT_XET} {_AGAIN}"
+            return f"the storage of {hub} refused{when}: {reason}. {_WITHOUT_XET} {_AGAIN}"
         if _is_network(cause):
             advice = f"Check the network, proxies and HF_ENDPOINT. {_AGAIN}"
             return f"{hub} cannot be reached{when}: {reason}. {advice}"
-        return f"the upload to {repository} has stopped{when}: {reason}. {_AGAIN}"
+        return f"the upload to {repository} stopped{when}: {reason}. {_AGAIN}"
     status = cause.response.status_code
     if status in (402, 413, 507) or (status in (400, 403) and _NO_ROOM.search(reason)):
         problem, advice = (
@@ -61,7 +56,7 @@ def _sentence(error: Exception, repository: str, when: str) -> str:
             f"Free some or raise the limit. {_AGAIN}",
         )
     elif cause is not error and status < 429:
-        problem, advice = f"the storage of {hub} has refused{when} ({status})", _AGAIN
+        problem, advice = f"the storage of {hub} refused{when} ({status})", _AGAIN
     elif status == 401:
         problem, advice = f"{hub} does not accept the token", _NEW_TOKEN
     elif status == 403:
@@ -71,14 +66,14 @@ def _sentence(error: Exception, repository: str, when: str) -> str:
         problem = f"{hub} does not find {repository}{when}, or hides it from this token"
         advice = "Correct the name or the revision, or take another token."
     elif status in (409, 412):
-        problem, advice = f"{repository} has changed meanwhile", _AGAIN
+        problem, advice = f"{repository} changed in the meantime", _AGAIN
     else:
         problem, advice = f"{hub} answers {status}{when}", f"Correct what it names, or wait. {_AGAIN}"
     return f"{problem}: {reason}. {advice}"
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what an error of the client was raised from: the hub's answer, or a fault of the network."""
+    """Return the hub's answer or the network error that an error of the client was raised from."""
     from huggingface_hub.errors import HfHubHTTPError
 
     found: BaseException | None = error
@@ -94,10 +89,10 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what went wrong, without advice that follows and without secrets."""
+    """Return the problem without advice and secrets."""
     text = getattr(error, "server_message", None) or str(error)
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")][:2]
-    # Addresses of the storage are signed: whoever has one may write there.
+    # Addresses of the storage are signed: whoever has one can write there.
     text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", without_password(" ".join(lines)))
     text = re.sub(r"\bhf_\w+|(?<=Bearer )\S+", "***", text)
     return shorten(text, 300, placeholder=" ...").rstrip(".:;, ") or type(error).__name__

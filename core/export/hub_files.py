@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder go to the hub, and which there are left of another checkpoint."""
+"""Which files of a checkpoint are uploaded, and which files on the hub are left of another checkpoint."""
 
 import fnmatch
 import json
@@ -7,13 +7,13 @@ from typing import Any
 
 from core.errors import CheckpointError
 from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
+from core.storage.interface import is_temporary
 from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import OWN, published_in, verify_folder
-from core.storage.store import is_temporary
 from core.untrusted import check_file, parse_object, read_limited
 
 _STAYS_HERE = (*OWN, REPORT, RECORD, HTML)
-"""What belongs to the run; the report and the record name where it is stored and tracked."""
+"""Files of the run; the report and the record name where it is stored and tracked."""
 _OF_A_CHECKPOINT = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -26,18 +26,12 @@ _OF_A_CHECKPOINT = (
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Check a checkpoint and return what goes up of it.
+    """Check a checkpoint and return name in the repository to file: small files, then weights in order.
 
-    A publication is verified by its manifest, except for the model card: that may have been edited.
-
-    Args:
-        folder: The checkpoint.
-
-    Returns:
-        Name in the repository to file, small files first, then the weights in order.
+    A publication is verified by its manifest, except for the model card, which may have been edited.
 
     Raises:
-        CheckpointError: If it is no complete checkpoint, or holds pickles.
+        CheckpointError: If it is not a complete checkpoint, or holds pickles.
         IntegrityError: If it is a publication, and a file is not what its manifest says.
     """
     published = published_in(folder)
@@ -64,10 +58,10 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 
 def is_stale(name: str) -> bool:
-    """Return whether a file of a repository is part of a checkpoint, and goes with it when another comes.
+    """Return whether a file of a repository is part of a checkpoint, and is removed when another comes.
 
-    Loaders would take some of them for the new checkpoint's: a ``model.safetensors`` goes before all shards.
-    Whatever else its owner keeps there stays: the card, the licence, pictures, GGUF files, folders.
+    Loaders would mix them up: they prefer a ``model.safetensors`` to all shards. Everything else stays: the
+    card, the licence, pictures, GGUF files, folders.
     """
     if "/" in name or name.upper().startswith(("LICENSE", "NOTICE")):
         return False
@@ -95,12 +89,12 @@ def _check_config(folder: Path) -> None:
     lacking = sorted(f"{module}.py" for module in code if not (folder / f"{module}.py").is_file())
     if lacking:
         raise CheckpointError(
-            f"{path} names code that is not there: {', '.join(lacking)}. Write the checkpoint again."
+            f"{path} names code that is missing: {', '.join(lacking)}. Write the checkpoint again."
         )
 
 
 def _check_card(path: Path) -> None:
-    """Check the card's front matter, which the hub would only look at once all else has been sent."""
+    """Check the card's front matter, which the hub would check only after all else was sent."""
     from huggingface_hub import ModelCard
 
     try:
@@ -111,7 +105,7 @@ def _check_card(path: Path) -> None:
 
 
 def _check_weights(folder: Path, shards: list[str]) -> None:
-    """Read every tensor that the index names, and see that there are no weights beside it."""
+    """Read every tensor that the index names, and refuse weights that it does not name."""
     with CheckpointReader(folder) as reader:
         for name in reader.names():
             reader.tensor(name)

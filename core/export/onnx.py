@@ -1,7 +1,7 @@
-"""Export to ONNX with a KV cache, for ONNX Runtime GenAI and whatever else runs ONNX.
+"""Export to ONNX with a KV cache, for ONNX Runtime GenAI and other ONNX runtimes.
 
-The graph takes the cache as inputs and returns it grown by the new tokens. Each layer's keys and values are
-of that layer's own number of heads, so layers may differ in all their sizes.
+The graph takes the cache as inputs and returns it with the new tokens. Keys and values have each layer's own
+number of heads, so layers may differ in all sizes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete, size_of
+from core.export.exported import Exported, put_when_complete
 from core.export.onnx_genai import genai_config
 from core.model.build import load_model, model_shape
 from core.model.checkpoint import Checkpoint, is_companion
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 GRAPH = "model.onnx"
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary scaling whose frequencies do not change with the length of the text: a trace keeps them."""
+"""Kinds of rotary scaling whose frequencies do not change with the length of the text."""
 
 
 def export_onnx(checkpoint: Path, output: Path) -> Exported:
@@ -42,20 +42,7 @@ def export_onnx(checkpoint: Path, output: Path) -> Exported:
     Inputs are ``input_ids`` and ``position_ids`` (B, T), ``attention_mask`` (B, P+T), 0 at padding, and
     ``past_key_values.<layer>.key`` and ``.value`` (B, K, P, A), where K is the layer's own and P, the tokens
     seen before, may be 0. Outputs are ``logits`` (B, T, V) and ``present.<layer>.key`` and ``.value``
-    (B, K, P+T, A). B, T and P are free in each call. Weights lie beside the graph in ``model.onnx_data``.
-
-    Args:
-        checkpoint: Folder of a checkpoint.
-        output: Folder to write; must not exist.
-
-    Returns:
-        The folder, and notes on which runtimes read it.
-
-    Raises:
-        CheckpointError: If the checkpoint is incomplete or corrupt.
-        UnsupportedModelError: If its family is not supported.
-        ExportError: If the packages that write ONNX are missing, the graph could not compute what the model
-            does, or the folder cannot be written.
+    (B, K, P+T, A). B, T and P are free in each call. Weights are beside the graph in ``model.onnx_data``.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -77,7 +64,7 @@ def export_onnx(checkpoint: Path, output: Path) -> Exported:
     params = model_shape(config).num_params()
     log.info("wrote %s: ONNX, %d parameters", output, params)
     notes = _notes(opened.layers)
-    return Exported(path=output, params=params, size_bytes=size_of(output), notes=notes)
+    return Exported(path=output, params=params, notes=notes)
 
 
 def _refuse_moving_frequencies(config: Any) -> None:
@@ -85,8 +72,8 @@ def _refuse_moving_frequencies(config: Any) -> None:
     kinds = {part["rope_type"] for part in ([rope] if "rope_type" in rope else rope.values())}
     for kind in sorted(kinds - set(_ROPE_TYPES)):
         raise ExportError(
-            f"its rotary scaling is {kind}, whose frequencies may change with the length of the text, and a "
-            f"traced graph does not follow that (only {', '.join(_ROPE_TYPES)}). Export another format."
+            f"its rotary scaling is {kind}, whose frequencies may change with the length of the text, but "
+            f"those of a traced graph are constant (fits {', '.join(_ROPE_TYPES)}). Export another format."
         )
 
 
@@ -106,10 +93,10 @@ class _Step(torch.nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         from transformers import DynamicCache
 
-        # Made without the config, it keeps all tokens in layers of sliding windows too, where the mask hides
-        # them: a cache that drops tokens counts them in Python, out of a trace's sight.
+        # Without the config it keeps all tokens for sliding windows too, where the mask hides them: a cache
+        # that drops tokens counts them in Python, which a trace does not see.
         cache = DynamicCache(past)
-        # By place: transformers has renamed the last.
+        # By position: transformers has renamed the last.
         logits = self.model(input_ids, attention_mask, position_ids, cache).logits
         layers: Any = cache.layers
         return logits, [(layer.keys, layer.values) for layer in layers]
@@ -121,7 +108,7 @@ def _write_graph(model: "PreTrainedModel", path: Path) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     layers, size = layer_shapes(model.config), head_dim(model.config)
-    # Sizes to trace with: no 0 or 1, which a trace may take for constants, and no two alike.
+    # Sizes to trace with: distinct, and not 0 or 1, which a trace may take for constants.
     batch, new, seen = 2, 3, 5
     keys = [torch.zeros(batch, layer.kv_heads, seen, size) for layer in layers]
     example = (
@@ -158,7 +145,7 @@ def _names(prefix: str, layers: Sequence[LayerShape]) -> list[str]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence PyTorch on operators that are not there and names that several inputs share on purpose."""
+    """Silence PyTorch on missing operators and on names that several inputs share on purpose."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,5 +162,5 @@ def _notes(layers: Sequence[LayerShape]) -> tuple[str, ...]:
         return ()
     return (
         "Layers differ in KV heads, which ONNX Runtime GenAI reads from the graph. Runtimes that shape the "
-        "first, empty cache by one number in config.json (Optimum, Transformers.js) do not run it.",
+        "first, empty cache by one number in config.json (Optimum, Transformers.js) cannot run it.",
     )

@@ -7,20 +7,13 @@ from core.model.checkpoint import Checkpoint
 from core.model.config import head_dim
 
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-"""What generation_config.json and genai_config.json call by the same name."""
+"""Entries with the same name in generation_config.json and genai_config.json."""
 
 
 def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
-    """Return the content of ``genai_config.json``.
+    """Return ``genai_config.json`` for a graph file; its sampling is that of the generation config.
 
-    It knows one number of KV heads; where layers differ, the runtime takes each layer's from the graph.
-
-    Args:
-        checkpoint: The checkpoint, whose generation config gives the end tokens and the sampling.
-        graph: File name of the graph.
-
-    Raises:
-        CheckpointError: If the generation config is damaged.
+    It has one number of KV heads; where layers differ, the runtime takes each layer's from the graph.
     """
     config, layers, generation = checkpoint.config, checkpoint.layers, checkpoint.generation_config
     decoder = {
@@ -62,13 +55,11 @@ def genai_config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
 
 
 def _special_tokens(generation: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Return the tokens that begin, end and pad a text; without one to pad, an end token does it."""
+    """Return the tokens that begin, end and pad a text; without one for padding, an end token serves."""
     ends = end_ids(generation, config)
-    tokens: dict[str, Any] = {"eos_token_id": ends} if ends else {}
-    for name in ("bos_token_id", "pad_token_id"):
-        token = generation.get(name, getattr(config, name, None))
-        if token is not None:
-            tokens[name] = token
-    if ends:
-        tokens.setdefault("pad_token_id", ends[0])
-    return tokens
+    named = ("bos_token_id", "pad_token_id")
+    tokens = {name: generation.get(name, getattr(config, name, None)) for name in named}
+    if tokens["pad_token_id"] is None and ends:
+        tokens["pad_token_id"] = ends[0]
+    tokens["eos_token_id"] = ends or None
+    return {name: token for name, token in tokens.items() if token is not None}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete, size_of
+from core.export.exported import Exported, put_when_complete
 from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.model.config import config_with_layers, layer_shapes
@@ -19,25 +19,16 @@ from core.model.shape import LayerShape, ModelShape
 log = logging.getLogger(__name__)
 
 _NOWHERE = -1
-"""Source of a slot that is filled with zeros."""
+"""Source of a slot of zeros."""
 
 
 def export_padded(checkpoint: Path, output: Path) -> Exported:
-    """Write a checkpoint of unequal layers as one of equal layers, each filled up with zeros.
+    """Write a checkpoint of unequal layers as one of equal layers, each padded with zeros.
 
-    All layers get the largest MLP width and head counts that hold every layer's. What is added is zero on
-    both sides: channels that no activation passes, query heads that no column of o_proj reads. In exact
-    arithmetic the logits are the same; in floating point a sum has more terms, so a kernel may add them in
-    another order, and the logits agree to the rounding of the number format. Weights are copied bit by bit.
-
-    Args:
-        checkpoint: Folder of a checkpoint.
-        output: Folder to write; must not exist.
-
-    Raises:
-        CheckpointError: If the checkpoint is incomplete or corrupt.
-        UnsupportedModelError: If its family is not supported.
-        ExportError: If its heads cannot be filled up, or the folder cannot be written.
+    All layers get the largest MLP width, and head counts that hold those of every layer. Padding is zero on
+    both sides: channels without activation, query heads that no column of o_proj reads. In exact arithmetic
+    the logits are the same; in floating point a kernel may add the terms of a longer sum in another order, so
+    logits agree to the rounding of the number format. Weights are copied bit by bit.
     """
     opened = Checkpoint(checkpoint)
     shapes, sizes = opened.layers, model_shape(opened.config)
@@ -52,28 +43,16 @@ def export_padded(checkpoint: Path, output: Path) -> Exported:
     with put_when_complete(output) as partial:
         opened.rewrite(partial, plain, change=pad, provenance=opened.provenance | padded_from)
     params = model_shape(plain).num_params()
-    weight_bytes = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    size_bytes = size_of(output)
-    notes = _notes(sizes, uniform, params, weight_bytes, size_bytes)
-    return Exported(path=output, params=params, size_bytes=size_bytes, notes=notes)
+    return Exported(path=output, params=params, notes=_notes(sizes, uniform, params))
 
 
 def pad_layer(
     family: Family, layer: LayerShape, tensors: Mapping[str, Tensor], uniform: LayerShape
 ) -> dict[str, Tensor]:
-    """Fill a decoder layer's tensors up with zeros to the sizes of a larger layer.
+    """Pad a decoder layer's tensors, by their names within it, with zeros to the sizes of a larger layer.
 
-    A query head reads the KV head of its group, so heads move to where their group lies in the larger layer.
-    Where a group is larger than those of the larger layer, its KV head is there more than once.
-
-    Args:
-        family: Says how groups lie in the tensors.
-        layer: Sizes of the layer.
-        tensors: Name within the layer to weight or bias.
-        uniform: Sizes to fill up to.
-
-    Returns:
-        The same names; tensors of no group are passed on as they are.
+    A query head reads the KV head of its group, so heads move to the place of their group in the larger
+    layer. If a group is larger than those of the larger layer, its KV head is copied.
     """
     sources = _sources(layer, uniform)
     padded = {}
@@ -81,7 +60,7 @@ def pad_layer(
         slicing = family.slicings.get(name)
         if slicing is not None:
             axis, length = slicing.axis, tensor.shape[slicing.axis]
-            # A row of zeros behind the last one: slots without a source take that.
+            # A row of zeros behind the last one serves slots without a source.
             rows = [
                 torch.cat([unit_rows, torch.full_like(unit_rows[:1], length)])[sources[kind]].flatten()
                 for kind, unit_rows in slicing.unit_rows(layer, length)
@@ -93,7 +72,7 @@ def pad_layer(
 
 
 def _sources(layer: LayerShape, uniform: LayerShape) -> dict[Kind, Tensor]:
-    """Return for each slot of ``uniform`` which group of ``layer`` it holds, (units,) int64."""
+    """Return the group of ``layer`` for each slot of ``uniform``, (units,) int64."""
     query = torch.full((uniform.query_heads,), _NOWHERE)
     kv = torch.full((uniform.kv_heads,), _NOWHERE)
     mlp = torch.full((uniform.mlp_width,), _NOWHERE)
@@ -108,17 +87,17 @@ def _sources(layer: LayerShape, uniform: LayerShape) -> dict[Kind, Tensor]:
 
 
 def _copies(layer: LayerShape, per_slot: int) -> int:
-    """Return how often a KV head must be there if only ``per_slot`` query heads may read each."""
+    """Return how many copies of a KV head there must be if at most ``per_slot`` query heads read each."""
     return -(-layer.heads_per_group // per_slot)
 
 
 def _plain_config(config: Any, sizes: ModelShape) -> Any:
-    """Return the config of equal layers, of the smallest sizes that hold every layer and that it accepts."""
+    """Return the config of equal layers, of the smallest sizes that hold every layer and that are valid."""
     family = family_of(config)
     heads = {(layer.query_heads, layer.kv_heads) for layer in sizes.layers}
     if len(heads) > 1 and not family.prunes_heads:
         raise ExportError(
-            f"layers of {family.model_type} with different head counts cannot be filled up: it normalises "
+            f"layers of {family.model_type} with different head counts cannot be padded: it normalises "
             "queries and keys over all heads at once, and zeros would change the mean. Export another format."
         )
     for uniform in _candidates(sizes, config.hidden_size):
@@ -132,10 +111,10 @@ def _plain_config(config: Any, sizes: ModelShape) -> Any:
 
 
 def _candidates(sizes: ModelShape, hidden_size: int) -> list[LayerShape]:
-    """Return sizes that hold every layer, those of the fewest parameters first, then of the fewest KV heads.
+    """Return sizes that hold every layer, by parameters, then by KV heads.
 
     Layers may differ in how many query heads share a KV head. For each such number n the KV heads follow: a
-    group of more than n query heads takes several KV heads, all of them copies.
+    group of more than n query heads takes several copies of its KV head.
     """
     width = max(layer.mlp_width for layer in sizes.layers)
     most = max(hidden_size, *(layer.query_heads for layer in sizes.layers))
@@ -149,20 +128,17 @@ def _candidates(sizes: ModelShape, hidden_size: int) -> list[LayerShape]:
     return sorted(found, key=lambda layer: (sizes.attention_params(layer), layer.kv_heads))
 
 
-def _notes(
-    sizes: ModelShape, uniform: LayerShape, params: int, weight_bytes: int, size_bytes: int
-) -> tuple[str, ...]:
+def _notes(sizes: ModelShape, uniform: LayerShape, params: int) -> tuple[str, ...]:
     before = sizes.num_params()
     if all(layer == uniform for layer in sizes.layers):
         return ("All layers are of the same size: nothing was added.",)
     cost = (
-        f"Filled up with zeros from {before:,} to {params:,} parameters ({params / before:.2f} times; "
-        f"{weight_bytes:,} bytes of weights became a folder of {size_bytes:,}). Each layer is as large and "
-        f"as slow as the widest: {uniform.query_heads} query heads, {uniform.kv_heads} KV heads, MLP width "
-        f"{uniform.mlp_width:,}."
+        f"Padded with zeros from {before:,} to {params:,} parameters ({params / before:.2f}x). Each layer "
+        f"is as large and slow as the widest: {uniform.query_heads} query heads, {uniform.kv_heads} KV "
+        f"heads, MLP width {uniform.mlp_width:,}."
     )
     if all(layer.kv_heads == uniform.kv_heads for layer in sizes.layers):
         return (cost,)
     kv_heads = sum(layer.kv_heads for layer in sizes.layers)
     ratio = uniform.kv_heads * len(sizes.layers) / kv_heads
-    return (cost, f"The KV cache grows with the KV heads, to {ratio:.2f} times.")
+    return (cost, f"The KV cache grows with the KV heads, {ratio:.2f}x.")

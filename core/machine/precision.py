@@ -11,10 +11,10 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,20 +58,6 @@ class Choice:
             return f"auto, for {self.device}"
         rates = " and ".join(f"{rate:.1f} GFLOP/s in {name}" for name, rate in self.gflop_per_s.items())
         return f"auto, for {self.device}: {rates}"
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Choice":
-        """Read the result of ``dataclasses.asdict``.
-
-        Raises:
-            ValueError: If it is not one.
-            KeyError: If an entry is missing.
-        """
-        precision, device, rates = data["precision"], data["device"], dict(data["gflop_per_s"])
-        if precision not in ("float32", "bfloat16") or not isinstance(device, str):
-            raise ValueError(f"precision {precision!r} of device {device!r} is not one that is chosen")
-        rates = {str(name): float(rate) for name, rate in rates.items()}
-        return cls(precision=precision, device=device, gflop_per_s=rates)
 
 
 ACCELERATORS = Choice(precision="bfloat16", device="the accelerators of the cluster")

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from core.errors import PlanError
 from core.model.shape import LayerShape
 from core.pruning.scoring.statistics import LayerScores
-from core.untrusted import check_format, parse_object
+from core.untrusted import decode
 
 FORMAT = 1
 """Of ``plan.json``."""
@@ -101,28 +100,17 @@ class Plan:
             FormatError: If a newer version has written it.
             PlanError: If the file is not a plan.
         """
+        again = "Run score-layers again."
         try:
-            data = parse_object(path.read_bytes())
-            check_format(data, FORMAT, str(path))
-            data.pop("format", None)
-            plan = cls(**data | _tuples(data))
-            plan._check_types()
-            return plan
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{path} is not a plan ({error}). Run score-layers again.") from error
-
-    def _check_types(self) -> None:
-        kept = [number for layer in self.layers for group in astuple(layer) for number in group]
-        sizes = [number for shape in self.before for number in astuple(shape)]
-        params = [self.params_before, self.params_after, self.target_params]
-        if any(type(number) is not int for number in (*kept, *sizes, *params)) or min(sizes, default=1) < 1:
-            raise ValueError("its groups and sizes are no whole numbers")
-        if any(type(number) not in (int, float) for number in (*self.importance, *self.sparsity)):
-            raise ValueError("its importances are no numbers")
-        if not isinstance(self.checkpoint, str) or not isinstance(self.statistics, str):
-            raise ValueError("its digests are no text")
-        if len(self.layers) != len(self.before):
-            raise ValueError(f"it plans {len(self.layers)} of {len(self.before)} layers")
+            content = path.read_bytes()
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read ({error}). {again}") from error
+        plan = decode(cls, content, str(path), again, newest=FORMAT, error=PlanError)
+        if len(plan.layers) != len(plan.before):
+            raise PlanError(f"{path} plans {len(plan.layers)} of {len(plan.before)} layers. {again}")
+        if any(size < 1 for shape in plan.before for size in astuple(shape)):
+            raise PlanError(f"{path} is damaged: a layer has no groups. {again}")
+        return plan
 
     def check(self, checkpoint: str, layers: Sequence[LayerShape]) -> None:
         """Refuse a checkpoint that the plan was not made for.
@@ -140,15 +128,6 @@ class Plan:
         for index, (plan, shape) in enumerate(zip(self.layers, self.before, strict=True)):
             if not _fits(plan, shape):
                 raise PlanError(f"the plan keeps groups that layer {index} does not have. Score it again.")
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "layers": tuple(LayerPlan(**{k: tuple(v) for k, v in layer.items()}) for layer in data["layers"]),
-        "before": tuple(LayerShape(**layer) for layer in data["before"]),
-        "importance": tuple(data["importance"]),
-        "sparsity": tuple(data["sparsity"]),
-    }
 
 
 def _fits(plan: LayerPlan, shape: LayerShape) -> bool:

@@ -1,6 +1,6 @@
-"""The model card of a run's result: the ``README.md`` that lies in its folder and that the hub shows.
+"""The model card of a run's result: the ``README.md`` in its folder, which the hub shows.
 
-It states what was measured and what is known; what is not is left out. The same record gives the same text.
+Unknown and unmeasured things are left out. Equal records give equal text.
 """
 
 import re
@@ -30,9 +30,9 @@ def model_card(
     Args:
         record: The run; the dense model and at least one phase.
         config: The checkpoint's ``config.json``.
-        licence: What the base model states of its licence and languages (``core.bases.licence.FACTS``).
-        legal_files: Names of the base model's licence files that lie in the checkpoint's folder.
-        formats: Formats of ``adapt-pruner export`` that hold such a model.
+        licence: The base model's licence and languages (``core.bases.licence.FACTS``).
+        legal_files: The base model's licence files in the checkpoint's folder.
+        formats: Formats that the checkpoint can be exported to.
     """
     return render(
         "card.md",
@@ -55,49 +55,45 @@ def model_card(
     )
 
 
-def hub_id(record: RunRecord) -> str | None:
-    """Return the id of the base model on the Hugging Face hub; None if it came from somewhere else.
+def _hub_id(record: RunRecord) -> str | None:
+    """Return the id of the base model on the Hugging Face hub; None if it came from elsewhere.
 
-    Only a revision on the hub is a commit; all others are digests of their content, and shorter.
+    Revisions on the hub are commits; all others are content digests, which are shorter.
     """
     on_the_hub = re.fullmatch("[0-9a-f]{40}", record.revision)
     return record.base if on_the_hub and re.fullmatch(r"[\w.-]+/[\w.-]+", record.base) else None
 
 
 def _front_matter(record: RunRecord, licence: Mapping[str, Any], legal_files: Sequence[str]) -> str:
-    base = hub_id(record)
+    base = _hub_id(record)
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base:
         data["base_model"] = base
         if record.trained:
             data["base_model_relation"] = "finetune"
-    data |= {name: licence[name] for name in FACTS if name in licence}
-    link = _licence_link(record, licence, legal_files)
-    data.pop("license_link", None)
-    if link:
-        data["license_link"] = link
+    facts = {**licence, "license_link": _licence_link(record, licence, legal_files)}
+    data |= {name: facts[name] for name in FACTS if facts.get(name) is not None}
     data["tags"] = ["adapt-pruner", "pruned"]
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def _licence_link(record: RunRecord, licence: Mapping[str, Any], legal_files: Sequence[str]) -> str | None:
-    """Return where the licence is: a link of the base's own repository does not lead anywhere from here."""
-    link, base = licence.get("license_link"), hub_id(record)
+    """Return the address of the licence; a link within the base's repository is dead from here."""
+    link, base = licence.get("license_link"), _hub_id(record)
     if link is None or "://" in link or link in legal_files:
         return link
     return f"https://huggingface.co/{base}/blob/{record.revision}/{link}" if base else None
 
 
 def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Return what was measured of both: (measure, base model, this model)."""
+    """Return the measures of both models: (measure, base model, this model)."""
     dense, final = record.phases[0], record.phases[-1]
     evaluation = record.settings.get("evaluation", {})
     rows = []
     if dense.perplexity is not None and final.perplexity is not None:
-        windows = (
-            f"{evaluation.get('perplexity_windows')} windows of {evaluation.get('perplexity_length')} tokens"
-        )
-        measure = f"perplexity (lower is better), {windows} of {_source(evaluation.get('perplexity') or {})}"
+        windows, length = evaluation.get("perplexity_windows"), evaluation.get("perplexity_length")
+        text = _source(evaluation.get("perplexity") or {})
+        measure = f"perplexity (lower is better), {windows} windows of {length} tokens of {text}"
         rows.append((measure, perplexity_text(dense.perplexity), perplexity_text(final.perplexity)))
     limit = evaluation.get("limit")
     items = f"at most {limit} items" if limit else "all items"
@@ -110,7 +106,7 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _phase_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
-    """Return header to one text a phase; columns without any value are left out."""
+    """Return header to one text a phase, without empty columns."""
     columns = {
         "phase": [str(phase.phase) if phase.phase else "base model" for phase in phases],
         "parameters": [f"{phase.params:,}" for phase in phases],
@@ -122,13 +118,13 @@ def _phase_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """Return the settings that decide the result as YAML, without where it was stored, tracked and run."""
+    """Return the settings as YAML, without those of storage, tracking and cluster."""
     kept = {name: _public(value) for name, value in settings.items() if name not in _OF_THE_PLACE}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
 
 
 def _public(value: Any) -> Any:
-    """Return a setting without the folders, addresses and passwords that it may name."""
+    """Return a setting without folders, addresses and passwords."""
     if isinstance(value, Mapping):
         return {name: _public(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -141,7 +137,7 @@ def _short_name(base: str) -> str:
 
 
 def _base_text(record: RunRecord) -> str:
-    base, revision = hub_id(record), record.revision
+    base, revision = _hub_id(record), record.revision
     if base:
         return f"[{base}](https://huggingface.co/{base}/tree/{revision}) at commit {code(revision)}"
     name = code(public_path(record.base))
@@ -149,7 +145,7 @@ def _base_text(record: RunRecord) -> str:
 
 
 def _source(source: Mapping[str, Any]) -> str:
-    """Return what names a text: its path and, where they are not the usual ones, its subset and split."""
+    """Return a text's path, with its subset and a split other than ``train``."""
     subset, split = source.get("subset"), source.get("split")
     more = [str(subset)] * bool(subset) + [str(split)] * bool(split and split != "train")
     return code(public_path(str(source.get("path", "")))) + (f" ({', '.join(more)})" if more else "")

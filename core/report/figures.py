@@ -1,17 +1,17 @@
-"""The pictures of a run, as matplotlib figures and as inline SVG.
+"""The figures of a run, as matplotlib figures and as inline SVG.
 
-Blue is what stays, orange what goes, and the two differ in lightness, too, for colour-blind readers and grey
-prints. Importing matplotlib takes half a second, which the first figure pays.
+Blue is what stays, orange what goes; they differ in lightness too, for colour-blind readers and grey prints.
+Importing matplotlib takes half a second, so only the first figure does it.
 """
 
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from core.runs.record import LayerSizes, PhaseRecord, RunRecord, accuracies, count_text, perplexity_text
+from core.runs.record import PhaseRecord, RunRecord, accuracies, count_text, perplexity_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ _TASK_MARKERS = "osD^vPX*"
 _FONTS = "'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _WIDTH = 10.6  # inches
 _FEW_PHASES = 4  # up to here phases have names and cells have numbers
-_MANY_LAYERS = 48  # above this bars and cells are too narrow for numbers
+_MANY_LAYERS = 48  # above this, bars and cells are too narrow for numbers
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": _INK,
@@ -60,21 +60,16 @@ def _figure(height: float) -> "Figure":
 
 @_styled()
 def widths_figure(record: RunRecord) -> "Figure":
-    """Draw what every layer keeps and what each phase takes: MLP channels, query heads, KV heads."""
+    """Draw what every layer keeps and what each phase removes: MLP channels, query heads, KV heads."""
     phases = record.phases
-    rows: list[tuple[str, Callable[[LayerSizes], int]]] = [
-        ("MLP width", lambda sizes: sizes.mlp_width),
-        ("query heads", lambda sizes: sizes.query_heads),
-    ]
-    if any(sizes.kv_heads != sizes.query_heads for sizes in phases[0].layers):
-        rows.append(("KV heads", lambda sizes: sizes.kv_heads))
-    else:
-        rows[1] = ("heads", rows[1][1])
+    rows = {"MLP width": "mlp_width", "query heads": "query_heads", "KV heads": "kv_heads"}
+    if all(sizes.kv_heads == sizes.query_heads for sizes in phases[0].layers):
+        rows = {"MLP width": "mlp_width", "heads": "query_heads"}
     ratios = [3.2, 1.0, 0.7][: len(rows)]
     figure = _figure(0.9 + sum(ratios))
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    for (label, size), ax in zip(rows, axes, strict=True):
-        _stack(ax, [[size(sizes) for sizes in phase.layers] for phase in phases])
+    axes = figure.subplots(len(rows), 1, sharex=True, height_ratios=ratios)
+    for (label, size), ax in zip(rows.items(), axes, strict=True):
+        _stack(ax, [[getattr(sizes, size) for sizes in phase.layers] for phase in phases])
         ax.set_ylabel(label)
     if len(phases[0].layers) <= _MANY_LAYERS:
         _number_bars(axes[0], [sizes.mlp_width for sizes in phases[-1].layers])
@@ -85,21 +80,17 @@ def widths_figure(record: RunRecord) -> "Figure":
 
 def _number_bars(ax: "Axes", sizes: Sequence[int]) -> None:
     """Write each size at the foot of its bar, or on top of a bar that is too low to hold it."""
-    low = 0.15 * ax.get_ylim()[1]
+    top = ax.get_ylim()[1]
     for i, size in enumerate(sizes):
-        text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
-        gap = 0.02 * ax.get_ylim()[1]
-        ax.text(
-            i, gap if size > low else size + gap, str(size), color="white" if size > low else "black", **text
-        )
+        bottom, colour = (0, "white") if size > 0.15 * top else (size, "black")
+        style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
+        ax.text(i, bottom + 0.02 * top, str(size), color=colour, **style)
 
 
 def _stack(ax: "Axes", sizes: Sequence[Sequence[int]]) -> None:
-    """Stack bars a layer: the last phase's size, then what each phase took, back to the dense size.
+    """Stack bars a layer: the last phase's size, then what each phase removed, up to the dense size.
 
-    Args:
-        ax: Where to draw.
-        sizes: A size for each phase (dense first) and layer.
+    ``sizes`` are by phase (dense first) and layer.
     """
     floor = [0] * len(sizes[0])
     _bars(ax, floor, sizes[-1], facecolor=_KEPT, edgecolor="none")
@@ -117,7 +108,7 @@ def _stack(ax: "Axes", sizes: Sequence[Sequence[int]]) -> None:
 
 
 def _bars(ax: "Axes", bottoms: Sequence[int], tops: Sequence[int], **style: Any) -> None:
-    """Draw all bars as one path: with 20 phases of 32 layers, ten times smaller than a shape a bar."""
+    """Draw all bars as one path: for 20 phases of 32 layers, ten times smaller than a shape a bar."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -205,13 +196,9 @@ def _heat_map(
             for x, value in enumerate(row):
                 red, green, blue, _ = mesh.to_rgba(np.array([value]))[0]
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
-                cell: dict[str, Any] = {
-                    "ha": "center",
-                    "va": "center",
-                    "fontsize": 7.5,
-                    "color": "white" if dark else _INK,
-                }
-                ax.text(x + 0.5, y + 0.5, text.format(value).replace("-0.0", "0.0"), **cell)
+                cell: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
+                shown = text.format(value).replace("-0.0", "0.0")
+                ax.text(x + 0.5, y + 0.5, shown, color="white" if dark else _INK, **cell)
 
 
 def _layer_axis(ax: "Axes", layers: int) -> None:
@@ -224,14 +211,14 @@ def _layer_axis(ax: "Axes", layers: int) -> None:
 
 @_styled()
 def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) -> "Figure":
-    """Draw how much the loss grows (nats a token) as each layer alone is pruned, above its importance."""
+    """Draw how much the loss grows (nats a token) if one layer alone is pruned, above its importance."""
     figure = _figure(4.6)
     axes = figure.subplots(2, 1, sharex=True)
     rows = ((increases, _GONE, "loss increase, nats a token"), (importance, _KEPT, "importance"))
     for ax, (values, colour, title) in zip(axes, rows, strict=True):
         ax.bar(range(len(values)), values, color=colour)
         middle, top = sorted(values)[len(values) // 2], max(values)
-        if top > 10 * middle > 0:  # one layer that towers above the others would hide how they differ
+        if top > 10 * middle > 0:  # one very tall bar would hide the differences of the others
             linear = 10.0 ** math.ceil(math.log10(middle))
             ax.set_yscale("symlog", linthresh=linear)
             ax.set_yticks([0, linear / 2, *(linear * 10**k for k in range(9) if linear * 10**k <= top)])
@@ -247,11 +234,8 @@ def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) 
 @_styled()
 def quality_figure(record: RunRecord) -> "Figure | None":
     """Draw perplexity and accuracy of every phase against its parameters; None if neither was measured."""
-    draw: list[Callable[[Axes, RunRecord], None]] = []
-    if any(phase.perplexity is not None for phase in record.phases):
-        draw.append(_draw_perplexity)
-    if any(accuracies(phase) for phase in record.phases):
-        draw.append(_draw_accuracy)
+    draw = [_draw_perplexity] * any(phase.perplexity is not None for phase in record.phases)
+    draw += [_draw_accuracy] * any(accuracies(phase) for phase in record.phases)
     if not draw:
         return None
     figure = _figure(3.6)
@@ -267,16 +251,14 @@ def quality_figure(record: RunRecord) -> "Figure | None":
 
 
 def _draw_perplexity(ax: "Axes", record: RunRecord) -> None:
-    path: list[tuple[int, float]] = []
-    pruned: list[tuple[int, float]] = []
-    ended: list[tuple[int, float]] = []
-    for phase in record.phases:
-        if record.trained and phase.perplexity_pruned is not None and math.isfinite(phase.perplexity_pruned):
-            pruned.append((phase.params, phase.perplexity_pruned))
-            path.append(pruned[-1])
-        if phase.perplexity is not None and math.isfinite(phase.perplexity):
-            ended.append((phase.params, phase.perplexity))
-            path.append(ended[-1])
+    both = [
+        (phase.params, phase.perplexity_pruned if record.trained else None, phase.perplexity)
+        for phase in record.phases
+    ]
+    pruned = [(params, value) for params, value, _ in both if value is not None and math.isfinite(value)]
+    ended = [(params, value) for params, _, value in both if value is not None and math.isfinite(value)]
+    # In a phase of one size the pruned value comes first.
+    path = sorted([*pruned, *ended], key=lambda point: -point[0])
     if not path:
         return
     ax.plot(*zip(*path, strict=True), color="#b5b5b5", linewidth=1, zorder=1)
@@ -336,9 +318,9 @@ def training_figure(record: RunRecord) -> "Figure | None":
         losses = [loss for _, loss, _ in phase.losses]
         if many:
             above.plot(steps, losses, color="#8fb8d3", linewidth=0.8, label="each step")
-            above.plot(
-                steps, _smooth(losses, window), color=_KEPT, linewidth=1.8, label=f"mean of {window} steps"
-            )
+            parts = [losses[max(0, i + 1 - window) : i + 1] for i in range(len(losses))]
+            means = [sum(part) / len(part) for part in parts]
+            above.plot(steps, means, color=_KEPT, linewidth=1.8, label=f"mean of {window} steps")
         else:
             above.plot(steps, losses, "o-", color=_KEPT, markersize=3)
     if many:
@@ -355,7 +337,7 @@ def training_figure(record: RunRecord) -> "Figure | None":
 
 
 def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: int) -> None:
-    """Draw a line where a phase begins, with its number wherever there is room for one."""
+    """Draw a line where a phase begins, with its number if there is room."""
     last = -math.inf
     for phase in phases:
         start = phase.losses[0][0]
@@ -367,15 +349,6 @@ def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: in
             last = start
 
 
-def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of the last ``window`` values at each point."""
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i + 1 - window) : i + 1]
-        means.append(sum(part) / len(part))
-    return means
-
-
 def _sparse(items: Sequence[int], most: int) -> list[int]:
     """Thin ``items`` to at most ``most``, at equal distances, with the last one."""
     return list(items[::-1][:: -(-len(items) // most)][::-1]) if items else []
@@ -383,12 +356,10 @@ def _sparse(items: Sequence[int], most: int) -> list[int]:
 
 @_styled()
 def inline_svg(figure: "Figure", *, name: str, label: str) -> str:
-    """Return ``figure`` as an SVG element to stand inside HTML.
+    """Return ``figure`` as an SVG element for HTML.
 
-    Args:
-        figure: The figure.
-        name: A short word that makes the ids of this picture different from those of others on the page.
-        label: What a screen reader says; plain text without markup.
+    ``name``, a short word, keeps its ids apart from those of other figures on the page; ``label`` is plain
+    text for screen readers.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

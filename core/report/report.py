@@ -1,7 +1,8 @@
-"""The report of a run: one HTML file that holds everything it shows, and the table for the terminal."""
+"""The report of a run, one self-contained HTML file, and its table for the terminal."""
 
 import dataclasses
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,15 +26,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _Card = tuple[str, tuple[str, ...], str]
-"""A heading, one value or two, and a small text."""
+"""A heading, one or two values, and a small text."""
 
 _MANY_TASKS = 4  # above this the benchmarks have a table of their own
+
+_SCREEN_READERS = {
+    "widths": "Width of every layer",
+    "layers": "Importance and sparsity of every layer",
+    "quality": "Perplexity and accuracy against parameters",
+    "training": "Training loss and learning rate",
+}
 
 
 def build_report(record: RunRecord) -> str:
     """Return the report of a run as one HTML document that loads nothing from elsewhere.
 
-    The same record gives the same text. What was not measured is left out.
+    Equal records give equal text. What was not measured is left out.
     """
     revision = f" @ {record.revision}" if record.revision else ""
     tracked = f", MLflow run {record.tracking_run}" if record.tracking_run else ""
@@ -41,15 +49,9 @@ def build_report(record: RunRecord) -> str:
     apart = len(tasks) > _MANY_TASKS
     columns = {"phase": _names(record.phases)} | _task_columns(record.phases, tasks, errors=False)
     has_layers = any(phase.importance and phase.sparsity for phase in record.phases)
-    pictures = {
-        "widths": (widths_figure(record) if len(record.phases) > 1 else None, "Width of every layer"),
-        "layers": (
-            layers_figure(record) if has_layers else None,
-            "Importance and sparsity of every layer",
-        ),
-        "quality": (quality_figure(record), "Perplexity and accuracy against parameters"),
-        "training": (training_figure(record), "Training loss and learning rate"),
-    }
+    seconds: Counter[str] = Counter()
+    for phase in record.phases:
+        seconds.update(phase.seconds)
     return render(
         "report.html",
         title=_title(record),
@@ -60,8 +62,13 @@ def build_report(record: RunRecord) -> str:
         has_tasks=bool(tasks),
         benchmarks=columns if apart else {},
         speed_columns=_speed_columns,
-        pictures=_drawn(pictures),
-        seconds=_step_seconds(record.phases),
+        pictures=_drawn(
+            widths=widths_figure(record) if len(record.phases) > 1 else None,
+            layers=layers_figure(record) if has_layers else None,
+            quality=quality_figure(record),
+            training=training_figure(record),
+        ),
+        seconds=seconds,
         usage=_usage(record) if record.checkpoint_uri else (),
         settings=_settings(record.settings, record.chosen),
     )
@@ -70,32 +77,27 @@ def build_report(record: RunRecord) -> str:
 def build_phase_report(record: RunRecord) -> str:
     """Return the report of one phase as one HTML document that loads nothing from elsewhere.
 
-    Args:
-        record: The dense model, the phase before and the phase; the dense model alone is its own phase.
+    ``record`` holds the dense model, the phase before and the phase; or the dense model alone.
     """
     last = record.phases[-1]
     name = f"phase {last.phase}" if last.phase else "dense model"
     text = f"{count_text(last.tokens)} training tokens" if last.tokens else "no training"
-    pictures = {
-        "widths": (widths_figure(record), "Width of every layer"),
-        "training": (
-            training_figure(dataclasses.replace(record, phases=(last,))),
-            "Training loss and learning rate",
-        ),
-    }
     return render(
         "phase.html",
         title=f"{record.name}, {name}",
         subtitle=f"{record.base}, run {record.key}",
         record=record,
         cards=[*_measures(record), ("Time", (seconds_text(sum(last.seconds.values())),), text)],
-        pictures=_drawn(pictures),
+        pictures=_drawn(
+            widths=widths_figure(record),
+            training=training_figure(dataclasses.replace(record, phases=(last,))),
+        ),
         seconds=last.seconds,
     )
 
 
 def phase_table(record: RunRecord) -> "Table":
-    """Return the table of phases for a terminal; with a few benchmarks it fits 80 columns."""
+    """Return the table of phases for a terminal; with few benchmarks it fits 80 columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -123,12 +125,12 @@ def phase_table(record: RunRecord) -> "Table":
 
 
 def speed_rows(speed: SpeedRecord) -> list[tuple[str, str, str, str]]:
-    """Return what was measured in one runtime as (measure, base, checkpoint, ratio); above 1 is better."""
+    """Return the speed in one runtime as (measure, base, checkpoint, ratio); above 1 is better."""
     rows = []
     for job, (base, checkpoint) in speed.tokens_per_s.items():
         kind, batch = job.split()
-        name = {"prompt": "reading prompts", "decode": "writing answers"}[kind]
-        together = f", {batch} together" if batch != "1" else ""
+        name = {"prompt": "prefill", "decode": "decoding"}[kind]
+        together = f", batch of {batch}" if batch != "1" else ""
         rates = (f"{base:,.1f}", f"{checkpoint:,.1f}", f"{speed.speedups[job]:.2f}")
         rows.append((f"{name}{together} (tokens/s)", *rates))
     (base, checkpoint), (base_bytes, own_bytes) = speed.load_s, speed.memory_bytes
@@ -144,25 +146,23 @@ def _title(record: RunRecord) -> str:
 
 
 def _headline(record: RunRecord) -> list[_Card]:
-    """Return the result in large numbers: size, perplexity, accuracy (dense and final) and time."""
+    """Return size, perplexity, accuracy (dense and final) and time."""
     if not record.phases:
         return []
     items = _measures(record)
     if seconds := sum(sum(phase.seconds.values()) for phase in record.phases):
         phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
-        tokens = count_text(sum(phase.tokens for phase in record.phases))
-        text = f"{phases}, {tokens} training tokens" if record.trained else f"{phases}, no training"
+        tokens = count_text(sum(phase.tokens for phase in record.phases)) if record.trained else ""
+        text = f"{phases}, {tokens} training tokens" if tokens else f"{phases}, no training"
         items.append(("Time", (seconds_text(seconds),), text))
     return items
 
 
 def _measures(record: RunRecord) -> list[_Card]:
-    """Return size, perplexity and accuracy of the dense and of the last model, as far as they are known."""
+    """Return size, perplexity and accuracy of the dense and the last model, if known."""
     dense, final = record.phases[0], record.phases[-1]
-    items: list[_Card] = []
-    items.append(
-        ("Parameters", (count_text(dense.params), count_text(final.params)), _size_text(dense, final))
-    )
+    counts = (count_text(dense.params), count_text(final.params))
+    items: list[_Card] = [("Parameters", counts, _size_text(dense, final))]
     if dense.perplexity and final.perplexity:
         values = (perplexity_text(dense.perplexity), perplexity_text(final.perplexity))
         text = f"{100 * (final.perplexity / dense.perplexity - 1):+.0f} %"
@@ -186,15 +186,14 @@ def _size_text(dense: PhaseRecord, final: PhaseRecord) -> str:
 
 
 def _speed_columns(speed: SpeedRecord) -> dict[str, Sequence[str]]:
-    headers = ("measured in turn", "dense", "pruned", "ratio")
+    headers = ("measured alternately", "dense", "pruned", "ratio")
     return dict(zip(headers, zip(*speed_rows(speed), strict=True), strict=True))
 
 
-def _drawn(pictures: "Mapping[str, tuple[Figure | None, str]]") -> dict[str, str | None]:
-    """Return the figures, each with what a screen reader says of it, as SVG."""
+def _drawn(**figures: "Figure | None") -> dict[str, str | None]:
     return {
-        name: None if figure is None else inline_svg(figure, name=name, label=label)
-        for name, (figure, label) in pictures.items()
+        name: None if figure is None else inline_svg(figure, name=name, label=_SCREEN_READERS[name])
+        for name, figure in figures.items()
     }
 
 
@@ -204,11 +203,10 @@ def _names(phases: Sequence[PhaseRecord]) -> list[str]:
 
 def _tasks(phases: Sequence[PhaseRecord]) -> dict[str, str]:
     """Return every task with its headline metric."""
-    found = {}
-    for phase in phases:
-        for task, metrics in phase.tasks.items():
-            if task not in found and (best := headline_metric(metrics)) is not None:
-                found[task] = best[0]
+    found: dict[str, str] = {}
+    for task, metrics in (item for phase in phases for item in phase.tasks.items()):
+        if (best := headline_metric(metrics)) is not None:
+            found.setdefault(task, best[0])
     return found
 
 
@@ -249,16 +247,8 @@ def _task_columns(
     }
 
 
-def _step_seconds(phases: Sequence[PhaseRecord]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for phase in phases:
-        for step, seconds in phase.seconds.items():
-            totals[step] = totals.get(step, 0.0) + seconds
-    return totals
-
-
 def _usage(record: RunRecord) -> list[tuple[str, str]]:
-    """Return what to type to talk to the result, to inspect it, to load it and to see the runs."""
+    """Return commands and code that use the result, each with a title."""
     place = without_password(record.checkpoint_uri.removeprefix("file://"))
     folder, fetch = place, ""
     if "://" in place:
@@ -278,24 +268,23 @@ def _usage(record: RunRecord) -> list[tuple[str, str]]:
     blocks = [("The checkpoint", place), ("On the command line", shell), ("In Python", python)]
     if "://" in place:
         blocks = [blocks[0], blocks[2], blocks[1]]  # fetched in Python first
-    uri = without_password(record.tracking_uri)
-    if uri.startswith(("http://", "https://")):
-        blocks.append(("The run in MLflow", uri))
-    elif uri:
-        blocks.append(("The run in MLflow", f"mlflow ui --backend-store-uri {shlex.quote(uri)}"))
+    if uri := without_password(record.tracking_uri):
+        served = uri.startswith(("http://", "https://"))
+        command = uri if served else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        blocks.append(("The run in MLflow", command))
     return blocks
 
 
 def _settings(settings: Mapping[str, Any], chosen: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Return section to (setting, value); a precision that was chosen says why."""
+    """Return section to (setting, value); a chosen precision comes with its reason."""
     own = {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
     sections = {"run": own} | {k: v for k, v in settings.items() if isinstance(v, Mapping)}
-    sections.pop("cluster", None)  # what it says is fixed in the compiled pipeline, and is nothing here
-    rows = {name: _flat(values, "") for name, values in sections.items()}
-    for where, why in chosen.items():
-        found = rows.get(where, [])
-        rows[where] = [(name, f"{value} ({why})" if name == "precision" else value) for name, value in found]
-    return rows
+    sections.pop("cluster", None)  # it belongs to the compiled pipeline, and means nothing here
+    rows = {section: dict(_flat(values, "")) for section, values in sections.items()}
+    for section, why in chosen.items():
+        if "precision" in rows.get(section, {}):
+            rows[section]["precision"] += f" ({why})"
+    return {section: list(found.items()) for section, found in rows.items()}
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, str]]:

@@ -9,11 +9,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")
 
 
 def build_phase_summary(record: RunRecord) -> str:
-    """Return what was measured in a phase beside the dense model.
-
-    Args:
-        record: The dense model first and the phase last; the dense model alone is its own phase.
-    """
+    """Return the measures of the record's last phase beside those of its first, the dense model."""
     dense, phase = record.phases[0], record.phases[-1]
     shown = [dense, phase] if phase.phase else [dense]
     names = [f"phase {each.phase}" if each.phase else "dense model" for each in shown]
@@ -24,12 +20,12 @@ def build_phase_summary(record: RunRecord) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return a text in one line that Markdown shows as it is: ``acc_norm`` without italics."""
+    """Return a text on one line, escaped for Markdown: ``acc_norm`` without italics."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
-    """Yield measures with one cell a phase, a dash where it was not measured."""
+    """Yield measures with one cell a phase, a dash if not measured."""
     yield "parameters", *(f"{phase.params:,}" for phase in phases)
     yield "perplexity after pruning", *(perplexity_text(phase.perplexity_pruned) for phase in phases)
     yield "perplexity", *(perplexity_text(phase.perplexity) for phase in phases)

@@ -11,11 +11,9 @@ from core.runs.record import count_text, perplexity_text, seconds_text
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of the folder beside this module.
+    """Fill in a template of the folder beside this module; a missing value is an error.
 
-    Args:
-        template: Its file name; in a ``.html`` every value is escaped that is not ``markupsafe.Markup``.
-        values: By the names that the template has for them; a missing one is an error.
+    In a ``.html``, all values but ``markupsafe.Markup`` are escaped.
     """
     return _environment().get_template(template).render(**values)
 
@@ -43,7 +41,7 @@ def _environment() -> Environment:
 
 
 def code(text: Any) -> str:
-    """Return text between backticks, without what would end them, the line or the cell of a table."""
+    """Return text in backticks, without characters that would end them, the line or a table's cell."""
     plain = re.sub(r"[`|\s]+", " ", str(text))
     return f"`{plain}`"
 

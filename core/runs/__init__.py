@@ -1,1 +1,1 @@
-"""Runs in a store: their identity, what they have measured, which there are."""
+"""Runs in a store: their identity, their measurements, their overview."""

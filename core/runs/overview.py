@@ -6,10 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from core.storage.interface import Store, StoredFile
 from core.storage.layout import STEPS, folder_of, publication_of
 from core.storage.lease import read_lease
 from core.storage.publication import MANIFEST
-from core.storage.store import Store, StoredFile
+from core.storage.transfer import in_parallel
 
 State = Literal["done", "running", "interrupted", "damaged"]
 
@@ -43,7 +44,7 @@ class RunOverview:
 def list_runs(store: Store) -> list[RunOverview]:
     """Return all runs of a store, the last active one first.
 
-    Nothing in the store is trusted: what is no run is left out, and a run without a sound ``run.json`` is
+    Nothing in the store is trusted: other files are left out, and a run without a sound ``run.json`` is
     described by what else there is of it.
 
     Raises:
@@ -53,11 +54,12 @@ def list_runs(store: Store) -> list[RunOverview]:
     for file in store.stored("runs/"):
         if folder := folder_of(file.key):
             runs[folder].append(file)
-    found = [
-        _overview(store, run, files)
+    ours = [
+        run
         for run, files in runs.items()
         if any(file.key == f"{run}/run.json" or publication_of(file.key) for file in files)
     ]
+    found = in_parallel(lambda run: _overview(store, run, runs[run]), ours)
     return sorted(found, key=lambda run: (-run.active_s, run.key))
 
 

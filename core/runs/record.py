@@ -1,4 +1,4 @@
-"""What a run has measured, as plain data: written by the steps, read by the report and the tables."""
+"""A run's measurements as plain data: written by the steps, read by the report and the tables."""
 
 import dataclasses
 import math
@@ -206,7 +206,7 @@ def perplexity_text(value: float | None) -> str:
 
 
 def public_path(path: str) -> str:
-    """Return what may be told of a path to strangers: the last part of an address or of a path from the root.
+    """Return the public part of a path: the last part of an address or of a path from the root.
 
     Anything else, such as an id on the hub or ``package:NAME/path``, stays as it is.
     """

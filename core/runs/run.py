@@ -8,20 +8,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.errors import SettingsError, StorageError
-from core.model.shape import LayerShape, ModelShape
+from core.model.shape import ModelShape
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import Settings
+from core.storage.interface import join_uri
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
-from core.storage.store import join_uri, open_store
-from core.untrusted import check_format, parse_object
+from core.storage.store import open_store
+from core.untrusted import check_format, decode, parse_object
 
 FORMAT = 1
 """Of ``run.json``, ``DONE.json`` and the files in ``jobs``."""
 
-_ANEW = "Start the run again with its recipe."
+_AGAIN = "Start the run again with its recipe."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What ``run.json`` says beside its own place."""
+
+    settings: dict[str, Any]
+    revision: str
+    base_uri: str
+    dense: ModelShape
+    phase_params: tuple[int, ...]
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,36 +79,19 @@ class Run:
             StorageError: If the store does not hold the run, or cannot be reached.
         """
         store, key = str(handle["store"]), str(handle["key"])
+        where = f"{store}/runs/{key}/run.json"
         try:
-            data = parse_object(open_store(store).read_bytes(f"runs/{key}/run.json"))
+            content = open_store(store).read_bytes(f"runs/{key}/run.json")
         except FileNotFoundError:
-            raise StorageError(f"{store} holds no run {key}. Start it again with its recipe.") from None
-        except ValueError as error:
-            raise StorageError(f"{store}/runs/{key}/run.json is damaged: {error}. {_ANEW}") from error
-        check_format(data, FORMAT, f"{store}/runs/{key}/run.json")
+            raise StorageError(f"{store} holds no run {key}. {_AGAIN}") from None
+        stored = decode(_Stored, content, where, _AGAIN, newest=FORMAT)
         try:
-            texts, params = (data["revision"], data["base_uri"]), tuple(data["phase_params"])
-            if any(type(text) is not str for text in texts) or any(
-                type(count) is not int for count in params
-            ):
-                raise ValueError("revision, base_uri or phase_params are of a wrong type")
-            return cls(
-                store=store,
-                key=key,
-                settings=settings_from_dict(data["settings"]),
-                revision=data["revision"],
-                base_uri=data["base_uri"],
-                dense=ModelShape(
-                    **data["dense"]
-                    | {"layers": tuple(LayerShape(**layer) for layer in data["dense"]["layers"])}
-                ),
-                phase_params=params,
-                job=str(handle.get("job", "")),
-                chosen={str(name): str(text) for name, text in data.get("chosen", {}).items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SettingsError) as error:
+            settings = settings_from_dict(stored.settings)
+        except (SettingsError, TypeError, ValueError, AttributeError, OverflowError) as error:
             said = " ".join(str(error).split())[:300].rstrip(".")
-            raise StorageError(f"{store}/runs/{key}/run.json is no run's: {said}. {_ANEW}") from error
+            raise StorageError(f"{where} is damaged: {said}. {_AGAIN}") from error
+        own = {"store": store, "key": key, "settings": settings, "job": str(handle.get("job", ""))}
+        return cls(**vars(stored) | own)
 
     @staticmethod
     def is_done(handle: Mapping[str, Any]) -> bool:

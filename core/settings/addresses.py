@@ -1,6 +1,6 @@
 """Addresses of base models: on the hub, in a registry, in a store, and of HEAD files.
 
-Only the text is looked at here; ``core.bases.resolution`` finds out what an address stands for today.
+Only their syntax; ``core.bases.resolution`` resolves them.
 """
 
 import re
@@ -27,21 +27,21 @@ def registry_address(base: str) -> tuple[str, str, str] | None:
 
 
 def is_head(base: str) -> bool:
-    """Tell whether ``base`` is the address of a HEAD file."""
+    """Return whether ``base`` is the address of a HEAD file."""
     return base.endswith(f"/{HEAD}") and not base.startswith(("hf:", "models:", "package:"))
 
 
 def base_name(base: str) -> str:
-    """Return ``base`` as the hub writes it if it is a repository there; else as it is."""
+    """Return the repository id of an ``hf://`` address; any other ``base`` as it is."""
     hub = hub_address(base)
     return hub[0] if hub else base
 
 
 def base_problems(base: str, revision: str) -> Iterator[str]:
-    """Yield what is wrong with the settings ``model.base`` and ``model.revision``."""
+    """Yield the problems of the settings ``model.base`` and ``model.revision``."""
     hub = hub_address(base)
     if base.startswith("hf:") and hub is None:
-        yield f"base={base} is no address on the hub. Write hf://owner/name or hf://owner/name@revision."
+        yield f"base={base} is not a valid hub address. Write hf://owner/name or hf://owner/name@revision."
     elif base.startswith("models:") and registry_address(base) is None:
         yield f"base={base} names no version. Write models:/name@alias or models:/name/3."
     elif "://" in base and not base.startswith(("s3://", "file://", "hf://")):

@@ -16,7 +16,7 @@ class CalibrationSettings:
     source: TextSource | None = None
     """The calibration corpus."""
     sequences: int = 512
-    """Sequences a draw; each pruning step draws anew and takes no document twice."""
+    """Sequences a draw; each pruning step draws again and takes no document twice."""
     sequence_length: int = 64
     """Tokens a sequence."""
     packing: bool = False
@@ -24,20 +24,20 @@ class CalibrationSettings:
     shorter documents are joined to fill a sequence, so that a corpus of short texts serves too; no document
     is in two sequences."""
     micro_batch: int = field(default=0, metadata=HOW)
-    """Sequences that pass through a layer at once; the loss is a sum of their means. 0 takes as many as the
-    free memory suggests."""
+    """Sequences that pass through a layer at once; the loss is a sum of their means. 0 takes as many as fit
+    the free memory."""
     weights: Literal["auto", "memory", "streamed"] = field(default="auto", metadata=HOW)
-    """Whether the whole model is in memory, or each layer is read from disk while it is used: slower, but a
-    model larger than the memory is scored too. ``auto`` streams where the weights would take over half of
-    what is free."""
+    """Hold the whole model in memory, or read each layer from disk while it is used: slower, but it scores
+    models larger than the memory. ``auto`` streams if the weights would take over half of the free memory."""
     state_memory: str = field(default="auto", metadata=HOW)
-    """Host memory for what the forward pass keeps for the backward pass (``16GB``): layers' inputs, of which
-    what goes beyond lies on disk, and what would be computed twice. ``auto`` is half of what is free."""
+    """Host memory (``16GB``) for what the forward pass keeps for the backward pass: the layers' inputs, which
+    spill to disk beyond it, and activations that would be computed twice. ``auto`` is half of the free
+    memory."""
     pool_documents: int = 20_000
-    """Documents that are tokenized at most to draw from."""
+    """Most documents that are tokenized to draw from."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of weights and activations; gradients are summed in float32 either way. ``auto``: what
-    the machine that begins the run computes faster in (``core.machine.precision``), whatever machine
+    """Number format of weights and activations; gradients are summed in float32 either way. ``auto``: the
+    faster one on the machine that begins the run (``core.machine.precision``), kept on any machine that
     resumes it."""
 
     def __post_init__(self) -> None:
@@ -55,6 +55,6 @@ class CalibrationSettings:
                 parse_bytes(self.state_memory)
         except ValueError:
             problems.append(
-                f"state_memory={self.state_memory} is no size. Give one such as 16GB or 500MB, or auto."
+                f"state_memory={self.state_memory} is not a valid size. Give one such as 16GB, or auto."
             )
         refuse(problems)

@@ -1,6 +1,6 @@
-"""How the tasks of a run become pods of a Kubernetes cluster: what a recipe's ``cluster`` section says.
+"""The ``cluster`` section of a recipe: how the tasks of a run become pods of a Kubernetes cluster.
 
-It is compiled into the pipeline. Local runs ignore all of it, and it is no part of the run key.
+It is compiled into the pipeline, ignored by local runs, and not part of the run key.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ _LONGEST_S = 10**8
 
 @dataclass(frozen=True, kw_only=True)
 class Toleration:
-    """A taint of nodes that does not keep a pod away, as in a pod's ``tolerations``."""
+    """A taint of nodes that a pod tolerates, as in its ``tolerations``."""
 
     key: str = ""
-    """Key of the taint; empty, with the operator Exists, is every taint."""
+    """Key of the taint; empty with the operator Exists matches every taint."""
     operator: Literal["Equal", "Exists"] = "Equal"
-    """``Equal``: the taint has ``value``. ``Exists``: whatever its value."""
+    """``Equal``: the taint has ``value``. ``Exists``: it has any value."""
     value: str = ""
     """Value of the taint."""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    """Effect of the taint; empty is every effect."""
+    """Effect of the taint; empty matches every effect."""
 
     def __post_init__(self) -> None:
         """Check combinations."""
@@ -53,20 +53,24 @@ class Toleration:
         if not self.key and self.operator == "Equal":
             problems.append("key is empty, which needs operator=Exists. Name a key, or tolerate every taint.")
         if self.key and not _is_label_key(self.key):
-            problems.append(f"key={self.key} is no key of a taint. Write one such as nvidia.com/gpu.")
+            problems.append(
+                f"key={self.key} is not a valid key of a taint. Write one such as nvidia.com/gpu."
+            )
         if self.value and self.operator == "Exists":
             problems.append(f"value={self.value} has no effect with operator=Exists. Leave one of them out.")
         if self.value and not _LABEL.fullmatch(self.value):
-            problems.append(f"value={self.value} is no value of a taint. Take at most 63 letters and digits.")
+            problems.append(
+                f"value={self.value} is not a valid value of a taint. Take at most 63 letters and digits."
+            )
         refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentSettings:
-    """What the pods of one component have otherwise; what is left out is as in ``cluster``."""
+    """Settings of the pods of one component; what is left out is as in ``cluster``."""
 
     gpus: int | None = None
-    """Accelerators; a component that otherwise asks for none gets them, too."""
+    """Accelerators, also for a component that otherwise requests none."""
     gpu_type: str | None = None
     """Resource name of an accelerator."""
     cpu: str | None = None
@@ -86,7 +90,7 @@ class ComponentSettings:
     node_selector: dict[str, str] | None = None
     """Labels that a node must have."""
     tolerations: tuple[Toleration, ...] | None = None
-    """Taints of nodes that do not keep pods away."""
+    """Taints of nodes that pods tolerate."""
     queue: str | None = None
     """The Kueue queue."""
 
@@ -111,8 +115,8 @@ class ClusterSettings:
     image_pull_secrets: tuple[str, ...] = ()
     """Kubernetes secrets with the registry's credentials."""
     run_as_user: int = 10001
-    """User id of the processes, with group 0, to which the image's home folder belongs. 0 leaves it to the
-    cluster, as OpenShift wants; root is refused either way."""
+    """User id of the processes, with group 0, which owns the image's home folder. 0 leaves the choice to the
+    cluster, as OpenShift requires; root is refused either way."""
     secret: str = "adapt-pruner"
     """Kubernetes secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, AWS_SESSION_TOKEN,
     HF_TOKEN, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
@@ -122,13 +126,13 @@ class ClusterSettings:
     """Variables of all tasks, such as HTTPS_PROXY or AWS_CA_BUNDLE; they can be read in the pipeline."""
     gpus: int = 1
     """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
-    again, publish where it measures speed). A task computes on one: more are reserved in vain."""
+    again, publish where it measures speed). A task uses one of them."""
     gpu_type: str = "nvidia.com/gpu"
     """Resource name of an accelerator."""
     gpu_node_selector: dict[str, str] = field(default_factory=dict)
-    """Labels that a node of a GPU task must have beside those of ``node_selector``."""
+    """Labels that a node of a GPU task must have, in addition to ``node_selector``."""
     gpu_tolerations: tuple[Toleration, ...] = ()
-    """Tolerations of GPU tasks beside ``tolerations``."""
+    """Tolerations of GPU tasks, in addition to ``tolerations``."""
     cpu: str = "4"
     """CPU request of each task."""
     memory: str = "32Gi"
@@ -141,23 +145,22 @@ class ClusterSettings:
     scratch_storage_class: str = ""
     """Storage class of that volume, which group 0 must be able to write; empty takes the node's disk."""
     timeout: str = "0"
-    """How long an attempt of a task may take (``24h``, ``90min``), after which it counts as failed; 0 is
-    without end."""
+    """How long an attempt of a task may take (``24h``, ``90min``) before it counts as failed; 0 sets no
+    limit."""
     retries: int = 2
-    """Attempts after the first, of what the installation tries again: failures, deleted pods, or both."""
+    """Attempts after the first. The installation decides what is retried: failures, deleted pods, or both."""
     retry_wait: str = "30s"
-    """Pause before the second attempt; it doubles with each further one."""
+    """Pause before the second attempt; it doubles with each further attempt."""
     retry_within: str = "720h"
-    """How long after the start of the first attempt of a task others may start and work: Argo ends whatever
-    still runs then."""
+    """Time for all attempts of a task, from the start of the first: Argo ends what still runs then."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a task's node must have."""
     tolerations: tuple[Toleration, ...] = ()
-    """Taints of nodes that do not keep tasks away."""
+    """Taints of nodes that tasks tolerate."""
     queue: str = ""
-    """Kueue's local queue that admits the pods; empty goes without."""
+    """Kueue's local queue that admits the pods; empty for none."""
     components: dict[ComponentName, ComponentSettings] = field(default_factory=dict)
-    """Component (``recover-train``) to what its pods have otherwise."""
+    """Settings of a component's own, by its name (``recover-train``)."""
 
     def __post_init__(self) -> None:
         """Check values and combinations."""
@@ -169,13 +172,13 @@ class ClusterSettings:
         return dataclasses.replace(self, components={}, **own.named())
 
     def gpus_of(self, component: ComponentName, *, gpu_task: bool) -> int:
-        """Return how many accelerators a component's pods ask for."""
+        """Return how many accelerators a component's pods request."""
         own = self.components.get(component, ComponentSettings()).gpus
         return own if own is not None else self.gpus if gpu_task else 0
 
     def _problems(self) -> Iterator[str]:
         if not self.image or re.search(r"\s", self.image):
-            yield f"image={self.image} is no image. Write one such as registry.example/adapt-pruner:0.1.0."
+            yield f"image={self.image} is not a valid image. Write it as registry.example/pruner:0.1.0."
         yield from in_range("run_as_user", self.run_as_user, 0, 2**31 - 1)
         for name in ("secret", "config_map"):
             yield from _wrong_name(name, getattr(self, name), optional=True)
@@ -183,7 +186,7 @@ class ClusterSettings:
             yield from _wrong_name(f"image_pull_secrets[{i}]", secret)
         for name in self.environment:
             if not _VARIABLE.fullmatch(name):
-                yield f"environment.{name} is no name of a variable. Take letters, digits and underscores."
+                yield f"environment.{name} is not a valid variable. Take letters, digits and underscores."
             elif _OF_THE_SECRET.search(name):
                 yield f"environment.{name} could be read in the pipeline. Put it into the secret."
         yield from _pod_problems(self)
@@ -226,7 +229,7 @@ def _pod_problems(settings: ComponentSettings | ClusterSettings) -> Iterator[str
     if settings.retries is not None:
         yield from in_range("retries", settings.retries, 0, 20)
     if settings.gpu_type is not None and not _is_label_key(settings.gpu_type):
-        yield f"gpu_type={settings.gpu_type} is no resource. Write one such as nvidia.com/gpu."
+        yield f"gpu_type={settings.gpu_type} is not a valid resource. Write one such as nvidia.com/gpu."
     if settings.cpu is not None and not _CPU.fullmatch(settings.cpu):
         yield f"cpu={settings.cpu} is not a Kubernetes quantity. Write 4 or 500m."
     if settings.memory is not None and not _BYTES.fullmatch(settings.memory):
@@ -244,9 +247,7 @@ def _pod_problems(settings: ComponentSettings | ClusterSettings) -> Iterator[str
 
 def _wrong_name(name: str, value: str, *, optional: bool = False) -> Iterator[str]:
     if not _NAME.fullmatch(value) and not (optional and not value):
-        yield (
-            f"{name}={value} is no name of a Kubernetes object. Take small letters, digits, hyphens and dots."
-        )
+        yield (f"{name}={value} is not a valid Kubernetes name. Use a-z, 0-9, hyphens and dots.")
 
 
 def _wrong_duration(name: str, value: str) -> Iterator[str]:
@@ -259,7 +260,7 @@ def _wrong_duration(name: str, value: str) -> Iterator[str]:
 def _wrong_labels(name: str, labels: Mapping[str, str]) -> Iterator[str]:
     for key, value in labels.items():
         if not _is_label_key(key) or (value and not _LABEL.fullmatch(value)):
-            yield f"{name}.{key}={value} is no label of a node. Write it as kubectl shows it."
+            yield f"{name}.{key}={value} is not a valid node label. Write it as kubectl shows it."
 
 
 def _is_label_key(key: str) -> bool:

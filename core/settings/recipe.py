@@ -1,8 +1,9 @@
 """Recipes: YAML files, command-line overrides and pipeline parameters become settings.
 
-Everything that is wrong with a recipe is reported at once, each problem with the setting's full name.
+All problems of a recipe are reported at once, each with the setting's full name.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -22,27 +23,23 @@ from core.settings.schema import Settings
 
 
 def settings_from_dict(data: Mapping[str, Any]) -> Settings:
-    """Build the settings from a recipe's content.
-
-    Numbers may come back from KFP as floats and are made whole again.
+    """Build the settings from a recipe's content; integers that KFP made floats are integers again.
 
     Raises:
         SettingsError: With every unknown key, wrong type, value out of range and impossible combination.
     """
     problems: list[str] = []
     settings = _build(Settings, data, "", problems)
-    if problems:
-        raise SettingsError(problems)
-    assert isinstance(settings, Settings)
-    return settings
+    refuse(problems)
+    return typing.cast(Settings, settings)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
-    """Read a recipe with what it includes, and apply ``section.key=value`` overrides (values are YAML).
+    """Read a recipe and its includes, and apply ``section.key=value`` overrides (values are YAML).
 
     Raises:
-        SettingsError: If a file is missing, is not YAML, or holds wrong settings. What an included file sets
-            wrongly is told with that file's name.
+        SettingsError: If a file is missing, is not YAML, or holds wrong settings; those of an included file
+            are reported with its name.
     """
     files = read_recipe(path)
     data, own, problems = files.merged(), dict[str, Any](), list[str]()
@@ -61,14 +58,10 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
 
 
 def with_fixed(recipe: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Add to a recipe what was fixed when its pipeline was compiled.
-
-    Args:
-        recipe: Sections of settings.
-        fixed: The same, of what is fixed.
+    """Add to a recipe the settings that were fixed when its pipeline was compiled.
 
     Raises:
-        SettingsError: If the recipe says otherwise.
+        SettingsError: If the recipe contradicts them.
     """
     problems = [
         f"{section}={recipe[section]!r} must be a mapping."
@@ -82,7 +75,7 @@ def with_fixed(recipe: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]]
         result[section] = {**given, **settings}
         problems += [
             f"{section}.{key}={given[key]} is not what the pipeline was compiled for: {value}. Compile it "
-            "anew with that, or leave it out."
+            "again with that, or leave it out."
             for key, value in settings.items()
             if key in given and given[key] != value
         ]
@@ -112,29 +105,32 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 _INVALID = object()
 _LARGEST_BITS = 1000
-"""Of a whole number: larger ones are no floats, and Python refuses to print the largest."""
+"""Of an integer: larger ones are not floats, and Python refuses to print the largest."""
 
 
 def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
-    """Build dataclass ``cls`` from a mapping; problems are collected with full names, defaults stand in."""
-    where = prefix.rstrip(".") or "the recipe"
+    """Build dataclass ``cls`` from a mapping; problems are collected with full names, defaults stand in.
+
+    No library serves: pydantic stops at a section's first wrong type, so that its ranges go unchecked, and
+    takes "yes" for a bool.
+    """
     if not isinstance(data, Mapping):
+        where = prefix.rstrip(".") or "the recipe"
         problems.append(f"{where}={data!r} must be a mapping of settings. Fill it in or leave it out.")
         return _INVALID
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    values = {}
     before = len(problems)
-    for key, value in data.items():
-        if key not in fields:
-            problems.append(_unknown(prefix, key, fields))
-            continue
-        values[key] = _convert(hints[key], value, f"{prefix}{key}", problems)
+    problems += [_unknown(prefix, key, hints) for key in data if key not in hints]
+    values = {
+        key: _convert(hints[key], value, f"{prefix}{key}", problems)
+        for key, value in data.items()
+        if key in hints
+    }
     built = _INVALID
     try:
         built = cls(**{k: v for k, v in values.items() if v is not _INVALID})
     except SettingsError as error:
-        # The default stands in for a value that is wrong already: what it leads to would only confuse.
+        # The default stands in for a value that is wrong already: what follows from it would only confuse.
         wrong = [key for key, value in values.items() if value is _INVALID]
         problems.extend(f"{prefix}{p}" for p in error.problems if not _mentions(p, wrong))
     return built if len(problems) == before else _INVALID
@@ -147,52 +143,51 @@ def _unknown(prefix: str, key: Any, known: Iterable[str]) -> str:
 
 
 def _mentions(problem: str, keys: Iterable[str]) -> bool:
-    """Tell whether what is wrong (not what to change) has to do with one of ``keys``."""
+    """Return whether the problem itself, not its advice, is about one of ``keys``."""
     what, _, _ = problem.partition(". ")
     return any(re.search(rf"\b{key}\b", what) for key in keys)
 
 
 def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     """Convert a YAML or JSON ``value`` to the type ``hint`` of the setting ``name``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
         digits = math.ceil(value.bit_length() * math.log10(2))
-        problems.append(f"{name} is a number of about {digits} digits, too large for any setting. Change it.")
-        return _INVALID
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, name, problems)
-    if dataclasses.is_dataclass(hint):
+        problem = f" is a number of about {digits} digits, too large for any setting. Change it."
+    elif origin in (types.UnionType, typing.Union):
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else _convert(inner, value, name, problems)
+    elif dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{name}.", problems)
-    if origin is Literal:
+    elif origin is Literal:
         if value in args:
             return value
-        problems.append(f"{name}={value} must be one of {', '.join(map(str, args))}. Choose one.")
-        return _INVALID
-    if origin is tuple:
+        problem = f"={value} must be one of {', '.join(map(str, args))}. Choose one."
+    elif origin is tuple:
         if isinstance(value, list | tuple):
             items = [_convert(args[0], item, f"{name}[{i}]", problems) for i, item in enumerate(value)]
             return _INVALID if _INVALID in items else tuple(items)
-        problems.append(f"{name}={value!r} must be a list.")
-        return _INVALID
-    if origin is dict:
+        problem = f"={value!r} must be a list."
+    elif origin is dict:
         if isinstance(value, Mapping):
             known = typing.get_args(args[0])  # a dict of named entries has a Literal for its keys
             unknown = [_unknown(f"{name}.", key, known) for key in value if known and key not in known]
             problems.extend(unknown)
             entries = {str(k): _convert(args[1], v, f"{name}.{k}", problems) for k, v in value.items()}
             return _INVALID if unknown or _INVALID in entries.values() else entries
-        problems.append(f"{name}={value!r} must be a mapping.")
-        return _INVALID
-    return _convert_scalar(hint, value, name, problems)
+        problem = f"={value!r} must be a mapping."
+    else:
+        scalar = _scalar(hint, value)
+        if scalar is not _INVALID:
+            return scalar
+        problem = f"={value!r} must be of type {hint.__name__}."
+    problems.append(f"{name}{problem}")
+    return _INVALID
 
 
-def _convert_scalar(hint: type, value: Any, name: str, problems: list[str]) -> Any:
+def _scalar(hint: type, value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is str and isinstance(value, str):
-        return value
-    if hint is str and isinstance(value, datetime.date):  # YAML's reading of a name such as 2026-02-03
+    if hint is str and isinstance(value, str | datetime.date):  # YAML takes 2026-02-03 for a date
         return str(value)
     if hint is str and number:
         return str(int(value)) if float(value).is_integer() else str(value)
@@ -200,12 +195,7 @@ def _convert_scalar(hint: type, value: Any, name: str, problems: list[str]) -> A
         return value
     if hint is int and number and float(value).is_integer():
         return int(value)
-    if hint is float and number:
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:  # YAML reads 2e-5 (without a dot) as a string
+    if hint is float and (number or isinstance(value, str)):  # YAML reads 2e-5 (without a dot) as a string
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
-    problems.append(f"{name}={value!r} must be of type {hint.__name__}.")
     return _INVALID

@@ -1,6 +1,6 @@
 """The settings of a run: the sections of a recipe, each a module beside this one. Imports no torch.
 
-The dataclasses are the only place where defaults stand. ``core.settings.recipe`` reads a recipe into them.
+Defaults are set in these dataclasses only. ``core.settings.recipe`` reads a recipe into them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Settings:
     """One run."""
 
     name: str = field(default="adapt-pruner", metadata=PLACE)
-    """What the run is called in tables and in MLflow."""
+    """Name of the run in tables and in MLflow."""
     seed: int = 0
     """Seed of calibration draws, of the shuffle and of training."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -49,7 +49,7 @@ class Settings:
     """How tasks run in pods."""
 
     def __post_init__(self) -> None:
-        """Check what must be set in every run."""
+        """Check what every run needs, and combinations of sections."""
         problems = [*in_range("seed", self.seed, 0, 2**31 - 1), *passwords_in(dataclasses.asdict(self))]
         if not self.model.base:
             problems.append("model.base is empty. Name the model to prune.")
@@ -58,9 +58,8 @@ class Settings:
             problems.append("calibration.source is missing. Name the calibration corpus.")
         if self.training.total_steps and self.training.total_steps < self.prune.phases:
             problems.append(
-                f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer "
-                f"steps for prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the "
-                "batch."
+                f"training.tokens={self.training.tokens} gives {self.training.total_steps} optimizer steps "
+                f"for prune.phases={self.prune.phases}. Raise the tokens, or lower the phases or the batch."
             )
         if self.prune.criterion == "taylor_per_microbatch" and not self.calibration.micro_batch:
             problems.append(
@@ -74,14 +73,11 @@ class Settings:
         return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
 
     def digest(self) -> str:
-        """Return a hash of the settings that change the result; see ``core.settings.identity``.
-
-        How the base model is named does not count: its revision does.
-        """
-        if self.prune.criterion == "taylor_per_microbatch":  # absolute values are taken in each of them
+        """Return a hash of the settings that change the result; see ``core.settings.identity``."""
+        if self.prune.criterion == "taylor_per_microbatch":  # which takes absolute values in each micro-batch
             return digest_of_kind(self, "result", micro_batch=self.calibration.micro_batch)
         return digest_of_kind(self, "result")
 
     def measured_digest(self) -> str:
-        """Return a short hash of what is measured, which names what a run publishes of that."""
+        """Return a short hash of the settings of what is measured; it is part of published names."""
         return digest_of_kind(self, "measured")[:8]

@@ -13,9 +13,9 @@ class StorageSettings:
     store: str = "output/store"
     """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
     keep: str = "last"
-    """Which checkpoints stay: ``all``, ``last``, ``best`` (lowest perplexity, and the last) or a number k (every
-    k-th phase, and the last). Others are removed as soon as no step will read them. Statistics, plans and
-    manifests always stay."""
+    """Checkpoints to keep: ``all``, ``last``, ``best`` (lowest perplexity, and the last) or a number k (every
+    k-th phase, and the last). Others are removed once no step will read them. Statistics, plans and
+    manifests are always kept."""
 
     def __post_init__(self) -> None:
         """Check values."""
@@ -23,9 +23,7 @@ class StorageSettings:
         if not self.store:
             problems.append("store is empty. Name a folder or s3://bucket/prefix.")
         if self.keep not in ("all", "last", "best") and not re.fullmatch("[1-9][0-9]*", self.keep):
-            problems.append(
-                f"keep={self.keep} must be all, last, best or a number k (every k-th phase). Choose one."
-            )
+            problems.append(f"keep={self.keep} must be all, last, best or a number k (every k-th phase).")
         refuse(problems)
 
 
@@ -34,7 +32,7 @@ class TrackingSettings:
     """Where the numbers go."""
 
     uri: str = ""
-    """MLflow tracking URI; empty takes MLFLOW_TRACKING_URI, and without that nothing is tracked."""
+    """MLflow tracking URI; empty uses MLFLOW_TRACKING_URI, and without that nothing is tracked."""
     experiment: str = "adapt-pruner"
     """MLflow experiment."""
     model_name: str = ""

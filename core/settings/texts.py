@@ -1,4 +1,4 @@
-"""Settings of a text source, as the sections ``calibration``, ``training`` and ``evaluation`` have them."""
+"""Settings of a text source, for the sections ``calibration``, ``training`` and ``evaluation``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +26,7 @@ class TextSource:
     field: str = "text"
     """Column of the document or of the messages."""
     prompt_fields: tuple[str, ...] = ()
-    """Columns that make the prompt (format ``instruction``); empty ones are left out."""
+    """Columns of the prompt (format ``instruction``); empty ones are left out."""
     response_field: str = ""
     """Column of the answer (format ``instruction``)."""
     weight: float = 1.0

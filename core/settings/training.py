@@ -12,22 +12,22 @@ from core.settings.texts import TextSource
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Recovery training, shared out over the phases by eq. 11."""
+    """Recovery training, distributed over the phases by eq. 11."""
 
     tokens: str = "0"
     """Training tokens over all phases (``3.87B``); 0 prunes without training."""
     sources: tuple[TextSource, ...] = ()
-    """The mixture; ``weight`` shares out the tokens."""
+    """The mixture; ``weight`` sets each source's share of the tokens."""
     sequence_length: int = 1024
     """Tokens a packed sequence."""
     global_batch: int = 128
     """Sequences an optimizer step."""
     micro_batch: int = field(default=8, metadata=HOW)
-    """Sequences a forward pass; divides ``global_batch``. 0 takes as many as help and fit into the free memory."""
+    """Sequences a forward pass; divides ``global_batch``. 0 takes as many as help and fit in memory."""
     learning_rate: float = 2e-5
     """Peak of the warmup-stable-decay schedule."""
     min_learning_rate: float = 2e-6
-    """Where the decay ends."""
+    """Learning rate at the end of the decay."""
     warmup_share: float = 0.05
     """Share of all steps that warm up."""
     decay_share: float = 0.10
@@ -40,10 +40,10 @@ class TrainingSettings:
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
     ``auto``: see ``calibration.precision``."""
     gradient_checkpointing: bool = field(default=False, metadata=HOW)
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third slower."""
     save_every: str = field(default="10min", metadata=HOW)
-    """How often the state of training (12 bytes a parameter) goes to the store, so that a task that is killed
-    goes on from there: ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
+    """How often the state of training (12 bytes a parameter) is stored, for a killed task to resume from:
+    ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
@@ -53,10 +53,7 @@ class TrainingSettings:
         try:
             tokens = parse_count(self.tokens)
         except ValueError:
-            yield (
-                f"tokens={self.tokens} is not a count such as 3.87B. "
-                "Give the training tokens of all phases, or 0."
-            )
+            yield f"tokens={self.tokens} is not a count such as 3.87B. Give the tokens of all phases, or 0."
             tokens = 0
         yield from in_range("sequence_length", self.sequence_length, 2, 10**6)
         yield from in_range("global_batch", self.global_batch, 1, 10**6)
@@ -78,8 +75,8 @@ class TrainingSettings:
             parse_interval(self.save_every)
         except ValueError:
             yield (
-                f"save_every={self.save_every} is no interval. Give one such as 10min, 90s, 2h or 200 steps, "
-                "or 0 to save nothing."
+                f"save_every={self.save_every} is not a valid interval. Give one such as 10min, 90s, 2h or "
+                "200 steps, or 0 to save nothing."
             )
         if tokens and not self.sources:
             yield f"tokens={self.tokens} needs sources. Name at least one text source, or set tokens to 0."

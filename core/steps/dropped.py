@@ -134,6 +134,5 @@ def _phases_to_drop(run: Run) -> list[int]:
         perplexities = {p: report.get("perplexity") for p, report in zip(phases, reports, strict=True)}
         measured = {p: value for p, value in perplexities.items() if value is not None}
         best = min(measured, key=lambda p: measured[p]) if measured else phases[-1]
-        known = phases if find_publication(run.uri("final")) else measured  # the rest may be better
-        return [phase for phase in known if phase != best]
+        return [phase for phase in phases if phase != best]
     return [phase for phase in phases if phase % int(keep)]

@@ -51,4 +51,4 @@ def _clean(run: Run) -> None:
     files = [file for piece in found.garbage for file in piece.files]
     remove(store, files)
     if files:
-        log.info("removed %d files that belong to nothing any more", len(files))
+        log.info("removed %d orphaned files", len(files))

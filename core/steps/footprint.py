@@ -57,6 +57,7 @@ class Footprint:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
+        """Return the sum and its larger parts."""
         parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size >= 10**7)
         return f"{_gb(self.device_bytes)} ({parts})"
 

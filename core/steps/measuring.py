@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PhaseMeasurement:
-    """The checkpoint and the calibration pool of a phase, fetched and opened once for all steps of the phase."""
+    """The checkpoint and the calibration pool of a phase, opened once for all its pruning steps."""
 
     def __init__(
         self, run: Run, phase: int, checkpoint: Publication, data: Publication, scratch: Path

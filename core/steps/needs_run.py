@@ -1,4 +1,4 @@
-"""The step that tells whether anything is left to do: needs-run."""
+"""The step that decides whether anything is left to do: needs-run."""
 
 import logging
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a run has measured, gathered from what its steps have published."""
+"""A run's measurements, gathered from the publications of its steps."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from core.storage.transfer import in_parallel
 
 
 def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunRecord:
-    """Gather what the steps of a run have published so far.
+    """Gather what a run's steps have published so far.
 
     Args:
         run: The run.

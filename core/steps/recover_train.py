@@ -10,8 +10,8 @@ from core.quantities import parse_interval
 from core.runs.run import Run
 from core.settings.training import TrainingSettings
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
+from core.storage.interface import join_uri
 from core.storage.publication import Publication, open_publication
-from core.storage.store import join_uri
 from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
 
@@ -30,7 +30,7 @@ def run_recover_train(
 ) -> str:
     """Train the pruned checkpoint on the phase's slice of the mixture.
 
-    A task that was killed and is started again goes on from the last state of the training that was saved.
+    A task that was killed and is started again resumes from the last saved training state.
 
     Returns:
         URI of the recovered checkpoint; the pruned one's where the recipe asks for no training.

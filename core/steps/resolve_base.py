@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import TargetError, UnsupportedModelError
 from core.runs.run import Run
 from core.scratch import scratch_folder
-from core.settings.recipe import settings_from_dict, with_fixed
+from core.settings.parameters import settings_of_run
 from core.settings.schema import Settings
 from core.steps.frame import tracker_of
 from core.steps.opening import open_run
@@ -61,13 +61,8 @@ def run_resolve_base(
     from core.model.checkpoint import Checkpoint
     from core.steps.settled import settle_precision
 
-    own: dict[str, dict[str, Any]] = {
-        "model": {"base": base_model, "revision": revision},
-        "prune": {"target": target, "method": method},
-    }
-    recipe = with_fixed(recipe, fixed)
-    sections = {name: {**recipe.get(name, {}), **section} for name, section in own.items()}
-    settings = settings_from_dict({**recipe, **sections})
+    own = {"base_model": base_model, "revision": revision, "target": target, "method": method}
+    settings = settings_of_run({**own, "recipe": recipe}, fixed)
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
     with scratch_folder() as scratch:
         base = Checkpoint(open_publication(base_uri).fetch(scratch, only=["config.json"]))

@@ -23,8 +23,8 @@ def run_score_layers(
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    The statistics are those that calibrate has published. With several steps a phase, the checkpoint is opened
-    once, and cut and measured again for each step after the first.
+    The statistics are those that calibrate has published. With several steps a phase, the checkpoint is
+    opened once, and cut and measured again for each step after the first.
     """
     this = Run.load(run)
     prune = this.settings.prune

@@ -9,19 +9,31 @@ import functools
 import json
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from core.errors import StorageError
 from core.machine.precision import ACCELERATORS, SECTIONS, Choice, choose_precision
 from core.model.build import pick_device
 from core.runs.run import Run
 from core.settings.schema import Settings
+from core.storage.interface import Store
 from core.storage.layout import precisions_of
-from core.storage.store import Store, open_store
-from core.untrusted import parse_object
+from core.storage.store import open_store
+from core.untrusted import decode
 
 FORMAT = 1
+_ADVICE = (
+    "Set calibration.precision, training.precision and evaluation.precision to what the run began with (see "
+    "its run.json), or remove the file: the precision is then chosen again."
+)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Noted:
+    choices: dict[str, Choice]
+    """By section."""
 
 
 def settle_precision(
@@ -53,7 +65,7 @@ def settle_precision(
         store.write_bytes(key, content, if_absent=True)
         choices = _noted(store, key) or choices  # another's, if it was first
     if missing := [name for name in automatic if name not in choices]:
-        raise _damaged(store, key, f"it lacks {', '.join(missing)}")
+        raise StorageError(f"{store.uri}/{key} is damaged: it lacks {', '.join(missing)}. {_ADVICE}")
     chosen = {
         name: dataclasses.replace(getattr(settings, name), precision=choices[name].precision)
         for name in automatic
@@ -65,22 +77,7 @@ def settle_precision(
 
 def _noted(store: Store, key: str) -> dict[str, Choice] | None:
     try:
-        data = parse_object(store.read_bytes(key))
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}, not {FORMAT}")
-        return {name: Choice.from_dict(choice) for name, choice in data["choices"].items()}
+        content = store.read_bytes(key)
     except FileNotFoundError:
         return None
-    except KeyError as error:
-        raise _damaged(store, key, f"it lacks {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _damaged(store, key, str(error)) from error
-
-
-def _damaged(store: Store, key: str, problem: str) -> StorageError:
-    said = " ".join(problem.split())[:200].rstrip(".")
-    return StorageError(
-        f"{store.uri}/{key} is damaged: {said}. Set calibration.precision, training.precision and "
-        "evaluation.precision to what the run began with (its run.json says it), or remove the file: the "
-        "precision is then chosen again."
-    )
+    return decode(_Noted, content, f"{store.uri}/{key}", _ADVICE, newest=FORMAT).choices

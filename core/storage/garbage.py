@@ -1,4 +1,4 @@
-"""What lies in a store and belongs to nothing.
+"""Orphaned files in a store.
 
 Publications claim the files that their manifests list. Whatever else lies in their folders was left by a
 publisher that was killed, or that was second. Nothing is removed where somebody may be writing: a run is
@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from core.errors import IntegrityError, LeaseError, StorageError
+from core.storage.interface import Store, StoredFile, is_temporary, join_uri
 from core.storage.layout import folder_of, pointer_of, publication_of
 from core.storage.lease import TTL_S, Lease, holding_lease, lease_number, read_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
-from core.storage.store import Store, StoredFile, is_temporary, join_uri
 
 PATIENCE_S = 86_400.0
-"""How long something is left alone that a process may be at of which nothing is known."""
+"""How long files are left alone that an unknown process may be writing."""
 
 _OWN = ("run.json", "DONE.json")
 _INTERRUPTED = "an interrupted write"
@@ -46,7 +46,7 @@ class Garbage:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What a look at a store has found."""
+    """The findings of a look at a store."""
 
     garbage: list[Garbage] = field(default_factory=list)
     """What may go."""
@@ -65,7 +65,7 @@ def find_garbage(
         store: The store.
         run: Look at the run of this key only, and at what points to it.
         job: The execution that asks: its own lease and pointer are not of interest.
-        patience_s: How old something must be that is written without a lease.
+        patience_s: Minimum age of files that are written without a lease.
 
     Raises:
         StorageError: If the store cannot be reached or read.
@@ -113,7 +113,7 @@ def clean(
 
 
 def remove(store: Store, files: Iterable[StoredFile]) -> None:
-    """Remove files and what interrupted writes have left; what is gone already is no error."""
+    """Remove files and what interrupted writes have left; missing ones are not an error."""
 
     def remove_one(file: StoredFile) -> None:
         if _is_unfinished(file):
@@ -127,7 +127,7 @@ def remove(store: Store, files: Iterable[StoredFile]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """A look at a store, and what it has found so far."""
+    """A look at a store, and its findings so far."""
 
     store: Store
     patience_s: float
@@ -169,7 +169,7 @@ class _Search:
                     rest.append((_INTERRUPTED, file))
             elif _is_lease(run, file.key):
                 if is_others:
-                    rest.append(("a lease that nobody holds any more", file))
+                    rest.append(("a lease that nobody holds", file))
             elif inner not in _OWN:
                 self.found.foreign.append(file.key)
         if steps and f"{run}/run.json" not in keys:

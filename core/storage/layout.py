@@ -1,10 +1,10 @@
-"""Where things stand in a store; what this module does not know is not ours."""
+"""The layout of a store; files it does not know are not ours."""
 
 import re
 import shlex
 
 from core.errors import StorageError
-from core.storage.store import check_key
+from core.storage.interface import check_key
 
 STEPS = {
     "calibrated": "calibrate",
@@ -16,16 +16,16 @@ STEPS = {
 """Folder of a phase to the step that publishes it, in their order."""
 
 REPORT = "report.json"
-"""What a step has told of its work, beside what it has made."""
+"""A step's figures, beside its result."""
 
 STATISTICS, PLAN = "statistics.safetensors", "plan.json"
-"""What calibrate and score-layers publish."""
+"""The results of calibrate and score-layers."""
 
 CALIBRATION_POOL, HELD_OUT = "calibration.safetensors", "perplexity.safetensors"
 """Tokens to draw calibration sets from, and windows for perplexity; prepare-data publishes both."""
 
 RECORD, HTML, CARD = "record.json", "report.html", "README.md"
-"""What a run has measured: as data, as its report, as the model card."""
+"""A run's measurements as data, as the report and as the model card."""
 
 REPORT_FORMAT = 1
 
@@ -41,12 +41,12 @@ _PLACE = re.compile(rf"(.*)/({_OF_A_RUN}|bases/[^/]+)/.+")
 
 
 def pointer_of(job: str) -> str:
-    """Return the key of the file that tells finalize which run an execution works on."""
+    """Return the key of the file by which finalize finds an execution's run."""
     return f"jobs/{job}.json"
 
 
 def precisions_of(digest: str) -> str:
-    """Return the key of the file that tells what ``precision: auto`` has come to for a recipe."""
+    """Return the key of the file that holds the result of ``precision: auto`` for a recipe."""
     return f"precisions/{digest}.json"
 
 
@@ -72,7 +72,7 @@ def way_back(uri: str) -> str:
     """Return what to do about a damaged file of a publication.
 
     Args:
-        uri: Of the file; it tells whether the publication belongs to a run, and to which.
+        uri: Of the file; it shows whether the publication belongs to a run, and to which.
     """
     place = _PLACE.fullmatch(uri)
     if place is None:

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from core.errors import InterruptionError, LeaseError, StorageError
+from core.storage.interface import Store, join_uri
 from core.storage.owner import Owner
-from core.storage.store import Store, join_uri
+from core.untrusted import decode
 
 TTL_S = 600.0
 """How long a lease holds after it was renewed."""
@@ -76,21 +77,25 @@ class Lease:
 
     @classmethod
     def from_json(cls, number: int, content: bytes) -> "Lease":
-        """Read a file; one that is damaged has expired, as its owner would have written it anew."""
+        """Read a file; a damaged one has expired, as its owner would have written it again."""
         try:
-            data = dict(json.loads(content))
-            renewed_s, ttl_s = float(data["renewed_s"]), float(data["ttl_s"])
-            time_text(renewed_s), time_text(renewed_s + ttl_s)  # refuse what is no time
-            owner = Owner.from_dict(data)
-        except (ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
+            owner, times = decode(Owner, content, "a lease", ""), decode(_Times, content, "a lease", "")
+            time_text(times.renewed_s), time_text(times.renewed_s + times.ttl_s)  # refuse what is not a time
+        except (StorageError, ValueError, OverflowError, OSError):
             return cls(number=number, owner=_NOBODY, renewed_s=0.0)
-        return cls(number=number, owner=owner, renewed_s=renewed_s, ttl_s=ttl_s)
+        return cls(number=number, owner=owner, renewed_s=times.renewed_s, ttl_s=times.ttl_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    renewed_s: float
+    ttl_s: float
 
 
 def time_text(seconds: float) -> str:
     """Return seconds since 1970 as UTC in ISO 8601."""
     if not math.isfinite(seconds):
-        raise ValueError(f"{seconds} is no time")
+        raise ValueError(f"{seconds} is not a time")
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
@@ -173,7 +178,7 @@ def watch_lease(store: Store, run: str) -> Lease | None:
     before = read_lease(store, run)
     if before is not None and before.is_live():
         until = time_text(before.expires_s)
-        log.info("%s holds the lease until %s: waiting whether it renews it", before.owner, until)
+        log.info("%s holds the lease until %s: waiting to see whether it is renewed", before.owner, until)
     while before is not None and before.is_live():
         time.sleep(LOOK_S)
         lease = read_lease(store, run)
@@ -234,8 +239,8 @@ def holding_lease(
     except _InterruptedError:
         if not lost:
             raise InterruptionError(
-                "the signal SIGUSR1, which came from outside, has ended this step. Start the run again: it "
-                "goes on."
+                "the signal SIGUSR1, which came from outside, has ended this step. Start the run "
+                "again: it resumes."
             ) from None
     if lost:
         raise lost[0]

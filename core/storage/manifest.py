@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.errors import FormatError, IntegrityError, StorageError
+from core.errors import IntegrityError, StorageError
 from core.storage.hashing import file_sha256
+from core.storage.interface import check_key, join_uri, local_errors
 from core.storage.layout import way_back
-from core.storage.store import check_key, join_uri, local_errors
-from core.untrusted import check_format
+from core.untrusted import decode
 
 FORMAT = 1
 """Of ``MANIFEST.json``."""
@@ -100,28 +100,27 @@ class Manifest:
             FormatError: If a newer version has written it.
             IntegrityError: If it is not a manifest, was edited, or names a path outside of its directory.
         """
-        try:
-            data = json.loads(text)
-            if isinstance(data, dict):
-                check_format(data, FORMAT, where)
-            entries = tuple(FileEntry(**entry) for entry in data["files"])
-            manifest = cls(files=entries, metadata=dict(data["metadata"]), folder=data["folder"])
-            for entry in entries:
-                check_key(manifest.key(entry))
-                if type(entry.size) is not int or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
-                    raise ValueError(f"{entry.path} lacks a size in bytes or a sha256")
-            if data["digest"] != manifest.digest:
-                raise ValueError("its digest does not fit its list of files")
-        except FormatError:
-            raise
-        except StorageError as error:
-            problem = str(error)
-        except KeyError as error:
-            problem = f"it lacks {error}"
-        except ValueError as error:
-            problem = " ".join(str(error).split())
-        except (TypeError, AttributeError, RecursionError):
-            problem = "it is no list of files"
-        else:
-            return manifest
-        raise IntegrityError(f"{where} is damaged: {problem.rstrip('.')}. {way_back(where)}")
+        advice = way_back(where)
+        read = functools.partial(
+            decode, content=text, where=where, advice=advice, newest=FORMAT, error=IntegrityError
+        )
+        manifest, digest = read(cls), read(_Digest).digest
+        if problem := manifest._problem(digest):
+            raise IntegrityError(f"{where} is damaged: {problem}. {advice}")
+        return manifest
+
+    def _problem(self, digest: str) -> str:
+        """Return what is wrong with the list of files, or with its stored ``digest``; "" if nothing."""
+        for entry in self.files:
+            try:
+                check_key(self.key(entry))
+            except StorageError as error:
+                return str(error).rstrip(".")
+            if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+                return f"{entry.path} lacks a sha256"
+        return "" if digest == self.digest else "its digest does not fit its list of files"
+
+
+@dataclass(frozen=True)
+class _Digest:
+    digest: str

@@ -3,10 +3,8 @@
 import os
 import socket
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 LOCAL = "ADAPT_PRUNER_LOCAL"
 """Environment variable by which a local run tells its tasks the id of its process."""
@@ -31,6 +29,13 @@ class Owner:
     started: str = ""
     """When that process was started: its id may be given to another one later."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would garble an error's line, or is not a process id."""
+        if not all(text.isprintable() for text in (self.job, self.host, self.machine, self.started)):
+            raise ValueError("an entry is not a line of text")
+        if self.pid is not None and not 0 < self.pid < 2**31:
+            raise ValueError("pid is not a process id")
+
     @classmethod
     def of(cls, job: str, *, pid: int | None = None) -> "Owner":
         """Return an execution on this machine.
@@ -43,22 +48,6 @@ class Owner:
             pid = int(named)
         started = _state(pid)[1] if pid else ""
         return cls(job=job, host=socket.gethostname(), machine=_machine(), pid=pid, started=started)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Owner":
-        """Read what ``dataclasses.asdict`` has made; other entries are of no concern.
-
-        Raises:
-            ValueError: If it is no owner, or would garble an error's line.
-            KeyError: If an entry is missing.
-        """
-        texts = {name: data[name] for name in ("job", "host", "machine", "started")}
-        pid = data["pid"]
-        if not all(isinstance(text, str) and text.isprintable() for text in texts.values()):
-            raise ValueError("an entry is no line of text")
-        if pid is not None and (type(pid) is not int or not 0 < pid < 2**31):
-            raise ValueError("pid is no process id")
-        return cls(**texts, pid=pid)
 
     def is_gone(self) -> bool:
         """Return whether its process is known to have ended; never of one on another machine."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import StorageError
+from core.storage.interface import Store, is_temporary, join_uri, local_errors
 from core.storage.layout import REPORT, REPORT_FORMAT
 from core.storage.manifest import FileEntry, Manifest
-from core.storage.store import Store, is_temporary, join_uri, local_errors, open_store
+from core.storage.store import open_store
 from core.storage.transfer import (
     UPLOADED,
     OccupiedError,

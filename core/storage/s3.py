@@ -20,9 +20,9 @@ from urllib3.exceptions import HTTPError
 
 from core.errors import StorageError
 from core.storage.hashing import HashedStream
+from core.storage.interface import StoredFile, check_key, join_uri, local_errors
 from core.storage.s3_errors import BROKEN_OFF, answer_text, code_of, failure_text, status_of
 from core.storage.s3_retries import retry
-from core.storage.store import StoredFile, check_key, join_uri, local_errors
 
 _CONNECTIONS = 16
 # Eight attempts outlast a restart of some seconds; an endpoint that swallows packets fails in 40 s at most.

@@ -37,13 +37,13 @@ def answer_text(endpoint: str, status: int, code: str) -> str:
     if code == "RequestTimeTooSkewed":
         return f"the clocks of this machine and of {endpoint} differ too much. Set the clock"
     if code in _EXPIRED:
-        return f"the credentials for {endpoint} have expired ({code}). Get new ones, then rerun to go on"
+        return f"the credentials for {endpoint} have expired ({code}). Get new ones, then rerun to resume"
     if status == 507 or code in _FULL:
-        return f"{endpoint} has no space left ({code}). Free space there, then rerun to go on"
+        return f"{endpoint} has no space left ({code}). Free space there, then rerun to resume"
     if status in (401, 403) or code in _DENIED:
         return f"{endpoint} denies access ({code}). Check {_CREDENTIALS} and their permissions"
     answer = " ".join(dict.fromkeys([str(status), code]))
-    return f"{endpoint} answers {answer}. Check the server, then rerun to go on"
+    return f"{endpoint} answers {answer}. Check the server, then rerun to resume"
 
 
 def failure_text(endpoint: str, bucket: str, error: Exception) -> str:
@@ -52,13 +52,13 @@ def failure_text(endpoint: str, bucket: str, error: Exception) -> str:
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return f"there are no credentials for {endpoint}. Set {_CREDENTIALS}, or AWS_PROFILE"
     if isinstance(error, ParamValidationError):
-        return f"{bucket} is no name for a bucket. Correct the URI"
+        return f"{bucket} is not a valid bucket name. Correct the URI"
     if isinstance(error, S3DownloadFailedError):
-        return "it was replaced while it was read. Rerun to go on"
+        return "it was replaced while it was read. Rerun to resume"
     if isinstance(error, S3ValidationError | FlexibleChecksumError):
-        return f"{endpoint} sends other bytes than it says ({kind}). Check the server, then rerun to go on"
+        return f"{endpoint} sends other bytes than it says ({kind}). Check the server, then rerun to resume"
     if isinstance(error, BotoConnectionError):
         return f"{endpoint} cannot be reached ({kind}). Check AWS_ENDPOINT_URL_S3 and the network"
     if isinstance(error, BROKEN_OFF):
-        return f"the connection to {endpoint} breaks off ({kind}). Check the network, then rerun to go on"
+        return f"the connection to {endpoint} breaks off ({kind}). Check the network, then rerun to resume"
     return f"{endpoint} cannot be used ({kind}). Check the AWS_ variables"

@@ -1,8 +1,6 @@
-"""Stores: a local folder or an S3 bucket behind one small interface.
+"""Opens stores; the store in a folder.
 
-A key is a relative path with slashes. Writing is atomic: a reader finds the old bytes, the new ones or none.
-What goes wrong is a ``StorageError`` of one line: what, where, what to do. Reading a missing key is a
-``FileNotFoundError``.
+Writing is atomic: a reader finds the old bytes, the new ones or none.
 """
 
 import contextlib
@@ -11,81 +9,15 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from core.errors import StorageError
 from core.storage.hashing import copy_hashed, file_sha256
+from core.storage.interface import Store, StoredFile, check_key, is_temporary, join_uri, local_errors
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 _MISSING = (FileNotFoundError, NotADirectoryError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredFile:
-    """A file of a store, as a listing tells of it."""
-
-    key: str
-    """Where it is; of an incomplete upload, where it was to be."""
-    size: int
-    """Bytes."""
-    modified_s: float
-    """When it was written, in seconds since 1970 (UTC)."""
-    upload: str = ""
-    """What the server calls an incomplete upload."""
-
-
-class Store(Protocol):
-    """Where the files of runs are kept."""
-
-    uri: str
-    """The store's address, without a slash at the end."""
-
-    def read_bytes(self, key: str) -> bytes:
-        """Return the content of ``key``."""
-
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write ``data``; return False and write nothing if ``if_absent`` and ``key`` is there."""
-
-    def exists(self, key: str) -> bool:
-        """Return whether ``key`` is there."""
-
-    def list(self, prefix: str = "") -> Iterator[str]:
-        """Yield every key that starts with ``prefix``."""
-
-    def stored(self, prefix: str = "") -> Iterator[StoredFile]:
-        """Yield every file whose key starts with ``prefix``, sorted by key."""
-
-    def unfinished(self, prefix: str = "") -> Iterator[StoredFile]:
-        """Yield what writes below ``prefix`` that are interrupted, or still going on, have put aside.
-
-        These are temporary files in a folder, and incomplete multipart uploads on S3. No listing shows them.
-        """
-
-    def discard(self, unfinished: StoredFile) -> None:
-        """Remove what ``unfinished`` has named, if it is there."""
-
-    def delete(self, key: str) -> None:
-        """Remove ``key`` if it is there."""
-
-    def upload(self, path: Path, key: str, *, if_absent: bool = False) -> str | None:
-        """Copy the file ``path`` into the store and return the sha256 of what was copied.
-
-        With ``if_absent``, return None and change nothing if ``key`` is there.
-        """
-
-    def download(self, key: str, path: Path) -> str:
-        """Copy ``key`` to the file ``path`` and return the sha256; not atomic (see ``replacing``)."""
-
-    def sha256(self, key: str) -> str | None:
-        """Return the sha256 of the bytes of ``key``, which are all read; None if it is not there."""
-
-    def local_path(self, key: str) -> Path | None:
-        """Return the real path of ``key`` ("" for the whole store), or None if the store is not a folder."""
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
@@ -109,38 +41,6 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
         return S3Store(parts.netloc, uri.removeprefix(f"s3://{parts.netloc}").strip("/"))
     shown = re.sub("//.*@", "//", uri) or "an empty URI"
     raise StorageError(f"{shown} is not a store. Give a folder, file:///folder or s3://bucket/prefix.")
-
-
-def join_uri(base: str | os.PathLike[str], *parts: str) -> str:
-    """Return the URI of ``parts`` below ``base``."""
-    return "/".join([os.fspath(base).rstrip("/"), *(part.strip("/") for part in parts if part.strip("/"))])
-
-
-def check_key(key: str) -> None:
-    """Raise a StorageError unless ``key`` is a relative path that cannot leave the folder it is joined to."""
-    if any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or not key.isprintable():
-        raise StorageError(f"{key!r} leaves its folder. Use a relative path with slashes and without '..'.")
-
-
-def is_temporary(name: str) -> bool:
-    """Return whether a file ``name`` is of the kind that an interrupted write leaves behind."""
-    return _TEMPORARY.fullmatch(name) is not None
-
-
-@contextlib.contextmanager
-def local_errors(path: Path) -> Iterator[None]:
-    """Raise what the system says about ``path`` as a StorageError; pass on FileNotFound and FileExists."""
-    try:
-        yield
-    except (FileNotFoundError, FileExistsError):
-        raise
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        advice = "Free space" if error.errno in _FULL else "Check its owner and permissions"
-        temporary = _TEMPORARY.fullmatch(path.name)
-        shown = path.with_name(temporary[1]) if temporary else path
-        problem = f"{shown} cannot be read or written: {reason}"
-        raise StorageError(f"{problem}. {advice}, or use another folder.") from error
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from typing import TypeVar
 
 from core.errors import IntegrityError, StorageError
 from core.storage.hashing import file_sha256
+from core.storage.interface import Store, check_key, join_uri, local_errors
 from core.storage.layout import way_back
 from core.storage.manifest import FileEntry, Manifest
-from core.storage.store import Store, check_key, join_uri, local_errors, replacing
+from core.storage.store import replacing
 
 UPLOADED = "_UPLOADED.json"
 """Beside the manifest while a publication is on its way: which files are stored already, by their sha256."""

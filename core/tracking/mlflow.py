@@ -23,7 +23,6 @@ from core.tracking.client import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
@@ -61,24 +60,6 @@ class ChildRun:
     def log_series(self, name: str, points: Iterable[tuple[int, float]]) -> None:
         """Log a curve as (step, value); points that are there already change nothing."""
         self._log_points((name, step, value) for step, value in points)
-
-    def log_text(self, text: str, file: str) -> None:
-        """Store ``text`` as the artifact ``file``."""
-        if self.run_id:
-            with explained(self._tracker.uri):
-                self._tracker.client.log_text(self.run_id, text, file)
-
-    def log_dict(self, data: Mapping[str, Any], file: str) -> None:
-        """Store ``data`` as the JSON or YAML artifact ``file``."""
-        if self.run_id:
-            with explained(self._tracker.uri):
-                self._tracker.client.log_dict(self.run_id, dict(data), file)
-
-    def log_figure(self, figure: "Figure", file: str) -> None:
-        """Store a matplotlib figure as the artifact ``file`` (``.svg`` or ``.png``)."""
-        if self.run_id:
-            with explained(self._tracker.uri):
-                self._tracker.client.log_figure(self.run_id, figure, file)
 
     def _log_points(self, points: Iterable[tuple[str, int, float]]) -> None:
         if self.run_id:

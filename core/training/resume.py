@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
 from core.quantities import Interval
+from core.storage.interface import join_uri
 from core.storage.publication import MANIFEST, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
-from core.storage.store import local_errors
+from core.storage.interface import local_errors
 from core.untrusted import parse_object
 
 STATE = "state.json"

@@ -1,13 +1,32 @@
-"""What commands share: how they show examples and logs, and how they get at a model."""
+"""What commands share: examples, options, logs, tables, and access to a model."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
 
 from core.errors import SettingsError
 
-MODEL_HELP = "MODEL is a folder or an s3:// address of a Hugging Face checkpoint"
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from core.storage.interface import Store
+
+MODEL_HELP = "MODEL is a Hugging Face checkpoint: a folder or an s3:// address"
+STORE_HELP = "STORE is the storage.store of a recipe: a folder or an s3:// address"
+PATH = click.Path(path_type=Path)
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting, such as prune.target=80%; may be repeated.",
+)
 
 
 def example(*lines: str) -> str:
@@ -16,7 +35,7 @@ def example(*lines: str) -> str:
 
 
 def prepare_for(model: str, name: str = "MODEL") -> None:
-    """Refuse a folder that is not there, and quiet libraries, before anything heavy is imported."""
+    """Refuse a folder that does not exist, and quiet libraries, before anything heavy is imported."""
     from components.runtime import quiet_libraries
 
     quiet_libraries()
@@ -27,8 +46,29 @@ def prepare_for(model: str, name: str = "MODEL") -> None:
 
 
 @contextlib.contextmanager
+def local_checkpoint(model: str, *, only: Sequence[str] | None = None, verify: bool = True) -> Iterator[Path]:
+    """Give the folder of a checkpoint; a published one is verified, a remote one fetched first.
+
+    Args:
+        model: A folder, or the URI of a publication. A folder that is a publication is verified whole, less
+            the model card, which may have been edited.
+        only: Files to fetch of a URI; None for all.
+        verify: Whether a folder is verified here.
+    """
+    from core.scratch import scratch_folder
+    from core.storage.layout import CARD
+    from core.storage.publication import open_publication, verify_folder
+
+    if "://" not in model:
+        yield verify_folder(Path(model), may_differ=(CARD,)) if verify else Path(model)
+        return
+    with scratch_folder() as scratch:
+        yield open_publication(model).fetch(scratch, only=only)
+
+
+@contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Show core's log lines, for a command that works long and has no tasks."""
+    """Show core's log lines, for a long command without tasks."""
     core, handler = logging.getLogger("core"), logging.StreamHandler()
     level = core.level
     core.addHandler(handler)
@@ -38,3 +78,27 @@ def log_on_stderr() -> Iterator[None]:
     finally:
         core.removeHandler(handler)
         core.setLevel(level)
+
+
+def print_table(table: "Table") -> None:
+    """Print a table; into a pipe, one line a row."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 1000
+    Console(highlight=False, markup=False, width=width).print(table)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text without anything that steers a terminal, but for the characters to ``keep``."""
+    return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
+
+
+def opened_store(store: str) -> "Store":
+    """Open a store that exists, before anything heavy is imported."""
+    if "://" not in store and not Path(store).is_dir():
+        raise SettingsError(
+            [f"STORE={store} is not a folder. Give the folder or s3:// address that storage.store names."]
+        )
+    from core.storage.store import open_store
+
+    return open_store(store)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from core.errors import LeaseError, SettingsError
+from core.storage.interface import local_errors
 from core.storage.lease import time_text
-from core.storage.store import local_errors
 
 
 def check_folders(folders: Mapping[str, Path]) -> None:

@@ -62,7 +62,7 @@ def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
 
     Args:
         settings: The run's settings; relative paths start at the current directory.
-        output: Folder for the results, for what kfp leaves (removed after success) and for ``run.log``.
+        output: Folder for the results, kfp's own files (removed after success) and ``run.log``.
         console: Where progress is shown.
 
     Raises:
@@ -112,7 +112,7 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
 
 
 def _link(link: Path, folder: Path | None) -> None:
-    """Let ``link`` lead to a folder, unless something that is no link stands there."""
+    """Let ``link`` lead to a folder, unless something else than a link is there."""
     if folder is not None and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(folder, link.parent.resolve()), target_is_directory=True)

@@ -1,34 +1,40 @@
-"""Following a run on a cluster: how its tasks get on, and in one line why it waits or has failed.
+"""Following a run on a cluster: the progress of its tasks, and in one line why it waits or has failed.
 
-The state of the run is that of the API; all else is read from Argo's workflow (see ``workflow.py``).
+The state of the run is that of the API; all else is read from Argo's workflow (see ``workflow.py``). kfp's
+client only waits for the state, gives up at the first error of the network, and reports no reason.
 """
 
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ClusterError
-from core.runs.record import seconds_text
-from pipelines.remote.client import QUOTA, Client, explain, is_passing, one_line, quiet, quota_advice
+from pipelines.remote.client import Client, is_passing, one_line
 from pipelines.remote.workflow import FAILED, TaskState, Workflow, read_workflow
 
-_ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
+ENDED = {"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"}
+"""States of a run that does not change any more."""
+
 _TRIES = 8
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _SLOW_S, _LATE_S = 30.0, 300.0
-"""How long a pod may wait before its reason is told, and before one without a reason is."""
+"""How long a pod may wait before its reason is reported, and before one without a reason is."""
 
 _RESUMES = "Submit it again: it resumes where it stopped"
 _CAUSES: tuple[tuple[str, str, str], ...] = (
-    # Argo's reason, what that is, and what to do; {own} is where the task's settings are
+    # Argo's reason, its meaning, and what to do; {own} is where the task's settings are
     (
         "ImagePull|ErrImage|InvalidImageName|pull access denied|manifest unknown|failed to pull",
         "its image cannot be pulled",
         "Correct cluster.image, push it, or give the namespace's service account the registry's secret.",
     ),
-    (QUOTA.pattern, "a quota is used up", quota_advice("{own}")),
+    (
+        "exceeded quota|quota exceeded",
+        "a quota is used up",
+        "Wait for other runs to end, raise the quota, or lower {own}.gpus, {own}.cpu and {own}.memory.",
+    ),
     (
         "Unschedulable|nodes are available|Insufficient|FailedScheduling",
         "no node has room for it",
@@ -42,12 +48,12 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         "SchedulingGated|scheduling gate",
         "Kueue has not admitted it",
-        "Wait, or look at the queue that {own}.queue names: is it there, has it room?",
+        "Wait, or check that the queue named by {own}.queue exists and has room.",
     ),
     (
         "CreateContainerConfigError",
-        "its container cannot be made",
-        "Build the image from docker/Dockerfile, and let cluster.run_as_user be a number other than 0.",
+        "its container cannot be created",
+        "Build the image from docker/Dockerfile, and set cluster.run_as_user to a number other than 0.",
     ),
     (
         "DeadlineExceeded|longer than the specified deadline|exceeded its deadline",
@@ -61,54 +67,29 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "pod deleted|exit code:? ?143|Evict|Preempt|low on resource|imminent node|unresponsive|NodeLost",
-        "its pod was taken away",
-        f"{_RESUMES}. --attempts does that by itself.",
+        "it lost its pod",
+        f"{_RESUMES}. --attempts does that for you.",
     ),
 )
-_IMAGE, _TAKEN = _CAUSES[0][1], _CAUSES[-1][1]
+_IMAGE, _LOST = _CAUSES[0][1], _CAUSES[-1][1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
     """Why a run waits or has failed."""
 
-    about: str
-    """The task and what that is: while a run waits, the words for it may change."""
-    text: str
-    """All of it in one line, with what to do."""
+    about: str  # the task and its trouble: while a run waits, the words for it may change
+    text: str  # all of it in one line, with what to do
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """A run at one time."""
 
-    state: str
-    """Of the API's states."""
-    workflow: Workflow | None
-    """None where the server does not give it."""
+    state: str  # of the API's states
+    workflow: Workflow | None  # None where the server does not give it
     trouble: Trouble | None = None
-    """None if nothing is known."""
-    was_taken_away: bool = False
-    """Whether it has failed for lost pods alone, and may be started again."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing changes any more."""
-        return self.state in _ENDED
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long to wait for what, in seconds."""
-
-    timeout_s: float = 0.0
-    """For the end of the run; 0 is for ever."""
-    poll_s: float = 10.0
-    """Between two questions."""
-    image_s: float = 300.0
-    """For an image that cannot be pulled: a registry may come back."""
-    since: float = field(default_factory=time.monotonic)
-    """When the waiting began."""
+    lost_pods: bool = False  # whether it has failed only because it lost pods, and may be started again
 
 
 def follow(
@@ -116,64 +97,59 @@ def follow(
     run_id: str,
     tasks: Mapping[str, str],
     show: Callable[[Progress], None],
-    patience: Patience,
+    *,
+    poll_s: float = 10.0,
+    image_s: float = 300.0,
+    until: float | None = None,
 ) -> Progress:
-    """Ask for a run until it has ended.
+    """Poll a run until it has ended.
 
     Args:
         client: The connection.
         run_id: Which run.
-        tasks: Task in the IR to how people call it; ``{}`` stands for the phase.
+        tasks: As in ``Package``.
         show: Called with each answer.
-        patience: How long to wait.
-
-    Returns:
-        How it ended.
+        poll_s: Pause between two requests.
+        image_s: How long to wait for an image that cannot be pulled: a registry may come back.
+        until: When to stop, by ``time.monotonic``; None waits for the end.
 
     Raises:
-        ClusterError: If the cluster cannot be asked any more, an image cannot be pulled, or time is up. The
-            run goes on then.
+        ClusterError: If the cluster can no longer be reached, an image cannot be pulled, or time is up. The
+            run continues then.
     """
     stuck_since = None
     while True:
-        run, manifest = _ask(client, run_id, patience)
+        run, manifest = _ask(client, run_id, poll_s)
         progress = _progress(run, None if manifest is None else read_workflow(manifest, tasks))
         show(progress)
-        if progress.has_ended:
+        if progress.state in ENDED:
             return progress
         now, trouble = time.monotonic(), progress.trouble
         stuck_since = (stuck_since or now) if trouble and trouble.about.endswith(_IMAGE) else None
-        if trouble and stuck_since is not None and now - stuck_since >= patience.image_s:
+        if trouble and stuck_since is not None and now - stuck_since >= image_s:
             raise ClusterError(f"{trouble.text} The run waits: {client.link('runs', run_id)}")
-        if patience.timeout_s and now - patience.since >= patience.timeout_s:
-            raise ClusterError(
-                f"--timeout: the run has not ended in {seconds_text(patience.timeout_s)}, and goes on. "
-                f"Follow it at {client.link('runs', run_id)}"
-            )
-        left = patience.since + patience.timeout_s - now if patience.timeout_s else patience.poll_s
-        time.sleep(min(patience.poll_s, left))
+        if until is not None and now >= until:
+            raise ClusterError(f"--timeout is over; the run continues: {client.link('runs', run_id)}")
+        time.sleep(poll_s if until is None else min(poll_s, until - now))
 
 
-def _ask(client: Client, run_id: str, patience: Patience) -> tuple[Any, dict[str, Any] | None]:
-    """Return the run and Argo's workflow; what passes is waited for, longer each time."""
+def _ask(client: Client, run_id: str, poll_s: float) -> tuple[Any, dict[str, Any] | None]:
+    """Return the run and Argo's workflow; passing errors are waited for, longer each time."""
     run = None
     for attempt in range(_TRIES):
         try:
-            with quiet():
+            with client.asked():
                 run = client.get_run(run_id)
                 return run, client.workflow(run_id)
         except ClusterError as error:
-            problem: str = str(error)
-        except Exception as error:
-            problem = explain(error, client.place())
-            if is_passing(error) and attempt < _TRIES - 1:
-                pause = max(_SHORTEST_PAUSE_S, patience.poll_s) * 2**attempt
-                time.sleep(min(_LONGEST_PAUSE_S, pause))
-                continue
-        break
+            problem = error
+        if not is_passing(problem.__cause__):
+            break
+        if attempt < _TRIES - 1:
+            time.sleep(min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, poll_s) * 2**attempt))
     if run is not None:
-        return run, None  # the older API is the one that is not there
-    raise ClusterError(f"{problem} The run goes on: {client.link('runs', run_id)}")
+        return run, None  # only the older API is missing
+    raise ClusterError(f"{problem} The run continues: {client.link('runs', run_id)}")
 
 
 def _progress(run: Any, workflow: Workflow | None) -> Progress:
@@ -181,7 +157,7 @@ def _progress(run: Any, workflow: Workflow | None) -> Progress:
     was_terminated = found.was_terminated or any(
         past.state in ("CANCELING", "CANCELED") for past in run.state_history or ()
     )
-    if state not in _ENDED:
+    if state not in ENDED:
         trouble = None if was_terminated else _why_it_waits(found)
         return Progress(state=state, workflow=workflow, trouble=trouble)
     if state == "CANCELED" or (state == "FAILED" and was_terminated):
@@ -189,20 +165,17 @@ def _progress(run: Any, workflow: Workflow | None) -> Progress:
         return Progress(state=state, workflow=workflow, trouble=Trouble(about="terminated", text=text))
     if state != "FAILED":
         return Progress(state=state, workflow=workflow)
+    failed = [task for task in found.tasks + found.drivers if task.phase in FAILED]
+    failed.sort(key=lambda task: (task.finished, task.started))
     # finalize runs whatever has failed before it, and may fail for the same reason
-    failed = sorted((t for t in found.tasks + found.drivers if t.phase in FAILED), key=_order_of_failure)
     failed = [task for task in failed if "finalize" not in task.name] or failed
     troubles = [_explained(task) for task in failed]
     if not troubles:
         said = found.message or one_line((run.error and run.error.message) or "")
         text = f"the run failed{said and ': '}{said}. Its log is in the UI."
         troubles = [Trouble(about="the run", text=text)]
-    taken = all(trouble.about.endswith(_TAKEN) for trouble in troubles)
-    return Progress(state=state, workflow=workflow, trouble=troubles[0], was_taken_away=taken)
-
-
-def _order_of_failure(task: TaskState) -> tuple[float, float]:
-    return task.finished, task.started
+    lost = all(trouble.about.endswith(_LOST) for trouble in troubles)
+    return Progress(state=state, workflow=workflow, trouble=troubles[0], lost_pods=lost)
 
 
 def _why_it_waits(workflow: Workflow) -> Trouble | None:

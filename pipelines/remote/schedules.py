@@ -1,19 +1,21 @@
 """Recurring runs on Kubeflow Pipelines, one for each recipe, base model and target.
 
-The API cannot change a recurring run: the new one is made before the old one goes. Whoever is killed between
-the two leaves both, and giving the command again leaves one.
+kfp's client creates and deletes recurring runs; the API cannot change one. So the new one is created before
+the old one is deleted. If the update is killed between the two, both are left, and repeating the command
+leaves one. Deleting a recurring run ends its run in progress, since Kubernetes deletes the workflow with its
+owner: that takes ``now``. All raise a ``ClusterError`` if the cluster cannot be reached or refuses.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.errors import SettingsError
+from core.errors import ClusterError, SettingsError
 from core.settings.schema import Settings
-from pipelines.remote.client import Client, explained, named, one_line, pages, quiet
+from pipelines.remote.client import Client, named, one_line, pages
+from pipelines.remote.following import ENDED
 from pipelines.remote.submission import Submission, experiment_id, find_pipeline, slug, upload
 
 Outcome = Literal["created", "updated", "unchanged"]
@@ -30,17 +32,32 @@ class Schedule:
     base: str
     """The base model, as the run's parameters name it."""
     target: str
-    version: str
-    """Id of the pipeline's version."""
-    created: str
-    """When it was made."""
+
+
+def six_fields(cron: str) -> str:
+    """Return a cron expression with seconds first, as the server wants it; the server checks the values.
+
+    Five fields, as cron itself has them, get seconds: the server would take their first field for those.
+
+    Raises:
+        SettingsError: If it has other than five or six fields.
+    """
+    fields = cron.split()
+    if len(fields) not in (5, 6):
+        raise SettingsError(
+            [
+                f"--cron={cron!r} must have six fields: second, minute, hour, day of the month, month and "
+                'day of the week, such as "0 0 2 * * *" for every night at two. Correct it.'
+            ]
+        )
+    return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
 def schedule_name(settings: Settings) -> str:
     """Return the name of a recipe's recurring run.
 
     Equal for what makes the same model: the recipe's name, the base's address and the target. All else may be
-    changed by giving the command again.
+    changed by repeating the command.
     """
     identity = [settings.model.base, settings.model.revision, settings.prune.target, settings.prune.method]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
@@ -48,117 +65,119 @@ def schedule_name(settings: Settings) -> str:
 
 
 def set_schedule(
-    client: Client, submission: Submission, cron: str, *, experiment: str
+    client: Client, submission: Submission, cron: str, *, experiment: str, now: bool = False
 ) -> tuple[Schedule, Outcome]:
     """Make sure that there is one recurring run of the recipe, with this cron expression and these settings.
 
-    A recurring run that is paused stays so.
-
-    Args:
-        client: The connection.
-        submission: What each run is started with.
-        cron: Six fields.
-        experiment: Where the runs go.
+    One that is paused stays so. ``now`` replaces one even if that ends its run in progress.
 
     Returns:
         The recurring run, and what had to be done.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it.
     """
     settings = submission.settings
     name = schedule_name(settings)
     pipeline, version, _ = upload(client, submission.package)
-    place = experiment_id(client, experiment)
-    # The base and the target are given even where they are the version's defaults: lists show them.
-    parameters = {
-        "base_model": settings.model.base,
-        "target": settings.prune.target,
-        **submission.arguments,
-    }
-    wanted: dict[str, Any] = {
-        "experiment_id": place,
+    wanted = {
+        "experiment_id": experiment_id(client, experiment),
         "pipeline_id": pipeline,
         "version_id": version,
-        "cron": cron,
-        "parameters": parameters,
+        "cron_expression": cron,
+        # The base and the target are given even where they are the version's defaults: lists show them.
+        "params": {
+            "base_model": settings.model.base,
+            "target": settings.prune.target,
+            **submission.arguments,
+        },
+        "service_account": submission.service_account,
     }
-    if submission.service_account:
-        wanted["service_account"] = submission.service_account
-    with explained(client.place()), quiet():
-        before = [each for each in _recurring(client, name) if each.display_name == name]
-        before.sort(key=lambda each: (str(each.created_at), each.recurring_run_id))
-        kept = next((each for each in before if wanted.items() <= _content(each).items()), None)
+    with client.asked():
+        before = sorted(
+            _recurring(client, name), key=lambda each: (str(each.created_at), each.recurring_run_id)
+        )
+        kept = next((each for each in before if _has(each, wanted)), None)
+        others = [each for each in before if each is not kept]
+        if not now:
+            _refuse_to_end(client, others)
         outcome: Outcome = "unchanged" if kept else "updated" if before else "created"
         if kept is None:
             kept = client.create_recurring_run(
-                experiment_id=place,
+                **wanted,
                 job_name=name,
                 description=f"adapt-pruner schedule: {settings.model.base} to {settings.prune.target}",
-                cron_expression=cron,
                 max_concurrency=1,
                 no_catchup=True,
-                params=parameters,
-                pipeline_id=pipeline,
-                version_id=version,
-                service_account=submission.service_account or None,
-                enabled=not (before and all(_is_paused(each) for each in before)),
+                enabled=not before or not all(map(_is_paused, before)),
             )
-        for each in before:
-            if each.recurring_run_id != kept.recurring_run_id:
-                client.delete_recurring_run(each.recurring_run_id)
+        for each in others:
+            client.delete_recurring_run(each.recurring_run_id)
     return _schedule(kept), outcome
 
 
 def list_schedules(client: Client) -> list[Schedule]:
-    """Return the recurring runs of our pipeline, by name.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached or refuses it.
-    """
-    pipeline = find_pipeline(client)
-    if not pipeline:
-        return []
-    with explained(client.place()), quiet():
-        found = [
-            _schedule(each)
-            for each in _recurring(client)
-            if each.pipeline_version_reference and each.pipeline_version_reference.pipeline_id == pipeline
-        ]
-    return sorted(found, key=lambda each: (each.name, each.created))
+    """Return the recurring runs of our pipeline, by name."""
+    return [_schedule(each) for each in _ours(client)]
 
 
-def change(client: Client, name: str, what: Literal["pause", "resume", "delete"]) -> int:
-    """Pause, resume or delete the recurring run of this name; what is so already is no error.
+def change(
+    client: Client, name: str, what: Literal["pause", "resume", "delete"], *, now: bool = False
+) -> None:
+    """Pause, resume or delete the recurring run of this name or id, and those that interrupted updates left.
 
-    Returns:
-        How many there were; more than one if an update was interrupted.
+    Args:
+        client: The connection.
+        name: Its name or id.
+        what: What to do.
+        now: Delete it even if that ends its run in progress.
 
     Raises:
         SettingsError: If there is none of this name.
-        ClusterError: If the cluster cannot be reached or refuses it.
     """
-    known = list_schedules(client)
-    found = [each for each in known if name in (each.name, each.id)]
+    known = _ours(client)
+    found = [each for each in known if name in (each.display_name, each.recurring_run_id)]
     if not found:
-        raise SettingsError([f"--{what}={name} is no schedule at {client.place()}. {_known(name, known)}"])
+        names = ", ".join(sorted({one_line(each.display_name) for each in known})) or "none"
+        raise SettingsError([f"--{what}={name} is not a schedule at {client.place()}. Known: {names}."])
     call = {
         "pause": client.disable_recurring_run,
         "resume": client.enable_recurring_run,
         "delete": client.delete_recurring_run,
     }[what]
-    with explained(client.place()), quiet():
+    with client.asked():
+        if what == "delete" and not now:
+            _refuse_to_end(client, found)
         for each in found:
-            call(each.id)
-    return len(found)
+            call(each.recurring_run_id)
 
 
-def _known(name: str, known: Sequence[Schedule]) -> str:
-    names = sorted({each.name for each in known})
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"Did you mean {close[0]}?"
-    return f"Known: {', '.join(names)}." if names else "There is none yet."
+def _refuse_to_end(client: Client, recurring: Iterable[Any]) -> None:
+    """Refuse to delete recurring runs of which a run is in progress.
+
+    Only their experiment lists their runs. It is read from the newest back to the last run of each, or to
+    what is older than it.
+    """
+    for each in recurring:
+        runs = pages(client.list_runs, "runs", experiment_id=each.experiment_id, sort_by="created_at desc")
+        for run in runs:
+            if run.created_at < each.created_at:
+                break
+            if run.recurring_run_id == each.recurring_run_id:
+                if run.state not in ENDED:
+                    raise ClusterError(
+                        f"the run in progress of schedule {one_line(each.display_name)} would end with it. "
+                        "Wait for its end, or give --now, and the next run resumes it: "
+                        f"{client.link('runs', run.run_id)}"
+                    )
+                break
+
+
+def _ours(client: Client) -> list[Any]:
+    """Return the recurring runs of our pipeline, by name and age."""
+    pipeline = find_pipeline(client)
+    if not pipeline:
+        return []
+    with client.asked():
+        found = [each for each in _recurring(client) if _reference(each).get("pipeline_id") == pipeline]
+    return sorted(found, key=lambda each: (each.display_name, str(each.created_at)))
 
 
 def _recurring(client: Client, name: str = "") -> list[Any]:
@@ -166,17 +185,22 @@ def _recurring(client: Client, name: str = "") -> list[Any]:
     return list(pages(client.list_recurring_runs, "recurring_runs", namespace=client.namespace, **selected))
 
 
-def _content(recurring: Any) -> dict[str, Any]:
-    """Return of a recurring run what ``set_schedule`` decides."""
-    reference = recurring.pipeline_version_reference
-    return {
+def _reference(recurring: Any) -> dict[str, Any]:
+    return recurring.pipeline_version_reference.to_dict() if recurring.pipeline_version_reference else {}
+
+
+def _has(recurring: Any, wanted: Mapping[str, Any]) -> bool:
+    """Return whether a recurring run is as ``set_schedule`` wants it; None leaves it to the server."""
+    reference = _reference(recurring)
+    found = {
         "experiment_id": recurring.experiment_id,
-        "pipeline_id": reference.pipeline_id if reference else "",
-        "version_id": reference.pipeline_version_id if reference else "",
-        "cron": _cron(recurring),
-        "parameters": _parameters(recurring),
-        "service_account": recurring.service_account or "",
+        "pipeline_id": reference.get("pipeline_id"),
+        "version_id": reference.get("pipeline_version_id"),
+        "cron_expression": _cron(recurring),
+        "params": _parameters(recurring),
+        "service_account": recurring.service_account,
     }
+    return all(found[key] == value for key, value in wanted.items() if value is not None)
 
 
 def _parameters(recurring: Any) -> dict[str, Any]:
@@ -194,7 +218,6 @@ def _is_paused(recurring: Any) -> bool:
 
 def _schedule(recurring: Any) -> Schedule:
     parameters = _parameters(recurring)
-    reference = recurring.pipeline_version_reference
     return Schedule(
         id=str(recurring.recurring_run_id),
         name=one_line(str(recurring.display_name)),
@@ -202,6 +225,4 @@ def _schedule(recurring: Any) -> Schedule:
         paused=_is_paused(recurring),
         base=one_line(str(parameters.get("base_model", ""))),
         target=one_line(str(parameters.get("target", ""))),
-        version=str(reference.pipeline_version_id) if reference else "",
-        created=str(recurring.created_at or ""),
     )

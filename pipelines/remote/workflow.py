@@ -1,7 +1,7 @@
-"""What Argo says of a run: the state of each task, when it started and ended, and the reason it gives.
+"""A run as Argo sees it: the state of each task, when it started and ended, and the reason given.
 
-This is read from the workflow in the older API (v1beta1) of Kubeflow Pipelines. The tasks of the newer one
-have no reasons, and stop changing once the workflow is over 1 MiB.
+Read from the workflow in the older API (v1beta1) of Kubeflow Pipelines, since in the newer one, which kfp's
+client asks, tasks have no reasons, and stop changing once the workflow exceeds 1 MiB.
 """
 
 import re
@@ -24,7 +24,7 @@ class TaskState:
     """A task that has begun, or its driver: the pod of KFP's own that comes before it."""
 
     name: str
-    """What people call it: ``phase 2 calibrate``."""
+    """Its name for people: ``phase 2 calibrate``."""
     phase: str
     """Argo's: Pending while its pod waits, Running, Succeeded, Skipped, Failed or Error."""
     settings: str = "cluster"
@@ -46,9 +46,9 @@ class Workflow:
     message: str = ""
     """Argo's reason for the state of the whole."""
     retry_policy: str = "OnFailure"
-    """Which ends of an attempt are followed by another one."""
+    """After which ends of an attempt Argo starts another."""
     was_terminated: bool = False
-    """Whether somebody has ended it."""
+    """Whether somebody terminated it."""
 
 
 def read_workflow(workflow: Mapping[str, Any], tasks: Mapping[str, str]) -> Workflow:
@@ -56,7 +56,7 @@ def read_workflow(workflow: Mapping[str, Any], tasks: Mapping[str, str]) -> Work
 
     Args:
         workflow: Its manifest.
-        tasks: Task in the IR to what people call it; ``{}`` stands for the phase.
+        tasks: Task in the IR to its name for people; ``{}`` stands for the phase.
     """
     spec, status = _mapping(workflow.get("spec")), _mapping(workflow.get("status"))
     nodes = [node for node in _mapping(status.get("nodes")).values() if isinstance(node, dict)]

@@ -19,8 +19,9 @@ from core.settings.recipe import settings_from_dict
 from core.settings.storage import TrackingSettings
 from core.steps.frame import provenance_of
 from core.steps.needs_run import run_needs_run
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from core.tracking.mlflow import open_tracker
 from tests.support.evidence import note
 from tests.support.hub import Repository, run_hub
@@ -36,20 +37,17 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the project as the current folder, with two revisions of its model."""
-    copy = tmp_path / "project"
-    shutil.copytree(project, copy)
-    shutil.copytree(copy / "base", copy / "newer")
-    (copy / "newer" / "LICENSE").write_text("another")
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with two revisions of its model."""
+    shutil.copytree(folder / "base", folder / "newer")
+    (folder / "newer" / "LICENSE").write_text("another")
+    return folder
 
 
-@pytest.fixture(params=["folder", "s3"])
-def models(request, tmp_path):
-    """Where checkpoints are published: a folder or a prefix on S3."""
-    return str(tmp_path / "models") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
+@pytest.fixture
+def models(store_uri):
+    """Where checkpoints are published."""
+    return join_uri(store_uri, "models")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +119,7 @@ BAD_LINES = {
     "a registry's address": (b"models:/name@alias", "not followed from there"),
     "another HEAD file": (b"sub/HEAD", "another HEAD file"),
     "a HEAD file on S3": (b"s3://other/HEAD", "another HEAD file"),
-    "a hub address without an owner": (b"hf://model", "no address on the hub"),
+    "a hub address without an owner": (b"hf://model", "not a valid address on the hub"),
 }
 
 
@@ -265,8 +263,8 @@ def test_what_is_made_of_a_hub_address_names_the_repository(folder):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"base": "hf://model"}, "model.base=hf://model is no address on the hub. Write hf://owner/name"),
-        ({"base": "hf://a/b@"}, "model.base=hf://a/b@ is no address on the hub."),
+        ({"base": "hf://model"}, "model.base=hf://model is not a valid hub address. Write hf://owner/name"),
+        ({"base": "hf://a/b@"}, "model.base=hf://a/b@ is not a valid hub address."),
         ({"base": "models:/name"}, "model.base=models:/name names no version. Write models:/name@alias"),
         ({"base": "models:/name/latest"}, "model.base=models:/name/latest names no version."),
         ({"base": "gs://b/m"}, "model.base=gs://b/m is of an unknown kind."),

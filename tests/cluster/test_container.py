@@ -12,8 +12,9 @@ import pytest
 from kfp import local
 
 from core.settings.recipe import settings_from_dict
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from pipelines.adapt_accel import build_pipeline
 from tests.local.test_kills import content, orphans
 from tests.support.project import recipe_with

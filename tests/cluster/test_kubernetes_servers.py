@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.manifests import MANIFESTS, containers, filled_in, identity, pod, render
-from tests.support.servers import S3Server, free_ports, wait_until_it_stores
+from tests.support.servers import S3Server, free_ports, killed_at_the_end, wait_until_it_stores
 
 pytestmark = pytest.mark.slow
 NOBODY = 65534
@@ -59,12 +58,8 @@ def process(command, environment, folder, **options):
             start_new_session=True,
             **options,
         )
-    try:
+    with killed_at_the_end(started):
         yield started
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
 
 
 @pytest.fixture(scope="module")

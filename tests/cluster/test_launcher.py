@@ -6,8 +6,9 @@ import pytest
 from mlflow import MlflowClient
 
 from core.settings.recipe import settings_from_dict
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from pipelines.adapt_accel import compile_pipeline
 from tests.local.test_kills import content, orphans
 from tests.support.launcher import FAILED, SKIPPED, SUCCEEDED, Cluster

@@ -13,8 +13,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from core.settings.cluster import ClusterSettings, ComponentSettings
 from core.settings.evaluation import EvaluationSettings
-from core.settings.recipe import settings_from_dict, with_fixed
-from pipelines.adapt_accel import build_pipeline, compile_pipeline, recipe_parameter
+from core.settings.parameters import parameters_of, reached_by, settings_of_run
+from pipelines.adapt_accel import build_pipeline, compile_pipeline
 from pipelines.cluster import CONFIG_KEYS, PHASE_OF_NESTED, SECRET_KEYS
 from tests.support.ir import CLUSTER, STEPS, dags, executors, parse, problems, settings, the_dag
 
@@ -37,7 +37,7 @@ def ir(compiled):
 
 
 def test_every_edge_resolves_to_a_producer_of_the_same_type(ir):
-    assert problems(ir[0]) == []
+    assert list(problems(ir[0])) == []
 
 
 @pytest.mark.parametrize("phases", [1], indirect=True, scope="module")
@@ -45,7 +45,7 @@ def test_broken_edges_are_found(ir):
     def broken(change):
         spec = copy.deepcopy(ir[0])
         change(spec)
-        return problems(spec)
+        return list(problems(spec))
 
     def phase(spec):
         return spec.components["comp-phase"].dag
@@ -167,21 +167,57 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     value = {
         name: json_format.MessageToDict(parameter.default_value) for name, parameter in parameters.items()
     }
-    recipe = value["recipe"]
-    recipe["model"] |= {"base": value["base_model"], "revision": value["revision"]}
-    recipe["prune"] |= {"target": value["target"], "method": value["method"]}
     resolved = next(
         task for _, dag in dags(ir[0]) for name, task in dag.dag.tasks.items() if name == "resolve-base"
     )
     fixed = json_format.MessageToDict(resolved.inputs.parameters["fixed"].runtime_value.constant)
     assert fixed == {"prune": {"phases": phases, "steps_per_phase": 1}, "evaluation": {"speed": False}}
-    recipe = with_fixed(recipe, fixed)
-    assert "cluster" not in recipe, "it is compiled in: what the run form said of it would be ignored"
-    assert settings_from_dict(recipe) == settings(phases, cluster=ClusterSettings())
+    assert "cluster" not in value["recipe"], "it is compiled in: the run form could not change it"
+    assert settings_of_run(value, fixed) == settings(phases, cluster=ClusterSettings())
+
+
+def test_the_table_of_parameters_is_true_of_the_pipeline(tmp_path):
+    """Only what the table calls compiled changes anything beyond the defaults of parameters."""
+
+    def without_defaults(**changes):
+        changed = {
+            name: dataclasses.replace(getattr(plain, name), **change) if isinstance(change, dict) else change
+            for name, change in changes.items()
+        }
+        path = tmp_path / "pipeline.yaml"
+        compile_pipeline(dataclasses.replace(plain, **changed), path)
+        spec, platform = parse(path)
+        spec.root.ClearField("input_definitions")
+        return spec.SerializeToString(deterministic=True), platform.SerializeToString(deterministic=True)
+
+    plain = settings(2)
+    same = without_defaults()
+    recipe = {"prune": {"amplitude": 0.1, "criterion": "random"}, "training": {"learning_rate": 1.0}}
+    recipe |= {"calibration": {"sequences": 9}, "evaluation": {"tasks": (), "batch_size": 3}, "seed": 5}
+    recipe |= {
+        "storage": {"store": "s3://a/b"},
+        "tracking": {"uri": "http://c"},
+        "model": {"dtype": "float32"},
+    }
+    assert without_defaults(**recipe) == same
+    own = {"model": {"base": "a/b", "revision": "c"}, "prune": {"target": "80%"}}
+    assert without_defaults(**own) == same
+    for section, change in [
+        ("prune", {"phases": 3}),
+        ("prune", {"steps_per_phase": 2}),
+        ("evaluation", {"speed": True}),
+        ("cluster", {"memory": "9Gi"}),
+    ]:
+        assert without_defaults(**{section: change}) != same
+        assert [reached_by(section, key) for key in change] == ["compiled"]
+    for changes, kind in ((recipe, {"recipe"}), (own, {"base_model", "revision", "target"})):
+        named = [(part, key) for part, keys in changes.items() if part != "seed" for key in keys]
+        assert {reached_by(section, key) for section, key in named} == kind
+    assert reached_by("", "seed") == "recipe"
 
 
 def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value():
-    recipe = recipe_parameter(settings(2))
+    recipe = parameters_of(settings(2))["recipe"]
     assert "base" not in recipe["model"]
     assert not {"target", "method", "phases", "steps_per_phase"} & recipe["prune"].keys()
     assert "speed" not in recipe["evaluation"], "whether publish gets a GPU is compiled in"

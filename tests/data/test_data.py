@@ -250,7 +250,7 @@ def test_an_unknown_layout_or_role_is_an_error_that_names_what_is_there(tmp_path
             {"speaker": "x", "words": "y"},
             r"speaker, words instead of role and content.*columns of the row: id, m",
         ),
-        ({"role": "wizard", "content": "y"}, "'wizard' is no known role"),
+        ({"role": "wizard", "content": "y"}, "'wizard' is not a known role"),
     ]:
         path = write_rows(tmp_path / "a.jsonl", [{"id": 1, "m": [message]}]).path
         with pytest.raises(DataError, match=says):
@@ -259,7 +259,7 @@ def test_an_unknown_layout_or_role_is_an_error_that_names_what_is_there(tmp_path
 
 def test_what_is_neither_here_nor_a_hub_id_is_refused_without_asking_the_hub():
     for path in ("data/gone.jsonl", "/no/such/folder", "./gone", "s3://bucket/a", "gone.txt"):
-        with pytest.raises(DataError, match="no file or folder here"):
+        with pytest.raises(DataError, match="not a file or folder here"):
             next(read_rows(TextSource(path=path), seed=None))
 
 

@@ -13,9 +13,7 @@ from core.errors import CheckpointError, ExportError, SettingsError
 from core.evaluation.speed.comparison import compare, median_rates, median_speedup, time_pair
 from core.evaluation.speed.engines import LlamaCpp, Torch, accelerator_of
 from core.evaluation.speed.workload import Workload
-from core.model.build import build_model, load_model
 from core.model.checkpoint import save_model
-from core.model.config import config_with_layers
 from core.model.shape import LayerShape
 from core.report.report import build_report
 from core.runs.record import RunRecord, SpeedRecord
@@ -35,21 +33,12 @@ RECORD = SpeedRecord(
     load_s=(3.0, 2.0),
     memory_bytes=(500_000_000, 400_000_000),
 )
-PRUNED = (
-    LayerShape(query_heads=6, kv_heads=3, mlp_width=31),
-    LayerShape(query_heads=4, kv_heads=2, mlp_width=17),
-    LayerShape(query_heads=6, kv_heads=3, mlp_width=9),
-)
 
 
-@pytest.fixture(scope="module")
-def pair(project, tmp_path_factory):
+@pytest.fixture
+def pair(project, smaller):
     """A dense model with a tokenizer, and a smaller one."""
-    base, pruned = project / "base", tmp_path_factory.mktemp("pruned") / "model"
-    torch.manual_seed(0)
-    model = build_model(config_with_layers(load_model(base).config, PRUNED))
-    save_model(model, pruned, companions=base, provenance={})
-    return base, pruned
+    return project / "base", smaller
 
 
 def test_both_models_do_every_job_in_every_runtime(pair):
@@ -105,7 +94,7 @@ def test_mlflow_gets_ratios_that_are_above_1_where_the_checkpoint_is_better():
 def test_the_report_shows_what_was_measured():
     page = "".join(build_report(make_record(speed=(RECORD,))).splitlines())
     assert "Speed in llama.cpp on cpu" in page
-    assert "<td>writing answers, 4 together (tokens/s)</td><td>70.0</td><td>84.0</td><td>1.20</td>" in page
+    assert "<td>decoding, batch of 4 (tokens/s)</td><td>70.0</td><td>84.0</td><td>1.20</td>" in page
     assert "Speed in" not in build_report(make_record())
 
 
@@ -209,7 +198,7 @@ def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(projec
     (model,) = client.search_logged_models([parent.info.experiment_id])
     assert figures.items() <= {metric.key: metric.value for metric in model.metrics}.items()
     for file in ("README.md", "report.html"):
-        assert "writing answers, 4 together" in Path(final, file).read_text()
+        assert "decoding, batch of 4" in Path(final, file).read_text()
 
 
 def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
@@ -218,7 +207,7 @@ def test_the_command_shows_a_table_and_writes_the_figures(pair, tmp_path):
     arguments += ["--prompt-tokens", 5, "--new-tokens", 3, "--json", tmp_path / "new" / "speed.json"]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    assert "writing answers, 4 together" in result.output
+    assert "decoding, batch of 4" in result.output
     figures = json.loads((tmp_path / "new" / "speed.json").read_text())
     assert figures["params"][0] > figures["params"][1]
     assert figures["speed"][0]["runtime"] == "torch"

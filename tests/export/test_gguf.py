@@ -7,7 +7,6 @@ import torch
 
 from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
-from core.export.gguf_layout import neighbouring_pairs
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
 from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
@@ -227,17 +226,6 @@ def test_a_value_beyond_float16_is_named(make, tmp_path):
         export_gguf(tmp_path / "large", tmp_path / "large.gguf")
     assert not list(tmp_path.glob("*.gguf*")) + list(tmp_path.glob(".*partial"))
     export_gguf(tmp_path / "large", tmp_path / "large.gguf", dtype="bf16")
-
-
-def test_the_order_of_rows_is_undone_by_its_inverse():
-    weight = torch.randn(12, 7)
-    turned = neighbouring_pairs(weight, 2)
-    for head in range(2):
-        for pair in range(3):
-            for half in range(2):
-                torch.testing.assert_close(
-                    turned[head * 6 + 2 * pair + half], weight[head * 6 + half * 3 + pair], atol=0, rtol=0
-                )
 
 
 def test_the_description_tells_what_the_model_is(make, tokenizer):

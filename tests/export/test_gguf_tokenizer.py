@@ -112,6 +112,7 @@ def sentencepiece(*, prepare, closed=True):
 
 
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 @pytest.fixture
@@ -172,11 +173,6 @@ def test_that_tekken_may_differ_in_capital_letters_is_told(write):
     assert_same_tokens(folder, exported.path)
 
 
-def test_every_text_of_a_manual_has_the_same_tokens(write):
-    folder, exported = write(byte_level(split_by(QWEN2)))
-    assert_same_tokens(folder, exported.path, list(topics.values())[:40])
-
-
 def test_composing_characters_first_is_told(write):
     backend = byte_level(split_by(QWEN2))
     backend.normalizer = normalizers.NFC()
@@ -219,9 +215,7 @@ def test_a_way_of_splitting_without_a_name_is_refused(write, pre_tokenizer, norm
 
 
 def test_byte_fallback_has_the_same_tokens(write):
-    folder, exported = write(
-        sentencepiece(prepare=(PREPEND, None)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    folder, exported = write(sentencepiece(prepare=(PREPEND, None)), **SPECIAL)
     reader = gguf.GGUFReader(exported.path)
     assert reader.get_field("tokenizer.ggml.model").contents() == "llama"
     types = reader.get_field("tokenizer.ggml.token_type").contents()
@@ -231,22 +225,17 @@ def test_byte_fallback_has_the_same_tokens(write):
     assert_same_tokens(folder, exported.path, ["hello</s> there <s>then<unk>"])
 
 
-@pytest.mark.parametrize(("scheme", "where"), [("first", "at the start"), ("always", "none stands already")])
-def test_a_space_before_texts_only_in_places_is_told(write, scheme, where):
+@pytest.mark.parametrize(
+    ("scheme", "where"), [("first", "at its start"), ("always", "there is none already"), ("never", "")]
+)
+def test_a_space_is_put_before_texts_as_the_tokenizer_does_or_a_note_says_where_not(write, scheme, where):
     metaspace = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    folder, exported = write(
-        sentencepiece(prepare=(None, metaspace)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    assert [note for note in exported.notes if where in note]
-    assert_same_tokens(folder, exported.path, [text for text in TEXTS if text and text[0] != " "])
-
-
-def test_no_space_is_put_before_a_text_where_the_tokenizer_puts_none(write):
-    metaspace = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    folder, exported = write(
-        sentencepiece(prepare=(None, metaspace)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    assert_same_tokens(folder, exported.path)
+    folder, exported = write(sentencepiece(prepare=(None, metaspace)), **SPECIAL)
+    notes = [note for note in exported.notes if "a space before a text" in note]
+    assert len(notes) == bool(where)
+    assert all(where in note for note in notes)
+    texts = [text for text in TEXTS if text and text[0] != " "] if where else TEXTS
+    assert_same_tokens(folder, exported.path, texts)
 
 
 @pytest.mark.parametrize(
@@ -264,12 +253,7 @@ def test_no_space_is_put_before_a_text_where_the_tokenizer_puts_none(write):
 )
 def test_a_byte_fallback_that_scores_cannot_tell_is_refused(write, prepare, closed, problem):
     with pytest.raises(ExportError, match=problem):
-        write(
-            sentencepiece(prepare=prepare, closed=closed),
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-        )
+        write(sentencepiece(prepare=prepare, closed=closed), **SPECIAL)
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ import pytest
 from huggingface_hub import constants
 
 from core.export.hub import plan_push, push_checkpoint
-from tests.support.hub_uploads import READ_TOKEN, Refuse
-from tests.support.uploads import NAME, hub_of_this_process, publish_checkpoint, refused
+from tests.support.hub import READ_TOKEN, Refuse
+from tests.support.uploads import NAME, refused
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
+def refuse(hub, request_of, *answer):
+    """Let the hub refuse all requests that contain a text."""
 
+    def hook(request):
+        if request_of in request:
+            raise Refuse(*answer)
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
+    hub.hook = hook
 
 
 @pytest.mark.parametrize(
@@ -29,22 +28,13 @@ def hub(monkeypatch, tmp_path, caplog):
         ("/commit/", 413, "Payload Too Large", f"has no room for {NAME} during"),
         ("/refs", 404, "Repository not found", f"does not find {NAME}"),
         ("/preupload/", 429, "Too many requests", "answers 429 during"),
-        (
-            "/objects/batch",
-            503,
-            "Service Unavailable",
-            "answers 503 during the upload",
-        ),
-        ("PUT ", 403, "Request has expired", "the storage of the Hugging Face hub has refused during"),
+        ("/objects/batch", 503, "Service Unavailable", "answers 503 during the upload"),
+        ("PUT ", 403, "Request has expired", "the storage of the Hugging Face hub refused during"),
         ("/commit/", 400, "bad file name", "answers 400 during the upload: "),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_advice(hub, published, request_of, status, message, says):
-    def hook(request):
-        if request_of in request:
-            raise Refuse(status, message)
-
-    hub.hook = hook
+    refuse(hub, request_of, status, message)
     text = refused(push_checkpoint, published, NAME)
     assert says in text
     if status != 404:
@@ -53,11 +43,7 @@ def test_what_the_hub_refuses_is_one_line_with_advice(hub, published, request_of
 
 
 def test_addresses_of_the_storage_lose_their_signatures(hub, published):
-    def hook(request):
-        if request.startswith("PUT "):
-            raise Refuse(403, "")
-
-    hub.hook = hook
+    refuse(hub, "PUT ", 403, "")
     text = refused(push_checkpoint, published, NAME)
     assert f"{hub.endpoint}/storage/{NAME}/" in text
 
@@ -66,19 +52,14 @@ def test_a_hub_without_xet_storage_is_told_apart_from_one_that_is_not_there(hub,
     pytest.importorskip("hf_xet")  # which the client brings on common processors
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     text = refused(push_checkpoint, published, NAME)
-    assert "the storage of the Hugging Face hub has refused during the upload" in text
+    assert "the storage of the Hugging Face hub refused during the upload" in text
     assert "404 Not Found" in text
     assert "A hub without xet storage needs HF_HUB_DISABLE_XET=1." in text
 
 
 def test_a_gated_repository_is_named(hub, published):
     hub.add_model(NAME)
-
-    def hook(request):
-        if "/preupload/" in request:
-            raise Refuse(403, "Access to model team/pruned is restricted", "GatedRepo")
-
-    hub.hook = hook
+    refuse(hub, "/preupload/", 403, "Access to model team/pruned is restricted", "GatedRepo")
     assert refused(push_checkpoint, published, NAME).startswith(f"{NAME} is gated: ")
 
 
@@ -109,14 +90,14 @@ def test_a_hub_that_is_not_there_is_one_line(hub, published, monkeypatch):
     assert "the Hugging Face hub cannot be reached: " in refused(push_checkpoint, published, NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    assert refused(push_checkpoint, published, NAME).startswith("HF_HUB_OFFLINE keeps everything off")
+    assert refused(push_checkpoint, published, NAME).startswith("HF_HUB_OFFLINE blocks all requests to")
 
 
 @pytest.mark.parametrize(
     "name", ["pruned", "datasets/team/pruned", "https://huggingface.co/team/pruned", "team/..", "te am/x", ""]
 )
 def test_an_id_that_is_none_is_refused_before_anything_is_asked(hub, published, name):
-    assert refused(push_checkpoint, published, name).startswith(f"REPOSITORY={name} is no id")
+    assert refused(push_checkpoint, published, name).startswith(f"REPOSITORY={name} is not a valid id")
     assert not hub.requests
 
 

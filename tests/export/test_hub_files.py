@@ -6,20 +6,7 @@ import pytest
 
 from core.errors import CheckpointError
 from core.export.hub_files import checkpoint_files
-from tests.support.uploads import SHARDS, goes_up, publish_checkpoint, refused
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture
-def checkpoint(published, tmp_path):
-    """A copy that the test may change, without a manifest."""
-    own = shutil.ignore_patterns("MANIFEST.json")
-    shutil.copytree(published, tmp_path / "checkpoint", ignore=own)
-    return tmp_path / "checkpoint"
+from tests.support.uploads import SHARDS, goes_up, refused
 
 
 def damage(name, content):
@@ -43,7 +30,7 @@ def damage(name, content):
             damage("optimizer.pt", b"x"),
             "holds pickles, which can run code where they are loaded: optimizer.pt",
         ),
-        (lambda f: (f / "modeling_unequal_layers.py").unlink(), "names code that is not there"),
+        (lambda f: (f / "modeling_unequal_layers.py").unlink(), "names code that is missing"),
         (damage("README.md", b"---\nlicense: [\n---\n"), "README.md"),
     ],
 )

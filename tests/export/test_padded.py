@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import ExportError
-from core.export.exported import size_of
 from core.export.padded import export_padded
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
@@ -55,7 +54,6 @@ def test_stock_transformers_computes_the_same_from_the_padded_checkpoint(tmp_pat
         torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-12)
     assert torch.equal(greedy(stock, tokens), greedy(ours, tokens))
     assert exported.params == sum(parameter.numel() for parameter in stock.parameters())
-    assert exported.size_bytes == size_of(tmp_path / "padded")
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])
@@ -155,7 +153,7 @@ def test_the_notes_say_what_it_costs(tmp_path):
     before = sum(parameter.numel() for parameter in ours.parameters())
     assert f"from {before:,} to {exported.params:,} parameters" in size
     assert "6 query heads, 3 KV heads, MLP width 40" in size
-    assert "1.50 times" in cache  # 9 KV heads instead of 3 + 2 + 1
+    assert "1.50x" in cache  # 9 KV heads instead of 3 + 2 + 1
 
 
 def test_a_checkpoint_of_equal_layers_stays_as_it_is(tmp_path):
@@ -171,7 +169,7 @@ def test_a_checkpoint_of_equal_layers_stays_as_it_is(tmp_path):
 def test_heads_that_are_normalised_together_are_refused(tmp_path):
     model = tiny("olmo2", UNEQUAL)
     save_model(model, tmp_path / "unequal", companions=None, provenance={})
-    with pytest.raises(ExportError, match="olmo2 with different head counts cannot be filled up"):
+    with pytest.raises(ExportError, match="olmo2 with different head counts cannot be padded"):
         export_padded(tmp_path / "unequal", tmp_path / "padded")
     assert [path.name for path in tmp_path.iterdir()] == ["unequal"]
 

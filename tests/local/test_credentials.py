@@ -8,11 +8,8 @@ import base64
 import contextlib
 import gzip
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 import zipfile
@@ -31,7 +28,7 @@ from pipelines.adapt_accel import compile_pipeline
 from pipelines.cli import main
 from tests.support.evidence import note
 from tests.support.project import command_line, recipe_with, write_recipe
-from tests.support.servers import BUCKET
+from tests.support.servers import BUCKET, answering, free_ports
 
 CANARIES = {
     "HF_TOKEN": "hf_canaryHubTokenQm4tZ8",
@@ -107,13 +104,6 @@ def call(folder, *arguments, environment):
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    copy = shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(copy)
-    return copy
-
-
-@pytest.fixture
 def canaries(s3_server):
     keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     return CANARIES | keys | {"in a URI": IN_URI}
@@ -121,35 +111,14 @@ def canaries(s3_server):
 
 @contextlib.contextmanager
 def mlflow_server(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        folder / "kept",
-    ]
-    options += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *map(str, options)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")},
-        )
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            time.sleep(0.1)
+    (port,) = free_ports(1)
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    stores += ["--artifacts-destination", f"{folder}/kept"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    command = [sys.executable, "-m", "mlflow", "server", *stores, *address]
+    with answering(command, f"http://127.0.0.1:{port}/health", folder, env=environment):
         yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
 
 
 def environment_of(s3_server):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError, full_disk
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support import faults
 from tests.support.disks import fill, read_only, tiny_disk
 from tests.support.evidence import note
@@ -24,12 +25,10 @@ TIMED = {"report.json", "record.json", "report.html"}
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, with the recipe of these tests, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "project")
-    write_recipe(copy / "recipe.yaml", CHANGES)
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with the recipe of these tests."""
+    write_recipe(folder / "recipe.yaml", CHANGES)
+    return folder
 
 
 def run(folder, store, environment=None, output="output"):
@@ -96,7 +95,9 @@ def test_credentials_that_expire_stop_a_run_and_the_rerun_computes_nothing_again
     with s3_proxy(s3_server, Striking(faults.error(400, "ExpiredToken"), after=170)) as proxy:
         status, error, _ = run(folder, s3_store_uri, proxy.environment())
     assert status == 1
-    assert re.search(r"failed: .* have expired \(ExpiredToken\)\. Get new ones, then rerun to go on\.", error)
+    assert re.search(
+        r"failed: .* have expired \(ExpiredToken\)\. Get new ones, then rerun to resume\.", error
+    )
     done = published(s3_store_uri)
     assert "data" in done
     assert "final" not in done

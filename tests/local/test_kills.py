@@ -17,8 +17,9 @@ from collections import Counter
 
 import pytest
 
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import MEASURED, command_line, recipe_with, run_all, write_recipe
 

@@ -1,9 +1,7 @@
 """The output folder of a run on this machine: one command at a time, and where its links lead."""
 
-import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,17 +16,16 @@ from pipelines.local.folders import holding_folder
 from pipelines.local.run import fetch_results
 from tests.support.evidence import note
 from tests.support.project import ROOT, command_line, recipe_with, run_all, write_recipe
+from tests.support.servers import killed_at_the_end
 
 CHANGES = {"prune.phases": 1, "training.tokens": "0", "training.sources": []}
 
 
 @pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, with a recipe of one phase, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "my project")
-    write_recipe(copy / "recipe.yaml", CHANGES)
-    monkeypatch.chdir(copy)
-    return copy
+def folder(folder):
+    """The tiny project with a recipe of one phase."""
+    write_recipe(folder / "recipe.yaml", CHANGES)
+    return folder
 
 
 def start(*options):
@@ -41,16 +38,6 @@ def start(*options):
         text=True,
         start_new_session=True,
     )
-
-
-@contextlib.contextmanager
-def killed_at_the_end(process):
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def test_a_second_command_into_the_same_folder_is_refused_and_the_first_goes_on(folder):

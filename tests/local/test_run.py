@@ -32,7 +32,7 @@ from tests.support.project import (
     recipe_with,
     run_all,
 )
-from tests.support.servers import BUCKET
+from tests.support.servers import BUCKET, killed_at_the_end
 
 PHASE_STEPS = ("calibrate", "score-layers", "prune-step", "recover-train", "evaluate")
 PUBLISHED = ("calibrated", "scored", "pruned", "recovered", "evaluated")
@@ -70,12 +70,8 @@ class Place:
         environment |= {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
-        try:
+        with killed_at_the_end(process):
             yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
     def call(self, project, *arguments):
         with self.started(project, *arguments) as process:
@@ -229,8 +225,8 @@ def test_the_final_checkpoint_has_the_size_that_was_asked_for_and_generates(proj
 def test_the_command_that_the_run_ends_with_lets_the_model_talk_from_the_store(
     place, project, finished, checkpoint
 ):
-    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("talk to it")]
-    program, *arguments = shlex.split(line.removeprefix("talk to it"))
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("try it")]
+    program, *arguments = shlex.split(line.removeprefix("try it"))
     assert (program, arguments[:2]) == (
         "adapt-pruner",
         ["generate", f"{place.store}/runs/{finished.key}/final"],
@@ -368,6 +364,6 @@ def test_a_finished_run_computes_nothing_again(place, project, finished):
     again = execute(place, project)
     assert again.status == 0, again.stderr
     assert again.said("started") == ["resolve-base", "needs-run", "finalize"]
-    assert "Every step was done before: nothing was computed" in again.stdout
+    assert "All steps were already done: nothing computed" in again.stdout
     assert again.stdout.splitlines()[:9] == finished.stdout.splitlines()[:9]  # the table
     assert again.objects == finished.objects

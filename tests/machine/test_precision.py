@@ -204,15 +204,14 @@ def choices(content):
     ("content", "problem"),
     [
         (b"", "Expecting value"),
-        (b"[]", "no JSON object"),
-        (b'{"choices": {}}', "it lacks 'format'"),
-        (b'{"format": 2, "choices": {}}', "its format is 2, not 1"),
+        (b"[]", "not a JSON object"),
+        (b'{"format": 1}', "it lacks choices"),
         (b'{"format": 1, "choices": {}}', "it lacks calibration, training, evaluation"),
         (
             b'{"format": 1, "choices": {"training": {"precision": "f8", "device": "", "gflop_per_s": {}}}}',
-            "f8",
+            "choices.training.precision: input should be 'float32' or 'bfloat16'",
         ),
-        (b'{"format": 1, "choices": {"training": 3}}', "'int' object"),
+        (b'{"format": 1, "choices": {"training": 3}}', "choices.training: input should be an object"),
     ],
 )
 def test_a_damaged_note_is_one_error_that_says_what_to_do(machine, begin, tmp_path, content, problem):
@@ -270,7 +269,7 @@ def test_cleaning_leaves_the_choice_and_removes_what_was_half_written(machine, b
 
 def test_evaluate_without_a_run_chooses_for_this_machine(machine, project, caplog):
     from core.settings.texts import TextSource
-    from pipelines.models import evaluation_table
+    from pipelines.commands.evaluate import evaluation_table
 
     machine("bfloat16")
     settings = EvaluationSettings(

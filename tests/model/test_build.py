@@ -179,7 +179,7 @@ SUPPORTED = (
         (T5Config, r"'t5' is an encoder-decoder"),
         (
             Gemma3Config,
-            r"'gemma3' is multimodal: only a checkpoint of its language model alone could be read",
+            r"'gemma3' is multimodal: only a checkpoint of the language model alone could be read",
         ),
         (
             lambda: Gemma3TextConfig(**SIZES, use_bidirectional_attention=True),

@@ -4,7 +4,6 @@ import struct
 
 import pytest
 import torch
-from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -21,14 +20,12 @@ from tests.support.evidence import note
 from tests.support.fuzzing import (
     BYTES,
     CHANGES,
-    FILES,
     NUMBERS,
     changed,
     damaged,
-    fuzzed,
+    fuzz,
+    fuzz_file,
     outcome,
-    tell,
-    variant,
 )
 
 WEIGHTS = "model.safetensors"
@@ -78,30 +75,23 @@ def read_and_load(folder):
 def test_changed_headers_of_safetensors_are_read_or_refused(checkpoint, sound):
     header, data = header_of(sound[WEIGHTS])
     header = {name: header[name] for name in list(header)[:4]} | {"__metadata__": {"format": "pt"}}
-    seen = []
 
-    @fuzzed()
-    @given(CHANGES)
     def attempt(changes):
         (checkpoint / WEIGHTS).write_bytes(with_header(changed(header, changes), data))
-        seen.append(outcome(lambda: read_and_load(checkpoint)))
+        return outcome(lambda: read_and_load(checkpoint))
 
-    attempt()
-    tell("safetensors headers with changed entries", seen)
+    fuzz("safetensors headers with changed entries", attempt, CHANGES)
 
 
 def test_damaged_bytes_of_safetensors_are_read_or_refused(checkpoint, sound):
-    seen = []
     (length,) = struct.unpack("<Q", sound[WEIGHTS][:8])
 
-    @fuzzed()
-    @given(BYTES, st.sampled_from([8, 8 + length, None]))
     def attempt(changes, within):
         (checkpoint / WEIGHTS).write_bytes(damaged(sound[WEIGHTS], changes, within))
-        seen.append(outcome(lambda: read_and_load(checkpoint)))
+        return outcome(lambda: read_and_load(checkpoint))
 
-    attempt()
-    tell("safetensors files with flipped, lost and added bytes", seen)
+    within = st.sampled_from([8, 8 + length, None])
+    fuzz("safetensors files with flipped, lost and added bytes", attempt, BYTES, within)
 
 
 def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
@@ -160,16 +150,8 @@ def test_a_header_longer_than_the_file_is_refused(checkpoint, length):
 def test_changed_indexes_are_read_or_refused(checkpoint, sound):
     header, _ = header_of(sound[WEIGHTS])
     index = {"metadata": {"total_size": 1}, "weight_map": {n: WEIGHTS for n in header if n != "__metadata__"}}
-    seen = []
 
-    @fuzzed()
-    @given(FILES)
-    def attempt(how):
-        (checkpoint / INDEX).write_bytes(variant(index, how))
-        seen.append(outcome(lambda: read_and_load(checkpoint)))
-
-    attempt()
-    tell("model.safetensors.index.json, changed and damaged", seen)
+    fuzz_file(INDEX, checkpoint / INDEX, index, lambda: read_and_load(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -205,51 +187,44 @@ def gguf(tmp_path_factory, project):
 
 
 def test_damaged_headers_of_gguf_are_read_or_refused(tmp_path, gguf):
-    seen, path = [], tmp_path / "model.gguf"
+    path = tmp_path / "model.gguf"
 
-    @fuzzed(5)
-    @given(BYTES, st.sampled_from([24, 400, 2000, None]))
     def attempt(changes, within):
         path.write_bytes(damaged(gguf, changes, within))
-        seen.append(outcome(lambda: read_gguf_header(path)))
+        return outcome(lambda: read_gguf_header(path))
 
-    attempt()
-    assert "" in seen
-    tell("GGUF headers with flipped, lost and added bytes", seen, 5)
+    within = st.sampled_from([24, 400, 2000, None])
+    assert "" in fuzz("GGUF headers with flipped, lost and added bytes", attempt, BYTES, within, share=5)
 
 
 def test_damaged_gguf_files_are_taken_up_or_refused(tmp_path, gguf):
-    seen, path = [], tmp_path / "model.gguf"
+    path = tmp_path / "model.gguf"
 
-    @fuzzed(0.2)
-    @given(BYTES, st.sampled_from([400, 2000, 20_000, None]))
     def attempt(changes, within):
         path.write_bytes(damaged(gguf, changes, within))
-        seen.append(outcome(lambda: import_base(ModelSettings(base=str(path)), str(tmp_path / "store"))))
+        return outcome(lambda: import_base(ModelSettings(base=str(path)), str(tmp_path / "store")))
 
-    attempt()
-    tell("GGUF files with flipped, lost and added bytes as base models", seen, 0.2)
+    within = st.sampled_from([400, 2000, 20_000, None])
+    fuzz("GGUF files with flipped, lost and added bytes as base models", attempt, BYTES, within, share=0.2)
 
 
 def test_changed_numbers_of_gguf_files_are_taken_up_or_refused(tmp_path, gguf):
-    seen, path = [], tmp_path / "model.gguf"
+    path = tmp_path / "model.gguf"
     keys = sorted(
         key
         for key, value in header_values(tmp_path, gguf).items()
         if type(value) is int and key.startswith(("llama.", "tokenizer.", "general."))
     )
 
-    @fuzzed(0.3)
-    @given(st.lists(st.tuples(st.sampled_from(keys), NUMBERS), min_size=1, max_size=2))
     def attempt(changes):
         content = gguf
         for key, value in changes:
             content = patched(content, key, "I", value % 2**32)
         path.write_bytes(content)
-        seen.append(outcome(lambda: import_base(ModelSettings(base=str(path)), str(tmp_path / "store"))))
+        return outcome(lambda: import_base(ModelSettings(base=str(path)), str(tmp_path / "store")))
 
-    attempt()
-    tell("GGUF files with other numbers in their metadata as base models", seen, 0.3)
+    changes = st.lists(st.tuples(st.sampled_from(keys), NUMBERS), min_size=1, max_size=2)
+    fuzz("GGUF files with other numbers in their metadata as base models", attempt, changes, share=0.3)
 
 
 def header_values(folder, content):
@@ -327,22 +302,22 @@ def test_sizes_in_a_gguf_file_that_its_tensors_do_not_have_are_refused(tmp_path,
 
 def test_changed_statistics_are_read_or_refused(tmp_path):
     scores = LayerScores(query_heads=torch.ones(4), kv_groups=torch.ones(2), mlp_channels=torch.ones(6))
-    path, seen = tmp_path / "statistics.safetensors", []
+    path = tmp_path / "statistics.safetensors"
     Statistics(similarities=torch.ones(1), scores=(scores,), loss=1.0, tokens=3).save(path)
     content = path.read_bytes()
     header, data = header_of(content)
 
-    @fuzzed()
-    @given(st.one_of(CHANGES.map(lambda c: (c, None)), BYTES.map(lambda b: (None, b))))
-    @example(([(2, "")], None))  # no loss
-    @example(([(3, "")], None))  # no number of tokens
     def attempt(how):
         changes, bytes_ = how
         path.write_bytes(with_header(changed(header, changes), data) if changes else damaged(content, bytes_))
-        seen.append(outcome(lambda: Statistics.load(path)))
+        return outcome(lambda: Statistics.load(path))
 
-    attempt()
-    tell("statistics files, changed and damaged", seen)
+    for missing in ("loss", "tokens"):
+        known = {key: value for key, value in header["__metadata__"].items() if key != missing}
+        path.write_bytes(with_header(header | {"__metadata__": known}, data))
+        assert f"('{missing}')" in outcome(lambda: Statistics.load(path))
+    either = st.one_of(CHANGES.map(lambda c: (c, None)), BYTES.map(lambda b: (None, b)))
+    fuzz("statistics files, changed and damaged", attempt, either)
 
 
 def test_weights_are_not_taken_for_those_of_another_config(checkpoint):

@@ -69,14 +69,6 @@ def nothing_runs(canary, tmp_path, monkeypatch):
     assert not canary.exists(), "code of the checkpoint has run"
 
 
-@pytest.fixture
-def folder(project, tmp_path, monkeypatch):
-    """A copy of the tiny project, which is the current directory."""
-    copy = shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(copy)
-    return copy
-
-
 def plant_pickles(base, canary):
     for name in PICKLES:
         torch.save({"weight": torch.ones(2), "trap": Trap(canary)}, base / name)

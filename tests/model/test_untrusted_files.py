@@ -209,9 +209,9 @@ def test_errors_are_one_line_each():
 
 
 def test_what_a_model_writes_steers_no_terminal(base, capsys):
-    from pipelines.models import _Printable
+    from pipelines.commands.generate import printable_streamer
 
-    streamer = _Printable(load_tokenizer(base))
+    streamer = printable_streamer(load_tokenizer(base))
     streamer.on_finalized_text("a\x1b[2Jb\nc\td\u202e", stream_end=True)
     assert capsys.readouterr().out == "a?[2Jb\nc\td?\n"
     note("Security", "control characters in what a model answers", "shown as question marks")

@@ -4,9 +4,11 @@ import ast
 import functools
 import importlib.util
 import re
+import shlex
 import typing
 from pathlib import Path
 
+import click
 import pytest
 
 from core.settings.schema import Settings
@@ -105,13 +107,26 @@ def test_every_setting_that_is_named_exists(page):
             assert key in hints[section].__dataclass_fields__, f"{section}.{key}"
 
 
+def parsed(line):
+    """What click understands of a command: its values by the names of its parameters."""
+    _, name, *words = shlex.split(line)
+    return main.commands[name].make_context(name, words).params
+
+
 @every()
-def test_every_command_and_its_options_exist(page):
-    lines = re.findall(r"(?:`|^)adapt-pruner ([a-z]+)([^`\n]*)", page.read_text(), re.MULTILINE)
-    for name, rest in lines:
+def test_every_command_and_its_arguments_exist(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", page.read_text())])
+    for name, rest in re.findall(r"^adapt-pruner ([a-z]+)(.*)$", lines, re.MULTILINE):
         assert name in main.commands, name
-        known = {option for parameter in main.commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= known, f"{name}{rest}"
+        if rest:
+            parsed(f"adapt-pruner {name}{rest}")
+
+
+@pytest.mark.parametrize("arguments", ["runs", "runs s --no", "clean s t", "compile r.yaml"])
+def test_arguments_that_do_not_exist_or_are_missing_are_found(arguments):
+    with pytest.raises(click.UsageError):
+        parsed(f"adapt-pruner {arguments}")
 
 
 def test_the_page_of_settings_is_what_the_dataclasses_say():

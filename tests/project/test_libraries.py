@@ -16,16 +16,8 @@ INSIDES = {
     "boto3": ["boto3.s3.transfer.create_transfer_manager"],
     "gguf": ["gguf.utility.size_label", "gguf.gguf_writer.GGUFWriter: fout"],
     "kfp": [
-        "kfp.client.client.Client._NAMESPACE_PATH",
-        "kfp.client.client.Client._get_url_prefix",
-        "kfp.client.client.Client._load_config",
         "kfp.client.client.Client._load_context_setting_or_default",
         "kfp.client.client.Client: _context_setting",
-        "kfp.client.client.Client: _existing_config",
-        "kfp.client.client.Client: _healthz_api",
-        "kfp.client.client.Client: _run_api",
-        "kfp.client.client.Client: _uihost",
-        "kfp.client.set_volume_credentials.ServiceAccountTokenVolumeCredentials",
         "kfp.dsl.base_component.BaseComponent",
     ],
     "lm-eval": [

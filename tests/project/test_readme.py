@@ -1,21 +1,17 @@
 """What README says to type does what it says, on a tiny project in the demo's place."""
 
 import itertools
-import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.support.project import ROOT, command_line, write_recipe
+from tests.support.servers import answering, free_ports
 
 README = (ROOT / "README.md").read_text()
 MODELS = (ROOT / "docs" / "models.md").read_text()
@@ -99,41 +95,11 @@ def test_overrides_of_the_run_command_are_settings():
 def test_the_mlflow_command_shows_the_run(demo):
     folder, _ = demo
     (command,) = [c for c in COMMANDS if c.startswith("mlflow")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     line = [str(Path(sys.executable).parent / "mlflow"), *shlex.split(command)[1:]]
-    server = subprocess.Popen(
-        [*line, "--port", str(port), "--workers", "1"],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        page = _wait_for(f"http://127.0.0.1:{port}/health", server)
-    finally:
-        _end(server)
-    assert page == b"OK"
-
-
-def _wait_for(address, server):
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            return urllib.request.urlopen(address, timeout=5).read()
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"mlflow did not answer (exit status {server.poll()})")
-
-
-def _end(server):
-    os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    line += ["--port", str(port), "--workers", "1"]
+    with answering(line, f"http://127.0.0.1:{port}/health", folder) as page:
+        assert page == b"OK"
 
 
 def test_the_python_example_loads_the_model(demo, monkeypatch):

@@ -1,74 +1,83 @@
+"""A checkpoint measured as the settings say: in a run's steps and by ``adapt-pruner sensitivity`` alike."""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
 import pytest
-import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
-from core.model import checkpoint as checkpoints
-from core.model.checkpoint import Checkpoint, save_model
-from core.pruning.plan import LayerPlan
-from core.pruning.scoring.calibration import measure
-from core.pruning.scoring.measurement import MeasuredCheckpoint
-from core.pruning.surgery import open_pruned
-from core.settings.calibration import CalibrationSettings
-from core.settings.prune import PruneSettings
-from tests.support.models import random_tokens, tiny
+from core.model.build import load_model, model_shape
+from core.pruning.scoring.statistics import Statistics
+from core.pruning.sensitivity import losses_with_layer_pruned, plans_for_layers
+from core.runs.run import Run
+from core.settings.recipe import load_recipe
+from core.steps.calibrate import run_calibrate
+from core.steps.prepare_data import run_prepare_data
+from core.steps.sensitivity import Study
+from core.storage.publication import open_publication
+from pipelines.cli import main
+from tests.support.project import Artifact, recipe_with, resolve, write_recipe
 
-TOKENS = random_tokens(rows=5)
-
-
-def cuts_of(model, seed):
-    """Two plans, the second for what the first leaves: some MLP channels of each layer go."""
-    generator = torch.Generator().manual_seed(seed)
-    config, plans = model.config, []
-    width = config.intermediate_size
-    for share in (0.8, 0.7):
-        kept = round(width * share)
-        plans.append(
-            tuple(
-                LayerPlan(
-                    query_heads=tuple(range(config.num_attention_heads)),
-                    kv_heads=tuple(range(config.num_key_value_heads)),
-                    mlp_channels=tuple(sorted(torch.randperm(width, generator=generator)[:kept].tolist())),
-                )
-                for _ in range(config.num_hidden_layers)
-            )
-        )
-        width = kept
-    return plans
+NOT_DEFAULT = {
+    "seed": 5,
+    "prune.similarity": "euclidean",
+    "prune.criterion": "random",
+    "calibration.precision": "bfloat16",
+}
 
 
-@pytest.mark.parametrize("weights", ["memory", "streamed"])
-@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
-def test_a_checkpoint_cut_twice_measures_like_what_both_plans_leave_on_disk(name, weights, tmp_path):
-    model = tiny(name)
-    save_model(model, tmp_path, companions=None, provenance={})
-    settings = CalibrationSettings(sequences=5, weights=weights, micro_batch=2)
-    measured = MeasuredCheckpoint(Checkpoint(tmp_path), settings, PruneSettings(), dtype=None, seed=0)
-    first, second = cuts_of(model, seed=3)
-    both = tuple(a.then(b) for a, b in zip(first, second, strict=True))
-    for cut, left in [(None, None), (first, first), (second, both)]:
-        if cut is not None:
-            measured.cut(cut)
-        found = measured.measure(TOKENS)
-        again = open_pruned(Checkpoint(tmp_path), left, device=torch.device("cpu"))
-        expected = measure(again, TOKENS, micro_batch=2)
-        assert found.loss == expected.loss
-        assert torch.equal(found.similarities, expected.similarities)
-        for a, b in zip(found.scores, expected.scores, strict=True):
-            assert torch.equal(a.mlp_channels, b.mlp_channels)
-            assert torch.equal(a.kv_groups, b.kv_groups)
+@pytest.fixture
+def folder(project, tmp_path):
+    with contextlib.chdir(project):
+        yield tmp_path
 
 
-def test_all_steps_of_a_phase_read_the_weights_once(tmp_path, monkeypatch):
-    model = tiny("llama")
-    save_model(model, tmp_path, companions=None, provenance={})
-    opened = []
-    real = checkpoints.safe_open
-    monkeypatch.setattr(checkpoints, "safe_open", lambda path, **k: opened.append(path) or real(path, **k))
-    settings = CalibrationSettings(sequences=5, weights="memory")
-    measured = MeasuredCheckpoint(Checkpoint(tmp_path), settings, PruneSettings(), dtype=None, seed=0)
-    measured.measure(TOKENS)
-    read = len(opened)
-    assert read > 0
-    for cut in cuts_of(model, seed=3):
-        measured.cut(cut)
-        measured.measure(TOKENS)
-    assert len(opened) == read
+def calibrated(changes, folder):
+    """Statistics of a run's first phase, and its windows of held-out text."""
+    handle, base_uri = resolve(recipe_with(changes | {"storage.store": str(folder / "store")}))
+    data_uri = run_prepare_data(run=handle, base_uri=base_uri)
+    statistics = Artifact(folder / "statistics")
+    run_calibrate(run=handle, phase=1, checkpoint_uri=base_uri, data_uri=data_uri, statistics=statistics)
+    held_out = open_publication(Run.load(handle).held_out_uri()).fetch(folder / "held-out")
+    return Statistics.load(statistics.path), load_file(held_out / "perplexity.safetensors")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name, value in NOT_DEFAULT.items()),
+        NOT_DEFAULT | {"calibration.weights": "streamed", "calibration.state_memory": "0"},
+    ],
+    ids=lambda changes: " ".join(changes) if len(changes) == 1 else "all and streamed",
+)
+def test_sensitivity_measures_what_the_first_phase_of_a_run_does(changes, folder):
+    statistics, windows = calibrated(changes, folder)
+    settings = load_recipe(write_recipe(folder / "recipe.yaml", changes))
+    out = folder / "out"
+    command = ["sensitivity", "base", "--recipe", str(folder / "recipe.yaml"), "--output", str(out)]
+    result = CliRunner().invoke(main, [*command, "--part", "mlp"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "sensitivity.json").read_text())["layers"]
+    assert [layer["importance"] for layer in found] == (1 - statistics.similarities).tolist()
+    base = load_model(Path("base"))
+    plans = plans_for_layers(
+        statistics, model_shape(base.config), sparsity=0.5, part="mlp", attention_unit="none"
+    )
+    _, losses = losses_with_layer_pruned(base, windows, plans, batch_size=settings.evaluation.batch_size)
+    assert [layer["loss"] for layer in found] == losses
+
+
+def test_sensitivity_reads_layers_while_they_are_used_where_a_run_would(folder, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "core")
+    settings = load_recipe(write_recipe(folder / "recipe.yaml", {}))
+    study = Study(model="base", sparsity=0.5, part="mlp", settings=settings, text=None, sequences=None)
+    expected = study.run(Path("base"))
+    assert "layers are read while they are used" not in caplog.text
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert study.run(Path("base")) == expected
+    assert "layers are read while they are used" in caplog.text

@@ -194,7 +194,7 @@ def test_a_plan_survives_a_round_trip(tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(PlanError, match="is not a plan"):
+    with pytest.raises(PlanError, match="is damaged: it lacks layers"):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -4,35 +4,15 @@ import pytest
 
 from tests.support.argo import driver, recorded, task
 from tests.support.evidence import note
-from tests.support.kfp_api import frame, frame_of, run_kfp_api
+from tests.support.kfp_api import frame, frame_of
 from tests.support.kfp_trial import (
     FIRST,
     NO_QUOTA_LEFT,
     failure_of,
-    forget_kfp,
     lines_of,
     submit,
     wait_for,
-    write_trial,
 )
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-    monkeypatch.setattr("pipelines.remote.following._SHORTEST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
-
 
 OWN = "cluster.components"
 ENDS = {
@@ -46,8 +26,8 @@ ENDS = {
     "a quota": (
         "evaluate",
         NO_QUOTA_LEFT,
-        f"evaluate dense model: a quota is used up ({NO_QUOTA_LEFT}). Wait for other runs to end, ask for a "
-        f"larger quota, or lower {OWN}.evaluate.gpus, {OWN}.evaluate.cpu and {OWN}.evaluate.memory.",
+        f"evaluate dense model: a quota is used up ({NO_QUOTA_LEFT}). Wait for other runs to end, raise the "
+        f"quota, or lower {OWN}.evaluate.gpus, {OWN}.evaluate.cpu and {OWN}.evaluate.memory.",
     ),
     "no GPU": (
         "evaluate-2",
@@ -63,7 +43,7 @@ ENDS = {
     "an image whose user is root": (
         "publish",
         "CreateContainerConfigError: container has runAsNonRoot and image will run as root",
-        "publish: its container cannot be made (CreateContainerConfigError: container has runAsNonRoot",
+        "publish: its container cannot be created (CreateContainerConfigError: container has runAsNonRoot",
     ),
     "its timeout": (
         "phase-2.recover-train",
@@ -79,17 +59,17 @@ ENDS = {
     "an eviction": (
         "publish",
         "The node was low on resource: memory.",
-        "publish: its pod was taken away (The node was low on resource: memory). Submit it again: it resumes",
+        "publish: it lost its pod (The node was low on resource: memory). Submit it again: it resumes",
     ),
     "a spot node that is taken away": (
         "phase.calibrate",
         "pod deleted",
-        "phase 1 calibrate: its pod was taken away (pod deleted). Submit",
+        "phase 1 calibrate: it lost its pod (pod deleted). Submit",
     ),
     "a signal": (
         "phase.calibrate",
         "main: Error (exit code 143)",
-        "phase 1 calibrate: its pod was taken away (main: Error (exit code 143)). Submit",
+        "phase 1 calibrate: it lost its pod (main: Error (exit code 143)). Submit",
     ),
     "its own reason": (
         "publish",
@@ -142,14 +122,14 @@ RECORDED = {
     "cluster.components.calibrate.memory or",
     "terminated": "the run was terminated, by a person or a program.",
     "longer than its timeout": "resolve-base: it took longer than cluster.components.resolve-base.timeout (",
-    "a signal that ended a container": "phase 1 recover-train: its pod was taken away (main: Error (exit "
+    "a signal that ended a container": "phase 1 recover-train: it lost its pod (main: Error (exit "
     "code 143)). Submit it again",
     "too large a temporary file": "resolve-base: its temporary files are too large (Usage of EmptyDir volume",
 }
 RECORDED_WAITS = {
     "no such image: pulling": "resolve-base: its image cannot be pulled (ErrImagePull: failed to pull",
     "no such image: waiting": "resolve-base: its image cannot be pulled (ImagePullBackOff: Back-off pulling",
-    "an image whose user is root": "resolve-base: its container cannot be made (CreateContainerConfigError:",
+    "an image whose user is root": "resolve-base: its container cannot be created (Create",
     "no room": "resolve-base: no node has room for it (Unschedulable: 0/1 nodes are available: 1 "
     "Insufficient memory. no new claims",
 }
@@ -235,7 +215,7 @@ def test_a_run_whose_pods_were_taken_away_is_started_again(api, recipe, message)
     result = submit(api, "--wait", "--every", "0.01s", "--attempts", 3, "--run-name", "mine")
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.split()) == 3
-    assert result.stderr.count("phase 2 recover-train: its pod was taken away") == 2
+    assert result.stderr.count("phase 2 recover-train: it lost its pod") == 2
     assert "Attempt 3 of 3:" in result.stderr
     names = [run["display_name"] for run in api.runs.values()]
     assert names == ["mine", "mine (attempt 2)", "mine (attempt 3)"]
@@ -244,7 +224,7 @@ def test_a_run_whose_pods_were_taken_away_is_started_again(api, recipe, message)
     assert all(run[key] == first[key] for run in others for key in same)
     ends = iter([[taken], [taken]])
     result = submit(api, "--wait", "--every", "0.01s", "--attempts", 2)
-    assert failure_of(result).startswith("phase 2 recover-train: its pod was taken away")
+    assert failure_of(result).startswith("phase 2 recover-train: it lost its pod")
     assert next(ends, "none left") == "none left"
     note("Faults", f"a pod is taken away: {message}", "--attempts starts the run again, so many times")
 
@@ -266,5 +246,5 @@ def test_a_run_that_failed_by_itself_is_not_started_again(api, recipe):
 def test_attempts_share_one_timeout(api, recipe):
     api.frames = [frame("RUNNING", FIRST), frame("FAILED", task("publish", "Error", "pod deleted"))]
     result = submit(api, "--wait", "--every", "0.3s", "--timeout", "1s", "--attempts", 100)
-    assert "--timeout: the run has not ended in 1.0 s, and goes on." in failure_of(result)
+    assert "--timeout is over; the run continues: http" in failure_of(result)
     assert 1 < len(api.runs) < 6

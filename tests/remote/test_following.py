@@ -1,6 +1,5 @@
 """Following a run on Kubeflow Pipelines to its end."""
 
-import io
 import json
 import os
 import signal
@@ -10,15 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from core.errors import ClusterError
 from core.settings.recipe import load_recipe
-from pipelines.remote.client import Access, connect
-from pipelines.remote.following import Patience, Progress, follow
+from pipelines.remote.client import connect
+from pipelines.remote.following import follow
 from pipelines.remote.submission import prepare, start
-from pipelines.remote.view import RunView
-from pipelines.remote.workflow import TaskState, Workflow
 from tests.support.argo import driver, of_older_argo, task
 from tests.support.evidence import note
 from tests.support.kfp_api import Cut, Refused, frame, run_kfp_api
@@ -26,35 +22,16 @@ from tests.support.kfp_trial import (
     FIRST,
     STEPS,
     failure_of,
-    forget_kfp,
     lines_of,
     phase,
     submit,
     wait_for,
-    write_trial,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    forget_kfp(monkeypatch)
-    monkeypatch.setattr("pipelines.remote.following._SHORTEST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    return write_trial(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def api():
-    with run_kfp_api() as running:
-        yield running
-
-
-RETRIES = "retries: deleted pods are tried again; tasks that fail are not, whatever cluster.retries says"
+RETRIES = "retries: deleted pods are retried; failed tasks are not, whatever cluster.retries says"
 
 
 def test_waiting_shows_each_task_and_ends_with_the_run(api, recipe):
@@ -118,7 +95,7 @@ def test_up_to_kfp_2_16_nodes_have_other_names(api, recipe):
     result = wait_for(api, frame("FAILED", *old, policy=""))
     assert failure_of(result).startswith("phase 2 calibrate: it ran out of memory")
     assert lines_of(result)[0] == (
-        "retries: tasks that fail are tried again, cluster.retries times; a deleted pod ends the run (Argo's "
+        "retries: failed tasks are retried, cluster.retries times; a deleted pod ends the run (Argo's "
         "retryPolicy is OnFailure here)"
     )
     assert "phase 1 recover-train succeeded after" in lines_of(result)
@@ -127,9 +104,7 @@ def test_up_to_kfp_2_16_nodes_have_other_names(api, recipe):
 def test_a_template_may_have_a_policy_of_its_own(api, recipe):
     said = frame("SUCCEEDED", FIRST)
     said["manifest"]["spec"]["templates"][0]["retryStrategy"]["retryPolicy"] = "Always"
-    assert lines_of(wait_for(api, said))[0].startswith(
-        "retries: tasks that fail and deleted pods are tried again"
-    )
+    assert lines_of(wait_for(api, said))[0].startswith("retries: failed tasks and deleted pods are retried")
 
 
 def test_a_server_without_the_older_api_shows_the_state_of_the_run(api, recipe):
@@ -140,8 +115,8 @@ def test_a_server_without_the_older_api_shows_the_state_of_the_run(api, recipe):
     )
     assert failure_of(result).startswith("the run failed. Its log is in the UI.")
     assert lines_of(result)[:-1] == [
-        "Kubeflow Pipelines does not serve its older API (v1beta1) here: only the state of the run is shown. "
-        "Its tasks are in the UI.",
+        "this server lacks the older API of Kubeflow Pipelines (v1beta1): only the state of the run is "
+        "shown. Its tasks are in the UI.",
         "the run pending",
         "the run running",
         "the run failed",
@@ -171,24 +146,23 @@ def test_an_image_that_cannot_be_pulled_is_told_once_and_ends_the_waiting(api, r
     turns = [pulls("ErrImagePull: manifest unknown"), pulls("ImagePullBackOff: Back-off pulling image")]
     api.frames = turns * 20
     submission = prepare(load_recipe(Path(recipe)))
-    client, seen = connect(Access(host=api.endpoint)), []
-    run = start(client, submission, run_name="x", experiment="e")
-    patience = Patience(poll_s=0.01, image_s=0.05, timeout_s=20)
+    client, seen = connect(host=api.endpoint), []
+    run, _ = start(client, submission, run_name="x", experiment="e")
     with pytest.raises(
         ClusterError, match=r"^phase 1 calibrate: its image cannot be pulled .*The run waits: http"
     ):
-        follow(client, run.id, submission.package.tasks, seen.append, patience)
+        follow(client, run, submission.package.tasks, seen.append, poll_s=0.01, image_s=0.05)
     assert seen
     # A registry that has come back meanwhile starts the time from zero.
     api.frames = [*turns, frame("RUNNING", task("phase.calibrate", "Running")), *turns, frame("SUCCEEDED")]
-    run = start(client, submission, run_name="x", experiment="e")
-    patience = Patience(poll_s=0.01, image_s=1.0)
+    run, _ = start(client, submission, run_name="x", experiment="e")
     ended = follow(
         client,
-        run.id,
+        run,
         submission.package.tasks,
         lambda progress: None if progress.trouble else time.sleep(1.1),
-        patience,
+        poll_s=0.01,
+        image_s=1.0,
     )
     assert ended.state == "SUCCEEDED"
     result = submit(api, "--wait", "--every", "0.01s")
@@ -207,11 +181,8 @@ def test_a_pod_that_waits_is_told_why(api, recipe):
     gated = "SchedulingGated: Scheduling is blocked due to non-empty scheduling gates"
     oom = "OOMKilled (exit code 137)"
     said = shown(gated, ago=40, earlier=oom)
-    assert (
-        said.count(f"phase 1 calibrate: Kueue has not admitted it ({gated}). Wait, or look at the queue that")
-        == 1
-    )
-    assert "cluster.components.calibrate.queue" in said
+    assert said.count(f"phase 1 calibrate: Kueue has not admitted it ({gated}). Wait, or check that") == 1
+    assert "the queue named by cluster.components.calibrate.queue exists" in said
     assert "OOMKilled" not in said, "what an earlier attempt failed for is over"
     said = shown("ContainerCreating", ago=40, earlier=oom)
     assert "waited" not in said
@@ -262,7 +233,7 @@ def test_a_server_that_stays_away_ends_the_waiting_not_the_run(api, recipe):
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: {api.endpoint} answers 503 (down).")
-    assert last.endswith(f"The run goes on: {result.stdout.strip()}")
+    assert last.endswith(f"The run continues: {result.stdout.strip()}")
     assert api.asked("GET /runs/") == 8
 
 
@@ -277,7 +248,7 @@ def test_a_token_that_expires_while_waiting_ends_the_waiting_not_the_run(recipe,
         assert result.exit_code == 1
         last = result.stderr.splitlines()[-1]
         assert "refuses the login: it is missing or has expired" in last
-        assert last.endswith(f"The run goes on: {result.stdout.strip()}")
+        assert last.endswith(f"The run continues: {result.stdout.strip()}")
         assert api.asked("GET /runs/") == 1
     note("Faults", "a token expires while a run is followed", "one line says so; the run goes on")
 
@@ -300,7 +271,7 @@ def test_time_is_up(api, recipe):
     for every in ("0.01s", "10h"):  # it is not slept through
         result = submit(api, "--wait", "--every", every, "--timeout", "0.1s")
         assert result.exit_code == 1
-        assert "--timeout: the run has not ended in 0.1 s, and goes on." in result.stderr
+        assert "--timeout is over; the run continues: http" in result.stderr
 
 
 def test_who_stops_waiting_does_not_stop_the_run(api, recipe, tmp_path):
@@ -325,22 +296,6 @@ def test_who_stops_waiting_does_not_stop_the_run(api, recipe, tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == f"error: interrupted; the run goes on: {out.strip()}"
+    assert errors.splitlines()[-1] == f"error: interrupted; the run continues: {out.strip()}"
     assert "Traceback" not in errors
     assert not any("terminate" in request or request.startswith("DELETE") for request in api.requests)
-
-
-def test_a_terminal_shows_what_runs():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
-    now = time.time()
-    running = TaskState(name="publish", phase="Running", started=now - 75)
-    waits = TaskState(name="calibrate", phase="Pending", started=now - 5, message="ContainerCreating")
-    done = TaskState(name="finalize", phase="Succeeded", started=now - 3, finished=now)
-    with RunView(console, {"publish": "publish", "finalize": "finalize"}) as view:
-        view.show(Progress(state="RUNNING", workflow=Workflow(tasks=(running, waits))))
-        view.show(Progress(state="RUNNING", workflow=Workflow(tasks=(running, waits, done))))
-        shown = console.file.getvalue()
-    assert "1 min 15 s" in shown
-    assert "ContainerCreating" in shown
-    assert "1 tasks done" in shown
-    assert shown.count("succeeded after") == 1

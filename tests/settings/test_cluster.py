@@ -11,9 +11,10 @@ from kfp.kubernetes import kubernetes_executor_config_pb2 as kubernetes_pb2
 
 from core.errors import SettingsError
 from core.settings.cluster import ClusterSettings, ComponentName, ComponentSettings, Toleration
+from core.settings.parameters import parameters_of
 from core.settings.recipe import settings_from_dict
 from core.storage.store import open_store
-from pipelines.adapt_accel import compile_pipeline, recipe_parameter
+from pipelines.adapt_accel import compile_pipeline
 from pipelines.cluster import CONFIG_KEYS, label_of
 from tests.support.ir import dags, executors, parse
 from tests.support.project import ROOT
@@ -243,30 +244,33 @@ def test_pods_run_as_the_images_user_and_read_the_keys_that_are_there(plain):
 # --- what is wrong
 
 WRONG = [
-    ({"image": "a b"}, "cluster.image=a b is no image."),
+    ({"image": "a b"}, "cluster.image=a b is not a valid image."),
     ({"image_pull_policy": "Sometimes"}, "cluster.image_pull_policy=Sometimes must be one of IfNotPresent, "),
     (
         {"image_pull_secrets": ["ok", "A"]},
-        "cluster.image_pull_secrets[1]=A is no name",
+        "cluster.image_pull_secrets[1]=A is not a valid Kubernetes name",
     ),
-    ({"environment": {"A B": "x"}}, "cluster.environment.A B is no name of a variable."),
+    ({"environment": {"A B": "x"}}, "cluster.environment.A B is not a valid variable."),
     ({"environment": {"MY_TOKEN": "x"}}, "cluster.environment.MY_TOKEN could be read in the pipeline."),
     (
         {"environment": {"HTTPS_PROXY": "http://u:p@h"}},
         "cluster.environment.HTTPS_PROXY=http://u:***@h holds",
     ),
     ({"run_as_user": -1}, "cluster.run_as_user=-1 must lie between 0 and 2,147,483,647."),
-    ({"secret": "my_keys"}, "cluster.secret=my_keys is no name"),
-    ({"config_map": "-x"}, "cluster.config_map=-x is no name"),
+    ({"secret": "my_keys"}, "cluster.secret=my_keys is not a valid Kubernetes name"),
+    ({"config_map": "-x"}, "cluster.config_map=-x is not a valid Kubernetes name"),
     ({"gpus": 65}, "cluster.gpus=65 must lie between 0 and 64."),
-    ({"gpu_type": "H 100"}, "cluster.gpu_type=H 100 is no resource."),
+    ({"gpu_type": "H 100"}, "cluster.gpu_type=H 100 is not a valid resource."),
     ({"cpu": "four"}, "cluster.cpu=four is not a Kubernetes quantity. Write 4 or 500m."),
     ({"cpu": "0"}, "cluster.cpu=0 is not a Kubernetes quantity."),
     ({"memory": "32 GB"}, "cluster.memory=32 GB is not a Kubernetes quantity. Write 32Gi or 512Mi."),
     ({"memory": "1.5Gi"}, "cluster.memory=1.5Gi is not a Kubernetes quantity."),
     ({"shared_memory": "1GB"}, "cluster.shared_memory=1GB is not a Kubernetes quantity."),
     ({"scratch": "big"}, "cluster.scratch=big is not a Kubernetes quantity."),
-    ({"scratch": "1Gi", "scratch_storage_class": "A"}, "cluster.scratch_storage_class=A is no name"),
+    (
+        {"scratch": "1Gi", "scratch_storage_class": "A"},
+        "cluster.scratch_storage_class=A is not a valid Kubernetes name",
+    ),
     ({"scratch_storage_class": "fast"}, "cluster.scratch_storage_class=fast needs scratch."),
     ({"timeout": "200 steps"}, "cluster.timeout=200 steps is not a duration."),
     ({"timeout": "1e9h"}, "cluster.timeout=1e9h is not a duration."),
@@ -274,14 +278,17 @@ WRONG = [
     ({"retry_wait": "soon"}, "cluster.retry_wait=soon is not a duration."),
     ({"retry_within": "10"}, "cluster.retry_within=10 is not a duration."),
     ({"retry_within": "0"}, "cluster.retry_within=0 leaves no time for a second attempt."),
-    ({"node_selector": {"a b": "c"}}, "cluster.node_selector.a b=c is no label of a node."),
+    ({"node_selector": {"a b": "c"}}, "cluster.node_selector.a b=c is not a valid node label."),
     ({"node_selector": {"gpu": True}}, "cluster.node_selector.gpu=True must be of type str."),
     ({"node_selector": "gpu"}, "cluster.node_selector='gpu' must be a mapping."),
-    ({"gpu_node_selector": {"a": "b c"}}, "cluster.gpu_node_selector.a=b c is no label of a node."),
-    ({"queue": "A"}, "cluster.queue=A is no name"),
+    ({"gpu_node_selector": {"a": "b c"}}, "cluster.gpu_node_selector.a=b c is not a valid node label."),
+    ({"queue": "A"}, "cluster.queue=A is not a valid Kubernetes name"),
     ({"tolerations": [{}]}, "cluster.tolerations[0].key is empty, which needs operator=Exists."),
-    ({"tolerations": [{"key": "a b"}]}, "cluster.tolerations[0].key=a b is no key of a taint."),
-    ({"tolerations": [{"key": "a", "value": "b c"}]}, "cluster.tolerations[0].value=b c is no value"),
+    ({"tolerations": [{"key": "a b"}]}, "cluster.tolerations[0].key=a b is not a valid key of a taint."),
+    (
+        {"tolerations": [{"key": "a", "value": "b c"}]},
+        "cluster.tolerations[0].value=b c is not a valid value",
+    ),
     (
         {"gpu_tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]},
         "cluster.gpu_tolerations[0].value=b has no effect with operator=Exists.",
@@ -353,4 +360,4 @@ def test_the_section_survives_the_way_through_json_and_stays_out_of_the_key_and_
     assert settings.cluster.components == {"evaluate": own}
     assert settings_from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert settings.digest() == settings_from_dict(LEAST).digest()
-    assert recipe_parameter(settings) == recipe_parameter(settings_from_dict(LEAST))
+    assert parameters_of(settings) == parameters_of(settings_from_dict(LEAST))

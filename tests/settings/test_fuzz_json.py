@@ -3,11 +3,9 @@ import json
 import shutil
 
 import pytest
-from hypothesis import given
 
 from core.bases.licence import card_facts, known_facts
 from core.data.packing import tokenize_conversations
-from core.errors import SettingsError
 from core.export.generation import end_ids
 from core.export.hub_files import checkpoint_files
 from core.model.build import load_model, load_tokenizer, model_shape
@@ -16,19 +14,7 @@ from core.model.config import config_with_layers, load_config
 from core.model.remote_code import write_config
 from core.model.shape import LayerShape
 from tests.support.evidence import note
-from tests.support.fuzzing import (
-    DEEP,
-    FILES,
-    VALUES,
-    as_bytes,
-    changed,
-    examples,
-    fuzzed,
-    outcome,
-    tell,
-    variant,
-)
-from tests.support.project import RECIPE
+from tests.support.fuzzing import DEEP, FILES, VALUES, as_bytes, changed, fuzz, fuzz_file, outcome, variant
 
 SHAPE = LayerShape(query_heads=6, kv_heads=3, mlp_width=40)
 
@@ -46,41 +32,25 @@ def unequal(base):
     return json.loads((base / "config.json").read_text())
 
 
+def document_of(base, **changes):
+    return json.loads((base / "config.json").read_text()) | changes
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_changed_configs_are_read_or_refused(base, equal, unequal, project):
-    document = json.loads((project / "base" / "config.json").read_text()) if equal else unequal
-    seen = []
-
-    @fuzzed(2)
-    @given(FILES)
-    def attempt(how):
-        (base / "config.json").write_bytes(variant(document, how))
-        seen.append(outcome(lambda: model_shape(load_config(base))))
-        seen.append(outcome(lambda: load_model(base)))
-
-    attempt()
-    tell("config.json, changed and damaged", seen, 2)
+    document = document_of(project / "base") if equal else unequal
+    shape, model = lambda: model_shape(load_config(base)), lambda: load_model(base)
+    fuzz_file("config.json", base / "config.json", document, shape, model, share=2)
 
 
 @pytest.mark.parametrize(
     "model_type", ["gemma3_text", "phi3", "smollm3", "olmo2", "mobilellm", "qwen3", "granite"]
 )
 def test_changed_configs_of_other_families_are_read_or_refused(base, model_type):
-    document = json.loads((base / "config.json").read_text()) | {
-        "model_type": model_type,
-        "sliding_window": 5,
-    }
-    document |= {"layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
-    seen = []
-
-    @fuzzed(0.3)
-    @given(FILES)
-    def attempt(how):
-        (base / "config.json").write_bytes(variant(document, how))
-        seen.append(outcome(lambda: model_shape(load_config(base))))
-
-    attempt()
-    tell("config.json of other families, changed and damaged", seen, 0.3)
+    document = document_of(base, model_type=model_type, sliding_window=5, pad_token_id=0)
+    document |= {"layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 0, 1]}
+    read = lambda: model_shape(load_config(base))  # noqa: E731
+    fuzz_file("config.json of other families", base / "config.json", document, read, share=0.3)
 
 
 SIZES = (
@@ -100,8 +70,7 @@ SIZES = (
     "value", [0, -1, 2**62, 10**30, 1.5, "48", True, [48], {"a": 1}, float("nan")], ids=str
 )
 def test_sizes_must_be_whole_numbers_in_range(base, name, value):
-    document = json.loads((base / "config.json").read_text()) | {name: value}
-    (base / "config.json").write_text(json.dumps(document))
+    (base / "config.json").write_text(json.dumps(document_of(base, **{name: value})))
     said = outcome(lambda: load_config(base))
     assert f"{name}=" in said
     assert "must be a whole number from 1 to " in said
@@ -135,8 +104,7 @@ def test_sizes_must_be_whole_numbers_in_range(base, name, value):
     ids=str,
 )
 def test_hostile_configs_take_no_memory(base, changes):
-    document = json.loads((base / "config.json").read_text()) | changes
-    (base / "config.json").write_text(json.dumps(document))
+    (base / "config.json").write_text(json.dumps(document_of(base, **changes)))
     outcome(lambda: load_config(base))
     outcome(lambda: load_model(base))
 
@@ -154,27 +122,15 @@ def test_changed_tokenizers_are_read_or_refused(base, name):
     default = {"eos_token": "<|im_end|>"} if name.startswith("special") else {"eos_token_id": [2, 1]}
     path = base / name
     document = json.loads(path.read_text()) if path.exists() else default
-    seen = []
 
     def read():
         checkpoint = Checkpoint(base)
         load_tokenizer(checkpoint)
         end_ids(checkpoint.generation_config, checkpoint.config)
 
-    @fuzzed(0.5)
-    @given(FILES)
-    def attempt(how):
-        path.write_bytes(variant(document, how))
-        seen.append(outcome(read))
-
-    attempt()
-    tell(f"{name}, changed and damaged", seen, 0.5)
+    fuzz_file(name, path, document, read, share=0.5)
 
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 HOSTILE_TEMPLATES = [
     "{% for",
     "{{ messages[0].__class__.__mro__[1].__subclasses__() }}",
@@ -211,23 +167,19 @@ def test_hostile_chat_templates_are_refused_or_do_nothing(tokenizer, template, t
 
 def test_changed_provenance_and_cards_are_read_or_refused(base):
     document = {"base": "b", "phase": 1, "license": "mit", "language": ["en"], "revision": "r"}
-    seen = []
 
     def read():
         known_facts(Checkpoint(base).provenance)
         card_facts(base / "README.md")
         checkpoint_files(base)
 
-    @fuzzed()
-    @given(FILES, VALUES)
     def attempt(how, value):
         (base / PROVENANCE).write_bytes(variant(document, how))
         front = as_bytes(changed(document, [(1, value)]))
         (base / "README.md").write_bytes(b"---\n" + front + b"\n---\n")
-        seen.append(outcome(read))
+        return outcome(read)
 
-    attempt()
-    tell("adapt_pruner.json and the card's front matter, changed and damaged", seen)
+    fuzz("adapt_pruner.json and the card's front matter, changed and damaged", attempt, FILES, VALUES)
 
 
 @pytest.mark.parametrize(
@@ -236,25 +188,3 @@ def test_changed_provenance_and_cards_are_read_or_refused(base):
 def test_hostile_cards_say_nothing(tmp_path, content):
     (tmp_path / "README.md").write_bytes(b"---\n" + content + b"\n---\n")
     assert not outcome(lambda: card_facts(tmp_path / "README.md"))
-
-
-def test_recipes_are_read_or_refused():
-    from core.settings.recipe import settings_from_dict
-
-    seen = []
-
-    @fuzzed(3)
-    @given(FILES)
-    def attempt(how):
-        if how[0] != "json":
-            return
-        data = json.loads(variant(RECIPE, how))
-        try:
-            settings_from_dict(data)
-        except SettingsError as error:
-            seen.append(error.problems)
-
-    attempt()
-    assert seen
-    assert all(problem.isprintable() for problems in seen for problem in problems)
-    note("Security", "recipes with changed entries", "read, or refused with one line a problem", examples(3))

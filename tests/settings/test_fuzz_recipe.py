@@ -35,10 +35,6 @@ def as_yaml(value):
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
-def plain(value):
-    return {key: plain(item) for key, item in value[1].items()} if isinstance(value, tuple) else value
-
-
 def order(files):
     """Files from the lowest to the recipe, or None if they include each other in a circle; by edges alone."""
     reached, todo = {0}, [0]
@@ -61,45 +57,15 @@ def order(files):
     return list(dict.fromkeys(found))
 
 
-def expected(files, numbers):
-    """Lay the files over each other leaf by leaf: a flat table of paths, no merging of mappings."""
-    table = {}
-
-    def put(path, value):
-        if isinstance(value, tuple) and value[1] and not value[0]:
-            if not isinstance(table.get(path), dict):
-                clear(path)
-                table[path] = {}
-            for key, inner in value[1].items():
-                put((*path, key), inner)
-            return
-        clear(path)
-        if isinstance(value, tuple):
-            table[path] = {}
-            for key, inner in value[1].items():
-                force((*path, key), inner)
-        else:
-            table[path] = value
-
-    def force(path, value):
-        table[path] = {} if isinstance(value, tuple) else value
-        for key, inner in value[1].items() if isinstance(value, tuple) else ():
-            force((*path, key), inner)
-
-    def clear(path):
-        for known in [known for known in table if known[: len(path)] == path]:
-            del table[known]
-
-    for number in numbers:
-        for key, value in files[number][1].items():
-            put((key,), value)
-    result = {}
-    for path in sorted(table, key=len):
-        place = result
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = dict(table[path]) if isinstance(table[path], dict) else table[path]
-    return result
+def expected(stack):
+    """What a key has under values of several files, the topmost first: looked up from above, not merged."""
+    if not isinstance(stack[0], tuple):
+        return stack[0]
+    mappings = list(itertools.takewhile(lambda value: isinstance(value, tuple), stack))
+    closed = [i for i, (tagged, inner) in enumerate(mappings) if tagged or not inner]
+    mappings = mappings[: closed[0] + 1] if closed else mappings
+    keys = {key for _, inner in mappings for key in inner}
+    return {key: expected([inner[key] for _, inner in mappings if key in inner]) for key in keys}
 
 
 def test_recipes_that_include_each_other_at_random_are_what_their_files_say_in_order(tmp_path):
@@ -125,7 +91,8 @@ def test_recipes_that_include_each_other_at_random_are_what_their_files_say_in_o
             assert [path.name for path, _ in recipe.layers] == [
                 FILE_NAMES[number].rpartition("/")[2] for number in numbers
             ]
-            assert recipe.merged() == expected(files, numbers)
+            stack = [(False, files[number][1]) for number in reversed(numbers) if files[number][1]]
+            assert recipe.merged() == (expected(stack) if stack else {})
             seen.append("")
 
     attempt()

@@ -18,7 +18,6 @@ from core.storage.lease import read_lease, release_lease, take_lease
 from core.storage.manifest import Manifest
 from core.storage.owner import LOCAL, Owner
 from core.storage.publication import find_publication
-from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import recipe_with, resolve, resolve_or_tell
 
@@ -29,13 +28,6 @@ TABLE = "Leases and cleaning"
 def in_a_pod(monkeypatch):
     monkeypatch.delenv(LOCAL, raising=False)
     monkeypatch.setattr(lease_module, "LOOK_S", 0.05)
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
 
 
 @pytest.fixture

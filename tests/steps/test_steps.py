@@ -1,5 +1,6 @@
 """The steps of a run, called in this process: keys, exact sizes, what is kept."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -27,9 +28,10 @@ from core.steps.finalize import run_finalize
 from core.steps.needs_run import run_needs_run
 from core.steps.prepare_data import run_prepare_data
 from core.steps.prune_step import run_prune_step
+from core.steps.records import collect_record
 from core.steps.score_layers import run_score_layers
 from core.storage.publication import find_publication, open_publication
-from core.storage.store import open_store
+from core.storage.store import LocalStore, open_store
 from core.tracking.client import connect
 from tests.support.evidence import note
 from tests.support.project import (
@@ -77,7 +79,9 @@ def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, m
     save_model(half, folder / "half", companions=base, provenance={})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    recipe = recipe_with({"model.base": "half", "model.dtype": wanted, "prune.phases": 1})
+    recipe = recipe_with(
+        {"model.base": "half", "model.dtype": wanted, "prune.phases": 1, "storage.keep": "all"}
+    )
     with contextlib.chdir(folder):
         handle, base_uri = resolve(recipe)
         run_phase(handle, 1, base_uri, run_prepare_data(run=handle, base_uri=base_uri), tmp_path)
@@ -356,3 +360,18 @@ def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_wh
         assert "<svg" in picture
         widths = {str(layer["mlp_width"]) for layer in phases[phase]["layers"]}
         assert all(f">{width}</text>" in picture for width in widths)
+
+
+def test_a_record_reads_each_published_file_once(pruned_only, monkeypatch):
+    run, final = pruned_only("kv_group", "75%", 3)
+    read, read_bytes = collections.Counter(), LocalStore.read_bytes
+
+    def counting(store, key):
+        read[store.uri, key] += 1
+        return read_bytes(store, key)
+
+    monkeypatch.setattr(LocalStore, "read_bytes", counting)
+    collect_record(run, str(final), range(4))
+    assert set(read.values()) == {1}
+    # Manifest and report of the dense evaluation and of four steps a phase, its plan; no trained checkpoint.
+    assert len(read) == 2 + 3 * (4 * 2 + 1 + 1)

@@ -152,7 +152,7 @@ def test_a_server_whose_disk_is_full_is_one_line_and_a_rerun_completes(tmp_path,
             uri = f"s3://{BUCKET}/x"
             filler = fill(disk)
             message = refused(lambda: publish(write(tmp_path / "big", big), uri), "cannot be written: ")
-            assert message.endswith("answers 500 InternalError. Check the server, then rerun to go on.")
+            assert message.endswith("answers 500 InternalError. Check the server, then rerun to resume.")
             assert find_publication(uri) is None
             filler.unlink()
             until = time.monotonic() + 150

@@ -21,17 +21,7 @@ from tests.support.faults import (
 )
 from tests.support.publications import behind, read, write
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("checkpoint"), CONTENT)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    """Between attempts; a server that does not answer is given up soon."""
-    monkeypatch.setattr("core.storage.s3_retries._FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("core.storage.s3._READ_TIMEOUT_S", 0.5)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.mark.parametrize("name", faults.UP)
@@ -166,7 +156,7 @@ def test_an_upload_whose_end_the_server_does_not_know_any_more(
             publish(checkpoint, s3_store_uri)
         else:
             message = refused(lambda: publish(checkpoint, s3_store_uri), f"{BIG} cannot be written: ")
-            assert "answers 404 NoSuchUpload. Check the server, then rerun to go on." in message
+            assert "answers 404 NoSuchUpload. Check the server, then rerun to resume." in message
     publish(checkpoint, s3_store_uri)
     check_published(s3_store_uri, tmp_path / "fetched")
     tried = f"404 NoSuchUpload for the last request of an upload{', which was done' if is_lost else ''}"
@@ -182,7 +172,7 @@ def test_faults_that_last_stop_a_fetch_which_a_rerun_completes(
     target = tmp_path / "fetched"
     with behind(s3_server, striking, monkeypatch, attempts=3):
         message = refused(lambda: open_publication(s3_store_uri).fetch(target), f"{BIG} cannot be read: ")
-    assert re.search("Check the (server|network), then rerun to go on[.]$", message)
+    assert re.search("Check the (server|network), then rerun to resume[.]$", message)
     assert {path.name for path in target.rglob("*")} <= {"config.json", "tokenizer", "vocab.txt"}
     assert all(striking.struck.count(asked) <= 3 for asked in striking.struck)
     again = Striking(faults.reset, lambda request: False)

@@ -17,7 +17,7 @@ from core.storage.publication import publish
 from core.storage.store import open_store
 from core.training.state import read_state
 from tests.support.evidence import note
-from tests.support.fuzzing import FILES, examples, fuzzed, outcome, tell, variant
+from tests.support.fuzzing import FILES, examples, fuzz_file, fuzzed, outcome, variant
 from tests.support.project import RECIPE
 
 SHAPE = LayerShape(query_heads=6, kv_heads=3, mlp_width=40)
@@ -27,15 +27,8 @@ def test_changed_manifests_are_read_or_refused(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.txt").write_text("a")
     document = json.loads(publish(tmp_path / "files", str(tmp_path / "store")).manifest.to_json())
-    seen = []
-
-    @fuzzed(3)
-    @given(FILES)
-    def attempt(how):
-        seen.append(outcome(lambda: Manifest.from_json(variant(document, how))))
-
-    attempt()
-    tell("MANIFEST.json, changed and damaged", seen, 3)
+    path = tmp_path / "MANIFEST.json"
+    fuzz_file("MANIFEST.json", path, document, lambda: Manifest.from_json(path.read_bytes()), share=3)
 
 
 @pytest.fixture
@@ -60,36 +53,23 @@ def run_file(project, tmp_path):
 
 def test_changed_run_files_are_read_or_refused(run_file):
     path, document = run_file
-    store, seen = str(path.parents[2]), []
+    store = str(path.parents[2])
 
     def read():
         list_runs(open_store(store))
         Run.load({"store": store, "key": "key"})
 
-    @fuzzed(3)
-    @given(FILES)
-    def attempt(how):
-        path.write_bytes(variant(document, how))
-        seen.append(outcome(read))
-
-    attempt()
-    tell("run.json, changed and damaged", seen, 3)
+    fuzz_file("run.json", path, document, read, share=3)
 
 
 def test_changed_job_files_are_read_or_refused(run_file):
-    store, seen = run_file[0].parents[2], []
-    path = store / "jobs" / "j.json"
-    document = {"store": str(store), "key": "key", "job": "j"}
+    store = run_file[0].parents[2]
+    path, document = store / "jobs" / "j.json", {"store": str(store), "key": "key", "job": "j"}
 
-    @fuzzed()
-    @given(FILES)
-    def attempt(how):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(variant(document, how))
-        seen.append(outcome(lambda: run_finalize(store=str(store), job="j", succeeded=False)))
+    def read():
+        run_finalize(store=str(store), job="j", succeeded=False)
 
-    attempt()
-    tell("the file of an execution, changed and damaged", seen)
+    fuzz_file("the file of an execution", path, document, read)
 
 
 def test_changed_plans_are_read_or_refused(tmp_path):
@@ -106,34 +86,19 @@ def test_changed_plans_are_read_or_refused(tmp_path):
         target_params=5,
     )
     plan.save(tmp_path / "plan.json")
-    document, seen = json.loads((tmp_path / "plan.json").read_text()), []
+    document = json.loads((tmp_path / "plan.json").read_text())
 
     def read():
         Plan.load(tmp_path / "plan.json").check("c", (SHAPE, SHAPE))
 
-    @fuzzed(3)
-    @given(FILES)
-    def attempt(how):
-        (tmp_path / "plan.json").write_bytes(variant(document, how))
-        seen.append(outcome(read))
-
-    attempt()
-    tell("plan.json, changed and damaged", seen, 3)
+    fuzz_file("plan.json", tmp_path / "plan.json", document, read, share=3)
 
 
 def test_changed_training_states_are_read_or_refused(tmp_path):
     progress = {"losses": [[3, 1.5, 0.1], [4, 1.4, 0.1]], "trained_tokens": 9, "seconds": 0.5}
     document = {"format": 1, "shards": 1, "progress": progress, "belongs_to": {"a": "b"}}
-    seen = []
-
-    @fuzzed(3)
-    @given(FILES)
-    def attempt(how):
-        (tmp_path / "state.json").write_bytes(variant(document, how))
-        seen.append(outcome(lambda: read_state(tmp_path)))
-
-    attempt()
-    tell("state.json of a training, changed and damaged", seen, 3)
+    path = tmp_path / "state.json"
+    fuzz_file("state.json of a training", path, document, lambda: read_state(tmp_path), share=3)
 
 
 def test_changed_leases_expire_or_hold(run_file):

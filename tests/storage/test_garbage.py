@@ -11,10 +11,11 @@ import pytest
 from core.steps.finalize import run_finalize
 from core.steps.prepare_data import run_prepare_data
 from core.storage.garbage import PATIENCE_S, clean, find_garbage
+from core.storage.interface import join_uri
 from core.storage.lease import read_lease, take_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import recipe_with, resolve, run_all, run_phase
 from tests.support.publications import read, write
@@ -24,13 +25,6 @@ from tests.support.servers import Reply, s3_proxy
 TABLE = "Leases and cleaning"
 CLEANER = Owner.of("clean-test")
 KEY = "0123456789ab"
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
 
 
 def keys_of(found):

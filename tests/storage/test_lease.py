@@ -30,13 +30,6 @@ RUN = "runs/0123456789ab"
 TABLE = "Leases and cleaning"
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
-
-
 def leases(store):
     return sorted(key for key in store.list() if "/_lease/" in key)
 

@@ -1,26 +1,14 @@
 import logging
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
 from core.errors import IntegrityError, StorageError
+from core.storage.interface import join_uri
 from core.storage.publication import find_publication, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.publications import CONTENT, LAYER_0_SHA256, RIVAL, die_before_the_manifest, read, write
-
-
-@pytest.fixture(params=["folder", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where nothing is published yet: in a folder, and on a real S3 server."""
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/key/phases/01/pruned")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", CONTENT)
 
 
 def test_what_is_published_is_fetched(uri, checkpoint, tmp_path, caplog):

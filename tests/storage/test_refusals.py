@@ -22,17 +22,7 @@ from tests.support.faults import (
 from tests.support.publications import behind, read, write
 from tests.support.servers import Reply
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("checkpoint"), CONTENT)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    """Between attempts; a server that does not answer is given up soon."""
-    monkeypatch.setattr("core.storage.s3_retries._FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr("core.storage.s3._READ_TIMEOUT_S", 0.5)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def every_action(uri, tmp_path):
@@ -64,7 +54,7 @@ def test_a_server_that_takes_requests_and_never_answers_is_given_up(
     note("Faults", "requests that are swallowed", "given up after a minute each; one line")
 
 
-EXPIRED = "have expired (ExpiredToken). Get new ones, then rerun to go on."
+EXPIRED = "have expired (ExpiredToken). Get new ones, then rerun to resume."
 
 LASTING = {
     "credentials that have expired": (
@@ -86,7 +76,7 @@ LASTING = {
     ),
     "a quota that is used up": (
         faults.error(403, "QuotaExceeded"),
-        "has no space left (QuotaExceeded). Free space there, then rerun to go on.",
+        "has no space left (QuotaExceeded). Free space there, then rerun to resume.",
     ),
     "a page of a proxy (200)": (lambda *_: Reply(status=200, body=b"<html>Log in!</html>"), ". "),
     "a page of a proxy (407)": (lambda *_: Reply(status=407, body=b"<html>Log in!</html>"), "answers 407. "),

@@ -13,17 +13,10 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageError
+from core.storage.interface import join_uri
 from core.storage.publication import publish
-from core.storage.store import Store, join_uri, open_store, replacing
+from core.storage.store import open_store, replacing
 from tests.support.servers import Reply, s3_proxy
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A store without content, on a folder and on a real S3 server."""
-    return open_store(
-        tmp_path / "store" if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    )
 
 
 def one_line(error: pytest.ExceptionInfo[StorageError]) -> str:
@@ -275,7 +268,7 @@ def test_missing_credentials_are_one_clear_error(s3_store_uri, tmp_path, monkeyp
 
 def test_a_missing_bucket_is_one_clear_error(s3_store_uri, tmp_path):
     every_action_fails("s3://no-such-bucket/runs", tmp_path, "no bucket no-such-bucket at http.* Create it")
-    every_action_fails("s3://no_bucket!/runs", tmp_path, "no_bucket! is no name for a bucket")
+    every_action_fails("s3://no_bucket!/runs", tmp_path, "no_bucket! is not a valid bucket name")
 
 
 def test_an_unreachable_endpoint_is_one_clear_error(s3_store_uri, tmp_path, monkeypatch):

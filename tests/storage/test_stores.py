@@ -21,14 +21,6 @@ from tests.support.runs import make_run, put, snapshot
 TABLE = "Leases and cleaning"
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path):
-    if request.param == "s3":
-        return open_store(request.getfixturevalue("s3_store_uri"))
-    (tmp_path / "store").mkdir()
-    return open_store(tmp_path / "store")
-
-
 def call(*arguments, status=0):
     result = CliRunner().invoke(main, list(arguments))
     assert result.exit_code == status, result.output
@@ -101,8 +93,9 @@ def test_a_real_run_is_shown_as_it_is(project, tmp_path):
     assert (run.name, run.base, run.target, run.owner) == ("trial", "base", "75%", "")
 
 
-def test_an_empty_store_is_said_to_be_empty(store):
-    assert call("runs", store.uri).stdout == f"{store.uri} holds no run.\n"
+def test_an_empty_store_is_said_to_be_empty(store, tmp_path):
+    (tmp_path / "store").mkdir()
+    assert call("runs", store.uri).stdout == f"{store.uri} contains no runs.\n"
     assert json.loads(call("runs", store.uri, "--json").stdout) == []
     assert call("clean", store.uri).stdout == "Nothing to remove.\n"
 
@@ -168,7 +161,7 @@ def check_list(shown):
     place = "runs/000000000001/phases/01/recovered"
     assert f"{place} a training state of a phase that is published 2 2.0 kB" in rows
     assert f"left alone: runs/000000000002, since {Owner.of('worker')} works on it" in rows
-    assert "left alone: notes.txt, which is none of a run's files" in rows
+    assert "left alone: notes.txt, which does not belong to a run" in rows
     assert "To remove: 3 files, 3.0 MB." in rows
 
 
@@ -177,7 +170,7 @@ def test_clean_lists_and_refuses_to_ask_where_nobody_can_answer(store):
     before = snapshot(store)
     result = call("clean", store.uri, status=2)
     check_list(result.stdout)
-    assert result.stderr == "error: clean asks before it removes, but this is no terminal. Give --yes.\n"
+    assert result.stderr == "error: clean asks for confirmation, but stdin is not a terminal. Give --yes.\n"
     assert snapshot(store) == before
     note(TABLE, "adapt-pruner clean without a terminal and without --yes", "exit 2, nothing changed")
 

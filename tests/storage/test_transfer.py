@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import StorageError
 from core.storage.publication import OWN, Manifest, find_publication, open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.publications import (
     CONTENT,
@@ -20,18 +20,6 @@ from tests.support.publications import (
     write,
 )
 from tests.support.servers import Reply, Request
-
-
-@pytest.fixture(params=["folder", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where nothing is published yet: in a folder, and on a real S3 server."""
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/key/phases/01/pruned")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return write(tmp_path / "checkpoint", CONTENT)
 
 
 @pytest.mark.parametrize("a_dead_publisher_was_first", [False, True])

@@ -42,12 +42,7 @@ def node(type_: str, phase: str, name: str, started: str, finished: str = "-", m
 def task(place: str, phase: str, message: str = "", *, ago: float = 60, earlier: str = "") -> list[Node]:
     """All nodes of a task, such as ``phase-2.calibrate``, that started so many seconds ago.
 
-    Args:
-        place: Its name in the IR, after that of its phase.
-        phase: Of its latest pod.
-        message: Of its latest pod.
-        ago: When it started, in seconds before now.
-        earlier: Message of an attempt before, which was an error; "" for none.
+    ``phase`` and ``message`` are of its latest pod, ``earlier`` is the message of an attempt before.
     """
     name = _full(place)
     ended = "-" if phase in ("Pending", "Running") else _moment(ago - 1)
@@ -71,21 +66,13 @@ def task(place: str, phase: str, message: str = "", *, ago: float = 60, earlier:
 def driver(place: str, phase: str, message: str = "", *, ago: float = 60) -> list[Node]:
     """The driver of a task or of a group of tasks, which has not begun."""
     name, ended = _full(place), "-" if phase in ("Pending", "Running") else _moment(ago)
+    started, state = _moment(ago), "Running" if phase == "Pending" else phase
     nodes = [
-        node(
-            "Retry",
-            "Running" if phase == "Pending" else phase,
-            f"{name}-driver",
-            _moment(ago),
-            ended,
-            message,
-        ),
-        node("Pod", phase, f"{name}-driver(0)", _moment(ago), ended, message),
+        node("Retry", state, f"{name}-driver", started, ended, message),
+        node("Pod", phase, f"{name}-driver(0)", started, ended, message),
     ]
     if phase in ("Failed", "Error"):
-        nodes.append(
-            node("Skipped", "Omitted", name, _moment(ago), ended, "omitted: depends condition not met")
-        )
+        nodes.append(node("Skipped", "Omitted", name, started, ended, "omitted: depends condition not met"))
     return nodes
 
 
@@ -108,13 +95,9 @@ def of_older_argo(nodes: list[Node]) -> list[Node]:
 def workflow(
     nodes: list[Node], *, policy: str = "OnError", deadline: int | None = None, message: str = ""
 ) -> dict[str, Any]:
-    """A manifest with its status, packed where it is large, as Argo does.
+    """A manifest of these tasks with its status, packed where it is large, as Argo does.
 
-    Args:
-        nodes: Of the tasks; those above them are added.
-        policy: Of retries; "" for the manifests of Kubeflow Pipelines up to 2.16, which set none.
-        deadline: ``activeDeadlineSeconds``: 0 where somebody has terminated the run.
-        message: Of the whole.
+    Kubeflow Pipelines up to 2.16 set no ``policy`` of retries; ``deadline`` is 0 if the run was terminated.
     """
     started = _moment(3600)
     above = [node("Retry", "Running", _WORKFLOW[:-3], started), node("DAG", "Running", _WORKFLOW, started)]
@@ -138,20 +121,18 @@ def workflow(
 def task_details(manifest: dict[str, Any]) -> list[dict[str, Any]] | None:
     """What the newer API makes of the nodes; None, nothing new, where they are packed."""
     nodes = manifest.get("status", {}).get("nodes")
-    return (
-        None
-        if nodes is None
-        else [
-            {
-                "display_name": each["displayName"],
-                "task_id": each["id"],
-                "start_time": each["startedAt"],
-                "end_time": each["finishedAt"] or "0001-01-01T00:00:00Z",
-                **({"state": _STATES[each["phase"]]} if each["phase"] in _STATES else {}),
-            }
-            for each in nodes.values()
-        ]
-    )
+    if nodes is None:
+        return None
+    return [
+        {
+            "display_name": each["displayName"],
+            "task_id": each["id"],
+            "start_time": each["startedAt"],
+            "end_time": each["finishedAt"] or "0001-01-01T00:00:00Z",
+            **({"state": _STATES[each["phase"]]} if each["phase"] in _STATES else {}),
+        }
+        for each in nodes.values()
+    ]
 
 
 def recorded() -> dict[str, tuple[list[str], dict[str, Any]]]:

@@ -1,8 +1,8 @@
-"""What the reliability tests try, how often, and what happens.
+"""Trials of the reliability tests and their outcomes.
 
-A test calls ``note`` with what it has seen. Where ``EVIDENCE`` names a file the notes are collected there,
-and ``python -m tests.support.evidence NOTES docs`` writes them as tables into ``reliability-evidence.md`` of
-that folder, and their totals into ``reliability.md``.
+A test calls ``note`` with what it has seen. If ``EVIDENCE`` names a file, the notes are collected there, and
+``python -m tests.support.evidence NOTES docs`` writes them as tables to ``reliability-evidence.md`` of that
+folder, and their totals to ``reliability.md``.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from pathlib import Path
 EVIDENCE = "ADAPT_PRUNER_EVIDENCE"
 EVIDENCE_HEAD = """# Evidence
 
-What was tried against the promises of [reliability.md](reliability.md), how often, and what happened.
+The trials behind the promises of [reliability.md](reliability.md): how often each ran, and with what outcome.
 Written by `make torture`; do not edit.
 """
 TABLES = (
@@ -31,13 +31,9 @@ TABLES = (
 
 
 def note(table, tried, happened, times=1):
-    """Add a row, or ``times`` to an equal one.
+    """Add a row to one of ``TABLES``, or ``times`` to an equal row.
 
-    Args:
-        table: One of ``TABLES``.
-        tried: What was done to the program, without what changes from run to run.
-        happened: What came of it, made of what was observed; without paths, times and other noise.
-        times: How often.
+    What was tried, and what was observed to happen, hold nothing that changes from run to run.
     """
     path = os.environ.get(EVIDENCE)
     if path:
@@ -59,29 +55,18 @@ def tables(lines):
 
 
 def evidence(found, when):
-    """Return the page with all rows.
-
-    Args:
-        found: What ``tables`` returns.
-        when: The day of the notes.
-
-    Raises:
-        ValueError: If a table has no place in ``TABLES``.
-    """
+    """Return the page with all rows of ``tables``, noted on the day ``when``."""
     if unknown := found.keys() - set(TABLES):
         raise ValueError(f"no place for the tables: {', '.join(sorted(unknown))}")
-    parts = [EVIDENCE_HEAD]
+    lines = [EVIDENCE_HEAD]
     for name in TABLES:
         rows = found.get(name, {})
-        body = [
-            f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |"
-            for (tried, happened, test), times in sorted(rows.items())
-        ]
-        head = [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
-        parts.append(
-            "\n".join([*head, "| tried | times | what happened | test |", "|---|---:|---|---|", *body, ""])
-        )
-    return "\n".join(parts)
+        lines += [f"## {name}", "", f"{sum(rows.values()):,} trials, last run on {when}.", ""]
+        lines += ["| trial | times | outcome | test |", "|---|---:|---|---|"]
+        for (tried, happened, test), times in sorted(rows.items()):
+            lines.append(f"| {_cell(tried)} | {times:,} | {_cell(happened)} | {test} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def with_summary(document, found, when):
@@ -91,7 +76,7 @@ def with_summary(document, found, when):
         f"| {len(found.get(name, {})):,} | {sum(found.get(name, {}).values()):,} | {when} |"
         for name in TABLES
     ]
-    table = "\n".join(["| what | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
+    table = "\n".join(["| area | kinds of trial | trials | last run |", "|---|---:|---:|---|", *rows])
     written, places = re.subn(
         r"(<!-- summary -->\n).*?(<!-- end -->)", rf"\1{table}\n\2", document, flags=re.DOTALL
     )

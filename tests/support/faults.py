@@ -105,10 +105,7 @@ DOWN = EITHER_WAY | {
 
 
 def kind(request):
-    """Return what a request is for: equal for its repetitions, and for no other request.
-
-    (method, name of the object, what is done to it), such as ("PUT", "model.safetensors", "partNumber=2").
-    """
+    """Return what a request is for, such as ("PUT", "model.safetensors", "partNumber=2")."""
     parts = urlsplit(request.path)
     query = parse_qs(parts.query, keep_blank_values=True)
     action = [name for name in ("uploads", "uploadId", "list-type", "delete") if name in query]
@@ -132,23 +129,12 @@ def of(method, name):
 
 
 class Striking:
-    """Lets a fault strike some requests; everything else passes.
-
-    Attributes:
-        struck: What the requests that it struck were for, in order.
-        passed: The same of all others.
-    """
+    """Lets a fault strike some requests: their ``kind`` is in ``struck``, that of others in ``passed``."""
 
     def __init__(self, fault, where=lambda request: True, *, times=None, after=0, share=None, seed=0):
-        """Choose the requests.
+        """Let ``fault`` strike requests that satisfy ``where``, once ``after`` requests have passed.
 
-        Args:
-            fault: What happens to them.
-            where: Which requests it may happen to.
-            times: It strikes the first ``times`` requests for the same thing; None for all of them.
-            after: This many requests pass before it begins.
-            share: It strikes this share of the requests, at random.
-            seed: Of the random numbers.
+        Of requests of one ``kind`` it strikes the first ``times`` (None: all); of all, a random ``share``.
         """
         self.struck, self.passed = [], []
         self._fault, self._where, self._times, self._after = fault, where, times, after

@@ -9,7 +9,7 @@ import resource
 import signal
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import AdaptPrunerError
@@ -78,6 +78,31 @@ def outcome(call, *, may_run_out=False):
     return ""
 
 
+def fuzz(tried, attempt, *given_values, share=1.0):
+    """Call ``attempt`` with examples of strategies; return what it gave: texts of our errors, or ""."""
+    seen = []
+
+    @fuzzed(share)
+    @given(st.tuples(*given_values))
+    def try_one(values):
+        seen.append(attempt(*values))
+
+    try_one()
+    tell(tried, seen, share)
+    return seen
+
+
+def fuzz_file(tried, path, document, *reads, share=1.0):
+    """Read a JSON file in many ways, changed and damaged."""
+
+    def attempt(how):
+        path.parent.mkdir(exist_ok=True)  # a read may have removed it with the file
+        path.write_bytes(variant(document, how))
+        return "".join([outcome(read) for read in reads])
+
+    fuzz(f"{tried}, changed and damaged", attempt, FILES, share=share)
+
+
 def tell(tried, seen, share=1.0):
     """Note what a fuzz test has seen: the outcomes of its examples, some of which were refusals."""
     assert any(seen), "something was refused"
@@ -111,17 +136,9 @@ CHANGES = st.lists(
 
 def places(document, at=()):
     """Return the path of everything in a JSON document."""
-    found = [at]
-    items = (
-        document.items()
-        if isinstance(document, dict)
-        else enumerate(document)
-        if isinstance(document, list)
-        else ()
-    )
-    for key, value in items:
-        found += places(value, (*at, key))
-    return found
+    items = enumerate(document) if isinstance(document, list) else ()
+    items = document.items() if isinstance(document, dict) else items
+    return [at] + [path for key, value in items for path in places(value, (*at, key))]
 
 
 def changed(document, changes):

@@ -72,90 +72,73 @@ def dags(spec):
 
 def problems(spec):
     """What does not resolve: components, executors, dependencies, each edge's producer and type."""
-    found = []
     labels = executors(spec)
     for name, component in spec.components.items():
         if component.executor_label and component.executor_label not in labels:
-            found.append(f"{name}: no executor {component.executor_label}")
-    for dag_name, component in dags(spec):
-        for task_name, task in component.dag.tasks.items():
+            yield f"{name}: no executor {component.executor_label}"
+    for dag_name, parent in dags(spec):
+        for task_name, task in parent.dag.tasks.items():
+            where = f"{dag_name}.{task_name}"
+            yield from (f"{where}: no task {d}" for d in task.dependent_tasks if d not in parent.dag.tasks)
             if task.component_ref.name not in spec.components:
-                found.append(f"{dag_name}.{task_name}: no component {task.component_ref.name}")
+                yield f"{where}: no component {task.component_ref.name}"
                 continue
-            found += task_problems(spec, component, f"{dag_name}.{task_name}", task)
-        for key, output in component.dag.outputs.parameters.items():
+            inputs = spec.components[task.component_ref.name].input_definitions
+            for key in inputs.parameters.keys() | task.inputs.parameters.keys():
+                declared = inputs.parameters.get(key)
+                if key not in task.inputs.parameters:
+                    given = declared.parameter_type if declared.is_optional else None
+                else:
+                    given = _type_of(spec, parent, task, task.inputs.parameters[key], declared)
+                if given is None or declared is None or given != declared.parameter_type:
+                    yield f"{where}: input {key} gets type {given}"
+            for key, declared in inputs.artifacts.items():
+                source = task.inputs.artifacts[key].task_output_artifact
+                outputs = _outputs_of(spec, parent, source.producer_task).artifacts
+                given = outputs.get(source.output_artifact_key) or declared.__class__()
+                waits = source.producer_task in task.dependent_tasks
+                if not waits or given.artifact_type != declared.artifact_type:
+                    yield f"{where}: artifact {key} does not resolve"
+        for key, output in parent.dag.outputs.parameters.items():
             source = output.value_from_parameter
-            declared = component.output_definitions.parameters[key].parameter_type
-            if output_type(spec, component, source.producer_subtask, source.output_parameter_key) != declared:
-                found.append(f"{dag_name}: output {key} does not resolve")
-    return found
+            given = _outputs_of(spec, parent, source.producer_subtask).parameters.get(
+                source.output_parameter_key
+            )
+            declared = parent.output_definitions.parameters[key]
+            if given is None or given.parameter_type != declared.parameter_type:
+                yield f"{dag_name}: output {key} does not resolve"
 
 
-def task_problems(spec, parent, where, task):
-    wanted = spec.components[task.component_ref.name].input_definitions
-    for dependency in task.dependent_tasks:
-        if dependency not in parent.dag.tasks:
-            yield f"{where}: no task {dependency}"
-    for key, declared in wanted.parameters.items():
-        if key not in task.inputs.parameters:
-            if not declared.is_optional:
-                yield f"{where}: input {key} is missing"
-            continue
-        edge = task.inputs.parameters[key]
-        kind = edge.WhichOneof("kind")
-        if kind == "task_output_parameter":
-            source = edge.task_output_parameter
-            if source.producer_task not in task.dependent_tasks:
-                yield f"{where}: does not wait for {source.producer_task}"
-            given = output_type(spec, parent, source.producer_task, source.output_parameter_key)
-        elif kind == "component_input_parameter":
-            inputs = parent.input_definitions.parameters
-            name = edge.component_input_parameter
-            given = inputs[name].parameter_type if name in inputs else None
-        elif kind == "runtime_value":
-            given = constant_type(edge.runtime_value.constant, declared.parameter_type)
-        else:
-            given = declared.parameter_type if kind == "task_final_status" else None
-        if given != declared.parameter_type:
-            yield f"{where}: input {key} gets type {given}, wants {declared.parameter_type}"
-    for key in task.inputs.parameters:
-        if key not in wanted.parameters:
-            yield f"{where}: unknown input {key}"
-    yield from artifact_problems(spec, parent, where, task, wanted)
+def _type_of(spec, parent, task, edge, declared):
+    """The type of what an edge brings, None if it brings nothing."""
+    kind = edge.WhichOneof("kind")
+    given = None
+    if kind == "task_output_parameter" and edge.task_output_parameter.producer_task in task.dependent_tasks:
+        source = edge.task_output_parameter
+        outputs = _outputs_of(spec, parent, source.producer_task)
+        given = outputs.parameters.get(source.output_parameter_key)
+    elif kind == "component_input_parameter":
+        given = parent.input_definitions.parameters.get(edge.component_input_parameter)
+    elif kind == "task_final_status":
+        given = declared
+    elif kind == "runtime_value" and declared is not None:
+        types = pipeline_spec_pb2.ParameterType
+        fits = {
+            "string_value": {types.STRING},
+            "number_value": {types.NUMBER_INTEGER, types.NUMBER_DOUBLE},
+            "bool_value": {types.BOOLEAN},
+            "struct_value": {types.STRUCT},
+            "list_value": {types.LIST},
+        }[edge.runtime_value.constant.WhichOneof("kind")]
+        given = declared if declared.parameter_type in fits else None
+    return given.parameter_type if given is not None else None
 
 
-def artifact_problems(spec, parent, where, task, wanted):
-    for key, declared in wanted.artifacts.items():
-        source = task.inputs.artifacts[key].task_output_artifact
-        if source.producer_task not in task.dependent_tasks:
-            yield f"{where}: does not wait for {source.producer_task}"
-        given = outputs_of(spec, parent, source.producer_task).artifacts.get(source.output_artifact_key)
-        if given is None or given.artifact_type != declared.artifact_type:
-            yield f"{where}: artifact {key} does not resolve"
-
-
-def outputs_of(spec, parent, task_name):
+def _outputs_of(spec, parent, task_name):
     # get(): an index would silently add an empty entry to the message
     task = parent.dag.tasks.get(task_name)
     component = spec.components.get(task.component_ref.name) if task else None
     return (component or pipeline_spec_pb2.ComponentSpec()).output_definitions
-
-
-def output_type(spec, parent, task_name, key):
-    output = outputs_of(spec, parent, task_name).parameters.get(key)
-    return output.parameter_type if output else None
-
-
-def constant_type(value, declared):
-    types = pipeline_spec_pb2.ParameterType
-    fits = {
-        "string_value": {types.STRING},
-        "number_value": {types.NUMBER_INTEGER, types.NUMBER_DOUBLE},
-        "bool_value": {types.BOOLEAN},
-        "struct_value": {types.STRUCT},
-        "list_value": {types.LIST},
-    }[value.WhichOneof("kind")]
-    return declared if declared in fits else None
 
 
 def the_dag(spec, task):

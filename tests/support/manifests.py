@@ -5,6 +5,7 @@ import re
 import yaml
 from kubernetes.client import models
 
+from tests.support import openapi
 from tests.support.project import ROOT
 
 MANIFESTS = ROOT / "docker" / "kubernetes"
@@ -18,12 +19,11 @@ VERSIONS = {
     "StatefulSet": "apps/v1",
 }
 CHOICES = {
-    ("V1Capabilities", "drop"): {"ALL"},
-    ("V1DeploymentStrategy", "type"): {"Recreate", "RollingUpdate"},
-    ("V1NetworkPolicySpec", "policyTypes"): {"Ingress", "Egress"},
-    ("V1PersistentVolumeClaimSpec", "accessModes"): {"ReadWriteOnce"},
-    ("V1PodSecurityContext", "fsGroupChangePolicy"): {"OnRootMismatch", "Always"},
-    ("V1SeccompProfile", "type"): {"RuntimeDefault"},
+    "accessModes": {"ReadWriteOnce"},
+    "drop": {"ALL"},
+    "fsGroupChangePolicy": {"OnRootMismatch", "Always"},
+    "policyTypes": {"Ingress", "Egress"},
+    "type": {"Recreate", "RollingUpdate", "RuntimeDefault"},
 }
 KNOWN = {"apiVersion", "kind", "namespace", "labels", "resources", "secretGenerator", "generatorOptions"}
 KNOWN |= {"images", "patches"}
@@ -86,50 +86,18 @@ def misfits(found):
     """Fields that the object's kind does not have, values of another type, and fields that are missing."""
     if found.get("apiVersion") != VERSIONS.get(found.get("kind")):
         return [f"{found.get('apiVersion')} {found.get('kind')} is of no known kind"]
-    return list(_misfits(f"V1{found['kind']}", found, f"{found['kind']}"))
+    return [*openapi.misfits(models, f"V1{found['kind']}", found, found["kind"]), *_wrong_choices(found)]
 
 
-def _misfits(kind, value, where):
-    if match := re.fullmatch(r"list\[(.*)\]", kind):
-        if not isinstance(value, list):
-            yield f"{where} must be a list"
-            return
-        for i, item in enumerate(value):
-            yield from _misfits(match[1], item, f"{where}[{i}]")
-    elif match := re.fullmatch(r"dict\(str, (.*)\)", kind):
-        if not isinstance(value, dict):
-            yield f"{where} must be a mapping"
-            return
-        for key, item in value.items():
-            yield from _misfits(match[1], item, f"{where}.{key}")
-    elif kind == "object":  # a port: its number or its name
-        if type(value) not in (int, str):
-            yield f"{where} must be a number or a name"
-    elif kind in ("str", "int", "bool"):
-        if type(value).__name__ != kind:
-            yield f"{where}={value!r} must be of type {kind}"
-    else:
-        yield from _model_misfits(kind, value, where)
-
-
-def _model_misfits(kind, value, where):
-    if not isinstance(value, dict):
-        yield f"{where} must be a mapping"
-        return
-    model = getattr(models, kind)
-    names = {name: attribute for attribute, name in model.attribute_map.items()}
-    for key, item in value.items():
-        if key not in names:
-            yield f"{where}.{key} is no field of {kind}"
-            continue
-        yield from _misfits(model.openapi_types[names[key]], item, f"{where}.{key}")
-        chosen = item if isinstance(item, list) else [item]
-        if (kind, key) in CHOICES and not set(chosen) <= CHOICES[kind, key]:
-            yield f"{where}.{key}={item} is none of {sorted(CHOICES[kind, key])}"
-    try:
-        model(**{names[key]: item for key, item in value.items() if key in names})
-    except ValueError as error:  # a required field is not there
-        yield f"{where}: {error}"
+def _wrong_choices(value, key=""):
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _wrong_choices(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _wrong_choices(item, key)
+    elif value not in CHOICES.get(key, {value}):
+        yield f"{key}={value} is none of {sorted(CHOICES[key])}"
 
 
 # --- what objects say of each other
@@ -232,20 +200,7 @@ def _dangling_in_pod(one, known):
             action = asked.get("httpGet") or asked.get("tcpSocket")
             if action and action["port"] not in ports:
                 yield f"{where}: {probe} asks port {action['port']}"
-        seen = set()
-        for env in box.get("env", ()):
-            for name in re.findall(r"\$\((\w+)\)", env.get("value", "")):
-                if name not in seen:
-                    yield f"{where}: $({name}) is not set before {env['name']}"
-            seen.add(env["name"])
-            for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
-                if reference := env.get("valueFrom", {}).get(field):
-                    target = known.get((kind, reference["name"]), {})
-                    if reference["key"] not in target.get("data", target.get("stringData", {})):
-                        yield f"{where}: no {kind} {reference['name']} with {reference['key']}"
-        for name in re.findall(r"\$\((\w+)\)", " ".join(box.get("command", ()))):
-            if name not in seen:
-                yield f"{where}: the command's $({name}) is not set"
-        for source in box.get("envFrom", ()):
-            if ("ConfigMap", source["configMapRef"]["name"]) not in known:
-                yield f"{where}: no ConfigMap {source['configMapRef']['name']}"
+        try:
+            filled_in(box, known)
+        except KeyError as error:
+            yield f"{where}: {error} is not there"

@@ -50,6 +50,15 @@ LONGROPE = dict(
     ),
 )
 
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),

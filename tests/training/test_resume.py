@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from core.quantities import Interval, parse_interval
+from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
-from core.storage.store import join_uri, open_store
+from core.storage.store import open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
 from tests.support.evidence import note
@@ -28,10 +29,9 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.fixture(params=["folder", "s3"])
-def uri(request, tmp_path):
-    base = str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3_store_uri")
-    return join_uri(base, "runs/k/phases/01/recovered/_resume")
+@pytest.fixture
+def uri(store_uri):
+    return join_uri(store_uri, "runs/k/phases/01/recovered/_resume")
 
 
 @pytest.fixture(autouse=True)

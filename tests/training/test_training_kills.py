@@ -24,8 +24,8 @@ from core.steps.prune_step import run_prune_step
 from core.steps.publish import run_publish
 from core.steps.recover_train import run_recover_train
 from core.steps.score_layers import run_score_layers
+from core.storage.interface import join_uri
 from core.storage.publication import find_publication, open_publication, publish
-from core.storage.store import join_uri
 from tests.support.evidence import note
 from tests.support.project import Artifact, recipe_with, resolve
 from tests.training.test_resume import TABLE, states_at

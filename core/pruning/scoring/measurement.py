@@ -54,9 +54,7 @@ class MeasuredCheckpoint:
         self._streamed = calibration.weights == "streamed"
         self._kept: tuple[LayerPlan, ...] | None = None
         if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=self._device):
-            log.info(
-                "the weights would take over half of the free memory: layers are read while they are used"
-            )
+            log.info("the weights exceed half of the free memory: layers are read while they are used")
             self._streamed = True
         self._model = open_pruned(checkpoint, dtype=dtype, device=self._device, streamed=self._streamed)
 
@@ -65,10 +63,9 @@ class MeasuredCheckpoint:
         if not self._streamed:
             self._model = LayerwiseModel(prune_model(self._model.model, layers))
             return
-        before = self._kept
-        self._kept = (
-            layers if before is None else tuple(a.then(b) for a, b in zip(before, layers, strict=True))
-        )
+        if self._kept is not None:
+            layers = tuple(a.then(b) for a, b in zip(self._kept, layers, strict=True))
+        self._kept = layers
         self._model = open_pruned(
             self._checkpoint, self._kept, dtype=self._dtype, device=self._device, streamed=True
         )

@@ -1,4 +1,4 @@
-"""Commands that hand a model on: to another runtime's format, or to the Hugging Face hub."""
+"""``adapt-pruner export``: a checkpoint in another runtime's format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,43 +7,48 @@ import click
 
 from core.errors import SettingsError
 from core.redaction import one_line
-from pipelines.commands.console import MODEL_HELP, example, log_on_stderr, prepare_for
+from pipelines.commands.console import (
+    MODEL_HELP,
+    PATH,
+    example,
+    local_checkpoint,
+    log_on_stderr,
+    prepare_for,
+)
 
 if TYPE_CHECKING:
     from core.export.exported import Exported
     from core.export.gguf_quantization import GgufDtype
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
-
 
 @click.command(
     epilog=example(
-        "adapt-pruner export output/model model.gguf --format gguf --dtype q8_0",
-        "adapt-pruner export output/model padded --format padded",
+        "adapt-pruner export output/demo/model model.gguf --format gguf --dtype q8_0",
+        "adapt-pruner export output/demo/model padded --format padded",
     ),
-    help="Write MODEL to OUTPUT in the format of another runtime.\n\n"
-    f"{MODEL_HELP}. It stays as it is, and OUTPUT must not exist yet.\n\n"
+    help="Write MODEL to OUTPUT in another runtime's format.\n\n"
+    f"{MODEL_HELP}. It is left unchanged. OUTPUT must not exist yet.\n\n"
     "\b\n"
-    "gguf    one file for llama.cpp and what builds on it; Llama, Qwen2 and tied Qwen3\n"
+    "gguf    one file for llama.cpp and its relatives; Llama, Qwen2 and tied Qwen3\n"
     "onnx    a folder for ONNX Runtime and its GenAI: one step of generation, in float32\n"
     "decilm  a folder for vLLM, SGLang, TensorRT-LLM and MLX; Llama pruned with\n"
     "        prune.profile=portable\n"
     "padded  a folder that any runtime loads: zeros make all layers as large as the largest,\n"
-    "        so the answers are those of MODEL, at the memory and speed of a larger one",
+    "        so the replies are those of MODEL, at the memory and speed of a larger model",
 )
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["gguf", "onnx", "decilm", "padded"]),
     required=True,
-    help="What to write.",
+    help="The format, see above.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
-    help="Number format of the weights, for gguf alone.  [default: f16]",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="Number format of the weights; gguf only.  [default: f16]",
 )
 def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") -> None:
     """Write a checkpoint in another format."""
@@ -56,9 +61,6 @@ def export(model: str, output: Path, format_: str, dtype: "GgufDtype | None") ->
 
     check_absent(output)
     check_folders({f"OUTPUT={output}": output.parent})
-
-    from pipelines.models import local_checkpoint
-
     with log_on_stderr(), local_checkpoint(model) as directory:
         exported = _export(directory, output, format_, dtype or "f16")
     click.echo(f"{exported.path}: {exported.params:,} parameters, {exported.size_bytes / 1e6:,.0f} MB")

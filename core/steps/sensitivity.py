@@ -1,4 +1,4 @@
-"""What ``adapt-pruner sensitivity`` does: texts into tokens, the study, and how it is shown."""
+"""A study of the sensitivity of all layers: texts into tokens, the losses, a page and a file of numbers."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -172,21 +171,23 @@ class Study:
             ),
             ("rank correlation", [_correlation(result)], "of importance with loss increase"),
         ]
-        header, *rows = self._rows(result)
+        header, *rows = self.rows(result)
         return render(
             "sensitivity.html",
             title="Sensitivity of the layers",
-            subtitle=f"{self.model}, {self._what()}",
+            subtitle=f"{self.model}, {self.what()}",
             cards=boxes,
             picture=picture,
             columns=dict(zip(header, zip(*rows, strict=True), strict=True)),
         )
 
-    def _what(self) -> str:
+    def what(self) -> str:
+        """Return what was pruned, for a heading."""
         lost = {"both": "MLP channels and attention", "mlp": "MLP channels", "attention": "attention"}
         return f"{100 * self.sparsity:g} % of one layer's {lost[self.part]} pruned (whole groups only)"
 
-    def _rows(self, result: Sensitivity) -> list[list[str]]:
+    def rows(self, result: Sensitivity) -> list[list[str]]:
+        """Return the table: its header, the model as it is, one row a layer."""
         header = ["layer", "importance", "removed", "loss increase", "perplexity"]
         dense = ["none", "", "", "", perplexity_text(_perplexity(result.loss))]
         return [
@@ -204,16 +205,9 @@ class Study:
             ),
         ]
 
-    def table(self, result: Sensitivity) -> Table:
-        """Return the table for a terminal."""
-        header, *rows = self._rows(result)
-        caption = f"rank correlation of importance with loss increase: {_correlation(result)}"
-        table = Table(title=self._what(), caption=caption)
-        for name in header:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+    def correlation(self, result: Sensitivity) -> str:
+        """Return how well importance ranks the layers, in words."""
+        return f"rank correlation of importance with loss increase: {_correlation(result)}"
 
 
 def _perplexity(loss: float) -> float:

@@ -1,0 +1,65 @@
+"""How the settings of a recipe reach a run on a cluster: as parameters of the pipeline, or compiled into it.
+
+``PARAMETERS`` and ``COMPILED`` are the only place that says which setting is what; any other setting is part
+of the parameter ``recipe``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.settings.recipe import settings_from_dict, with_fixed
+from core.settings.schema import Settings
+
+PARAMETERS = {
+    "base_model": ("model", "base"),
+    "revision": ("model", "revision"),
+    "target": ("prune", "target"),
+    "method": ("prune", "method"),
+}
+"""Settings that are parameters of their own."""
+COMPILED = (("prune", "phases"), ("prune", "steps_per_phase"), ("evaluation", "speed"))
+"""Settings that decide how many tasks there are, and which of them get accelerators."""
+COMPILED_SECTION = "cluster"
+
+
+def reached_by(section: str, key: str) -> str:
+    """Return how a setting reaches a run: its parameter, or "compiled"."""
+    if section == COMPILED_SECTION or (section, key) in COMPILED:
+        return "compiled"
+    return next((name for name, setting in PARAMETERS.items() if setting == (section, key)), "recipe")
+
+
+def parameters_of(settings: Settings) -> dict[str, Any]:
+    """Return the parameters that the pipeline is started with."""
+    recipe = settings.to_dict()
+    del recipe[COMPILED_SECTION]
+    own = {name: recipe[section].pop(key) for name, (section, key) in PARAMETERS.items()}
+    for section, key in COMPILED:
+        del recipe[section][key]
+    # KFP knows no null: a setting that is None is one that the recipe leaves out.
+    rest = {
+        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for name, value in recipe.items()
+    }
+    return own | {"recipe": rest}
+
+
+def compiled_settings(settings: Settings, *, phases: int) -> dict[str, dict[str, Any]]:
+    """Return the settings that are compiled into the pipeline, by section, less those of its pods."""
+    recipe, compiled = settings.to_dict(), dict[str, dict[str, Any]]()
+    recipe["prune"]["phases"] = phases
+    for section, key in COMPILED:
+        compiled.setdefault(section, {})[key] = recipe[section][key]
+    return compiled
+
+
+def settings_of_run(parameters: Mapping[str, Any], compiled: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Return the settings of a run from what its pipeline was started with and compiled for.
+
+    Raises:
+        SettingsError: With all that is wrong.
+    """
+    recipe = with_fixed(parameters["recipe"], compiled)
+    for name, (section, key) in PARAMETERS.items():
+        recipe[section] = {**recipe.get(section, {}), key: parameters[name]}
+    return settings_from_dict(recipe)
