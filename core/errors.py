@@ -49,6 +49,10 @@ class UnsupportedModelError(AdaptPrunerError):
     """The model belongs to a family whose groups this package does not know."""
 
 
+class OutOfMemoryError(AdaptPrunerError):
+    """A step does not fit into the memory of the device or the host."""
+
+
 class CheckpointError(AdaptPrunerError):
     """A checkpoint directory is missing, incomplete or not what its config says."""
 

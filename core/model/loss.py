@@ -72,22 +72,35 @@ def loss_gradient(
     gradients = []
     with torch.enable_grad():
         for part, of_part in _chunks(model, rows, targets):
-            part = part.detach().requires_grad_()
-            logits = _logits(model, part)
-            loss, gradient = _cross_entropy(logits.detach(), of_part)
-            with torch.autocast(logits.device.type, enabled=False):
-                logits.backward(gradient.mul_(scale).to(logits.dtype))
-            assert part.grad is not None
-            gradients.append(part.grad)
+            loss, gradient = chunk_gradient(model, part, of_part, scale=scale)
+            gradients.append(gradient)
             total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
     gradient[:, :-1][counts] = torch.cat(gradients)
     return total.item(), gradient
 
 
+def chunk_gradient(
+    model: "PreTrainedModel", rows: Tensor, targets: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of (N, D) states with (N,) targets, and ``scale`` times its (N, D) gradient."""
+    rows = rows.detach().requires_grad_()
+    logits = _logits(model, rows)
+    loss, gradient = _cross_entropy(logits.detach(), targets)
+    with torch.autocast(logits.device.type, enabled=False):
+        logits.backward(gradient.mul_(scale).to(logits.dtype))
+    assert rows.grad is not None
+    return loss, rows.grad
+
+
+def chunk_positions(vocabulary: int, device: str) -> int:
+    """Return how many positions' logits exist at once."""
+    return max(1, _CHUNK_LOGITS.get(device, 2**24) // vocabulary)
+
+
 def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (N, D) states and their (N,) targets; one empty pair if there are none."""
-    size = max(1, _CHUNK_LOGITS.get(rows.device.type, 2**24) // int(model.config.vocab_size))
+    size = chunk_positions(int(model.config.vocab_size), rows.device.type)
     yield from zip(rows.split(size), targets.split(size), strict=True)
 
 

@@ -152,20 +152,20 @@ def plan_phase(
         settings: Steps, amplitude, attention unit and width multiple.
         checkpoint: Digest of the checkpoint.
         statistics_digest: Digest of the statistics.
-        remeasure: Takes what the steps so far keep of the checkpoint and the next step's number (from 1);
+        remeasure: Takes what the last step keeps of the model before it, and the next step's number (from 1);
             returns statistics of the remaining model.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
     plan: Plan | None = None
+    step: Step | None = None
     steps = pruning_steps(current.num_params(), target_params, settings.steps_per_phase)
     for number in range(steps):
         if number and current.num_params() <= target_params:
             break
-        if number:
-            assert plan is not None, "the first step has made one"
-            statistics = remeasure(plan.layers, number)
+        if step is not None:
+            statistics = remeasure(step.layers, number)
         step = plan_step(
             statistics,
             dense=dense,

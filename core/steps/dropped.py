@@ -1,11 +1,15 @@
-"""Checkpoints of phases that a run which is done does not keep, until it is to be done again."""
+"""Checkpoints of phases that a run does not keep: they go when nothing reads them any more.
+
+A checkpoint that was dropped leaves its manifest and the report of its step.
+"""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from core.pruning.phases import phase_steps
 from core.runs.run import Run
 from core.storage.layout import REPORT
-from core.storage.publication import MANIFEST, find_publication, open_publication
+from core.storage.publication import MANIFEST, Publication, find_publication, open_publication
 from core.storage.store import open_store
 from core.storage.transfer import in_parallel
 
@@ -13,30 +17,100 @@ log = logging.getLogger(__name__)
 
 
 def drop_checkpoints(run: Run) -> None:
-    """Remove the files of the checkpoints that ``storage.keep`` does not ask for; their manifests stay."""
-    for published in in_parallel(find_publication, _checkpoint_uris(run, _phases_to_drop(run))):
+    """Remove the checkpoints that ``storage.keep`` does not ask for and that no step will read."""
+    keys = _keys(run)
+    wanted = _to_compute(run, keys, dropped=()) | _to_measure(run, keys)
+    gone = [uri for uri in _checkpoint_uris(run, _phases_to_drop(run)) if uri not in wanted]
+    there = [uri for uri in gone if _holds_weights(run, uri, keys)]
+    for published in in_parallel(find_publication, there):
         if published is not None:
             # The step's report stays: a run that is measured again shows it.
             published.delete(keep_manifest=True, keep=[REPORT])
+            log.info("%s is not read any more, and dropped", _key(run, published.uri))
 
 
 def withdraw_dropped(run: Run) -> None:
-    """Let the steps compute the checkpoints again that were dropped, as those of a run that was done are.
+    """Let the steps compute those dropped checkpoints again that a step will read.
 
-    Someone has then removed a damaged part of the run, and computing that again may need any of them: the
-    weights, or the figures beside these. The run's lease must be held. A run that is done and is measured
-    again needs none of them: what it has not kept is not measured.
+    Someone has then removed a damaged part of the run. A run that is measured again under other settings
+    needs none of them: what it has not kept is not measured. The run's lease must be held.
     """
     if Run.is_done(run.handle()):
         return
-    keys = set(open_store(run.store).list(f"{run.folder}/"))
+    keys = _keys(run)
     phases = range(1, len(run.phase_params) + 1)
-    uris = [uri for uri in _checkpoint_uris(run, phases) if f"{_key(run, uri)}/{MANIFEST}" in keys]
-    for published in in_parallel(open_publication, uris):
-        place = _key(run, published.uri)
-        if not all(f"{place}/{published.manifest.key(entry)}" in keys for entry in published.manifest.files):
-            log.info("%s was dropped, and is needed again", place)
-            published.delete()
+    uris = [uri for uri in _checkpoint_uris(run, phases) if _is_published(run, uri, keys)]
+    dropped = {
+        published.uri: published
+        for published in in_parallel(open_publication, uris)
+        if not _is_whole(run, published, keys)
+    }
+    measured = run.settings.measured_digest()
+    to_measure = {
+        uri
+        for uri in _to_measure(run, keys) & dropped.keys()
+        if dropped[uri].manifest.metadata.get("measured", measured) == measured
+    }
+    for uri in _to_compute(run, keys, dropped=dropped, again=to_measure) & dropped.keys():
+        log.info("%s was dropped, and is needed again", _key(run, uri))
+        dropped[uri].delete()
+
+
+def _to_compute(
+    run: Run, keys: Collection[str], *, dropped: Collection[str], again: Collection[str] = ()
+) -> set[str]:
+    """Return the checkpoints that are read by what is yet to be computed.
+
+    Args:
+        run: The run.
+        keys: All keys of the run in the store.
+        dropped: Checkpoints of which only the manifest is left.
+        again: Checkpoints that are wanted for another reason.
+    """
+    wanted = set(again)
+
+    def is_made(uri: str) -> bool:
+        return not _is_published(run, uri, keys) or (uri in wanted and uri in dropped)
+
+    result_is_read = not _is_published(run, run.uri("final"), keys)
+    steps = phase_steps(run.settings.training.total_steps, len(run.phase_params))
+    for phase in range(len(run.phase_params), 0, -1):
+        pruned, recovered = (run.phase_uri(phase, step) for step in ("pruned", "recovered"))
+        if result_is_read:
+            wanted.add(recovered if steps[phase - 1] else pruned)
+
+        if steps[phase - 1] and is_made(recovered):
+            wanted.add(pruned)
+        decisions = [run.phase_uri(phase, step) for step in ("calibrated", "scored")]
+        result_is_read = any(map(is_made, [*decisions, pruned]))
+    return wanted
+
+
+def _to_measure(run: Run, keys: Collection[str]) -> set[str]:
+    """Return the checkpoints that are read by evaluations yet to be made."""
+    phases = range(1, len(run.phase_params) + 1)
+    left = [phase for phase in phases if not _is_published(run, run.measured_uri(phase), keys)]
+    return set(_checkpoint_uris(run, left))
+
+
+def _keys(run: Run) -> set[str]:
+    return set(open_store(run.store).list(f"{run.folder}/"))
+
+
+def _is_published(run: Run, uri: str, keys: Collection[str]) -> bool:
+    return f"{_key(run, uri)}/{MANIFEST}" in keys
+
+
+def _holds_weights(run: Run, uri: str, keys: Collection[str]) -> bool:
+    """Return whether a publication is there that has not been dropped before."""
+    place = f"{_key(run, uri)}/"
+    files = [key for key in keys if key.startswith(place) and not key.endswith((MANIFEST, f"/{REPORT}"))]
+    return _is_published(run, uri, keys) and bool(files)
+
+
+def _is_whole(run: Run, published: Publication, keys: Collection[str]) -> bool:
+    place, manifest = _key(run, published.uri), published.manifest
+    return all(f"{place}/{manifest.key(entry)}" in keys for entry in manifest.files)
 
 
 def _checkpoint_uris(run: Run, phases: Iterable[int]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.report.summary import build_phase_summary
 from core.runs.run import Run
+from core.settings.evaluation import EvaluationSettings
 from core.steps.frame import Artifact, Workspace, compute_once, tracker_of
 from core.steps.records import collect_record
 from core.storage.layout import HELD_OUT, REPORT
@@ -58,6 +59,7 @@ def run_evaluate(
         from core.machine.precision import warn_if_emulated
         from core.model.build import load_tokenizer, pick_device
         from core.model.checkpoint import Checkpoint
+        from core.steps.footprint import explaining_memory, planned_evaluation
 
         warn_if_emulated("evaluation", evaluation.precision, pick_device())
         if evaluation.perplexity is not None:
@@ -65,15 +67,18 @@ def run_evaluate(
         report: dict[str, Any] = {}
         pruned = this.phase_uri(phase, "pruned")
         trained = phase > 0 and checkpoint_uri != pruned
-        if evaluation.perplexity is not None and trained and (before := _kept(this, pruned)) is not None:
-            model = _load(this, Checkpoint(before.fetch(work.scratch / "pruned")))
-            report["perplexity_pruned"] = _perplexity(this, model, held_out)
         measured = Checkpoint(checkpoint.fetch(work.scratch / "checkpoint"))
-        model = _load(this, measured)
-        if evaluation.perplexity is not None:
-            report["perplexity"] = _perplexity(this, model, held_out)
-        tokenizer = load_tokenizer(measured)
-        return report | {"tasks": evaluate_tasks(model, tokenizer, evaluation) if evaluation.tasks else {}}
+        settings = planned_evaluation(measured.config, evaluation, pick_device().type)
+        with explaining_memory("evaluation.batch_size=0 or lower"):
+            if evaluation.perplexity is not None and trained and (before := _kept(this, pruned)) is not None:
+                model = _load(this, Checkpoint(before.fetch(work.scratch / "pruned")))
+                report["perplexity_pruned"] = _perplexity(model, held_out, settings)
+            model = _load(this, measured)
+            if evaluation.perplexity is not None:
+                report["perplexity"] = _perplexity(model, held_out, settings)
+            wanted = evaluation.tasks and evaluation.asks_tasks(phase, phases=len(this.phase_params))
+            tokenizer = load_tokenizer(measured)
+            return report | {"tasks": evaluate_tasks(model, tokenizer, settings) if wanted else {}}
 
     def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_metrics(_flat(report))
@@ -96,14 +101,16 @@ def run_evaluate(
 
 
 def _kept(run: Run, uri: str) -> Publication | None:
-    """Return a checkpoint; None if the run is done and has not kept it.
+    """Return a checkpoint; None if the run has not kept it.
 
-    In any other run a missing file is an error where it is read.
+    A file that is missing of one that this run should have measured before is an error where it is read.
     """
-    if not Run.is_done(run.handle()):
-        return open_publication(uri)
-    published = find_publication(uri)
-    return published if published is not None and published.is_whole() else None
+    measured = run.settings.measured_digest()
+    published = find_publication(uri) if Run.is_done(run.handle()) else open_publication(uri)
+    if published is None or published.is_whole():
+        return published
+    done = Run.is_done(run.handle()) or published.manifest.metadata.get("measured") != measured
+    return None if done else published
 
 
 def _load(run: Run, checkpoint: "Checkpoint") -> "PreTrainedModel":
@@ -112,14 +119,14 @@ def _load(run: Run, checkpoint: "Checkpoint") -> "PreTrainedModel":
     return load_model(checkpoint, dtype=dtype_of(run.settings.evaluation.precision), device=pick_device())
 
 
-def _perplexity(run: Run, model: "PreTrainedModel", held_out: Path) -> float:
+def _perplexity(model: "PreTrainedModel", held_out: Path, settings: EvaluationSettings) -> float:
     """Return a model's perplexity on the run's held-out text, which is in the folder ``held_out``."""
     from safetensors.torch import load_file
 
     from core.evaluation.perplexity import perplexity
 
     windows = load_file(held_out / HELD_OUT)["input_ids"]
-    return perplexity(model, windows, batch_size=run.settings.evaluation.batch_size)
+    return perplexity(model, windows, batch_size=settings.batch_size)
 
 
 def _write(artifact: Artifact, text: str) -> None:

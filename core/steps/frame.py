@@ -13,6 +13,7 @@ from core.runs.record import public_path
 from core.runs.run import Run
 from core.scratch import scratch_folder
 from core.settings.addresses import base_name
+from core.steps.dropped import drop_checkpoints
 from core.steps.opening import show_life
 from core.storage.layout import CARD, REPORT, REPORT_FORMAT
 from core.storage.publication import Publication, find_publication, open_publication, publish
@@ -95,6 +96,7 @@ def compute_once(
             metadata = {"run": run.key, "phase": phase, "step": step}
             metadata["measured"] = run.settings.measured_digest()  # what it was published under
             published = publish(out, uri, metadata=metadata)
+            drop_checkpoints(run)
             _log_published(published, child, track)
             return published
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run measured on a calibration draw: for calibrate, and between the steps of a phase."""
+"""A phase's checkpoint measured on calibration draws: by calibrate, and between the steps of a phase."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,38 +14,21 @@ if TYPE_CHECKING:
     from core.pruning.scoring.statistics import Statistics
 
 
-def measure(
+def draw(
     run: Run,
     phase: int,
-    checkpoint: Publication,
+    step: int,
     data: Publication,
     scratch: Path,
     *,
-    step: int = 0,
-    layers: "tuple[LayerPlan, ...] | None" = None,
-) -> "Statistics":
-    """Measure a checkpoint, or what ``layers`` leave of it, for a pruning step of a phase."""
-    from core.machine.precision import warn_if_emulated
-    from core.model.build import dtype_of, pick_device
-    from core.model.checkpoint import Checkpoint
-    from core.pruning.scoring.measurement import measure_checkpoint
+    sequences: int,
+    or_all: bool = False,
+) -> "Tensor":
+    """Return (S, T) token ids drawn for a pruning step of a phase.
 
-    settings = run.settings
-    warn_if_emulated("calibration", settings.calibration.precision, pick_device())
-    return measure_checkpoint(
-        Checkpoint(checkpoint.fetch(scratch)),
-        draw(run, phase, step, data, scratch, sequences=settings.calibration.sequences),
-        settings.calibration,
-        settings.prune,
-        dtype=dtype_of(settings.calibration.precision),
-        seed=settings.seed,
-        layers=layers,
-        scratch=scratch,
-    )
-
-
-def draw(run: Run, phase: int, step: int, data: Publication, scratch: Path, *, sequences: int) -> "Tensor":
-    """Return the calibration set of a pruning step of a phase: (S, T), at most all documents of the pool."""
+    Raises:
+        DataError: If the pool holds fewer documents, unless all of them serve, too (``or_all``).
+    """
     from safetensors.torch import load_file
 
     from core.pruning.scoring.calibration import draw_calibration
@@ -53,4 +36,50 @@ def draw(run: Run, phase: int, step: int, data: Publication, scratch: Path, *, s
     folder = data.fetch(scratch, only=[CALIBRATION_POOL])
     pool = load_file(folder / CALIBRATION_POOL)["input_ids"]
     number = (phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
-    return draw_calibration(pool, sequences=min(sequences, len(pool)), seed=run.settings.seed, step=number)
+    wanted = min(sequences, len(pool)) if or_all else sequences
+    return draw_calibration(pool, sequences=wanted, seed=run.settings.seed, step=number)
+
+
+class PhaseMeasurement:
+    """The checkpoint of a phase, opened once for all its pruning steps."""
+
+    def __init__(
+        self, run: Run, phase: int, checkpoint: Publication, data: Publication, scratch: Path
+    ) -> None:
+        """Fetch and open it; ``scratch`` holds what is fetched.
+
+        Raises:
+            OutOfMemoryError: If the measurement would not fit into the memory.
+        """
+        from core.machine.precision import warn_if_emulated
+        from core.model.build import dtype_of, pick_device
+        from core.model.checkpoint import Checkpoint
+        from core.pruning.scoring.measurement import MeasuredCheckpoint
+        from core.steps.footprint import check_scoring
+
+        settings = run.settings
+        self._run, self._phase, self._data, self._scratch = run, phase, data, scratch
+        opened = Checkpoint(checkpoint.fetch(scratch))
+        warn_if_emulated("calibration", settings.calibration.precision, pick_device())
+        check_scoring(opened.config, settings.calibration, settings.prune, pick_device().type)
+        self._measured = MeasuredCheckpoint(
+            opened,
+            settings.calibration,
+            settings.prune,
+            dtype=dtype_of(settings.calibration.precision),
+            seed=settings.seed,
+            scratch=scratch,
+        )
+
+    def cut(self, layers: "tuple[LayerPlan, ...]") -> None:
+        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
+        self._measured.cut(layers)
+
+    def measure(self, step: int = 0) -> "Statistics":
+        """Measure what is left on the draw of a step of the phase, counted from 0."""
+        from core.steps.footprint import explaining_memory
+
+        sequences = self._run.settings.calibration.sequences
+        tokens = draw(self._run, self._phase, step, self._data, self._scratch, sequences=sequences)
+        with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
+            return self._measured.measure(tokens)

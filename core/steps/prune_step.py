@@ -40,21 +40,23 @@ def run_prune_step(
         from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
+        from core.steps.footprint import explaining_memory
 
         scored = open_publication(this.phase_uri(phase, "scored"))
         plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
-        repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
-        prune_checkpoint(
-            checkpoint,
-            work.out,
-            plan,
-            digest=digest,
-            dtype=dtype_of(this.settings.model.dtype),
-            provenance=provenance_of(this, phase, digest, step="prune-step"),
-            repair=None if repair is None else repair.layer,
-        )
+        with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
+            repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
+            prune_checkpoint(
+                checkpoint,
+                work.out,
+                plan,
+                digest=digest,
+                dtype=dtype_of(this.settings.model.dtype),
+                provenance=provenance_of(this, phase, digest, step="prune-step"),
+                repair=None if repair is None else repair.layer,
+            )
         return {"params": plan.params_after}
 
     uri = this.phase_uri(phase, "pruned")
@@ -66,17 +68,19 @@ def run_prune_step(
 def _repair(run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scratch: Path) -> "Repair | None":
     """Return what repairs the layers of a checkpoint, if the settings ask for it."""
     from core.machine.memory import available_bytes
-    from core.model.build import dtype_of
+    from core.model.build import dtype_of, pick_device
     from core.pruning.repair import Repair
-    from core.pruning.scoring.measurement import open_to_run, state_memory
+    from core.pruning.scoring.measurement import is_streamed, state_memory
+    from core.pruning.surgery import open_pruned
 
     prune, calibration = run.settings.prune, run.settings.calibration
     if prune.repair == "none":
         return None
     sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
-    tokens = draw(run, phase, _DRAW, open_publication(data_uri), scratch, sequences=sequences)
-    model = open_to_run(checkpoint, calibration, dtype=dtype_of(calibration.precision))
-    device = model.model.device
+    tokens = draw(run, phase, _DRAW, open_publication(data_uri), scratch, sequences=sequences, or_all=True)
+    dtype, device = dtype_of(calibration.precision), pick_device()
+    streamed = is_streamed(checkpoint, calibration, dtype)
+    model = open_pruned(checkpoint, dtype=dtype, device=device, streamed=streamed)
     states_bytes = tokens.numel() * model.model.config.hidden_size * model.model.dtype.itemsize
     room = state_memory(calibration) - states_bytes if device.type == "cpu" else available_bytes(device) // 4
     log.info("repairing on %s tokens", f"{tokens.numel():,}")

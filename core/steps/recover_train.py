@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
+from core.settings.training import TrainingSettings
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.storage.interface import join_uri
 from core.storage.publication import Publication, open_publication
@@ -65,11 +66,13 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     from core.machine.precision import warn_if_emulated
     from core.model.build import dtype_of, load_model, pick_device
     from core.model.checkpoint import Checkpoint, save_model
+    from core.steps.footprint import explaining_memory, planned_training
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     source, data = open_publication(checkpoint_uri), open_publication(data_uri)
     folder = source.fetch(work.scratch / "checkpoint")
     checkpoint = Checkpoint(folder)
+    settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
     network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
     with SavedStates(
         _states_uri(run, phase),
@@ -79,7 +82,8 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
         save = functools.partial(states.save, network)
-        trained = _train(run, phase, network, data, work, state, save)
+        with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
+            trained = _train(run, phase, network, data, settings, work, state, save)
     dtype = dtype_of(run.settings.model.dtype) or checkpoint.dtype
     provenance = provenance_of(run, phase, source.digest, step="recover-train")
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
@@ -103,6 +107,7 @@ def _train(
     phase: int,
     network: "PreTrainedModel",
     data: Publication,
+    settings: TrainingSettings,
     work: Workspace,
     state: "TrainingState | None",
     save: "Callable[[Optimizer, TrainingProgress], None]",

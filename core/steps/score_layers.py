@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
-from core.steps.measuring import measure
+from core.steps.measuring import PhaseMeasurement
 from core.storage.layout import PLAN, STATISTICS
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
@@ -23,8 +23,8 @@ def run_score_layers(
 ) -> None:
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
-    The statistics are those that calibrate has published. With several steps a phase, what the steps so far
-    leave of the checkpoint is measured before the next one.
+    The statistics are those that calibrate has published. With several steps a phase, the checkpoint is
+    opened once, and cut and measured again for each step after the first.
     """
     this = Run.load(run)
     prune = this.settings.prune
@@ -39,8 +39,13 @@ def run_score_layers(
         calibrated = open_publication(this.phase_uri(phase, "calibrated"))
         before = open_publication(this.phase_uri(phase - 1, "scored")).read_json(PLAN) if phase > 1 else {}
 
+        opened: list[PhaseMeasurement] = []
+
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
-            return measure(this, phase, source, data, work.scratch, step=step, layers=layers)
+            if not opened:  # one step alone needs no weights
+                opened.append(PhaseMeasurement(this, phase, source, data, work.scratch))
+            opened[0].cut(layers)
+            return opened[0].measure(step)
 
         checkpoint = Checkpoint(source.fetch(work.scratch, only=["config.json"]))
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS

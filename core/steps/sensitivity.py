@@ -17,7 +17,7 @@ from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
 from core.model.checkpoint import Checkpoint
 from core.pruning.planning import settings_for
 from core.pruning.scoring.calibration import draw_calibration
-from core.pruning.scoring.measurement import measure_checkpoint
+from core.pruning.scoring.measurement import MeasuredCheckpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
 from core.report.figures import inline_svg, sensitivity_figure
 from core.report.templates import render
@@ -70,14 +70,13 @@ class Study:
         calibration = resolved(given.calibration if given else CalibrationSettings(), here)
         evaluation = resolved(given.evaluation if given else EvaluationSettings(), here)
         prune = settings_for(given.prune if given else PruneSettings(), checkpoint.family)
-        statistics = measure_checkpoint(
+        statistics = MeasuredCheckpoint(
             checkpoint,
-            tokens,
             calibration,
             prune,
             dtype=dtype_of(calibration.precision),
             seed=given.seed if given else 0,
-        )
+        ).measure(tokens)
         # The losses need all layers at once, so this is loaded only when what was measured on is gone.
         model = load_model(checkpoint, dtype=dtype_of(evaluation.precision), device=pick_device())
         return layer_sensitivity(

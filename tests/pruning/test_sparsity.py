@@ -249,12 +249,14 @@ def statistics_of(shape, seed):
 def test_a_phase_of_any_number_of_steps_lands_on_its_target(steps):
     dense = uniform_shape(6, 3, 2, 200, 16)
     target = round(dense.num_params() * 0.7)
-    measured = []
+    measured, left = [], [dense.layers]
 
     def remeasure(layers, number):
         measured.append(number)
-        shapes = dense.with_layers(tuple(layer.shape() for layer in layers))
-        return statistics_of(shapes, number)
+        for layer, before in zip(layers, left[-1], strict=True):
+            assert max(layer.mlp_channels) < before.mlp_width, "counted in the model before the last step"
+        left.append(tuple(layer.shape() for layer in layers))
+        return statistics_of(dense.with_layers(left[-1]), number)
 
     plan = plan_phase(
         statistics_of(dense, 0),

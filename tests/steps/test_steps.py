@@ -84,7 +84,9 @@ def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, m
     save_model(half, folder / "half", companions=base, provenance={})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    recipe = recipe_with({"model.base": "half", "model.dtype": wanted, "prune.phases": 1})
+    recipe = recipe_with(
+        {"model.base": "half", "model.dtype": wanted, "prune.phases": 1, "storage.keep": "all"}
+    )
     with contextlib.chdir(folder):
         handle, base_uri = resolve(recipe)
         run_phase(handle, 1, base_uri, run_prepare_data(run=handle, base_uri=base_uri), tmp_path)

@@ -38,19 +38,9 @@ class KeptOutputs:
             device: Where they are kept.
             budget_bytes: Memory for the outputs.
         """
-        self._needless = family.last_projection if family.ends_in_sum else None
-        linears = [
-            (module.in_features, module.out_features, index, name)
-            for index, layer in enumerate(layers)
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear) and name != self._needless
-        ]
-        tokens, chosen = shape[0] * shape[1], []
-        # A product of (T, I) and (I, O) takes T*I*O steps and leaves T*O numbers: I steps saved for each.
-        for _, width, index, name in sorted(linears, key=lambda linear: (-linear[0], linear[2])):
-            if width * tokens * dtype.itemsize <= budget_bytes:
-                budget_bytes -= width * tokens * dtype.itemsize
-                chosen.append((index, name, width))
+        self._needless = _needless(family)
+        tokens = shape[0] * shape[1]
+        chosen = choose_outputs(family, layers, tokens * dtype.itemsize, budget_bytes)
         memory = torch.empty(sum(width for *_, width in chosen) * tokens, dtype=dtype, device=device)
         self._kept: list[dict[str, Tensor]] = [{} for _ in layers]
         pieces = memory.split([width * tokens for *_, width in chosen])
@@ -89,6 +79,30 @@ class KeptOutputs:
         finally:
             for linear in replaced:
                 del linear.forward
+
+
+def choose_outputs(
+    family: Family, layers: Sequence[nn.Module], bytes_a_channel: int, budget_bytes: int
+) -> list[tuple[int, str, int]]:
+    """Choose what to keep within a budget: (layer, name of a projection in it, its output width) of each."""
+    linears = [
+        (module.in_features, module.out_features, index, name)
+        for index, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name != _needless(family)
+    ]
+    chosen = []
+    # A product of (T, I) and (I, O) takes T*I*O steps and leaves T*O numbers: I steps saved for each.
+    for _, width, index, name in sorted(linears, key=lambda linear: (-linear[0], linear[2])):
+        if width * bytes_a_channel <= budget_bytes:
+            budget_bytes -= width * bytes_a_channel
+            chosen.append((index, name, width))
+    return chosen
+
+
+def _needless(family: Family) -> str | None:
+    """Return the projection whose output the backward pass never needs."""
+    return family.last_projection if family.ends_in_sum else None
 
 
 def _known(linear: nn.Linear, output: Tensor | None) -> Any:

@@ -13,7 +13,7 @@ from core.model.layerwise import LayerwiseModel, exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
-from core.pruning.surgery import open_pruned
+from core.pruning.surgery import open_pruned, prune_model
 from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.calibration import CalibrationSettings
@@ -22,20 +22,14 @@ from core.settings.prune import PruneSettings
 log = logging.getLogger(__name__)
 
 
-def open_to_run(
-    checkpoint: Checkpoint,
-    calibration: CalibrationSettings,
-    *,
-    dtype: torch.dtype | None,
-    layers: tuple[LayerPlan, ...] | None = None,
-) -> LayerwiseModel:
-    """Open a checkpoint, or what ``layers`` leave of it, in memory or streamed (``calibration.weights``)."""
-    device = pick_device()
-    streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto" and exceeds_memory(checkpoint, dtype=dtype, device=device):
-        log.info("the weights would take over half of the free memory: layers are read while they are used")
-        streamed = True
-    return open_pruned(checkpoint, layers, dtype=dtype, device=device, streamed=streamed)
+def is_streamed(checkpoint: Checkpoint, calibration: CalibrationSettings, dtype: torch.dtype | None) -> bool:
+    """Return whether layers are read from disk while they are used (``calibration.weights``)."""
+    if calibration.weights != "auto":
+        return calibration.weights == "streamed"
+    streamed = exceeds_memory(checkpoint, dtype=dtype, device=pick_device())
+    if streamed:
+        log.info("the weights exceed half of the free memory: layers are read while they are used")
+    return streamed
 
 
 def state_memory(calibration: CalibrationSettings) -> int:
@@ -45,49 +39,77 @@ def state_memory(calibration: CalibrationSettings) -> int:
     return parse_bytes(calibration.state_memory)
 
 
-def measure_checkpoint(
-    checkpoint: Checkpoint,
-    tokens: Tensor,
-    calibration: CalibrationSettings,
-    prune: PruneSettings,
-    *,
-    dtype: torch.dtype | None,
-    seed: int,
-    layers: tuple[LayerPlan, ...] | None = None,
-    scratch: Path | None = None,
-) -> Statistics:
-    """Measure layer similarities and group scores of a checkpoint, or of what a plan leaves of it.
+class MeasuredCheckpoint:
+    """A checkpoint that is opened once, and then measured and cut by turns, without being read again."""
 
-    Args:
-        checkpoint: The checkpoint.
-        tokens: (S, T) int64 token ids of the calibration set.
-        calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
-        prune: ``similarity`` and ``criterion`` are used.
-        dtype: Number format of weights and activations; None keeps the stored one.
-        seed: Seed of the criterion ``random``.
-        layers: What each layer keeps; None for all.
-        scratch: Holds a temporary folder for layers' inputs; None for the system's.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSettings,
+        prune: PruneSettings,
+        *,
+        dtype: torch.dtype | None,
+        seed: int,
+        scratch: Path | None = None,
+    ) -> None:
+        """Open it: its weights are loaded, unless each layer is to be read from disk while it is used.
 
-    Raises:
-        CheckpointError: If the checkpoint cannot be loaded, or what is measured is not finite.
-        StorageError: If the disk is full.
-    """
-    model = open_to_run(checkpoint, calibration, dtype=dtype, layers=layers)
-    state_bytes = state_memory(calibration)
-    inputs_bytes = (
-        tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
-    )
-    device = model.model.device
-    with scratch_folder(scratch) as states:
-        return measure(
-            model,
-            tokens,
-            micro_batch=calibration.micro_batch,
-            similarity=prune.similarity,
-            criterion=prune.criterion,
-            seed=seed,
-            state_bytes=state_bytes,
-            scratch=states,
-            # On an accelerator, computing outputs again is faster than fetching them from the host.
-            keep_bytes=state_bytes - inputs_bytes if device.type == "cpu" else available_bytes(device) // 4,
+        Args:
+            checkpoint: The checkpoint.
+            calibration: ``weights``, ``state_memory`` and ``micro_batch`` are used.
+            prune: ``similarity`` and ``criterion`` are used.
+            dtype: Number format of weights and activations; None keeps the stored one.
+            seed: Seed of the criterion ``random``.
+            scratch: Holds a temporary folder for layers' inputs; None for the system's.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be loaded.
+        """
+        self._checkpoint, self._calibration, self._prune = checkpoint, calibration, prune
+        self._dtype, self._seed, self._scratch = dtype, seed, scratch
+        self._device = pick_device()
+        self._streamed = is_streamed(checkpoint, calibration, dtype)
+        self._kept: tuple[LayerPlan, ...] | None = None
+        self._model = open_pruned(checkpoint, dtype=dtype, device=self._device, streamed=self._streamed)
+
+    def cut(self, layers: tuple[LayerPlan, ...]) -> None:
+        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
+        if not self._streamed:
+            self._model = LayerwiseModel(prune_model(self._model.model, layers))
+            return
+        if self._kept is not None:
+            layers = tuple(a.then(b) for a, b in zip(self._kept, layers, strict=True))
+        self._kept = layers
+        self._model = open_pruned(
+            self._checkpoint, self._kept, dtype=self._dtype, device=self._device, streamed=True
         )
+
+    def measure(self, tokens: Tensor) -> Statistics:
+        """Measure layer similarities and group scores of what is left.
+
+        Args:
+            tokens: (S, T) int64 token ids of the calibration set.
+
+        Raises:
+            CheckpointError: If what is measured is not finite.
+            StorageError: If the disk is full.
+        """
+        model, settings = self._model, self._calibration
+        state_bytes = state_memory(settings)
+        inputs_bytes = (
+            tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
+        )
+        on_cpu = self._device.type == "cpu"
+        with scratch_folder(self._scratch) as states:
+            return measure(
+                model,
+                tokens,
+                micro_batch=settings.micro_batch,
+                similarity=self._prune.similarity,
+                criterion=self._prune.criterion,
+                seed=self._seed,
+                state_bytes=state_bytes,
+                scratch=states,
+                # On an accelerator, computing outputs again is faster than fetching them from the host.
+                keep_bytes=state_bytes - inputs_bytes if on_cpu else available_bytes(self._device) // 4,
+            )

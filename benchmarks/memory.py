@@ -1,0 +1,191 @@
+"""The estimated memory of steps against their measured peaks, in fresh processes on the CPU.
+
+python benchmarks/memory.py
+python benchmarks/memory.py --model output/demo/base --only training
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, Qwen2Config
+
+from core.machine.memory import available_bytes
+from core.model.build import build_model, load_model
+from core.model.checkpoint import Checkpoint, save_model
+from core.settings.calibration import CalibrationSettings
+from core.settings.evaluation import EvaluationSettings
+from core.settings.prune import PruneSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
+from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
+
+MODELS = {
+    "135M": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49_152,
+        tie_word_embeddings=True,
+    ),
+    "360M": LlamaConfig(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        vocab_size=49_152,
+        tie_word_embeddings=True,
+    ),
+    "qwen": Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=12,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        tie_word_embeddings=False,
+    ),
+}
+"""Sizes of SmolLM2-135M and 360M, and of half of Qwen2.5-0.5B with its own output head; random weights."""
+
+SHAPES = {
+    "training": [
+        ("135M", dict(micro_batch=4, sequence_length=256, precision="bfloat16")),
+        ("135M", dict(micro_batch=8, sequence_length=256, precision="float32")),
+        ("135M", dict(micro_batch=2, sequence_length=1024, precision="float32", gradient_checkpointing=True)),
+        ("360M", dict(micro_batch=2, sequence_length=256, precision="float32")),
+        ("qwen", dict(micro_batch=2, sequence_length=512, precision="bfloat16")),
+    ],
+    "scoring": [
+        ("135M", dict(sequences=64, sequence_length=64, precision="float32")),
+        ("135M", dict(sequences=128, sequence_length=128, precision="bfloat16")),
+        ("135M", dict(sequences=128, sequence_length=128, precision="float32", state_memory="300MB")),
+        ("360M", dict(sequences=64, sequence_length=128, precision="float32", weights="streamed")),
+        ("qwen", dict(sequences=64, sequence_length=128, precision="float32", micro_batch=8)),
+    ],
+    "evaluation": [
+        ("135M", dict(batch_size=8, perplexity_length=512, precision="float32")),
+        ("135M", dict(batch_size=32, perplexity_length=512, precision="bfloat16")),
+        ("135M", dict(batch_size=2, perplexity_length=2048, precision="float32")),
+        ("360M", dict(batch_size=8, perplexity_length=512, precision="float32")),
+        ("qwen", dict(batch_size=8, perplexity_length=256, precision="float32")),
+    ],
+}
+
+
+def main() -> None:
+    """Measure; print the table, and the figures as JSON in the last line."""
+    parser = argparse.ArgumentParser(description="Compare estimated and measured memory.")
+    parser.add_argument("--only", choices=SHAPES, action="append", help="a step; may be repeated")
+    parser.add_argument("--work", nargs=3, metavar=("STEP", "NUMBER", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        step, number, folder = arguments.work
+        print(json.dumps(_work(step, int(number), Path(folder))))
+        return
+    table = Table("step", "model", "settings", "estimate", "peak", "estimate / peak")
+    ratios: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in MODELS.items():
+            torch.manual_seed(0)
+            save_model(build_model(config), Path(folder, name), companions=None, provenance={})
+        for step in arguments.only or SHAPES:
+            for number, (name, settings) in enumerate(SHAPES[step]):
+                found = _measure(step, number, folder)
+                print(f"{step} {number + 1} of {len(SHAPES[step])}: {found}", file=sys.stderr)
+                ratios.setdefault(step, []).append(round(found["estimate"] / found["peak"], 3))
+                sizes = [f"{found[key] / 1e9:.2f} GB" for key in ("estimate", "peak")]
+                text = ", ".join(f"{key}={value}" for key, value in settings.items())
+                table.add_row(step, name, text, *sizes, f"{ratios[step][-1]:.2f}")
+    Console(width=150).print(table)
+    worst = max(abs(ratio - 1) for found in ratios.values() for ratio in found)
+    print(json.dumps({**ratios, "worst_error": round(worst, 3)}))
+
+
+def _measure(step: str, number: int, folder: str) -> dict[str, int]:
+    command = [sys.executable, __file__, "--work", step, str(number), folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _work(step: str, number: int, folder: Path) -> dict[str, int]:
+    """Do a step's work in this process; returns bytes above what the process had before."""
+    name, settings = SHAPES[step][number]
+    config = Checkpoint(folder / name).config
+    estimate, work = _PREPARE[step](config, folder / name, settings)
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    work()
+    peak = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return {"estimate": estimate, "peak": peak - before}
+
+
+def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.training.recover import recover
+
+    batch, length = settings["micro_batch"], settings["sequence_length"]
+    training = TrainingSettings(
+        tokens=str(4 * batch * length), sources=(TextSource(path="x"),), global_batch=2 * batch, **settings
+    )
+
+    def work() -> None:
+        model = load_model(Checkpoint(folder), dtype=torch.float32)
+        ids = torch.randint(0, config.vocab_size, (4 * batch, length))
+        recover(model, ids, torch.ones_like(ids), training, first_step=0, total_steps=2)
+
+    return training_footprint(config, training, device="cpu").device_bytes, work
+
+
+def _scoring(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.pruning.scoring.measurement import MeasuredCheckpoint
+
+    calibration, prune = CalibrationSettings(**settings), PruneSettings()
+    tokens = torch.randint(0, config.vocab_size, (calibration.sequences, calibration.sequence_length))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[calibration.precision]
+
+    def work() -> None:
+        checkpoint = Checkpoint(folder)
+        MeasuredCheckpoint(checkpoint, calibration, prune, dtype=dtype, seed=0).measure(tokens)
+
+    free = available_bytes()
+    estimate = scoring_footprint(config, calibration, prune, device="cpu", free_bytes=free)
+    return estimate.device_bytes, work
+
+
+def _evaluation(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.evaluation.perplexity import perplexity
+
+    evaluation = EvaluationSettings(perplexity=TextSource(path="x"), **settings)
+    batch, length = evaluation.batch_size, evaluation.perplexity_length
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[evaluation.precision]
+
+    def work() -> None:
+        windows = torch.randint(0, config.vocab_size, (2 * batch, length))
+        perplexity(load_model(Checkpoint(folder), dtype=dtype), windows, batch_size=batch)
+
+    return evaluation_footprint(config, evaluation, device="cpu").device_bytes, work
+
+
+_PREPARE = {"training": _training, "scoring": _scoring, "evaluation": _evaluation}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    main()

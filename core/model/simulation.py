@@ -1,0 +1,164 @@
+"""Memory that a model's own code takes, found without taking it: torch's fake tensors have sizes and no data.
+
+All operations of a pass run on fake tensors, on a fake CPU whatever the device, while the bytes of storages
+that are alive are counted. So no formula a family has to be kept in step with transformers.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
+
+from core.model.build import build_model
+from core.model.layerwise import LayerwiseModel, frozen
+from core.model.loss import chunk_gradient, chunk_positions, final_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassMemory:
+    """Bytes that a pass takes beside the weights.
+
+    Attributes:
+        kept: What is alive when the forward pass is done: activations for the backward pass, autocast copies.
+        peak: The most that is alive at once, gradients of the weights included.
+    """
+
+    kept: int
+    peak: int
+
+
+def simulate_training(
+    config: PreTrainedConfig, batch: int, length: int, *, autocast: bool, checkpointing: bool, device: str
+) -> PassMemory:
+    """Return what a forward and backward pass of training takes, loss included.
+
+    Args:
+        config: The model's; weights are float32.
+        batch: Sequences at once.
+        length: Tokens a sequence.
+        autocast: Whether products are bfloat16.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        device: Type of the device, by which logits are shared out.
+    """
+    with _fake_model(config, torch.float32) as (model, counter):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        weights = counter.live
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
+            kept = counter.live - weights
+            rows = states.detach()[:, :-1].flatten(0, 1)
+            for part in rows.split(chunk_positions(config.vocab_size, device))[:2]:
+                chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)
+        states.backward(torch.ones_like(states))
+        return PassMemory(kept=kept, peak=counter.peak - weights)
+
+
+def simulate_inference(config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int) -> PassMemory:
+    """Return what a forward pass takes that keeps nothing, without the output head's logits."""
+    with _fake_model(config, dtype) as (model, counter), torch.no_grad():
+        weights = counter.live
+        states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
+        return PassMemory(kept=states.nbytes, peak=counter.peak - weights)
+
+
+def simulate_head(
+    config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, *, device: str
+) -> PassMemory:
+    """Return what the loss and its gradient by the last hidden states take; the weights get no gradients."""
+    with _fake_model(config, dtype) as (model, counter), frozen(model):
+        before = counter.live
+        counter.peak = before
+        states = torch.zeros(batch * length, config.hidden_size, dtype=dtype)
+        for part in states.split(chunk_positions(config.vocab_size, device))[:2]:
+            chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)
+        # The final norm's passes: its input, its output, their gradients.
+        return PassMemory(kept=states.nbytes, peak=counter.peak - before + 3 * states.nbytes)
+
+
+def simulate_layer(
+    config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, *, of_weights: bool, backward: bool
+) -> PassMemory:
+    """Return what scoring takes to run the widest decoder layer, and to go back through it.
+
+    Args:
+        config: The model's.
+        dtype: Number format of weights and activations.
+        batch: Sequences at once.
+        length: Tokens a sequence.
+        of_weights: Whether the layer's weights get gradients.
+        backward: Whether there is a backward pass.
+    """
+    with _fake_model(config, dtype) as (model, counter), frozen(model):
+        layerwise = LayerwiseModel(model)
+        widest = max(
+            range(len(layerwise.layers)),
+            key=lambda index: sum(p.numel() for p in layerwise.layers[index].parameters()),
+        )
+        state = layerwise.embed(torch.zeros(batch, length, dtype=torch.long)).detach().requires_grad_()
+        before, counter.peak = counter.live, counter.live
+        if not backward:
+            with torch.no_grad():
+                output = layerwise.run(widest, state)
+            return PassMemory(kept=output.nbytes, peak=counter.peak - before)
+        layerwise.layers[widest].requires_grad_(of_weights)
+        output = layerwise.run(widest, state)
+        kept = counter.live - before
+        weights = list(layerwise.layers[widest].parameters()) if of_weights else []
+        found = torch.autograd.grad(output, [state, *weights], torch.ones_like(output))
+        assert found
+        return PassMemory(kept=kept, peak=counter.peak - before)
+
+
+@contextlib.contextmanager
+def _fake_model(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> "Iterator[tuple[PreTrainedModel, _LiveBytes]]":
+    from transformers.initialization import no_init_weights
+
+    with FakeTensorMode(), _LiveBytes() as counter:
+        with no_init_weights():
+            model = build_model(config, dtype=dtype)
+        model.tie_weights()
+        yield model, counter
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations have made and that are still referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)

@@ -1,0 +1,330 @@
+"""The memory that a step will take, estimated before it starts, and settings under which it would fit."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.errors import OutOfMemoryError
+from core.machine.memory import available_bytes
+from core.model.build import build_empty, dtype_of, model_shape
+from core.model.families import family_of
+from core.model.loss import chunk_positions
+from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
+from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.criteria import CRITERIA
+from core.pruning.scoring.kept_outputs import choose_outputs
+from core.quantities import parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from core.settings.calibration import CalibrationSettings
+    from core.settings.evaluation import EvaluationSettings
+    from core.settings.prune import PruneSettings
+    from core.settings.training import TrainingSettings
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES = 100_000_000
+"""What torch's libraries take for themselves during the work: threads, kernels, packed weights."""
+_TOLERANCE = 0.85
+"""A step is refused if this share of its estimate is not free."""
+_MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens at once beyond which training gets no faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory that a step takes, in bytes.
+
+    Attributes:
+        parts: What on the device, by name: they add up.
+        host_bytes: Host memory for weights on their way to an accelerator, and for layers' inputs.
+        disk_bytes: Scratch space on the local disk.
+    """
+
+    parts: Mapping[str, int]
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """All that the step takes on its device."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """Return the sum and its larger parts."""
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size >= 10**7)
+        return f"{_gb(self.device_bytes)} ({parts})"
+
+
+def training_footprint(
+    config: "PreTrainedConfig", settings: "TrainingSettings", *, device: str, stored_bytes: int = 2
+) -> Footprint:
+    """Estimate recovery training.
+
+    Args:
+        config: Of the model that is trained.
+        settings: ``micro_batch`` is not 0.
+        device: Type of the device.
+        stored_bytes: Bytes a parameter of the checkpoints.
+    """
+    params = model_shape(config).num_params()
+    passes = simulate_training(
+        config,
+        settings.micro_batch,
+        settings.sequence_length,
+        autocast=settings.precision == "bfloat16",
+        checkpointing=settings.gradient_checkpointing,
+        device=device,
+    )
+    gradients = 4 * params
+    return Footprint(
+        parts={
+            "weights": 4 * params,
+            "optimizer": 8 * params,
+            "gradients": gradients,
+            "activations and logits": max(0, passes.peak - gradients),
+            "libraries": _LIBRARIES,
+        },
+        host_bytes=4 * params,
+        disk_bytes=(2 * stored_bytes + 12) * params,
+    )
+
+
+def scoring_footprint(
+    config: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    *,
+    device: str,
+    free_bytes: int,
+    stored_bytes: int = 2,
+) -> Footprint:
+    """Estimate a measurement of layers and groups.
+
+    Args:
+        config: Of the model that is measured.
+        calibration: Size of the calibration set, and what it may take.
+        prune: ``criterion`` counts.
+        device: Type of the device.
+        free_bytes: Memory that is free there, by which what is set to ``auto`` is chosen.
+        stored_bytes: Bytes a parameter of the checkpoint.
+    """
+    dtype = dtype_of(calibration.precision) or torch.float32
+    shape = model_shape(config)
+    largest = max(map(shape.layer_num_params, shape.layers))
+    streamed = calibration.weights == "streamed"
+    if calibration.weights == "auto":
+        streamed = shape.num_params() * dtype.itemsize > free_bytes // 2
+    weights = (shape.outside_params + largest if streamed else shape.num_params()) * dtype.itemsize
+    tokens = (calibration.sequences, calibration.sequence_length)
+    micro_batch = calibration.micro_batch or fitting_micro_batch(
+        config, tokens, device=torch.device(device), free_bytes=free_bytes
+    )
+    states = tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize
+    observed = CRITERIA[prune.criterion].observed
+    goes_back = observed in ("weight_gradients", "output_gradients")
+    auto = calibration.state_memory == "auto"
+    room = free_bytes // 2 if auto else parse_bytes(calibration.state_memory)
+    inputs = min(states * len(shape.layers), room // states * states) if goes_back else 0
+    budget = room - states * len(shape.layers) if device == "cpu" else free_bytes // 4
+    kept = 0
+    if goes_back:
+        family, a_channel = family_of(config), tokens[0] * tokens[1] * dtype.itemsize
+        layers = list(build_empty(config).get_submodule(family.layers).children())
+        kept = a_channel * sum(width for *_, width in choose_outputs(family, layers, a_channel, budget))
+    passes = simulate_layer(
+        config, dtype, micro_batch, tokens[1], of_weights=observed == "weight_gradients", backward=goes_back
+    )
+    head = simulate_head(config, dtype, micro_batch, tokens[1], device=device)
+    on_host = inputs + 2 * states
+    return Footprint(
+        parts={
+            "weights": weights,
+            "kept layer inputs": on_host if device == "cpu" else 0,
+            "kept layer outputs": kept,
+            "a layer's passes": max(passes.peak, head.peak),
+            "libraries": _LIBRARIES,
+        },
+        host_bytes=on_host if device != "cpu" else 0,
+        disk_bytes=shape.num_params() * stored_bytes + states * len(shape.layers) * goes_back - inputs,
+    )
+
+
+def evaluation_footprint(
+    config: "PreTrainedConfig", settings: "EvaluationSettings", *, device: str, stored_bytes: int = 2
+) -> Footprint:
+    """Estimate perplexity and benchmarks; the longest answer to a benchmark is not known.
+
+    Args:
+        config: Of the model that is measured.
+        settings: ``batch_size`` is not 0.
+        device: Type of the device.
+        stored_bytes: Bytes a parameter of the checkpoint.
+    """
+    dtype = dtype_of(settings.precision) or torch.float32
+    params = model_shape(config).num_params()
+    batch, length = settings.batch_size, settings.perplexity_length
+    passes = simulate_inference(config, dtype, batch, length).peak if settings.perplexity else 0
+    positions = chunk_positions(config.vocab_size, device)
+    if settings.tasks:
+        positions = max(positions, 256 if device == "cpu" else 2048)
+    return Footprint(
+        parts={
+            "weights": params * dtype.itemsize,
+            "activations": passes,
+            "logits": positions * config.vocab_size * (8 + dtype.itemsize),
+            "libraries": _LIBRARIES,
+        },
+        host_bytes=params * dtype.itemsize,
+        disk_bytes=2 * params * stored_bytes,
+    )
+
+
+def planned_training(
+    config: "PreTrainedConfig", settings: "TrainingSettings", device: str
+) -> "TrainingSettings":
+    """Return the settings with a micro-batch that fits into the free memory; logs what will be taken.
+
+    Args:
+        config: Of the model that is trained.
+        settings: ``micro_batch`` 0 takes the largest divisor of ``global_batch`` that fits, with a fifth of
+            the memory to spare, and that still makes training faster.
+        device: Type of the device.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
+    free = available_bytes(device)
+    if not settings.micro_batch:
+        sizes = _micro_batches(settings, device)
+        for size in sizes:
+            settings = replace(settings, micro_batch=size)
+            if training_footprint(config, settings, device=device).device_bytes <= 0.8 * free:
+                break
+        log.info("training.micro_batch=0: %d sequences at once", settings.micro_batch)
+
+    def alternatives() -> "Iterator[tuple[str, Footprint]]":
+        smaller = [size for size in _micro_batches(settings, device) if size < settings.micro_batch]
+        for checkpointing in (settings.gradient_checkpointing, True):
+            for size in smaller if not checkpointing else [settings.micro_batch, *smaller]:
+                other = replace(settings, micro_batch=size, gradient_checkpointing=checkpointing)
+                text = f"training.micro_batch={size}"
+                if checkpointing and not settings.gradient_checkpointing:
+                    text += ", training.gradient_checkpointing=true"
+                yield text, training_footprint(config, other, device=device)
+
+    _check("recover-train", training_footprint(config, settings, device=device), free, device, alternatives())
+    return settings
+
+
+def planned_evaluation(
+    config: "PreTrainedConfig", settings: "EvaluationSettings", device: str
+) -> "EvaluationSettings":
+    """Return the settings with a batch that fits into the free memory; logs what will be taken.
+
+    Args:
+        config: Of the model that is measured.
+        settings: ``batch_size`` 0 takes the largest power of 2 up to 64 that fits.
+        device: Type of the device.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
+    free = available_bytes(device)
+    sizes = [2**power for power in range(6, -1, -1)]
+    if not settings.batch_size:
+        longest = _MOST_TOKENS.get(device, 32768) // settings.perplexity_length
+        for size in [size for size in sizes if size <= longest] or [1]:
+            settings = replace(settings, batch_size=size)
+            if evaluation_footprint(config, settings, device=device).device_bytes <= 0.8 * free:
+                break
+        log.info("evaluation.batch_size=0: %d sequences at once", settings.batch_size)
+    smaller = (replace(settings, batch_size=size) for size in sizes if size < settings.batch_size)
+    alternatives = (
+        (f"evaluation.batch_size={other.batch_size}", evaluation_footprint(config, other, device=device))
+        for other in smaller
+    )
+    _check("evaluate", evaluation_footprint(config, settings, device=device), free, device, alternatives)
+    return settings
+
+
+def check_scoring(
+    config: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    device: str,
+) -> None:
+    """Log what a measurement will take.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
+    free = available_bytes(device)
+
+    def footprint(settings: "CalibrationSettings") -> Footprint:
+        return scoring_footprint(config, settings, prune, device=device, free_bytes=free)
+
+    others = (
+        ("calibration.micro_batch=1", replace(calibration, micro_batch=1)),
+        ("calibration.weights=streamed", replace(calibration, weights="streamed")),
+        (
+            "calibration.weights=streamed, calibration.micro_batch=1, calibration.state_memory=1GB",
+            replace(calibration, weights="streamed", micro_batch=1, state_memory="1GB"),
+        ),
+    )
+    _check("scoring", footprint(calibration), free, device, ((text, footprint(s)) for text, s in others))
+
+
+def _check(
+    step: str, needed: Footprint, free: int, device: str, alternatives: Iterable[tuple[str, Footprint]]
+) -> None:
+    where = "the GPU" if device != "cpu" else "this machine"
+    log.info("memory: %s needs about %s; %s is free on %s", step, needed, _gb(free), where)
+    if needed.device_bytes * _TOLERANCE <= free:
+        return
+    for text, other in alternatives:
+        if other.device_bytes <= free:
+            way = f"Set {text}: it takes about {_gb(other.device_bytes)}, and the same run resumes"
+            break
+    else:
+        way = "No setting makes it fit: take a machine with more memory, or end what else uses it"
+    raise OutOfMemoryError(f"{step} needs about {needed} on {where}, where {_gb(free)} is free. {way}.")
+
+
+@contextmanager
+def explaining_memory(settings: str) -> Iterator[None]:
+    """Turn running out of memory into one line.
+
+    Args:
+        settings: What to lower, such as ``training.micro_batch``; none of it changes the run's key.
+
+    Raises:
+        OutOfMemoryError: If the device or the host refuses memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+        if not known:
+            raise
+        raise OutOfMemoryError(
+            f"out of memory: {text.partition('. ')[0][:200]}. Set {settings}: the same run resumes."
+        ) from error
+
+
+def _micro_batches(settings: "TrainingSettings", device: str) -> list[int]:
+    """Return the micro-batches that are worth trying, largest first."""
+    most = max(1, _MOST_TOKENS.get(device, 32768) // settings.sequence_length)
+    batch = settings.global_batch
+    return [size for size in range(min(most, batch), 0, -1) if batch % size == 0]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

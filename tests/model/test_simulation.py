@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from core.model.loss import final_states
+from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
+from tests.support.models import CONFIGS, tiny
+
+B, T = 3, 11
+
+
+def saved_bytes(model, *, autocast):
+    """What autograd really keeps for the backward pass, each storage once, less the weights."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        states = final_states(model, torch.zeros(B, T, dtype=torch.long))
+    storages[states.untyped_storage().data_ptr()] = states.untyped_storage().nbytes()
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_forward_pass_keeps_is_what_autograd_saves(name, autocast):
+    model = tiny(name, dtype=torch.float32).train()
+    simulated = simulate_training(model.config, B, T, autocast=autocast, checkpointing=False, device="cpu")
+    # Among fake tensors transformers repeats keys and values for their query heads; else SDPA does without.
+    assert simulated.kept == pytest.approx(saved_bytes(model, autocast=autocast), rel=0.12)
+
+
+def test_the_peak_of_training_holds_all_gradients():
+    config = CONFIGS["llama"]()
+    model = tiny("llama", dtype=torch.float32)
+    simulated = simulate_training(config, B, T, autocast=False, checkpointing=False, device="cpu")
+    assert simulated.peak >= 4 * model.num_parameters()
+
+
+def test_checkpointing_keeps_less_and_more_sequences_keep_more():
+    config = CONFIGS["llama"]()
+
+    def kept(batch, checkpointing):
+        return simulate_training(
+            config, batch, T, autocast=False, checkpointing=checkpointing, device="cpu"
+        ).kept
+
+    assert kept(8, True) < kept(8, False) / 3
+    assert kept(16, False) == pytest.approx(2 * kept(8, False), rel=0.12)
+
+
+def test_a_pass_without_gradients_takes_the_widest_moment_alone():
+    config = CONFIGS["llama"]()
+    trained = simulate_training(config, B, T, autocast=False, checkpointing=False, device="cpu")
+    assert simulate_inference(config, torch.float32, B, T).peak < trained.kept
+
+
+def test_scoring_without_a_way_back_takes_less_and_gradients_of_weights_take_more():
+    config = CONFIGS["llama"]()
+
+    def peak(**options):
+        return simulate_layer(config, torch.float32, B, T, **options).peak
+
+    forward = peak(of_weights=False, backward=False)
+    outputs = peak(of_weights=False, backward=True)
+    assert forward < outputs < peak(of_weights=True, backward=True)
+
+
+def test_the_head_takes_its_logits_a_chunk_at_a_time():
+    config = CONFIGS["llama"]()
+    peak = simulate_head(config, torch.float32, B, T, device="cpu").peak
+    assert peak >= 2 * 4 * B * T * config.vocab_size

@@ -1,0 +1,164 @@
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from core.errors import OutOfMemoryError
+from core.settings.calibration import CalibrationSettings
+from core.settings.evaluation import EvaluationSettings
+from core.settings.prune import PruneSettings
+from core.settings.texts import TextSource
+from core.settings.training import TrainingSettings
+from core.steps import footprint
+from core.steps.footprint import (
+    Footprint,
+    check_scoring,
+    evaluation_footprint,
+    explaining_memory,
+    planned_evaluation,
+    planned_training,
+    scoring_footprint,
+    training_footprint,
+)
+from tests.support.models import CONFIGS
+
+CONFIG = CONFIGS["llama"]()
+TRAINING = TrainingSettings(
+    tokens="1M",
+    sources=(TextSource(path="texts.jsonl"),),
+    sequence_length=64,
+    global_batch=12,
+    micro_batch=6,
+    precision="float32",
+)
+CALIBRATION = CalibrationSettings(sequences=64, sequence_length=32, precision="float32")
+EVALUATION = EvaluationSettings(perplexity=TextSource(path="texts.txt"), precision="float32")
+
+
+def training_bytes(**changes):
+    settings = dataclasses.replace(TRAINING, **changes)
+    return training_footprint(CONFIG, settings, device="cpu").device_bytes
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the memory that is free."""
+
+    def set_free(size):
+        monkeypatch.setattr(footprint, "available_bytes", lambda device="cpu": int(size))
+
+    return set_free
+
+
+def test_a_step_that_fits_tells_what_it_takes(free, caplog):
+    free(64e9)
+    with caplog.at_level(logging.INFO):
+        assert planned_training(CONFIG, TRAINING, "cpu") == TRAINING
+    assert "recover-train needs about 0.1 GB" in caplog.text
+    assert "64.0 GB is free on this machine" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 6])
+def test_micro_batch_0_takes_the_largest_that_fits(wanted, free):
+    free(training_bytes(micro_batch=wanted) / 0.8 + 1)
+    auto = dataclasses.replace(TRAINING, micro_batch=0)
+    assert planned_training(CONFIG, auto, "cpu").micro_batch == wanted
+
+
+def test_micro_batch_0_takes_no_more_than_helps(free):
+    free(64e9)
+    auto = dataclasses.replace(TRAINING, micro_batch=0, sequence_length=1024)
+    assert planned_training(CONFIG, auto, "cpu").micro_batch == 4
+
+
+def test_training_that_cannot_fit_is_refused_with_settings_that_do(free):
+    free(training_bytes(micro_batch=2))
+    big = dataclasses.replace(TRAINING, micro_batch=12, sequence_length=64)
+    monstrous = dataclasses.replace(big, global_batch=1200, micro_batch=1200)
+    with pytest.raises(OutOfMemoryError, match=r"recover-train needs about .* is free") as caught:
+        planned_training(CONFIG, monstrous, "cpu")
+    assert "Set training.micro_batch=" in str(caught.value)
+    named = int(str(caught.value).partition("training.micro_batch=")[2].partition(":")[0].partition(",")[0])
+    planned_training(CONFIG, dataclasses.replace(monstrous, micro_batch=named), "cpu")
+
+
+def test_training_beyond_any_setting_says_so(free):
+    free(10_000)
+    with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
+        planned_training(CONFIG, TRAINING, "cpu")
+
+
+def test_a_measurement_that_cannot_fit_is_refused_with_settings_that_do(free):
+    prune = PruneSettings()
+    hungry = dataclasses.replace(CALIBRATION, sequences=4096, pool_documents=4096, micro_batch=4096)
+
+    def needs(settings, free_bytes):
+        return scoring_footprint(
+            CONFIG, settings, prune, device="cpu", free_bytes=int(free_bytes)
+        ).device_bytes
+
+    room = needs(dataclasses.replace(hungry, micro_batch=1), 1e9)
+    free(room)
+    with pytest.raises(OutOfMemoryError, match=r"Set calibration\.micro_batch=1: it takes about"):
+        check_scoring(CONFIG, hungry, prune, "cpu")
+
+
+def test_an_evaluation_picks_its_batch_and_is_refused_where_one_sequence_is_too_much(free):
+    free(64e9)
+    auto = dataclasses.replace(EVALUATION, batch_size=0)
+    assert planned_evaluation(CONFIG, auto, "cpu").batch_size == 8  # 4,096 tokens
+    at_two = evaluation_footprint(CONFIG, dataclasses.replace(EVALUATION, batch_size=2), device="cpu")
+    free(at_two.device_bytes / 0.8 + 1)
+    assert planned_evaluation(CONFIG, auto, "cpu").batch_size == 2
+    free(10_000)
+    with pytest.raises(OutOfMemoryError, match="evaluate needs about"):
+        planned_evaluation(CONFIG, auto, "cpu")
+
+
+def test_streamed_weights_take_a_layer(free):
+    prune = PruneSettings()
+    found = {
+        weights: scoring_footprint(
+            CONFIG,
+            dataclasses.replace(CALIBRATION, weights=weights),
+            prune,
+            device="cpu",
+            free_bytes=10**12,
+        ).parts["weights"]
+        for weights in ("memory", "streamed", "auto")
+    }
+    assert found["streamed"] < found["memory"] == found["auto"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 8 bytes free"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_one_line_that_names_settings(error):
+    with (
+        pytest.raises(
+            OutOfMemoryError, match=r"out of memory.*Set training\.micro_batch: the same"
+        ) as caught,
+        explaining_memory("training.micro_batch"),
+    ):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shapes"), explaining_memory("training.micro_batch"):
+        raise RuntimeError("shapes do not match")
+
+
+def test_a_real_allocation_beyond_the_machine_is_explained():
+    with pytest.raises(OutOfMemoryError), explaining_memory("evaluation.batch_size"):
+        torch.empty(2**50, dtype=torch.uint8)
+
+
+def test_parts_add_up():
+    assert Footprint(parts={"weights": 3, "logits": 4}).device_bytes == 7
