@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_where_it_was_killed(place, killed, finished):
     assert set(finished.said("already done")) == found
     computed = {"resolve-base", "needs-run", KILLED_IN, "phase 2 evaluate", "publish", "finalize"}
     assert sorted(finished.said("started")) == sorted(found | computed)
-    assert f", {len(found)} steps were done before." in finished.stdout
+    assert f"; {len(found)} steps were already done" in finished.stdout
     for name, written in killed.objects.items():
         if name in finished.objects and not name.endswith("run.json"):
             assert finished.objects[name] == written, name
