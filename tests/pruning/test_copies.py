@@ -1,4 +1,4 @@
-"""Scoring as on a GPU, on simulated streams: copies happen as late as they may; targets are NaN until then."""
+"""Scoring as on a GPU, on simulated streams: copies happen as late as they may, targets are NaN before."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -9,12 +9,16 @@ import torch
 from core.pruning.scoring import calibration, copies
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.copies import Copies, CudaCopies, ahead
-from core.pruning.scoring.layer_inputs import LayerInputs, Room, held_bytes, share_out
+from core.pruning.scoring.layer_inputs import LayerInputs, Room, share_out
+from core.pruning.scoring.measurement import device_memory
+from core.settings.calibration import CalibrationSettings
+from core.settings.prune import PruneSettings
+from core.steps.footprint import scoring_footprint
 from tests.support.models import random_tokens, tiny
 
 TOKENS = random_tokens(rows=5)  # micro-batches of 2, 2 and 1
 LAYERS, A_LAYER = 3, 5 * 12 * 48 * 8
-PINNED = held_bytes(A_LAYER, crosses=True)
+PINNED = 2**15  # PyTorch pins powers of 2
 
 
 @dataclass
@@ -100,6 +104,8 @@ class Bus:
         assert stream.caught_up, "a copy that does not wait for what it copies, or for who uses its memory"
         assert non_blocking
         self.bytes["down" if downwards else "up"] += into.nbytes
+        if not downwards:
+            assert all(into.data_ptr() != other.data_ptr() for other, _ in stream.waiting), "in flight"
         stream.unprotected.append(source if downwards else into)
         stream.begun += 1
         stream.waiting.append((into, source))
@@ -225,6 +231,24 @@ def test_an_8b_model_crosses_the_bus_less():
         2: pytest.approx(14.0, abs=0.05),
         0: pytest.approx(52.3, abs=0.05),
     }
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 9])
+def test_the_plan_of_memory_is_what_a_measurement_takes(kept, bus, tmp_path):
+    """``kept`` times a layer's inputs fit on the device, one layer's in host memory."""
+    model = tiny("llama", dtype=torch.float32)
+    params, a_layer = sum(p.numel() for p in model.parameters()), A_LAYER // 2
+    free, settings = 4 * params + 4 * kept * a_layer, {"sequences": 5, "sequence_length": 12}
+    calibration = CalibrationSettings(
+        **settings, precision="float32", weights="memory", state_memory=f"{PINNED / 2000}KB", micro_batch=2
+    )
+    plan = scoring_footprint(model.config, calibration, PruneSettings(), device="cuda", free_bytes=free)
+    room = device_memory(free - 4 * params)
+    measure(model, TOKENS, micro_batch=2, state_bytes=PINNED // 2, scratch=tmp_path, keep_bytes=room)
+    assert plan.host_bytes == sum(PINNED // 2 for _ in bus.pinned) == (kept < 4) * PINNED // 2
+    on_device, on_disk = plan.parts["kept layer inputs"] - a_layer, plan.disk_bytes - 2 * params
+    assert sum(bus.bytes.values()) == 2 * (LAYERS * a_layer - on_device) - on_disk
+    assert on_device + plan.parts["kept layer outputs"] + a_layer <= room
 
 
 def test_the_cpu_copies_nothing_on_the_way_back():
