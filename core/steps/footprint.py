@@ -17,7 +17,8 @@ from core.model.simulation import simulate_head, simulate_inference, simulate_la
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.criteria import CRITERIA
 from core.pruning.scoring.kept_outputs import choose_outputs
-from core.quantities import parse_bytes
+from core.pruning.scoring.layer_inputs import held_bytes, share_out
+from core.pruning.scoring.measurement import device_memory, state_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -126,33 +127,41 @@ def scoring_footprint(
     micro_batch = calibration.micro_batch or fitting_micro_batch(
         config, tokens, device=torch.device(device), free_bytes=free_bytes
     )
-    states = tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize
+    states, crosses = tokens[0] * tokens[1] * config.hidden_size * dtype.itemsize, device != "cpu"
     observed = CRITERIA[prune.criterion].observed
     goes_back = observed in ("weight_gradients", "output_gradients")
-    auto = calibration.state_memory == "auto"
-    room = free_bytes // 2 if auto else parse_bytes(calibration.state_memory)
-    inputs = min(states * len(shape.layers), room // states * states) if goes_back else 0
-    budget = room - states * len(shape.layers) if device == "cpu" else free_bytes // 4
+    layers = len(shape.layers) * goes_back
+    auto_here = calibration.state_memory == "auto" and not crosses
+    host_bytes = free_bytes // 2 if auto_here else state_memory(calibration)
+    room = share_out(
+        layers,
+        states,
+        crosses=crosses,
+        device_bytes=device_memory(free_bytes - weights) if crosses else host_bytes - states * layers,
+        host_bytes=host_bytes,
+    )
     kept = 0
     if goes_back:
         family, a_channel = family_of(config), tokens[0] * tokens[1] * dtype.itemsize
-        layers = list(build_empty(config).get_submodule(family.layers).children())
-        kept = a_channel * sum(width for *_, width in choose_outputs(family, layers, a_channel, budget))
+        modules = list(build_empty(config).get_submodule(family.layers).children())
+        chosen = choose_outputs(family, modules, a_channel, room.left_bytes)
+        kept = a_channel * sum(width for *_, width in chosen)
     passes = simulate_layer(
         config, dtype, micro_batch, tokens[1], of_weights=observed == "weight_gradients", backward=goes_back
     )
     head = simulate_head(config, dtype, micro_batch, tokens[1], device=device)
-    on_host = inputs + 2 * states
+    in_host = held_bytes(states, crosses=crosses) * (room.in_host + (not room.stays))
+    here = states * (room.on_device + room.stays) + in_host * (not crosses)
     return Footprint(
         parts={
             "weights": weights,
-            "kept layer inputs": on_host if device == "cpu" else 0,
+            "kept layer inputs": here,
             "kept layer outputs": kept,
             "a layer's passes": max(passes.peak, head.peak),
             "libraries": _LIBRARIES,
         },
-        host_bytes=on_host if device != "cpu" else 0,
-        disk_bytes=shape.num_params() * stored_bytes + states * len(shape.layers) * goes_back - inputs,
+        host_bytes=in_host * crosses,
+        disk_bytes=shape.num_params() * stored_bytes + states * (layers - room.on_device - room.in_host),
     )
 
 

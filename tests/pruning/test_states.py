@@ -1,22 +1,38 @@
+import math
+
 import pytest
 import torch
 
 from core.errors import StorageError
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.calibration import measure
-from core.pruning.scoring.layer_inputs import LayerInputs
+from core.pruning.scoring.copies import Copies
+from core.pruning.scoring.layer_inputs import LayerInputs, share_out
 from tests.support.models import CONFIGS, random_tokens, tiny
 
 
+def layer_inputs(layers, shape, *, host_bytes, scratch):
+    room = share_out(layers, 4 * math.prod(shape), crosses=False, device_bytes=0, host_bytes=host_bytes)
+    return LayerInputs(
+        layers,
+        shape,
+        torch.float32,
+        room=room,
+        device=torch.device("cpu"),
+        copies=Copies(),
+        scratch=scratch,
+    )
+
+
 def test_what_exceeds_the_limit_lies_on_disk_until_it_is_taken(tmp_path):
-    inputs = LayerInputs(3, (4, 5, 10), torch.float32, limit_bytes=1000, scratch=tmp_path)  # 800 a layer
+    inputs = layer_inputs(3, (4, 5, 10), host_bytes=1000, scratch=tmp_path)  # 800 a layer
     states = {(layer, first): torch.randn(2, 5, 10) for layer in range(3) for first in (0, 2)}
     for (layer, first), state in states.items():
         inputs.put(layer, slice(first, first + 2), state)
     assert len(list(tmp_path.iterdir())) == 4
     for layer in (2, 1, 0):
         for first in (0, 2):
-            assert torch.equal(inputs.take(layer, slice(first, first + 2)), states[layer, first])
+            assert torch.equal(inputs.take(layer, slice(first, first + 2))(), states[layer, first])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -31,7 +47,7 @@ def test_scores_do_not_depend_on_where_the_layers_inputs_lie(dtype, tmp_path):
 
 
 def test_a_scratch_folder_that_takes_nothing_is_named(tmp_path):
-    inputs = LayerInputs(1, (2, 1, 3), torch.float32, limit_bytes=0, scratch=tmp_path / "missing")
+    inputs = layer_inputs(1, (2, 1, 3), host_bytes=0, scratch=tmp_path / "missing")
     with pytest.raises(StorageError, match=r"layer-000-000001\.safetensors cannot be written .*state_memory"):
         inputs.put(0, slice(1, 2), torch.randn(1, 1, 3))
 

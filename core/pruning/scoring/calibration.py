@@ -1,11 +1,13 @@
 """Layer similarities and group scores with only one layer's gradients in memory (eq. 3-5, 7-10).
 
-One forward pass, layer by layer, keeps each layer's inputs in host memory and yields the similarities. The
-gradient of the last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate
-through it, reduce what its criterion observes to one number per group, free it. The result is plain
-autograd's, to rounding.
+One forward pass, layer by layer, keeps each layer's inputs and yields the similarities. The gradient of the
+last hidden state starts a backward pass, layer by layer: recompute the layer, back-propagate through it,
+reduce what its criterion observes to one number per group, free it. The result is plain autograd's, to
+rounding.
 """
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +21,10 @@ from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
 from core.progress import tracked
 from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.copies import Arrival, ahead, copies_for
 from core.pruning.scoring.criteria import CRITERIA, LayerScoring
 from core.pruning.scoring.kept_outputs import KeptOutputs
-from core.pruning.scoring.layer_inputs import LayerInputs
+from core.pruning.scoring.layer_inputs import LayerInputs, share_out
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.settings.prune import CriterionName
 
@@ -94,8 +97,9 @@ def measure(
         seed: Seed of the criterion ``random``.
         state_bytes: Host memory for the layers' inputs; None for no limit.
         scratch: Folder for inputs beyond ``state_bytes``.
-        keep_bytes: Memory on the model's device for outputs of projections, which the backward pass then does
-            not compute again.
+        keep_bytes: Memory on the model's device. An accelerator keeps there, in this order, the hidden states
+            between layers, inputs of layers, and outputs of projections, which the backward pass then does
+            not compute again; the CPU only the last.
 
     Raises:
         StorageError: If ``scratch`` is full.
@@ -106,17 +110,16 @@ def measure(
         layerwise.model.config, tokens.shape, device=layerwise.model.device
     )
     passes = _Passes(layerwise, tokens, micro_batch, criterion, seed)
-    if passes.goes_back:
-        passes.make_room(state_bytes, scratch, keep_bytes)
+    passes.make_room(state_bytes, scratch, keep_bytes)
     with frozen(layerwise.model):
-        similarities, last = passes.forward(similarity)
-        losses, gradients = passes.head(last)
+        similarities = passes.forward(similarity)
+        loss = passes.head()
         if passes.goes_back:
-            passes.backward(gradients)
+            passes.backward()
     return Statistics(
         similarities=similarities / tokens.numel(),
         scores=tuple(passes.scores[index] for index in range(len(layerwise.layers))),
-        loss=sum(losses),
+        loss=loss,
         tokens=tokens.numel(),
     )
 
@@ -135,77 +138,111 @@ class _Passes:
         self.model, self.tokens = model, tokens
         self.batches = [slice(i, i + micro_batch) for i in range(0, len(tokens), micro_batch)]
         self.device = model.model.device
+        self.copies = copies_for(self.device)
         self.criterion, self.seed = criterion, seed
         self.goes_back = CRITERIA[criterion].observed in ("weight_gradients", "output_gradients")
         self.scores: dict[int, LayerScores] = {}
+        self.states: list[Tensor] = []
+        """Each micro-batch's hidden state between two layers, or in the backward pass its gradient."""
 
     def make_room(self, state_bytes: int | None, scratch: Path | None, keep_bytes: int) -> None:
-        """Allocate memory for what the forward pass keeps for the backward pass."""
+        """Allocate memory for what is kept between layers, and by the forward pass for the backward pass."""
         model = self.model.model
-        sequences, length = self.tokens.shape
+        layers = len(self.model.layers) if self.goes_back else 0
+        shape = (*self.tokens.shape, model.config.hidden_size)
+        room = share_out(
+            layers,
+            math.prod(shape) * model.dtype.itemsize,
+            crosses=self.copies.crosses,
+            device_bytes=keep_bytes,
+            host_bytes=state_bytes,
+        )
         self.inputs = LayerInputs(
-            len(self.model.layers),
-            (sequences, length, model.config.hidden_size),
+            layers,
+            shape,
             model.dtype,
-            limit_bytes=state_bytes,
+            room=room,
+            device=self.device,
+            copies=self.copies,
             scratch=scratch,
         )
-        self.kept = KeptOutputs(
-            family_of(model.config),
-            self.model.layers,
-            (sequences, length),
-            dtype=model.dtype,
-            device=self.device,
-            budget_bytes=keep_bytes,
-        )
+        self.parked = None if room.stays else self.copies.host_empty(shape, model.dtype)
+        if self.goes_back:
+            self.kept = KeptOutputs(
+                family_of(model.config),
+                self.model.layers,
+                (shape[0], shape[1]),
+                dtype=model.dtype,
+                device=self.device,
+                budget_bytes=room.left_bytes,
+            )
 
     @torch.no_grad()
-    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> tuple[Tensor, list[Tensor]]:
-        """Return each layer's similarity, (L,) float64 summed over tokens, and the last layer's outputs."""
+    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> Tensor:
+        """Return each layer's similarity, (L,) float64 summed over tokens."""
         similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
-        states = [self.model.embed(self.tokens[rows]).cpu() for rows in self.batches]
+        self.states = [self._park(rows, self.model.embed(self.tokens[rows])) for rows in self.batches]
         for index in tracked(range(len(similarities)), "forward", "layers"):
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
             with self.model.resident(index) as layer:
                 scoring = None if self.goes_back else self._scoring(index, layer)
-                for number, rows in enumerate(self.batches):
-                    state = states[number].to(self.device)
+                for number, (rows, state) in enumerate(zip(self.batches, self._arriving(), strict=True)):
                     if scoring is None:
-                        self.inputs.put(index, rows, states[number])
+                        self.inputs.put(index, rows, state)
                         with self.kept.keep(index, rows, layer):
                             after = self.model.run(index, state)
                     else:
                         with scoring.activations() as seen:
                             after = self.model.run(index, state)
                         scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
-                    similarities[index] += layer_similarity(state, after, similarity).double().sum().cpu()
-                    states[number] = after.cpu()
+                    total += layer_similarity(state, after, similarity).double().sum()
+                    self.states[number] = self._park(rows, after)
+                similarities[index] = total.cpu()
                 _check_finite(f"the similarity of layer {index}", similarities[index])
                 if scoring is not None:
                     self._keep_scores(index, scoring)
-        return similarities, states
+        return similarities
 
-    def head(self, states: list[Tensor]) -> tuple[list[float], list[Tensor]]:
-        """Return each micro-batch's part of the loss, and the gradient of its last layer's output."""
-        losses, gradients = [], []
+    def head(self) -> float:
+        """Return the loss; the hidden states give way to their gradients."""
+        losses = []
         sequences, length = self.tokens.shape
-        for rows, state in zip(self.batches, states, strict=True):
+        for number, (rows, state) in enumerate(zip(self.batches, self._arriving(), strict=True)):
             loss, gradient = self.model.head_gradient(
-                self.tokens[rows], state.to(self.device), predictions=sequences * (length - 1)
+                self.tokens[rows], state, predictions=sequences * (length - 1)
             )
             _check_finite("the calibration loss", torch.tensor(loss))
             losses.append(loss)
-            gradients.append(gradient.cpu())
-        return losses, gradients
+            self.states[number] = self._park(rows, gradient)
+        return sum(losses)
 
-    def backward(self, gradients: list[Tensor]) -> None:
+    def backward(self) -> None:
         """Score the layers from last to first."""
-        for index in tracked(range(len(self.model.layers))[::-1], "backward", "layers"):
+        layers = range(len(self.model.layers))[::-1]
+        inputs = ahead(self.inputs.take(index, rows) for index in layers for rows in self.batches)
+        for index in tracked(layers, "backward", "layers"):
             with self.model.resident(index) as layer:
                 scoring = self._scoring(index, layer)
-                for number, rows in enumerate(self.batches):
+                for number, (rows, gradient) in enumerate(zip(self.batches, self._arriving(), strict=True)):
                     with self.kept.reuse(index, rows, layer):
-                        gradients[number] = self._layer_backward(index, rows, scoring, gradients[number])
+                        before = self._layer_backward(index, next(inputs), scoring, gradient)
+                    self.states[number] = self._park(rows, before)
                 self._keep_scores(index, scoring)
+
+    def _park(self, rows: slice, state: Tensor) -> Tensor:
+        """Return a state where it lies until the next layer: on the device, or on its way to the host."""
+        if self.parked is None:
+            return state
+        self.copies.to_host(state, self.parked[rows])
+        return self.parked[rows]
+
+    def _arriving(self) -> Iterator[Tensor]:
+        """Yield each micro-batch's state on the device; each may be replaced once it has been yielded."""
+
+        def start(state: Tensor) -> Arrival:
+            return (lambda: state) if self.parked is None else self.copies.to_device(state)
+
+        return ahead(start(state) for state in self.states)
 
     def _keep_scores(self, index: int, scoring: LayerScoring) -> None:
         scores = scoring.scores()
@@ -217,9 +254,9 @@ class _Passes:
         shape, seed = layer_shapes(config)[index], self.seed * 10_007 + index
         return LayerScoring(self.criterion, family_of(config), shape, layer, seed=seed)
 
-    def _layer_backward(self, index: int, rows: slice, scoring: LayerScoring, gradient: Tensor) -> Tensor:
+    def _layer_backward(self, index: int, state: Tensor, scoring: LayerScoring, gradient: Tensor) -> Tensor:
         """Back-propagate a micro-batch through a layer; returns the gradient with respect to its input."""
-        state = self.inputs.take(index, rows).to(self.device).detach().requires_grad_()
+        state = state.detach().requires_grad_()
         of_weights = scoring.criterion.observed == "weight_gradients"
         for weight in scoring.weights.values():
             weight.requires_grad_(of_weights)
@@ -227,7 +264,7 @@ class _Passes:
             with torch.enable_grad(), scoring.activations() as seen:
                 output = self.model.run(index, state)
             observed = dict(scoring.weights) if of_weights else seen
-            found = torch.autograd.grad(output, [state, *observed.values()], gradient.to(self.device))
+            found = torch.autograd.grad(output, [state, *observed.values()], gradient)
         finally:
             for weight in scoring.weights.values():
                 weight.requires_grad_(False)
@@ -235,7 +272,7 @@ class _Passes:
             {name: (value.detach(), g) for (name, value), g in zip(observed.items(), found[1:], strict=True)},
             tokens=state.shape[:2].numel(),
         )
-        return found[0].cpu()
+        return found[0]
 
 
 def _check_finite(what: str, *values: Tensor) -> None:

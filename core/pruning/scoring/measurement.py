@@ -39,6 +39,11 @@ def state_memory(calibration: CalibrationSettings) -> int:
     return parse_bytes(calibration.state_memory)
 
 
+def device_memory(free_bytes: int) -> int:
+    """Return an accelerator's memory for ``measure(keep_bytes)``, given what the weights leave free."""
+    return free_bytes // 4
+
+
 class MeasuredCheckpoint:
     """A checkpoint that is opened once, and then measured and cut by turns, without being read again."""
 
@@ -95,11 +100,13 @@ class MeasuredCheckpoint:
             StorageError: If the disk is full.
         """
         model, settings = self._model, self._calibration
+        on_cpu = self._device.type == "cpu"
+        if not on_cpu:
+            torch.accelerator.empty_host_cache()  # pinned by the last measurement: PyTorch keeps it
         state_bytes = state_memory(settings)
         inputs_bytes = (
             tokens.numel() * model.model.config.hidden_size * len(model.layers) * model.model.dtype.itemsize
         )
-        on_cpu = self._device.type == "cpu"
         with scratch_folder(self._scratch) as states:
             return measure(
                 model,
@@ -110,6 +117,7 @@ class MeasuredCheckpoint:
                 seed=self._seed,
                 state_bytes=state_bytes,
                 scratch=states,
-                # On an accelerator, computing outputs again is faster than fetching them from the host.
-                keep_bytes=state_bytes - inputs_bytes if on_cpu else available_bytes(self._device) // 4,
+                keep_bytes=state_bytes - inputs_bytes
+                if on_cpu
+                else device_memory(available_bytes(self._device)),
             )
