@@ -1,4 +1,4 @@
-"""The tokens that end a text, for runtimes that must be told."""
+"""The tokens that end a text, for runtimes that do not find them themselves."""
 
 from collections.abc import Mapping
 from typing import Any

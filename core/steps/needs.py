@@ -122,7 +122,7 @@ def shortages(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") 
                 )
 
 
-def told(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") -> str:
+def summary_line(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") -> str:
     """Return one line that says what each task takes, and where."""
     parts = [
         f"{component} {footprint.device_bytes / 1e9:.1f} GB"

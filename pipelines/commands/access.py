@@ -98,7 +98,7 @@ def prepared(
 
 def show_hints(settings: "Settings") -> None:
     """Print what may not be intended, and, where the base model's config can be read, the tasks' memory."""
-    from core.steps.needs import base_config, needs_of_tasks, shortages, told
+    from core.steps.needs import base_config, needs_of_tasks, shortages, summary_line
     from pipelines.remote.submission import hints
 
     found, config = list(hints(settings)), base_config(settings.model)
@@ -106,4 +106,4 @@ def show_hints(settings: "Settings") -> None:
     for hint in (*found, *shortages(needs, settings)):
         click.echo(f"hint: {hint}", err=True)
     if needs:
-        click.echo(told(needs, settings), err=True)
+        click.echo(summary_line(needs, settings), err=True)

@@ -8,7 +8,7 @@ from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.settings.model import ModelSettings
 from core.settings.recipe import settings_from_dict
-from core.steps.needs import base_config, needs_of_tasks, shortages, told
+from core.steps.needs import base_config, needs_of_tasks, shortages, summary_line
 from core.storage.publication import publish
 from tests.support.project import recipe_with
 
@@ -49,8 +49,8 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     needs = needs_of_tasks(config, on_gpu)
     assert list(needs) == ["calibrate", "recover-train", "evaluate"]
     assert needs["calibrate"].parts["kept layer inputs"] == 0 < needs["calibrate"].host_bytes
-    assert "recover-train 0.1 GB on its GPU" in told(needs, on_gpu)
-    assert "GPU" not in told(needs_of_tasks(config, on_cpu), on_cpu)
+    assert "recover-train 0.1 GB on its GPU" in summary_line(needs, on_gpu)
+    assert "GPU" not in summary_line(needs_of_tasks(config, on_cpu), on_cpu)
     assert "recover-train" not in needs_of_tasks(
         config, settings_with(training__tokens="0", training__sources=[])
     )
