@@ -39,7 +39,14 @@ class PassMemory:
 
 
 def simulate_training(
-    config: PreTrainedConfig, batch: int, length: int, *, autocast: bool, checkpointing: bool, device: str
+    config: PreTrainedConfig,
+    batch: int,
+    length: int,
+    *,
+    autocast: bool,
+    checkpointing: bool,
+    device: str,
+    accumulate: bool = False,
 ) -> PassMemory:
     """Return what a forward and backward pass of training takes, loss included.
 
@@ -50,15 +57,20 @@ def simulate_training(
         autocast: Whether products are bfloat16.
         checkpointing: Whether activations are recomputed in the backward pass.
         device: Type of the device, by which logits are shared out.
+        accumulate: Whether gradients of another micro-batch are there already.
     """
     with _fake_model(config, torch.float32) as (model, counter):
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         weights = counter.live
+        if accumulate:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        before = counter.live
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
-            kept = counter.live - weights
+            kept = counter.live - before
             rows = states.detach()[:, :-1].flatten(0, 1)
             for part in rows.split(chunk_positions(config.vocab_size, device))[:2]:
                 chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)

@@ -82,6 +82,7 @@ def training_footprint(
         autocast=settings.precision == "bfloat16",
         checkpointing=settings.gradient_checkpointing,
         device=device,
+        accumulate=settings.micro_batch < settings.global_batch,
     )
     gradients = 4 * params
     return Footprint(

@@ -9,6 +9,7 @@ import click
 from pipelines.commands.console import PATH, set_option
 
 if TYPE_CHECKING:
+    from core.settings.schema import Settings
     from pipelines.remote.submission import Submission
 
 _RUN = (
@@ -88,9 +89,21 @@ def prepared(
 
     settings = load_recipe(recipe, overrides)
 
-    from pipelines.remote.submission import hints, prepare
+    from pipelines.remote.submission import prepare
 
     submission = prepare(settings, parameters, service_account=service_account)
-    for hint in hints(submission.settings):
-        click.echo(f"hint: {hint}", err=True)
+    show_hints(submission.settings)
     return submission
+
+
+def show_hints(settings: "Settings") -> None:
+    """Print what may not be intended, and, where the base model's config can be read, the tasks' memory."""
+    from core.steps.needs import base_config, needs_of_tasks, shortages, told
+    from pipelines.remote.submission import hints
+
+    found, config = list(hints(settings)), base_config(settings.model)
+    needs = needs_of_tasks(config, settings) if config is not None else {}
+    for hint in (*found, *shortages(needs, settings)):
+        click.echo(f"hint: {hint}", err=True)
+    if needs:
+        click.echo(told(needs, settings), err=True)

@@ -25,7 +25,8 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     settings = load_recipe(recipe, overrides)
 
     from pipelines.adapt_accel import compile_pipeline
-    from pipelines.remote.submission import hints, out_of_reach
+    from pipelines.commands.access import show_hints
+    from pipelines.remote.submission import out_of_reach
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +35,7 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
         raise SettingsError(
             [f"--output={output} cannot be written ({error.strerror}). Name another file."]
         ) from None
-    for hint in (*out_of_reach(settings), *hints(settings)):
+    for hint in out_of_reach(settings):
         click.echo(f"hint: {hint}", err=True)
+    show_hints(settings)
     click.echo(f"{output}: {settings.prune.phases} phases, {output.stat().st_size:,} bytes")

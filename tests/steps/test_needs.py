@@ -1,0 +1,85 @@
+"""What the tasks of a run are said to need in their pods, before it is submitted."""
+
+import dataclasses
+
+import pytest
+
+from core.model.build import model_shape
+from core.model.checkpoint import Checkpoint
+from core.settings.model import ModelSettings
+from core.settings.recipe import settings_from_dict
+from core.steps.needs import base_config, needs_of_tasks, shortages, told
+from core.storage.publication import publish
+from tests.support.project import recipe_with
+
+
+def settings_with(**changes):
+    return settings_from_dict(
+        recipe_with({name.replace("__", "."): value for name, value in changes.items()})
+    )
+
+
+@pytest.fixture
+def config(project):
+    return Checkpoint(project / "base").config
+
+
+def test_the_config_of_a_base_is_read_without_its_weights(project, tmp_path):
+    shape = model_shape(Checkpoint(project / "base").config)
+    publish(project / "base", str(tmp_path / "published"))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_bytes((project / "base" / "config.json").read_bytes())
+    for base in (project / "base", tmp_path / "alone", (tmp_path / "published").as_uri()):
+        found = base_config(ModelSettings(base=str(base)))
+        assert model_shape(found) == shape
+
+
+@pytest.mark.parametrize(
+    "base", ["models:/x@champion", "nobody/no such model", "s3://no-such-bucket/x", "/HEAD"]
+)
+def test_a_base_that_cannot_be_read_here_is_no_error(base, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert base_config(ModelSettings(base=base)) is None
+
+
+def test_accelerators_take_the_device_and_pods_the_host(config):
+    on_gpu, on_cpu = settings_with(), settings_with(cluster={"gpus": 0})
+    needs = needs_of_tasks(config, on_gpu)
+    assert list(needs) == ["calibrate", "recover-train", "evaluate"]
+    assert needs["calibrate"].parts["kept layer inputs"] == 0 < needs["calibrate"].host_bytes
+    assert "recover-train 0.1 GB on its GPU" in told(needs, on_gpu)
+    assert "GPU" not in told(needs_of_tasks(config, on_cpu), on_cpu)
+    assert "recover-train" not in needs_of_tasks(
+        config, settings_with(training__tokens="0", training__sources=[])
+    )
+
+
+def test_training_is_sized_by_what_the_first_phase_leaves(config):
+    def weights(target, phases):
+        settings = settings_with(prune__target=target, prune__phases=phases)
+        return needs_of_tasks(config, settings)["recover-train"].parts["weights"] / 4
+
+    params = model_shape(config).num_params()
+    assert weights("80%", 1) == pytest.approx(0.8 * params, rel=0.02)
+    assert weights("80%", 2) == pytest.approx(0.8**0.5 * params, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "given"), [("memory", "1Gi"), ("scratch", "1Mi")])
+def test_pods_that_get_less_are_named_with_what_would_do(config, name, given):
+    settings = settings_with(cluster={"gpus": 0, "components": {"recover-train": {name: given}}})
+    settings = dataclasses.replace(
+        settings, training=dataclasses.replace(settings.training, global_batch=6, micro_batch=6)
+    )
+    needs = needs_of_tasks(config, settings)
+    if name == "scratch":
+        needs = {task: dataclasses.replace(need, disk_bytes=2**21) for task, need in needs.items()}
+    (line,) = shortages(needs, settings)
+    assert line.startswith("recover-train needs about ")
+    assert f"of {name}, and its pods get {given}. Set cluster.components.recover-train.{name}=" in line
+
+
+def test_enough_is_no_shortage(config):
+    settings = settings_with(cluster={"gpus": 0, "memory": "8Gi", "scratch": "8Gi"})
+    assert list(shortages(needs_of_tasks(config, settings), settings)) == []
