@@ -30,57 +30,69 @@ from core.settings.training import TrainingSettings
 from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
 
 MODELS = {
-    "135M": LlamaConfig(
+    "SmolLM2-135M, 10 layers": LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=10,
         num_attention_heads=9,
         num_key_value_heads=3,
         vocab_size=49_152,
         tie_word_embeddings=True,
     ),
-    "360M": LlamaConfig(
+    "SmolLM2-360M, 8 layers": LlamaConfig(
         hidden_size=960,
         intermediate_size=2560,
-        num_hidden_layers=32,
+        num_hidden_layers=8,
         num_attention_heads=15,
         num_key_value_heads=5,
         vocab_size=49_152,
         tie_word_embeddings=True,
     ),
-    "qwen": Qwen2Config(
+    "Qwen2.5-0.5B, 4 layers": Qwen2Config(
         hidden_size=896,
         intermediate_size=4864,
-        num_hidden_layers=12,
+        num_hidden_layers=4,
         num_attention_heads=14,
         num_key_value_heads=2,
         vocab_size=151_936,
         tie_word_embeddings=False,
     ),
 }
-"""Sizes of SmolLM2-135M and 360M, and of half of Qwen2.5-0.5B with its own output head; random weights."""
+"""Layers of real sizes, but fewer, with random weights; the Qwen here has an output head of its own."""
 
 SHAPES = {
     "training": [
-        ("135M", dict(micro_batch=4, sequence_length=256, precision="bfloat16")),
-        ("135M", dict(micro_batch=8, sequence_length=256, precision="float32")),
-        ("135M", dict(micro_batch=2, sequence_length=1024, precision="float32", gradient_checkpointing=True)),
-        ("360M", dict(micro_batch=2, sequence_length=256, precision="float32")),
-        ("qwen", dict(micro_batch=2, sequence_length=512, precision="bfloat16")),
+        ("SmolLM2-135M, 10 layers", dict(micro_batch=4, sequence_length=256, precision="bfloat16")),
+        ("SmolLM2-135M, 10 layers", dict(micro_batch=8, sequence_length=256, precision="float32")),
+        (
+            "SmolLM2-135M, 10 layers",
+            dict(micro_batch=2, sequence_length=1024, precision="float32", gradient_checkpointing=True),
+        ),
+        ("SmolLM2-360M, 8 layers", dict(micro_batch=2, sequence_length=256, precision="float32")),
+        ("Qwen2.5-0.5B, 4 layers", dict(micro_batch=2, sequence_length=512, precision="bfloat16")),
     ],
     "scoring": [
-        ("135M", dict(sequences=64, sequence_length=64, precision="float32")),
-        ("135M", dict(sequences=128, sequence_length=128, precision="bfloat16")),
-        ("135M", dict(sequences=128, sequence_length=128, precision="float32", state_memory="300MB")),
-        ("360M", dict(sequences=64, sequence_length=128, precision="float32", weights="streamed")),
-        ("qwen", dict(sequences=64, sequence_length=128, precision="float32", micro_batch=8)),
+        ("SmolLM2-135M, 10 layers", dict(sequences=64, sequence_length=64, precision="float32")),
+        ("SmolLM2-135M, 10 layers", dict(sequences=128, sequence_length=128, precision="bfloat16")),
+        (
+            "SmolLM2-135M, 10 layers",
+            dict(sequences=128, sequence_length=128, precision="float32", state_memory="300MB"),
+        ),
+        (
+            "SmolLM2-360M, 8 layers",
+            dict(sequences=64, sequence_length=128, precision="float32", weights="streamed"),
+        ),
+        (
+            "Qwen2.5-0.5B, 4 layers",
+            dict(sequences=64, sequence_length=128, precision="float32", micro_batch=8),
+        ),
     ],
     "evaluation": [
-        ("135M", dict(batch_size=8, perplexity_length=512, precision="float32")),
-        ("135M", dict(batch_size=32, perplexity_length=512, precision="bfloat16")),
-        ("135M", dict(batch_size=2, perplexity_length=2048, precision="float32")),
-        ("360M", dict(batch_size=8, perplexity_length=512, precision="float32")),
-        ("qwen", dict(batch_size=8, perplexity_length=256, precision="float32")),
+        ("SmolLM2-135M, 10 layers", dict(batch_size=8, perplexity_length=512, precision="float32")),
+        ("SmolLM2-135M, 10 layers", dict(batch_size=32, perplexity_length=512, precision="bfloat16")),
+        ("SmolLM2-135M, 10 layers", dict(batch_size=2, perplexity_length=2048, precision="float32")),
+        ("SmolLM2-360M, 8 layers", dict(batch_size=8, perplexity_length=512, precision="float32")),
+        ("Qwen2.5-0.5B, 4 layers", dict(batch_size=8, perplexity_length=256, precision="float32")),
     ],
 }
 
@@ -100,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, config in MODELS.items():
             torch.manual_seed(0)
-            save_model(build_model(config), Path(folder, name), companions=None, provenance={})
+            save_model(build_model(config), Path(folder, name.split(",")[0]), companions=None, provenance={})
         for step in arguments.only or SHAPES:
             for number, (name, settings) in enumerate(SHAPES[step]):
                 found = _measure(step, number, folder)
@@ -125,8 +137,8 @@ def _measure(step: str, number: int, folder: str) -> dict[str, int]:
 def _work(step: str, number: int, folder: Path) -> dict[str, int]:
     """Do a step's work in this process; returns bytes above what the process had before."""
     name, settings = SHAPES[step][number]
-    config = Checkpoint(folder / name).config
-    estimate, work = _PREPARE[step](config, folder / name, settings)
+    config = Checkpoint(folder / name.split(",")[0]).config
+    estimate, work = _PREPARE[step](config, folder / name.split(",")[0], settings)
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     work()
