@@ -180,15 +180,16 @@ def evaluation_footprint(
     dtype = dtype_of(settings.precision) or torch.float32
     params = model_shape(config).num_params()
     batch, length = settings.batch_size, settings.perplexity_length
-    passes = simulate_inference(config, dtype, batch, length).peak if settings.perplexity else 0
-    positions = chunk_positions(config.vocab_size, device)
+    passes = simulate_inference(config, dtype, batch, length)
+    positions = min(chunk_positions(config.vocab_size, device), batch * length)
     if settings.tasks:
         positions = max(positions, 256 if device == "cpu" else 2048)
+    # Logits, in float32 too if they are not, and their logarithms: when a pass is over.
+    logits = positions * config.vocab_size * (8 if dtype == torch.float32 else 8 + dtype.itemsize)
     return Footprint(
         parts={
             "weights": params * dtype.itemsize,
-            "activations": passes,
-            "logits": positions * config.vocab_size * (8 + dtype.itemsize),
+            "activations, then logits": max(passes.peak, passes.kept + logits),
             "libraries": _LIBRARIES,
         },
         host_bytes=params * dtype.itemsize,

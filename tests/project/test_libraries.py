@@ -26,6 +26,11 @@ INSIDES = {
         "lm_eval.models.huggingface.HFLM._loglikelihood_tokens",
         "lm_eval.tasks.TaskManager.task_index",
     ],
+    "torch": [
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.utils._pytree.tree_leaves",
+    ],
     "transformers": [
         "transformers.PreTrainedConfig._attn_implementation",
         "transformers.PreTrainedConfig.is_heterogeneous",
