@@ -2,7 +2,7 @@
 # make test        the quick tests          make test-slow   the long ones, on the real model
 # make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
-# make lint        ruff, mypy, hadolint     make lock        write docker/requirements.lock anew
+# make lint        ruff, mypy, hadolint     make lock        rewrite docker/requirements.lock
 # make docs        write docs/settings.md from the settings' docstrings
 # make clean       remove what was made here, except output/
 #
@@ -57,7 +57,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile docker/kubernetes/mlflow/Dockerfile
 
-# Takes the versions of .venv. For newer ones make that anew first: make clean install LOCK=
+# Takes the versions of .venv. For newer ones, remake that first: make clean install LOCK=
 lock: $(INSTALLED)
 	$(BIN)/python docker/lock.py > docker/requirements.lock.new
 	mv docker/requirements.lock.new docker/requirements.lock

@@ -222,13 +222,15 @@ def planned_training(
 
     def alternatives() -> "Iterator[tuple[str, Footprint]]":
         smaller = [size for size in _micro_batches(settings, device) if size < settings.micro_batch]
-        for checkpointing in (settings.gradient_checkpointing, True):
-            for size in smaller if not checkpointing else [settings.micro_batch, *smaller]:
-                other = replace(settings, micro_batch=size, gradient_checkpointing=checkpointing)
-                text = f"training.micro_batch={size}"
-                if checkpointing and not settings.gradient_checkpointing:
-                    text += ", training.gradient_checkpointing=true"
-                yield text, training_footprint(config, other, device=device)
+        tried = [(size, settings.gradient_checkpointing) for size in smaller]
+        if not settings.gradient_checkpointing:
+            tried += [(size, True) for size in (settings.micro_batch, *smaller)]
+        for size, checkpointing in tried:
+            other = replace(settings, micro_batch=size, gradient_checkpointing=checkpointing)
+            text = f"training.micro_batch={size}"
+            if other.gradient_checkpointing != settings.gradient_checkpointing:
+                text += ", training.gradient_checkpointing=true"
+            yield text, training_footprint(config, other, device=device)
 
     _check("recover-train", training_footprint(config, settings, device=device), free, device, alternatives())
     return settings

@@ -28,6 +28,7 @@ from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
 from core.settings.schema import Settings
 from core.settings.texts import TextSource
+from core.steps.footprint import planned_evaluation
 
 _SEQUENCES, _LENGTH = 16, 256
 """Where no recipe says how much to calibrate and to measure on."""
@@ -69,6 +70,7 @@ class Study:
         given, here = self.settings, functools.cache(lambda: choose_precision(pick_device()))
         calibration = resolved(given.calibration if given else CalibrationSettings(), here)
         evaluation = resolved(given.evaluation if given else EvaluationSettings(), here)
+        evaluation = planned_evaluation(checkpoint.config, evaluation, pick_device().type)
         prune = settings_for(given.prune if given else PruneSettings(), checkpoint.family)
         statistics = MeasuredCheckpoint(
             checkpoint,

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=click.IntRange(0), help="Items per task; 0 takes all.")
 @click.option("--text", metavar="PATH", help="Text for perplexity: a file, a package: path or a data set id.")
-@click.option("--batch-size", type=click.IntRange(1), help="Sequences per forward pass.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(0),
+    help="Sequences per forward pass; 0 takes all that fit.",
+)
 def evaluate(
     model: str,
     recipe: Path | None,
@@ -67,7 +71,13 @@ def evaluate(
         raise SettingsError(
             ["nothing to evaluate. Give --task, --text, or a --recipe with an evaluation section."]
         )
-    with log_on_stderr(), local_checkpoint(model) as directory:
+    from core.steps.footprint import explaining_memory
+
+    with (
+        log_on_stderr(),
+        local_checkpoint(model) as directory,
+        explaining_memory("evaluation.batch_size=0 or lower"),
+    ):
         print_table(evaluation_table(directory, settings))
 
 
@@ -84,11 +94,13 @@ def evaluation_table(directory: Path, settings: "EvaluationSettings") -> "Table"
     from core.model.checkpoint import Checkpoint
     from core.runs.record import perplexity_text
     from core.scratch import scratch_folder
+    from core.steps.footprint import planned_evaluation
 
     device = pick_device()
     settings = resolved(settings, lambda: choose_precision(device))
     warn_if_emulated("evaluation", settings.precision, device)
     checkpoint = Checkpoint(directory)
+    settings = planned_evaluation(checkpoint.config, settings, device.type)
     model = load_model(checkpoint, dtype=dtype_of(settings.precision), device=device)
     tokenizer = load_tokenizer(checkpoint)
     table = Table("measure", "metric")

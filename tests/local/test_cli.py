@@ -311,7 +311,8 @@ def test_evaluate_needs_something_to_measure(model):
     assert result.stderr.startswith("error: nothing to evaluate.")
 
 
-def test_evaluate_computes_the_perplexity_of_a_text(model, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--batch-size", "0"], ["--batch-size", "2"]])
+def test_evaluate_computes_the_perplexity_of_a_text(model, tmp_path, options):
     torch.manual_seed(1)
     tokens = torch.randint(1, len(WORDS), (700,)).tolist()
     (tmp_path / "text.txt").write_text(" ".join(WORDS[token] for token in tokens))
@@ -325,7 +326,7 @@ def test_evaluate_computes_the_perplexity_of_a_text(model, tmp_path):
         },
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result = call("evaluate", model, "--recipe", tmp_path / "recipe.yaml")
+    result = call("evaluate", model, "--recipe", tmp_path / "recipe.yaml", *options)
     assert result.exit_code == 0, result.output
     windows = torch.tensor(tokens[: 9 * 60]).view(9, 60)
     network = load_model(model)

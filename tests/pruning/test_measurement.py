@@ -72,12 +72,26 @@ def test_sensitivity_measures_what_the_first_phase_of_a_run_does(changes, folder
     assert [layer["loss"] for layer in found] == losses
 
 
+def test_a_batch_of_0_changes_no_loss(folder):
+    found = []
+    for batch_size in (0, 8):
+        write_recipe(folder / "recipe.yaml", {"evaluation.batch_size": batch_size})
+        out = folder / f"out-{batch_size}"
+        study = ["sensitivity", "base", "--recipe", str(folder / "recipe.yaml"), "--output", str(out)]
+        result = CliRunner().invoke(main, [*study, "--part", "mlp"])
+        assert result.exit_code == 0, result.output
+        layers = json.loads((out / "sensitivity.json").read_text())["layers"]
+        found.append([layer["loss"] for layer in layers])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_sensitivity_reads_layers_while_they_are_used_where_a_run_would(folder, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "core")
     settings = load_recipe(write_recipe(folder / "recipe.yaml", {}))
     study = Study(model="base", sparsity=0.5, part="mlp", settings=settings, text=None, sequences=None)
     expected = study.run(Path("base"))
     assert "layers are read while they are used" not in caplog.text
+    monkeypatch.setattr("core.steps.footprint.available_bytes", lambda device: 10**12)  # for the losses
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     assert study.run(Path("base")) == expected
     assert "layers are read while they are used" in caplog.text
