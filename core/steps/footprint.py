@@ -147,6 +147,7 @@ def scoring_footprint(
         modules = list(build_empty(config).get_submodule(family.layers).children())
         chosen = choose_outputs(family, modules, a_channel, room.left_bytes)
         kept = a_channel * sum(width for *_, width in chosen)
+    micro_batch = min(micro_batch, tokens[0])
     passes = simulate_layer(
         config, dtype, micro_batch, tokens[1], of_weights=observed == "weight_gradients", backward=goes_back
     )
@@ -179,7 +180,7 @@ def evaluation_footprint(
     """
     dtype = dtype_of(settings.precision) or torch.float32
     params = model_shape(config).num_params()
-    batch, length = settings.batch_size, settings.perplexity_length
+    batch, length = min(settings.batch_size, settings.perplexity_windows), settings.perplexity_length
     passes = simulate_inference(config, dtype, batch, length)
     positions = min(chunk_positions(config.vocab_size, device), batch * length)
     if settings.tasks:

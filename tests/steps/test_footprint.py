@@ -116,6 +116,19 @@ def test_an_evaluation_picks_its_batch_and_is_refused_where_one_sequence_is_too_
         planned_evaluation(CONFIG, auto, "cpu")
 
 
+def test_batches_beyond_what_there_is_take_no_more():
+    def evaluated(batch_size):
+        settings = dataclasses.replace(EVALUATION, batch_size=batch_size, perplexity_windows=4)
+        return evaluation_footprint(CONFIG, settings, device="cpu")
+
+    def scored(micro_batch):
+        settings = dataclasses.replace(CALIBRATION, micro_batch=micro_batch)
+        return scoring_footprint(CONFIG, settings, PruneSettings(), device="cpu", free_bytes=10**12)
+
+    assert evaluated(1000) == evaluated(4) != evaluated(2)
+    assert scored(1000) == scored(CALIBRATION.sequences) != scored(2)
+
+
 def test_streamed_weights_take_a_layer(free):
     prune = PruneSettings()
     found = {
