@@ -8,6 +8,9 @@ from core.quantities import in_range, parse_bytes
 from core.settings.identity import HOW
 from core.settings.texts import TextSource
 
+Precision = Literal["auto", "bfloat16", "float32"]
+"""Number format of a section's arithmetic; ``auto`` is settled when a run begins."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
@@ -35,7 +38,7 @@ class CalibrationSettings:
     memory."""
     pool_documents: int = 20_000
     """Most documents that are tokenized to draw from."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Precision = "auto"
     """Number format of weights and activations; gradients are summed in float32 either way. ``auto``: the
     faster one on the machine that begins the run (``core.machine.precision``), kept on any machine that
     resumes it."""

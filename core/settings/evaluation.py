@@ -1,10 +1,10 @@
 """Settings of the section ``evaluation``: what is measured."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from core.errors import refuse
 from core.quantities import in_range
+from core.settings.calibration import Precision
 from core.settings.identity import HOW
 from core.settings.texts import TextSource
 
@@ -31,7 +31,7 @@ class EvaluationSettings:
     """Windows of text."""
     perplexity_length: int = 512
     """Tokens a window."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Precision = "auto"
     """Number format of the weights and activations. ``auto``: see ``calibration.precision``."""
     speed: bool = False
     """Benchmark the result against the base model when publishing, in PyTorch and, if the package xllamacpp

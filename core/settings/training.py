@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from core.errors import refuse
 from core.quantities import in_range, parse_count, parse_interval
+from core.settings.calibration import Precision
 from core.settings.identity import HOW
 from core.settings.texts import TextSource
 
@@ -36,7 +36,7 @@ class TrainingSettings:
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this l2 norm; 0 clips nothing."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
     ``auto``: see ``calibration.precision``."""
     gradient_checkpointing: bool = field(default=False, metadata=HOW)

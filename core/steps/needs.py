@@ -11,6 +11,7 @@ from core.data.texts import locate
 from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address, is_head, registry_address
+from core.settings.calibration import Precision
 from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     """
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
 
-    def on(component: "ComponentName") -> tuple[str, str]:
+    def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
         return ("cuda", "bfloat16") if gpu else ("cpu", "float32")
 
-    def settled(precision: str, component: "ComponentName") -> str:
+    def settled(precision: Precision, component: "ComponentName") -> Precision:
         return on(component)[1] if precision == "auto" else precision
 
     needs: dict[ComponentName, Footprint] = {}
@@ -77,7 +78,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     pod = parse_bytes(settings.cluster.of("calibrate").memory)
     needs["calibrate"] = scoring_footprint(
         config,
-        replace(calibration, precision=settled(calibration.precision, "calibrate")),  # type: ignore[arg-type]
+        replace(calibration, precision=settled(calibration.precision, "calibrate")),
         settings.prune,
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
@@ -88,7 +89,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             replace(
                 training,
                 micro_batch=training.micro_batch or 1,
-                precision=settled(training.precision, "recover-train"),  # type: ignore[arg-type]
+                precision=settled(training.precision, "recover-train"),
             ),
             device=on("recover-train")[0],
         )
@@ -97,7 +98,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         replace(
             evaluation,
             batch_size=evaluation.batch_size or 1,
-            precision=settled(evaluation.precision, "evaluate"),  # type: ignore[arg-type]
+            precision=settled(evaluation.precision, "evaluate"),
         ),
         device=on("evaluate")[0],
     )
