@@ -339,3 +339,8 @@ def test_the_lowest_scores_go_first():
     assert (kept.query_heads, kept.kv_heads, kept.mlp_channels) == ((0, 1), (0,), (0, 2, 4))
     kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=2, mlp_width=5))
     assert (kept.query_heads, kept.kv_heads) == ((0, 3), (0, 1))
+    alike = replace(scores, mlp_channels=torch.ones(5000))  # the first of equals stay
+    kept = select_groups(
+        alike, replace(now, mlp_width=5000), LayerShape(query_heads=2, kv_heads=1, mlp_width=2000)
+    )
+    assert kept.mlp_channels == tuple(range(2000))

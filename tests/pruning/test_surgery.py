@@ -193,6 +193,13 @@ def test_a_plan_survives_a_round_trip(tmp_path):
     plan = plan_for(tiny("qwen2"), QUERY_HEADS, "d")
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    for changed, problem in (
+        ({"before": plan.before[:2]}, "plans 3 of 2 layers"),
+        ({"before": (*plan.before[:2], replace(plan.before[2], kv_heads=0))}, "a layer has no groups"),
+    ):
+        replace(plan, **changed).save(tmp_path / "plan.json")
+        with pytest.raises(PlanError, match=problem):
+            Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="is damaged: it lacks layers"):
         Plan.load(tmp_path / "plan.json")
