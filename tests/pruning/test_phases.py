@@ -20,7 +20,7 @@ def test_linear_phases_remove_equally_much():
 def test_shares_follow_eq_11_and_sum_to_one(phases):
     shares = phase_shares(phases)
     assert sum(shares) == pytest.approx(1)
-    assert shares[-1] == pytest.approx(phases * shares[0])
+    assert shares == pytest.approx([2 * i / (phases * (phases + 1)) for i in range(1, phases + 1)])
 
 
 @pytest.mark.parametrize(

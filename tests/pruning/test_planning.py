@@ -1,12 +1,13 @@
 """One step's and one phase's decisions, against what the sizes that they lead to say."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from core.model.families import FAMILIES
-from core.pruning.planning import plan_phase, plan_step, settings_for
-from core.pruning.sparsity import MAX_SPARSITY
+from core.pruning.planning import plan_phase, plan_step, settings_for, sizing_for
+from core.pruning.sparsity import MAX_SPARSITY, next_sparsity, normalise_importance, sizes_for_target
 from core.settings.prune import PruneSettings
 from tests.pruning.test_sparsity import statistics_of, uniform_shape
 
@@ -58,6 +59,31 @@ def test_the_sparsity_that_a_step_leaves_is_that_of_the_widths(amplitude):
                 if after.mlp_width < before.mlp_width:  # no layer grows back, whatever its sparsity
                     assert abs(width * (1 - layer_sparsity) - after.mlp_width) <= 1
             current, sparsity = step.shape, step.sparsity
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_widths_are_rounded_by_largest_remainder(multiple):
+    """No width moves by a whole multiple, and none is rounded down past a smaller remainder's rounded up."""
+    rng = random.Random(multiple)
+    rounded = {"up": 0, "down": 0}
+    for _ in range(100):
+        dense = uniform_shape(rng.randint(2, 9), 3, 2, multiple * rng.randint(20, 60), 16)
+        sizing = sizing_for(replace(EVENLY, width_multiple=multiple), dense, dense)
+        importance = normalise_importance([rng.random() for _ in dense.layers])
+        target = round(rng.uniform(0.6, 0.95) * dense.num_params())
+        due = (dense.num_params() - target) / sizing.prunable_params()
+        sparsity = next_sparsity((0.0,) * len(dense.layers), importance, step=due, amplitude=0.002)
+        layers, shift = sizes_for_target(sizing, sparsity, importance, target)
+        up, down = [1.0], [0.0]
+        for layer, whole, share in zip(layers, dense.layers, sparsity, strict=True):
+            exact = whole.mlp_width * (1 - share - shift) / multiple
+            remainder = exact % 1
+            assert abs(layer.mlp_width / multiple - exact) < 1
+            (up if layer.mlp_width / multiple > exact else down).append(remainder)
+        assert min(up) >= max(down) - 1e-6
+        rounded["up"] += len(up) - 1
+        rounded["down"] += len(down) - 1
+    assert min(rounded.values()) > 100
 
 
 def test_a_phase_ends_with_the_step_that_lands_on_its_target():

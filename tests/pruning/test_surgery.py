@@ -205,6 +205,14 @@ def test_a_plan_survives_a_round_trip(tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
+def test_what_is_not_cut_is_shared_with_the_larger_model():
+    model = tiny("llama")
+    smaller = prune_model(model, KV_GROUPS)
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in smaller.parameters()}
+    # Embedding, head and final norm, and of each layer its norms.
+    assert len(shared) == 3 + 3 * 2
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3"])
 def test_unequal_models_are_pruned_again(name):
     plans = (
