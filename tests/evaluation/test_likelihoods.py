@@ -52,6 +52,13 @@ def test_answers_in_one_sequence_are_those_of_single_predictions(name, layers):
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in expected]
 
 
+def test_logarithms_of_a_bfloat16_models_probabilities_are_float32():
+    scores = [score for score, _ in shared(tiny("llama", dtype=torch.bfloat16), REQUESTS)]
+    expected = [score for score, _ in one_by_one(tiny("llama", dtype=torch.bfloat16), REQUESTS)]
+    assert scores == pytest.approx(expected, abs=0.3)
+    assert all(score != float(torch.tensor(score).bfloat16()) for score in scores)
+
+
 def test_an_answer_is_likeliest_only_with_all_of_its_tokens():
     model = tiny("llama")
     context = [5, 9]
