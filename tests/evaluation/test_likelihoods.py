@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from core.evaluation import likelihoods
+from core.evaluation.benchmarks import _fitting
 from core.evaluation.likelihoods import can_share, log_likelihoods
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, tiny
 
@@ -98,3 +99,15 @@ def test_requests_longer_than_a_window_are_left_to_others():
     model = tiny("mistral")  # a window of 5
     assert can_share(model, [([3, 4, 5], [6, 7])])
     assert not can_share(model, [([3, 4, 5], [6, 7, 8])])
+
+
+@pytest.mark.parametrize("length", [5, 6, 9])
+def test_a_context_is_cut_from_the_left_as_lm_eval_does(length):
+    """It gives the model ``(context + continuation)[-(length + 1):][:-1]``."""
+    for size in range(1, 12):
+        for answer in range(1, 6):
+            context, continuation = list(range(size)), list(range(100, 100 + answer))
+            cut, kept = _fitting(context, continuation, length)
+            assert kept == continuation
+            assert cut + kept == (context + continuation)[-(length + 1) :]
+            assert cut
