@@ -3,6 +3,7 @@
 transformers describes such models with ``per_layer_config``.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,6 +69,17 @@ def head_dim(config: PreTrainedConfig) -> int:
     """Return A, the size of one attention head; it is the same in all layers."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
+
+
+def with_output_biases(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of ``config`` whose layers all have biases in the projections that read groups.
+
+    ``output_biases`` is our own entry, which the code beside the weights reads: no family has these biases
+    alone, and most have none.
+    """
+    biased = copy.deepcopy(config)
+    biased.output_biases = True
+    return biased
 
 
 def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> PreTrainedConfig:

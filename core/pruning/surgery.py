@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.model.build import build_model, load_model
 from core.model.checkpoint import Checkpoint
-from core.model.config import config_with_layers, layer_shapes
+from core.model.config import config_with_layers, layer_shapes, with_output_biases
 from core.model.families import Family, Kind, family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.model.shape import LayerShape
@@ -52,8 +52,20 @@ def prune_layer(
     return pruned
 
 
-def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "PreTrainedModel":
-    """Return a smaller model that shares all uncut tensors with ``model``."""
+def output_biases(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros for the biases that a decoder layer's projections back to the hidden size lack."""
+    weights = [name for name, slicing in family.slicings.items() if slicing.axis == 1]
+    biases = {name.removesuffix("weight") + "bias": tensors[name] for name in weights}
+    return {name: weight.new_zeros(len(weight)) for name, weight in biases.items() if name not in tensors}
+
+
+def prune_model(
+    model: "PreTrainedModel", layers: tuple[LayerPlan, ...], *, biased: bool = False
+) -> "PreTrainedModel":
+    """Return a smaller model that shares all uncut tensors with ``model``.
+
+    ``biased`` gives each projection back to the hidden size a bias, which is 0 where it had none.
+    """
     from transformers.initialization import no_init_weights
 
     family = family_of(model.config)
@@ -62,8 +74,12 @@ def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "Pre
     for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
         prefix = f"{family.layers}.{index}."
         tensors = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        if biased:
+            tensors |= output_biases(family, tensors)
         state |= {prefix + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
     config = config_with_layers(model.config, [plan.shape() for plan in layers])
+    if biased:
+        config = with_output_biases(config)
     with no_init_weights():
         smaller = build_model(config, dtype=model.dtype)
     smaller.load_state_dict(state, assign=True)
@@ -107,11 +123,13 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any],
     repair: Callable[[int, LayerPlan], Mapping[str, Tensor]] | None = None,
+    biased: bool = False,
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
 
     ``digest`` is that of the checkpoint's manifest; ``dtype`` None keeps the stored number format. ``repair``
-    is called for each layer in turn and returns what is added to its tensors once they are cut.
+    is called for each layer in turn and returns what is added to its tensors once they are cut. ``biased`` is
+    as in ``prune_model``.
 
     Raises:
         PlanError: If the plan was made for another checkpoint.
@@ -120,10 +138,14 @@ def prune_checkpoint(
     shapes = checkpoint.layers
     plan.check(digest, shapes)
     smaller = config_with_layers(checkpoint.config, plan.after)
+    if biased:
+        smaller = with_output_biases(smaller)
     smaller.dtype = dtype or checkpoint.dtype
 
     def cut(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
+        if biased:
+            tensors = tensors | output_biases(checkpoint.family, tensors)
         left = prune_layer(checkpoint.family, shapes[index], tensors, plan.layers[index])
         changes = repair(index, plan.layers[index]) if repair else {}
         # Rounded once, to the format that is written.
