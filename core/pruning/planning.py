@@ -36,8 +36,8 @@ class Step:
     Attributes:
         layers: What each layer keeps.
         shape: Sizes of the remaining model.
-        importance: Normalised importance of each layer.
-        sparsity: Cumulative sparsity of each layer after the step.
+        importance: Normalised importance of each layer of the dense model; 0 for those that went before.
+        sparsity: Cumulative sparsity of each layer of the dense model after the step; 1 for those gone whole.
     """
 
     layers: tuple[LayerPlan, ...]

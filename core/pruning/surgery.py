@@ -1,7 +1,7 @@
 """Physical removal of groups from a layer's tensors, a model in memory, or a checkpoint on disk."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,18 @@ def prune_model(
     family = family_of(model.config)
     shapes = layer_shapes(model.config)
     state = dict(model.state_dict())
+    place = 0
     for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
-        prefix = f"{family.layers}.{index}."
-        tensors = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        prefix, after = f"{family.layers}.{index}.", f"{family.layers}.{place}."
+        own = [name for name in state if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): state.pop(name) for name in own}
+        if not plan.stays:
+            continue
         if biased:
             tensors |= output_biases(family, tensors)
-        state |= {prefix + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
-    config = config_with_layers(model.config, [plan.shape() for plan in layers])
+        state |= {after + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
+        place += 1
+    config = config_after(model.config, layers)
     if biased:
         config = with_output_biases(config)
     with no_init_weights():
@@ -105,6 +110,7 @@ def open_pruned(
         return LayerwiseModel(model if layers is None else prune_model(model, layers))
     if layers is None:
         return open_streamed(checkpoint, dtype=dtype, device=device)
+    assert all(plan.stays for plan in layers), "what removes layers takes one step: nothing is measured after"
     return open_streamed(
         checkpoint,
         dtype=dtype,
@@ -112,6 +118,12 @@ def open_pruned(
         sizes=[plan.shape() for plan in layers],
         cut=lambda i, tensors: prune_layer(checkpoint.family, checkpoint.layers[i], tensors, layers[i]),
     )
+
+
+def config_after(config: Any, layers: Sequence[LayerPlan]) -> Any:
+    """Return the config of what ``layers`` leave of the model that ``config`` describes."""
+    stay = [index for index, plan in enumerate(layers) if plan.stays]
+    return config_with_layers(config, [layers[index].shape() for index in stay], stay)
 
 
 def prune_checkpoint(
@@ -137,13 +149,13 @@ def prune_checkpoint(
     """
     shapes = checkpoint.layers
     plan.check(digest, shapes)
-    smaller = config_with_layers(checkpoint.config, plan.after)
+    smaller = config_after(checkpoint.config, plan.layers)
     if biased:
         smaller = with_output_biases(smaller)
     smaller.dtype = dtype or checkpoint.dtype
 
     def cut(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
+        log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.layers[index].shape())
         if biased:
             tensors = tensors | output_biases(checkpoint.family, tensors)
         left = prune_layer(checkpoint.family, shapes[index], tensors, plan.layers[index])
@@ -151,4 +163,11 @@ def prune_checkpoint(
         # Rounded once, to the format that is written.
         return left | {name: (left[name] + t).to(dtype or left[name].dtype) for name, t in changes.items()}
 
-    checkpoint.rewrite(target, smaller, change=cut, dtype=dtype, provenance=provenance)
+    checkpoint.rewrite(
+        target,
+        smaller,
+        change=cut,
+        layers=[index for index, layer in enumerate(plan.layers) if layer.stays],
+        dtype=dtype,
+        provenance=provenance,
+    )

@@ -15,6 +15,7 @@ MethodName = Literal[
     "minitron",
     "magnitude",
     "random",
+    "shortgpt",
     "modegpt",
     "grail",
 ]
@@ -32,9 +33,23 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     "minitron": _UNIFORM | {"criterion": "activation_l2", "repair": "none"},
     "magnitude": _UNIFORM | {"criterion": "magnitude_l2", "repair": "none"},
     "random": _UNIFORM | {"criterion": "random", "repair": "none"},
+    # arXiv 2403.03853: whole layers, and channels for the exact size.
+    "shortgpt": _UNIFORM
+    | {
+        "criterion": "magnitude_l2",
+        "similarity": "cosine",
+        "repair": "none",
+        "attention_unit": "none",
+    },
     # arXiv 2408.09632: the part of it that compresses MLPs.
     "modegpt": _ONE_STEP
-    | {"criterion": "leverage", "amplitude": 0.0, "repair": "ridge_to_zero", "attention_unit": "none"},
+    | {
+        "criterion": "leverage",
+        "amplitude": 0.0,
+        "similarity": "cosine",
+        "repair": "ridge_to_zero",
+        "attention_unit": "none",
+    },
     # arXiv 2602.23795, on what Wanda-sp selects.
     "grail": _UNIFORM | {"criterion": "wanda_sp", "repair": "ridge_to_zero"},
 }

@@ -44,8 +44,8 @@ class PruneSettings:
     method: MethodName = "adapt-pruner"
     """The pruning method. ``adapt-pruner`` follows all settings. The others are systems that it is compared
     with, at the same size and on the same texts: ``llm-pruner`` (without LoRA), ``flap``, ``minitron``
-    (width), ``magnitude``, ``random``, ``modegpt`` (MLPs), ``grail``. They take one step a phase, and decide
-    ``criterion``, ``amplitude`` and ``repair`` themselves."""
+    (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``. They take
+    one step a phase, and decide ``criterion``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -76,9 +76,9 @@ class PruneSettings:
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
     the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
-    ``none`` for ``modegpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the paper): KV
-    heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at
-    the MLP's sparsity. ``none``: nothing."""
+    ``none`` for ``modegpt`` and ``shortgpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the
+    paper): KV heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV
+    head, at the MLP's sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
     """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
     llama.cpp quantize every layer; 1 gets closest to the target."""

@@ -115,7 +115,8 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
             f"{settings.model.base}. Lower it."
         )
     whole = shape_under(prune, dense, base.config)
-    sizing = sizing_for(prune, whole, whole)
+    least = whole.with_layers(whole.layers[:1]) if prune.method == "shortgpt" else whole
+    sizing = sizing_for(prune, least, least)
     smallest_params(sizing, target_params)
     if prune.profile == "portable":
         _announce_size(sizing, prune.target, target_params)

@@ -294,3 +294,40 @@ def test_flap_counts_its_biases_in_the_size():
 def test_a_target_below_what_whole_layers_leave_is_refused():
     with pytest.raises(TargetError, match=r"in each of 9 layers .* and 3 layers left whole"):
         prune(deep(12), "llm-pruner", 0.3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3", "gemma3"])
+def test_shortgpt_without_its_least_important_layers_is_the_model_that_skips_them(family):
+    """To the size of whole layers: what stays is bit by bit the model whose other layers do nothing."""
+    model = tiny(family)
+    shape = model_shape(model.config)
+    target = shape.num_params() - shape.layer_num_params(shape.layers[0])
+    similarity = measure(model, TOKENS, criterion="magnitude_l2").similarities
+    gone = int(similarity.argmax())
+    smaller = prune(model, "shortgpt", 0, target_params=target)
+    assert smaller.config.num_hidden_layers == 2
+    assert sum(p.numel() for p in smaller.parameters()) == target
+    layer = model.model.layers[gone]
+    layer.forward = lambda hidden_states, **_: hidden_states
+    found = smaller(TOKENS).logits
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        assert smaller.config.layer_types == [kind for i, kind in enumerate(kinds) if i != gone]
+    assert torch.equal(model(TOKENS).logits, found)
+
+
+def test_shortgpt_takes_what_whole_layers_leave_to_remove_from_the_mlps_of_the_others():
+    model = deep(8)
+    dense, found, step = step_for(model, "shortgpt", 0.7)
+    layer = dense.layer_num_params(dense.layers[0])
+    whole = [index for index, plan in enumerate(step.layers) if not plan.stays]
+    assert len(whole) == int(0.3 * dense.num_params() / layer) == 2
+    assert sorted(whole) == sorted(found.similarities.argsort(descending=True)[:2].tolist())
+    widths = [len(plan.mlp_channels) for plan in step.layers if plan.stays]
+    assert max(widths) - min(widths) <= 1
+    assert max(widths) < 40
+    assert [share == 1 for share in step.sparsity] == [not plan.stays for plan in step.layers]
+    for index, plan in enumerate(step.layers):
+        if plan.stays:
+            best = found.scores[index].mlp_channels.argsort(descending=True)[: len(plan.mlp_channels)]
+            assert list(plan.mlp_channels) == sorted(best.tolist())
