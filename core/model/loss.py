@@ -1,7 +1,7 @@
 """The losses of a causal language model and their gradients, a chunk of positions at a time.
 
-The next-token loss, and the divergence from a teacher: sum p (log p - log q) of p, what the teacher expects, and
-q, what the model does.
+The next-token loss, and the divergence from a teacher: sum p (log p - log q) of p, what the teacher expects,
+and q, what the model does.
 
 Logits are the largest array of a small model: V numbers per position. Only those of one chunk exist at a
 time, and only for positions whose next token counts. The model's own code computes them from the final hidden
@@ -112,7 +112,7 @@ def divergence_gradient(
 ) -> tuple[float, Tensor]:
     """Return the summed divergence and the gradient of ``scale`` times it with respect to ``states``.
 
-    Parameters of the model's head that require a gradient get theirs added to ``grad``; the teacher gets none.
+    Parameters of the model's head that require a gradient get theirs added to ``grad``; the teacher's do not.
 
     Args:
         model: Its output head is used, in the number format of ``states`` or of the caller's autocast.
@@ -155,7 +155,7 @@ def chunk_positions(vocabulary: int, device: str) -> int:
 
 
 def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (N, D) states and what belongs to each, such as (N,) targets; one empty pair if there are none."""
+    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty pair if there are none."""
     size = chunk_positions(int(model.config.vocab_size), rows.device.type)
     yield from zip(rows.split(size), targets.split(size), strict=True)
 

@@ -1,4 +1,4 @@
-"""Distillation right after a cut: a smaller model learns, in a few steps, to expect what the dense one does."""
+"""Distillation right after a cut: in a few steps, a model learns to expect what the dense one expects."""
 
 import math
 import time
@@ -124,7 +124,7 @@ def _states(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> 
 
 
 def _batches(sequences: int, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Yield the numbers of the sequences of each step: epochs in an order of their own, one after the other."""
+    """Yield the numbers of the sequences of each step: epochs, each in another order, one after another."""
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * batch / sequences)
     order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(epochs)])
