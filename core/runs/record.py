@@ -48,6 +48,12 @@ class PhaseRecord:
     """Perplexity at the end of the phase."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Task to metric to value."""
+    repair_s: float = 0.0
+    """Seconds of the cut with its repair; 0 without one."""
+    distill_s: float = 0.0
+    """Seconds of the distillation after it."""
+    divergence: tuple[float, float] | None = None
+    """From the dense model on held-out calibration texts, in nats a token, before and after distillation."""
     tokens: int = 0
     """Training tokens of this phase."""
     losses: tuple[tuple[int, float, float], ...] = ()

@@ -62,7 +62,8 @@ def _phase_record(
 ) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    trained, measured = reports.get("recovered", {}), reports["evaluated"]
+    cut, trained, measured = reports.get("pruned", {}), reports.get("recovered", {}), reports["evaluated"]
+    distilled = "divergence_distilled" in cut
     shapes = (
         [
             LayerSizes(
@@ -90,6 +91,9 @@ def _phase_record(
         else None,
         perplexity=measured.get("perplexity"),
         tasks=measured.get("tasks", {}),
+        repair_s=cut.get("repair_s", 0.0),
+        distill_s=cut.get("distill_s", 0.0),
+        divergence=(cut["divergence_cut"], cut["divergence_distilled"]) if distilled else None,
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
         seconds=seconds,
