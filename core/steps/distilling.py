@@ -65,10 +65,10 @@ def distill_cut(
     from core.training.distillation import distill, mean_divergence
 
     prune, calibration, device = run.settings.prune, run.settings.calibration, pick_device()
-    batch = distill_batch(run.settings)
+    batch = distill_batch(calibration, prune)
     pool = draw(run, phase, number, data, scratch, sequences=calibration.pool_documents, or_all=True)
     tokens, held_out = _divided(pool, prune.distill_steps * batch)
-    micro_batch = planned_distillation(cut.config, dense.config, run.settings, device.type)
+    micro_batch = planned_distillation(cut.config, dense.config, calibration, prune, device.type)
     student = load_model(cut, dtype=torch.float32, device=device)
     teacher = load_model(dense, dtype=dtype_of(calibration.precision), device=device)
     autocast = calibration.precision == "bfloat16"

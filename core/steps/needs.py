@@ -96,8 +96,8 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         distilled = distillation_footprint(
             smaller,
             config,
-            replace(settings, calibration=measured),
-            calibration.micro_batch or 1,
+            replace(measured, micro_batch=calibration.micro_batch or 1),
+            prune,
             device=kind,
         )
         needs["prune-step"] = max(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from core.settings.calibration import CalibrationSettings
     from core.settings.prune import PruneSettings
-    from core.settings.schema import Settings
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +78,8 @@ def repair_footprint(
 def distillation_footprint(
     config: "PreTrainedConfig",
     dense: "PreTrainedConfig",
-    settings: "Settings",
-    micro_batch: int,
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
     *,
     device: str,
     stored_bytes: int = 2,
@@ -90,14 +89,15 @@ def distillation_footprint(
     Args:
         config: Of the model that is trained.
         dense: Of its teacher.
-        settings: Of the run.
-        micro_batch: Sequences at once.
+        calibration: Number format, and the sequences at once: ``micro_batch`` is not 0.
+        prune: Tokens of an update.
         device: Type of the device.
         stored_bytes: Bytes a parameter of the checkpoints.
     """
-    calibration = settings.calibration
     params, of_dense = (model_shape(of).num_params() for of in (config, dense))
     autocast = calibration.precision == "bfloat16"
+    batch = distill_batch(calibration, prune)
+    micro_batch = min(calibration.micro_batch, batch)
     passes = simulate_training(
         config,
         micro_batch,
@@ -105,7 +105,7 @@ def distillation_footprint(
         autocast=autocast,
         checkpointing=False,
         device=device,
-        accumulate=micro_batch < distill_batch(settings),
+        accumulate=micro_batch < batch,
         distills=True,
     )
     gradients, teacher = 4 * params, of_dense * (2 if autocast else 4)
@@ -123,9 +123,9 @@ def distillation_footprint(
     )
 
 
-def distill_batch(settings: "Settings") -> int:
+def distill_batch(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
     """Return the sequences of an update."""
-    return -(-parse_count(settings.prune.distill_batch_tokens) // settings.calibration.sequence_length)
+    return -(-parse_count(prune.distill_batch_tokens) // calibration.sequence_length)
 
 
 def check_repair(
@@ -157,29 +157,36 @@ def check_repair(
 
 
 def planned_distillation(
-    config: "PreTrainedConfig", dense: "PreTrainedConfig", settings: "Settings", device: str
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    device: str,
 ) -> int:
     """Return how many sequences pass through the models at once; logs what will be taken.
 
     Args:
         config: Of the model that is trained.
         dense: Of its teacher.
-        settings: Of the run; ``calibration.micro_batch`` 0 takes as many as fit, with a fifth of the memory
-            to spare, and as still make it faster.
+        calibration: ``micro_batch`` 0 takes as many as fit, with a fifth of the memory to spare, and as still
+            make it faster.
+        prune: Tokens of an update.
         device: Type of the device.
 
     Raises:
         OutOfMemoryError: If it cannot fit.
     """
-    free, batch = available_bytes(device), distill_batch(settings)
-    most = max(1, min(batch, MOST_TOKENS.get(device, 32768) // settings.calibration.sequence_length))
+    free, batch = available_bytes(device), distill_batch(calibration, prune)
+    most = max(1, min(batch, MOST_TOKENS.get(device, 32768) // calibration.sequence_length))
 
     def footprint(size: int) -> Footprint:
-        return distillation_footprint(config, dense, settings, size, device=device)
+        return distillation_footprint(
+            config, dense, replace(calibration, micro_batch=size), prune, device=device
+        )
 
     sizes = sorted({-(-batch // 2**halvings) for halvings in range(batch.bit_length() + 1)}, reverse=True)
     sizes = [size for size in sizes if size <= most] or [1]
-    chosen = min(settings.calibration.micro_batch, batch)
+    chosen = min(calibration.micro_batch, batch)
     if not chosen:
         fitting = (size for size in sizes if footprint(size).device_bytes <= 0.8 * free)
         chosen = next(fitting, 1)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from core.errors import DataError
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.runs.record import DistillationRecord
 from core.runs.run import Run
 from core.steps import distilling
 from core.steps.prepare_data import run_prepare_data
@@ -113,12 +114,17 @@ def test_what_it_cost_and_brought_is_recorded_and_tracked(distilled):
     run, folders = distilled
     record = collect_record(run, "", [0, 1, 2])
     dense, *phases = record.phases
-    assert (dense.repair_s, dense.distill_s, dense.divergence) == (0.0, 0.0, None)
+    assert (dense.repair_s, dense.distillation) == (0.0, None)
     for phase, folder in zip(phases, folders, strict=True):
         report = report_of(folder)
-        assert (phase.repair_s, phase.distill_s) == (report["repair_s"], report["distill_s"])
-        assert phase.divergence == (report["divergence_cut"], report["divergence_distilled"])
-        assert 0 < phase.repair_s + phase.distill_s < phase.seconds["pruned"]
+        assert phase.repair_s == report["repair_s"]
+        assert phase.distillation == DistillationRecord(
+            seconds=report["distill_s"],
+            tokens=STEPS * BATCH * 24,
+            before=report["divergence_cut"],
+            after=report["divergence_distilled"],
+        )
+        assert 0 < phase.repair_s + phase.distillation.seconds < phase.seconds["pruned"]
 
 
 @pytest.mark.parametrize("format_", [torch.bfloat16, torch.float32])
