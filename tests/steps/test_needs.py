@@ -48,7 +48,7 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     on_gpu = settings_with(evaluation__tasks=["arc_easy"])
     on_cpu = settings_with(evaluation__tasks=["arc_easy"], cluster={"gpus": 0})
     needs = needs_of_tasks(config, on_gpu)
-    assert list(needs) == ["calibrate", "recover-train", "evaluate"]
+    assert list(needs) == ["calibrate", "prune-step", "recover-train", "evaluate"]
     assert "recover-train 0.1 GB on its GPU" in summary_line(needs, on_gpu)
     in_pods = needs_of_tasks(config, on_cpu)
     assert "GPU" not in summary_line(in_pods, on_cpu)
