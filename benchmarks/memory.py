@@ -162,14 +162,9 @@ def _work(step: str, number: int, folder: Path) -> dict[str, int]:
     config = Checkpoint(folder / name.split(",")[0]).config
     estimate, work = _PREPARE[step](config, folder / name.split(",")[0], settings)
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    restart_peak()
     work()
-    peak = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return {"estimate": estimate, "peak": peak - before}
+    return {"estimate": estimate, "peak": peak_bytes() - before}
 
 
 def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
