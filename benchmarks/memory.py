@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from demo import peak_bytes, restart_peak
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, Qwen2Config

@@ -144,9 +144,7 @@ class Study:
             )
         return model
 
-    def statistics(
-        self, model: PreTrainedModel, settings: PruneSettings, seed: int, step: int
-    ) -> Statistics:
+    def statistics(self, model: PreTrainedModel, settings: PruneSettings, seed: int, step: int) -> Statistics:
         """Score a model's groups on the calibration draw of a step."""
         applied = settings.applied()
         tokens = draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=step)
