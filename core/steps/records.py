@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from core.redaction import without_password
-from core.runs.record import LayerSizes, PhaseRecord, RunRecord
+from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
 from core.steps.frame import tracker_of
@@ -62,24 +62,12 @@ def _phase_record(
 ) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    trained, measured = reports.get("recovered", {}), reports["evaluated"]
-    shapes = (
-        [
-            LayerSizes(
-                query_heads=len(layer["query_heads"]),
-                kv_heads=len(layer["kv_heads"]),
-                mlp_width=len(layer["mlp_channels"]),
-            )
-            for layer in plan["layers"]
-        ]
-        if plan
-        else [LayerSizes(**asdict(layer)) for layer in run.dense.layers]
-    )
+    cut, trained, measured = reports.get("pruned", {}), reports.get("recovered", {}), reports["evaluated"]
     return PhaseRecord(
         phase=phase,
         params=plan.get("params_after", target_params),
         target_params=target_params,
-        layers=tuple(shapes),
+        layers=_sizes_of(plan) if plan else tuple(LayerSizes(**asdict(layer)) for layer in run.dense.layers),
         importance=tuple(plan.get("importance", ())),
         sparsity=tuple(plan.get("sparsity", ())),
         # Without training the phase's own evaluation is of the pruned model.
@@ -90,7 +78,31 @@ def _phase_record(
         else None,
         perplexity=measured.get("perplexity"),
         tasks=measured.get("tasks", {}),
+        repair_s=cut.get("repair_s", 0.0),
+        distillation=DistillationRecord(
+            seconds=cut["distill_s"],
+            tokens=cut["distill_tokens"],
+            before=cut["divergence_cut"],
+            after=cut["divergence_distilled"],
+        )
+        if "distill_s" in cut
+        else None,
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
         seconds=seconds,
+    )
+
+
+def _sizes_of(plan: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
+    """Return the sizes that a plan leaves of each layer of the dense model; 0 of those that went whole."""
+    left = iter(layer for layer in plan["layers"] if layer["mlp_channels"])
+    gone = {"query_heads": (), "kv_heads": (), "mlp_channels": ()}
+    layers = [next(left) if share < 1 else gone for share in plan["sparsity"]]
+    return tuple(
+        LayerSizes(
+            query_heads=len(layer["query_heads"]),
+            kv_heads=len(layer["kv_heads"]),
+            mlp_width=len(layer["mlp_channels"]),
+        )
+        for layer in layers
     )

@@ -4,13 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
 from core.export.gguf_layout import architecture_of
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
-from core.export.gguf_rope import frequency_factors
 from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.model.config import config_with_layers, layer_shapes, load_config
@@ -26,9 +24,6 @@ LLAMA3 = dict(
     low_freq_factor=1.0,
     high_freq_factor=2.0,
     original_max_position_embeddings=16,
-)
-LLAMA3_1 = LLAMA3 | dict(
-    rope_theta=5e5, factor=8.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
 QWEN3 = dict(attention_bias=False, use_sliding_window=False, layer_types=None)
@@ -73,12 +68,14 @@ CASES = {
     "llama": ("llama", UNEQUAL, {}, "deci"),
     "llama-tied": ("llama-tied", UNEQUAL, {}, "deci"),
     "llama-biased": ("llama-biased", UNEQUAL, {}, "deci"),
+    "llama-output-biases": ("llama-output-biases", UNEQUAL, {}, "deci"),
     "llama3-rope": ("llama", UNEQUAL, {"rope_parameters": LLAMA3}, "deci"),
     "llama-linear-rope": ("llama", UNEQUAL, {"rope_parameters": LINEAR}, "deci"),
     "llama-yarn": ("llama", UNEQUAL, {"rope_parameters": YARN}, "deci"),
     "mistral": ("mistral", UNEQUAL, {"sliding_window": None}, "deci"),
     "qwen2": ("qwen2", UNEQUAL, {}, "deci"),
     "qwen2-tied": ("qwen2-tied", UNEQUAL, {}, "deci"),
+    "qwen2-output-biases": ("qwen2", UNEQUAL, {"output_biases": True}, "deci"),
     "qwen2-yarn": ("qwen2", UNEQUAL, {"rope_parameters": YARN}, "deci"),
     "qwen3-tied": ("qwen3", UNEQUAL, QWEN3 | {"tie_word_embeddings": True}, "openelm"),
     "qwen3-tied-yarn": (
@@ -88,6 +85,7 @@ CASES = {
         "openelm",
     ),
     "equal-llama": ("llama", EQUAL, {}, "llama"),
+    "equal-llama-output-biases": ("llama-output-biases", EQUAL, {}, "llama"),
     "equal-llama-biased": ("llama-biased", EQUAL, {"rope_parameters": LLAMA3}, "llama"),
     "equal-mistral": ("mistral", EQUAL, {"sliding_window": 4096}, "llama"),
     "equal-qwen2": ("qwen2", EQUAL, {"hidden_size": 60, "rope_parameters": YARN}, "qwen2"),
@@ -124,19 +122,6 @@ def test_llama_cpp_gives_the_same_probabilities_as_pytorch(make, case):
     found, expected, tokens, best = log_probabilities(exported.path, checkpoint, num_tokens=6)
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
     assert tokens == best.tolist()
-
-
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "rope_parameters": LLAMA3_1}], ids=["tiny", "3.1"])
-def test_rotary_factors_divide_the_frequencies_as_transformers_does(changes):
-    config = CONFIGS["llama"]()
-    config = type(config).from_dict(config.to_dict() | {"rope_parameters": LLAMA3} | changes)
-    width, base = config.head_dim, config.rope_parameters["rope_theta"]
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    factors = frequency_factors(config, "llama")
-    plain = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    torch.testing.assert_close(factors, (plain / theirs).float(), rtol=1e-5, atol=0)
-    assert {1.0, config.rope_parameters["factor"]} <= set(factors.tolist())
-    assert frequency_factors(CONFIGS["llama"](), "llama") is None
 
 
 def test_a_file_holds_the_checkpoint_bit_for_bit(make):

@@ -6,7 +6,7 @@ the micro-batches, and finally turns it into one number per unit. The numbers of
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,55 @@ def _variance(moments: Tensor, tokens: int) -> Tensor:
     return (moments[1] / tokens - (moments[0] / tokens).square()).clamp_min(0)
 
 
+def _fluctuation(w: Tensor, s: Tensor, n: int) -> Tensor:
+    """Return the variance of each row's input times the squared norm of the weights that read it."""
+    return _variance(s, n) * w.square().sum(dim=2)
+
+
+def _standardised(w: Tensor, s: Tensor, n: int) -> Tensor:
+    rows = _fluctuation(w, s, n)
+    if rows.shape[1] > 1:  # a head: its published code squares once more
+        rows = rows.square()
+    spread = rows.std().clamp_min(torch.finfo(rows.dtype).tiny)
+    return ((rows - rows.mean()) / spread).mean(dim=1)
+
+
+_DAMPING = 0.01
+"""Ridge of an inverse, as a share of the mean diagonal."""
+
+
+def _gram(v: Tensor) -> Tensor:
+    x = v.flatten(2).flatten(0, 1)
+    return x.T @ x
+
+
+def _damped_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C + lambda I)^-1 and lambda, in float64; not finite if C is not."""
+    damped = gram.to(torch.float64, copy=True)
+    ridge = _DAMPING * damped.diagonal().mean() + torch.finfo(damped.dtype).tiny
+    damped.diagonal().add_(ridge)
+    factor, _ = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_inverse(factor), ridge
+
+
+def squares_bytes(rows: Sequence[int]) -> int:
+    """Return what sums of products take: one for each number of rows in float32, and the inverse of one."""
+    return sum(4 * width**2 for width in rows) + 24 * max(rows) ** 2
+
+
+def _leverage(w: Tensor, s: Tensor, n: int) -> Tensor:
+    inverse, ridge = _damped_inverse(s)
+    return (1 - ridge * inverse.diagonal()).view(w.shape[:2]).sum(dim=1)
+
+
+def _optimal_brain_surgeon(w: Tensor, s: Tensor, n: int) -> Tensor:
+    inverse, _ = _damped_inverse(s)
+    units, rows = w.shape[:2]
+    of_units = inverse.view(units, rows, units, rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    weights = w.double()
+    return _per_unit(weights * torch.linalg.solve(of_units, weights)) / n
+
+
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
     """One way to score groups.
@@ -56,12 +105,14 @@ class Criterion:
             weights (U, R, ...).
         score: (U,) from the weight w (U, R, ...), the block's sum s and the number n of tokens seen.
         finish: A group's score from the total over its blocks.
+        squares: Whether a block's sum is a square matrix of its rows.
     """
 
     observed: Observed
     add: Callable[..., Tensor] = _nothing
     score: Callable[[Tensor, Tensor, int], Tensor]
     finish: Callable[[Tensor], Tensor] = _same
+    squares: bool = False
 
 
 CRITERIA: Mapping[CriterionName, Criterion] = {
@@ -94,14 +145,28 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
     "fluctuation": Criterion(
         observed="inputs",
         add=_moments,
-        score=lambda w, s, n: _per_unit(_variance(s, n) * w.square().sum(dim=2)),
+        score=lambda w, s, n: _per_unit(_fluctuation(w, s, n)),
     ),
+    # The same, standardised over the rows of a layer's kind: FLAP compares layers by it. A mean over a unit.
+    "standardised_fluctuation": Criterion(observed="inputs", add=_moments, score=_standardised),
     # Minitron (arXiv 2407.14679): l2 over sequences of the mean over tokens of a unit's output norm.
     "activation_l2": Criterion(
         observed="inputs",
         add=lambda v: torch.linalg.vector_norm(v, dim=3).mean(dim=1).square().sum(dim=0),
         score=lambda w, s, n: s,
         finish=torch.sqrt,
+    ),
+    # MoDeGPT (arXiv 2408.09632): [C (C + lambda I)^-1]_jj with C = sum x x^T, how little others predict x_j.
+    "leverage": Criterion(observed="inputs", add=_gram, score=_leverage, squares=True),
+    # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
+    # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
+    "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon, squares=True),
+    # The diagonal of the empirical Fisher information along a unit's weights: (sum W * G)^2 of each sequence
+    # and block. The micro-batches do not matter.
+    "fisher": Criterion(
+        observed="output_gradients",
+        add=lambda v, g: (v * g).sum(dim=(1, 3)).square().sum(dim=0),
+        score=lambda w, s, n: s,
     ),
     "random": Criterion(observed="nothing", score=lambda w, s, n: torch.rand(len(w))),
 }
