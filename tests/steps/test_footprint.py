@@ -84,6 +84,16 @@ def test_training_that_cannot_fit_is_refused_with_settings_that_do(free):
     planned_training(CONFIG, dataclasses.replace(monstrous, micro_batch=named), "cpu")
 
 
+def test_training_that_fits_only_with_checkpointing_is_told_so(free):
+    long = dataclasses.replace(TRAINING, sequence_length=16384, global_batch=1, micro_batch=1)
+    frugal = dataclasses.replace(long, gradient_checkpointing=True)
+    free(training_footprint(CONFIG, frugal, device="cpu").device_bytes)
+    told = r"Set training\.micro_batch=1, training\.gradient_checkpointing=true: it takes"
+    with pytest.raises(OutOfMemoryError, match=told):
+        planned_training(CONFIG, long, "cpu")
+    assert planned_training(CONFIG, frugal, "cpu") == frugal
+
+
 def test_training_beyond_any_setting_says_so(free):
     free(10_000)
     with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
