@@ -242,6 +242,7 @@ def test_a_width_below_the_multiple_stays():
     assert [layer.mlp_width for layer in sizes_at(sizing, (0.9, 0.9))] == [32, 20]
     least = dense.num_params() - 68 * dense.mlp_channel_params
     assert smallest(sizing) == least
+    assert sizes_for_target(sizing, (0.3, 0.3), (0.5, -0.5), dense.num_params()) == (dense.layers, 0.0)
     layers, _ = sizes_for_target(sizing, (0.3, 0.3), (0.5, -0.5), least)
     assert [layer.mlp_width for layer in layers] == [32, 20]
 
