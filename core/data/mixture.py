@@ -7,12 +7,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.data.packing import Tokenized, opening_ids, pack, tokenize_conversations, tokenize_documents
+from core.data.packing import (
+    Tokenized,
+    end_id,
+    opening_ids,
+    pack,
+    pack_whole,
+    tokenize_conversations,
+    tokenize_documents,
+)
 from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError, StorageError
 from core.progress import Progress
@@ -24,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
+_HELD_ROWS = 128
+"""Documents for so many rows are chosen from: then 1 to 2 % of rows of 512 tokens are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class SourceReport:
     share: float
     """Its share of the tokens, in [0, 1]."""
     tokens: int
-    """Tokens drawn from it, with the rest of its last document, which is in no slice."""
+    """Tokens drawn from it, with those of documents that no slice had a row for at the end."""
     trained_tokens: int
     """Those of them that are targets of the loss."""
     documents: int
@@ -52,6 +62,8 @@ class MixtureReport:
     """T, tokens a sequence."""
     sequences: tuple[int, ...]
     """Sequences of each phase's slice."""
+    padding: float
+    """Share of the tokens that is padding, in [0, 1]."""
 
     @property
     def tokens(self) -> int:
@@ -70,10 +82,11 @@ def write_slices(
     *,
     sequence_length: int,
     sequences: Sequence[int],
+    packing: Literal["whole", "cut"],
     seed: int,
     directory: Path,
 ) -> MixtureReport:
-    """Mix, tokenize and pack the sources, and cut the stream into one file a phase (eq. 11).
+    """Mix, tokenize and pack the sources, and cut the stream of rows into one file a phase (eq. 11).
 
     The next document always comes from the source that is furthest behind its share of the tokens. A source
     that is used up is read again in another order. Equal inputs and seeds give equal bytes.
@@ -83,30 +96,56 @@ def write_slices(
         tokenizer: The base model's.
         sequence_length: T.
         sequences: S of each phase: disjoint consecutive slices of one stream. Memory holds one of them.
+        packing: As in the settings.
         seed: Of the shuffles.
-        directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32 and ``trained``
-            (S, T) uint8, which is 0 for the tokens of prompts.
+        directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32, ``trained``
+            (S, T) uint8, which is 0 for the tokens of prompts, and, if documents are whole, ``starts`` (S, T)
+            uint8, which is 1 where one begins.
 
     Raises:
         DataError: If a source cannot be read or is empty.
         StorageError: If a file cannot be written.
     """
     weights = sum(source.weight for source in sources)
-    draws = [_Draw(source, source.weight / weights, tokenizer, seed) for source in sources]
-    stream = pack(_mix(draws), sequence_length)
+    whole = packing == "whole"
+    opening = opening_ids(tokenizer) if whole else []
+    draws = [_Draw(source, source.weight / weights, tokenizer, seed, opening) for source in sources]
+    stream: Iterator[Any] = pack(_mix(draws), sequence_length)
+    if whole:
+        _body_length(sequence_length, opening)
+        held = min(_HELD_ROWS, sum(sequences))
+        stream = pack_whole(
+            _mix(draws), sequence_length, opening=opening, padding=end_id(tokenizer), held=held
+        )
+    padding = 0
     for phase, wanted in enumerate(sequences, start=1):
-        ids = np.zeros((wanted, sequence_length), np.int32)
-        trained = np.zeros((wanted, sequence_length), np.uint8)
+        shape = (wanted, sequence_length)
+        tensors: dict[str, NDArray[Any]] = {
+            "input_ids": np.zeros(shape, np.int32),
+            "trained": np.zeros(shape, np.uint8),
+        }
+        if whole:
+            tensors["starts"] = np.zeros(shape, np.uint8)
         with Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress:
-            for row, sequence in enumerate(islice(stream, wanted)):
-                ids[row], trained[row] = sequence
+            for number, row in enumerate(islice(stream, wanted)):
+                for tensor, values in zip(tensors.values(), row, strict=False):
+                    tensor[number] = values
+                padding += row.padding if whole else 0
                 progress.add(sequence_length)
-        _save(directory / slice_name(phase), {"input_ids": ids, "trained": trained})
-    return MixtureReport(
+        _save(directory / slice_name(phase), tensors)
+    report = MixtureReport(
         sources=tuple(draw.report() for draw in draws),
         sequence_length=sequence_length,
         sequences=tuple(sequences),
+        padding=padding / max(sequence_length * sum(sequences), 1),
     )
+    log.info(
+        "mixture: %d sequences of %d tokens, %.2f %% of them padding",
+        sum(sequences),
+        sequence_length,
+        100 * report.padding,
+    )
+    return report
 
 
 def write_calibration_pool(
@@ -212,11 +251,16 @@ class _Draw:
     """An endless stream of one source's documents, and counts of what was drawn from it."""
 
     def __init__(
-        self, source: TextSource, share: float, tokenizer: "PreTrainedTokenizerBase", seed: int
+        self,
+        source: TextSource,
+        share: float,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        opening: Sequence[int],
     ) -> None:
         self.source, self.share = source, share
         self.tokens = self.trained_tokens = self.documents = self.passes = 0
-        self._stream = self._endless(tokenizer, seed)
+        self._stream = self._endless(tokenizer, seed, opening)
 
     def take(self) -> Tokenized:
         document = next(self._stream)
@@ -235,10 +279,12 @@ class _Draw:
             passes=self.passes,
         )
 
-    def _endless(self, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Iterator[Tokenized]:
+    def _endless(
+        self, tokenizer: "PreTrainedTokenizerBase", seed: int, opening: Sequence[int]
+    ) -> Iterator[Tokenized]:
         for done in count():
             empty = True
-            for document in _tokenized(self.source, tokenizer, seed + done):
+            for document in _tokenized(self.source, tokenizer, seed + done, opening):
                 empty = False
                 self.passes = done + 1
                 yield document
@@ -262,13 +308,16 @@ def _mix(draws: Sequence[_Draw]) -> Iterator[Tokenized]:
 
 
 def _tokenized(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None, opening: Sequence[int] = ()
 ) -> Iterator[Tokenized]:
-    is_text = source.format == "text"
-    tokenize: Any = tokenize_documents if is_text else tokenize_conversations
-    items: Iterator[Any] = (iter_documents if is_text else iter_conversations)(source, seed)
-    while batch := list(islice(items, _BATCH_DOCUMENTS)):
-        yield from tokenize(batch, tokenizer)
+    if source.format == "text":
+        documents = iter_documents(source, seed)
+        while texts := list(islice(documents, _BATCH_DOCUMENTS)):
+            yield from tokenize_documents(texts, tokenizer)
+    else:
+        conversations = iter_conversations(source, seed)
+        while batch := list(islice(conversations, _BATCH_DOCUMENTS)):
+            yield from tokenize_conversations(batch, tokenizer, opening)
 
 
 def _without_opening(

@@ -126,6 +126,7 @@ def _train(
         tensors["input_ids"],
         tensors["trained"],
         run.settings.training,
+        starts=tensors.get("starts"),  # none where rows are cut anywhere
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,
