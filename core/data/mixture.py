@@ -1,9 +1,7 @@
 """The token files of a run: training slices, the calibration pool and the windows for perplexity."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.files import save_sequences, writing_rows
 from core.data.packing import (
     Tokenized,
     end_id,
@@ -22,7 +21,7 @@ from core.data.packing import (
     tokenize_documents,
 )
 from core.data.texts import iter_conversations, iter_documents
-from core.errors import DataError, StorageError
+from core.errors import DataError
 from core.progress import Progress
 from core.settings.texts import TextSource
 
@@ -95,7 +94,7 @@ def write_slices(
         sources: The mixture; ``weight`` gives the shares.
         tokenizer: The base model's.
         sequence_length: T.
-        sequences: S of each phase: disjoint consecutive slices of one stream. Memory holds one of them.
+        sequences: S of each phase: disjoint consecutive slices of one stream.
         packing: As in the settings.
         seed: Of the shuffles.
         directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32, ``trained``
@@ -117,22 +116,17 @@ def write_slices(
         stream = pack_whole(
             _mix(draws), sequence_length, opening=opening, padding=end_id(tokenizer), held=held
         )
+    columns = {"input_ids": np.int32, "trained": np.uint8} | ({"starts": np.uint8} if whole else {})
     padding = 0
     for phase, wanted in enumerate(sequences, start=1):
-        shape = (wanted, sequence_length)
-        tensors: dict[str, NDArray[Any]] = {
-            "input_ids": np.zeros(shape, np.int32),
-            "trained": np.zeros(shape, np.uint8),
-        }
-        if whole:
-            tensors["starts"] = np.zeros(shape, np.uint8)
-        with Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress:
-            for number, row in enumerate(islice(stream, wanted)):
-                for tensor, values in zip(tensors.values(), row, strict=False):
-                    tensor[number] = values
+        with (
+            Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
+            writing_rows(directory / slice_name(phase), columns, (wanted, sequence_length)) as write,
+        ):
+            for row in islice(stream, wanted):
+                write(row)
                 padding += row.padding if whole else 0
                 progress.add(sequence_length)
-        _save(directory / slice_name(phase), tensors)
     report = MixtureReport(
         sources=tuple(draw.report() for draw in draws),
         sequence_length=sequence_length,
@@ -212,7 +206,7 @@ def write_calibration_pool(
             f"{source.path}: {found}, but {needed}. Lower calibration.sequences or "
             f"calibration.sequence_length, {advice}raise calibration.pool_documents, or name a larger corpus."
         )
-    _save(path, {"input_ids": _open_rows(rows, opening)})
+    save_sequences(path, _open_rows(rows, opening))
     log.info(
         "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, read
     )
@@ -242,7 +236,7 @@ def write_perplexity_windows(
             f"{source.path} does not fill one window of {length:,} tokens. "
             "Name a longer text, or lower evaluation.perplexity_length in a recipe."
         )
-    _save(path, {"input_ids": _open_rows(rows, opening)})
+    save_sequences(path, _open_rows(rows, opening))
     log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)
     return len(rows)
 
@@ -336,24 +330,5 @@ def _body_length(length: int, opening: Sequence[int]) -> int:
     return length - len(opening)
 
 
-def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> NDArray[np.int32]:
-    return np.stack([np.concatenate([np.array(opening, np.int32), row]) for row in rows])
-
-
-def _save(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file, which gets its final name once it is complete."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"{path} cannot be written ({reason}). Free space or choose another folder."
-        ) from error
+def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> list[NDArray[np.int32]]:
+    return [np.concatenate([np.array(opening, np.int32), row]) for row in rows]

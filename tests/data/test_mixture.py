@@ -1,5 +1,6 @@
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
+from core.data.files import writing_rows
 from core.data.mixture import slice_name, write_calibration_pool, write_perplexity_windows, write_slices
 from core.data.packing import PLAIN_TEMPLATE
 from core.data.texts import iter_documents
@@ -263,7 +265,7 @@ def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenize
             seed=0,
             directory=tmp_path,
         )
-    assert not (tmp_path / "slices").exists()
+    assert not list((tmp_path / "slices").iterdir())
     rows = [{"messages": [{"role": "user", "content": "anyone?"}]}]
     (tmp_path / "mute.jsonl").write_text(json.dumps(rows[0]))
     mute = TextSource(path=str(tmp_path / "mute.jsonl"), format="chat", field="messages")
@@ -426,3 +428,35 @@ def test_slices_are_read_lazily_by_safetensors(tmp_path, tokenizer):
     with safe_open(tmp_path / "slices/phase-01.safetensors", framework="np") as file:
         assert set(file.keys()) == {"input_ids", "trained", "starts"}
         assert file.get_slice("input_ids")[2:4].shape == (2, 8)
+
+
+def test_rows_are_written_one_by_one_and_memory_holds_none_of_them(tmp_path):
+    rng, shape = np.random.default_rng(0), (3000, 100)
+    want = {"input_ids": rng.integers(0, 9**9, shape).astype(np.int32), "trained": np.ones(shape, np.uint8)}
+    tracemalloc.start()
+    try:
+        with writing_rows(tmp_path / "x", {name: it.dtype.type for name, it in want.items()}, shape) as write:
+            for row in zip(*want.values(), strict=True):
+                write(row)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(it.nbytes for it in want.values()) / 10
+    found = load_file(tmp_path / "x")
+    for name, tensor in want.items():
+        assert found[name].dtype == tensor.dtype
+        assert np.array_equal(found[name], tensor)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("wrong", [DataError("no more text"), AssertionError("else rows of zeros")])
+def test_a_file_without_all_its_rows_is_not_there(tmp_path, wrong):
+    def write_one_of_three():
+        with writing_rows(tmp_path / "x", {"trained": np.uint8}, (3, 4)) as write:
+            write([np.ones(4, np.uint8)])
+            if isinstance(wrong, DataError):
+                raise wrong
+
+    with pytest.raises(type(wrong), match=str(wrong)):
+        write_one_of_three()
+    assert not list(tmp_path.iterdir())
