@@ -3,7 +3,8 @@
 ``config.json`` describes such a model with ``per_layer_config``: attention heads, KV heads and MLP width of
 each layer that differs from the global sizes. transformers reads and writes that, but builds all layers
 alike. The classes below let transformers build its own model first, and then build each layer of another size
-anew, by the same class. Nothing else changes: the arithmetic, caches and generation are transformers'.
+anew, by the same class. With ``output_biases`` they also give each projection back to the hidden size a bias.
+Nothing else changes: the arithmetic, caches and generation are transformers'.
 
 This file lies in each checkpoint of unequal layers, with the names of its model family in the three imports,
 and is what ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`` runs.
@@ -50,14 +51,13 @@ def build_unequal_layers(model: Any) -> bool:
         model: A model as the family's own class builds it; the default dtype and device are those wanted.
 
     Returns:
-        Whether a layer was replaced.
+        Whether a layer was changed.
     """
     config = model.config
-    if getattr(config, "per_layer_config", None) is None:
-        return False
     layers = getattr(model, model.base_model_prefix, model).layers
-    replaced = False
-    for index, built in enumerate(layers):
+    biased = bool(getattr(config, "output_biases", False))
+    replaced = biased
+    for index, built in enumerate(layers if getattr(config, "per_layer_config", None) is not None else ()):
         view = layer_config(config, index)
         with torch.device("meta"):  # shapes alone
             wanted = type(built)(view, index)
@@ -72,6 +72,10 @@ def build_unequal_layers(model: Any) -> bool:
                 module.config = own
         layers[index] = layer
         replaced = True
+    for layer in layers if biased else ():
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            if projection.bias is None:
+                projection.bias = torch.nn.Parameter(projection.weight.new_zeros(projection.out_features))
     return replaced
 
 

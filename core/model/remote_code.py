@@ -24,10 +24,15 @@ def stock_classes(config: Any) -> dict[str, str]:
     }
 
 
-def write_config(config: Any, directory: Path) -> None:
-    """Write ``config.json``, and for unequal layers the code that builds them.
+def needs_code(config: Any) -> bool:
+    """Return whether transformers builds a model only with the file beside the weights."""
+    return bool(config.is_heterogeneous or getattr(config, "output_biases", False))
 
-    A model of equal layers is a plain checkpoint of its family, without code.
+
+def write_config(config: Any, directory: Path) -> None:
+    """Write ``config.json``, and for unequal layers or output biases the code that builds them.
+
+    Any other model is a plain checkpoint of its family, without code.
 
     Args:
         config: The transformers config; stays as it is.
@@ -36,7 +41,7 @@ def write_config(config: Any, directory: Path) -> None:
     config = copy.deepcopy(config)
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]
-    if config.is_heterogeneous:
+    if needs_code(config):
         # Names unknown to any runtime: one that knew them would build all layers alike.
         config.architectures = [_CLASSES["AutoModelForCausalLM"]]
         config.auto_map = {auto: f"{MODULE}.{name}" for auto, name in _CLASSES.items()}

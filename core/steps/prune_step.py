@@ -56,6 +56,7 @@ def run_prune_step(
                 dtype=dtype_of(this.settings.model.dtype),
                 provenance=provenance_of(this, phase, digest, step="prune-step"),
                 repair=None if repair is None else repair.layer,
+                biased=repair is not None and repair.kind == "bias",
             )
         return {"params": plan.params_after}
 
@@ -73,7 +74,7 @@ def _repair(run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scrat
     from core.pruning.scoring.measurement import is_streamed, state_memory
     from core.pruning.surgery import open_pruned
 
-    prune, calibration = run.settings.prune, run.settings.calibration
+    prune, calibration = run.settings.prune.applied(), run.settings.calibration
     if prune.repair == "none":
         return None
     sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
@@ -85,5 +86,10 @@ def _repair(run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scrat
     room = state_memory(calibration) - states_bytes if device.type == "cpu" else available_bytes(device) // 4
     log.info("repairing on %s tokens", f"{tokens.numel():,}")
     return Repair(
-        model, tokens, ridge=prune.repair_ridge, micro_batch=calibration.micro_batch, keep_bytes=room
+        model,
+        tokens,
+        kind=prune.repair,
+        ridge=prune.repair_ridge,
+        micro_batch=calibration.micro_batch,
+        keep_bytes=room,
     )
