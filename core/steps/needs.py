@@ -74,6 +74,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         return on(component)[1] if precision == "auto" else precision
 
     needs: dict[ComponentName, Footprint] = {}
+    stored_bytes = 4 if settings.model.dtype_between_phases == "float32" else 2
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
     pod = parse_bytes(settings.cluster.of("calibrate").memory)
     needs["calibrate"] = scoring_footprint(
@@ -82,6 +83,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings.prune.applied(),
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
+        stored_bytes=stored_bytes,
     )
     if training.total_steps:
         needs["recover-train"] = training_footprint(
@@ -92,6 +94,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
                 precision=settled(training.precision, "recover-train"),
             ),
             device=on("recover-train")[0],
+            stored_bytes=stored_bytes,
         )
     needs["evaluate"] = evaluation_footprint(
         config,
@@ -101,6 +104,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             precision=settled(evaluation.precision, "evaluate"),
         ),
         device=on("evaluate")[0],
+        stored_bytes=stored_bytes,
     )
     return needs
 

@@ -36,16 +36,17 @@ def run_prune_step(
     this = Run.load(run)
 
     def compute(work: Workspace) -> dict[str, Any]:
-        from core.model.build import dtype_of
         from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
         from core.steps.footprint import explaining_memory
+        from core.steps.formats import written_format
 
         scored = open_publication(this.phase_uri(phase, "scored"))
         plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
+        dtype, final = written_format(this, phase, checkpoint, trained=False)
         with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
             repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
             prune_checkpoint(
@@ -53,8 +54,8 @@ def run_prune_step(
                 work.out,
                 plan,
                 digest=digest,
-                dtype=dtype_of(this.settings.model.dtype),
-                provenance=provenance_of(this, phase, digest, step="prune-step"),
+                dtype=dtype,
+                provenance=provenance_of(this, phase, digest, step="prune-step") | final,
                 repair=None if repair is None else repair.layer,
                 biased=repair is not None and repair.kind == "bias",
             )

@@ -42,6 +42,7 @@ def go_on(old, caplog):
     def run_steps(**changes):
         recipe = json.loads((old / "recipe.json").read_text())
         former = {"prune__repair": "none", "training__packing": "cut"}  # as the older version did
+        former |= {"model__dtype_between_phases": "same"}
         for name, value in (former | changes).items():
             *sections, key = name.split("__")
             place = recipe
@@ -75,9 +76,11 @@ def test_a_stored_run_has_the_settings_that_its_version_knew(old):
     (began,) = list_runs(open_store(old / "store"))
     stored = Path(old, "store", "runs", began.key, "run.json").read_text()
     assert '"repair"' not in stored
+    assert "dtype_between_phases" not in stored
     assert '"packing": "' not in stored  # calibration.packing is a bool
     run = Run.load({"store": "store", "key": began.key, "job": "old"})
     assert (run.settings.prune.repair, run.settings.training.packing) == ("none", "cut")
+    assert run.settings.model.dtype_between_phases == "same"
     assert Run.key_of(run.revision, run.settings) == began.key
 
 
