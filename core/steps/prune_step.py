@@ -41,18 +41,18 @@ def run_prune_step(
     def compute(work: Workspace) -> dict[str, Any]:
         import torch
 
-        from core.model.build import dtype_of
         from core.model.checkpoint import Checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
         from core.steps.footprint import explaining_memory
+        from core.steps.formats import written_format
 
         scored = open_publication(this.phase_uri(phase, "scored"))
         plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
-        dtype = dtype_of(this.settings.model.dtype)
-        provenance = provenance_of(this, phase, digest, step="prune-step")
+        dtype, final = written_format(this, phase, checkpoint, trained=False)
+        provenance = provenance_of(this, phase, digest, step="prune-step") | final
         distills, started = this.settings.prune.distill_steps > 0, time.monotonic()
         with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
             repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
@@ -83,7 +83,7 @@ def run_prune_step(
                 data=open_publication(data_uri),
                 scratch=work.scratch,
                 target=work.out,
-                dtype=dtype or checkpoint.dtype,
+                dtype=dtype,
                 provenance=provenance,
             )
         return report
