@@ -1,4 +1,4 @@
-"""The file that lets stock transformers load a checkpoint of unequal layers."""
+"""The file that lets stock transformers load a checkpoint of unequal or sliced layers."""
 
 import copy
 from pathlib import Path
@@ -25,9 +25,9 @@ def stock_classes(config: Any) -> dict[str, str]:
 
 
 def write_config(config: Any, directory: Path) -> None:
-    """Write ``config.json``, and for unequal layers the code that builds them.
+    """Write ``config.json``, and for unequal or sliced layers the code that builds them.
 
-    A model of equal layers is a plain checkpoint of its family, without code.
+    A model of equal layers of the full width is a plain checkpoint of its family, without code.
 
     Args:
         config: The transformers config; stays as it is.
@@ -36,7 +36,7 @@ def write_config(config: Any, directory: Path) -> None:
     config = copy.deepcopy(config)
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]
-    if config.is_heterogeneous:
+    if config.is_heterogeneous or getattr(config, "sliced_hidden_size", None):
         # Names unknown to any runtime: one that knew them would build all layers alike.
         config.architectures = [_CLASSES["AutoModelForCausalLM"]]
         config.auto_map = {auto: f"{MODULE}.{name}" for auto, name in _CLASSES.items()}

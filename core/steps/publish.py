@@ -122,9 +122,10 @@ def _formats(checkpoint: Path) -> list[str]:
     from core.export.decilm import decilm_obstacle
     from core.export.gguf_layout import architecture_of
     from core.model.checkpoint import Checkpoint
+    from core.model.config import sliced_width
 
     opened = Checkpoint(checkpoint)
-    formats = ["padded"] if opened.config.is_heterogeneous else []
+    formats = ["padded"] if opened.config.is_heterogeneous and not sliced_width(opened.config) else []
     if decilm_obstacle(opened.config) is None:
         formats.append("decilm")
     with contextlib.suppress(ExportError):

@@ -96,10 +96,12 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
     """Return the sizes of the base model, and the parameters that each phase is to end at."""
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
+    from core.model.config import refuse_sliced
     from core.pruning.phases import phase_sizes
     from core.pruning.planning import settings_for, sizing_for
     from core.pruning.sparsity import smallest_params
 
+    refuse_sliced(base.config)
     obstacle = decilm_obstacle(base.config) if settings.prune.profile == "portable" else None
     if obstacle is not None:
         raise UnsupportedModelError(
