@@ -120,7 +120,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             base_model: The model to prune: a Hugging Face id, or s3://bucket/prefix.
             revision: Branch, tag or commit of a Hugging Face model; empty takes its default branch.
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
-            method: The pruning method; there is one, adapt-pruner.
+            method: The pruning method: adapt-pruner, or one that it is compared with.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
                 compiled pipeline: prune.phases, prune.steps_per_phase, prune.repair, evaluation.speed, the
                 section cluster.

@@ -60,7 +60,7 @@ def _obstacles(config: Any) -> Iterator[str]:
     if config.model_type != "llama":
         yield f"its family is {config.model_type}, the format's is llama"
         return
-    for name in ("attention_bias", "mlp_bias"):
+    for name in ("attention_bias", "mlp_bias", "output_biases"):
         if getattr(config, name, False):
             yield f"its projections have biases ({name}), which not all runtimes read"
     if config.hidden_act != "silu":

@@ -1,5 +1,6 @@
 """Zero-padding of unequal layers to a plain checkpoint of the family, which any tool loads."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,15 +29,18 @@ def export_padded(checkpoint: Path, output: Path) -> Exported:
     All layers get the largest MLP width, and head counts that hold those of every layer. Padding is zero on
     both sides: channels without activation, query heads that no column of o_proj reads. In exact arithmetic
     the logits are the same; in floating point a kernel may add the terms of a longer sum in another order, so
-    logits agree to the rounding of the number format. Weights are copied bit by bit.
+    logits agree to the rounding of the number format. Weights are copied bit by bit. Where the checkpoint has
+    output biases, all projections get a bias, the others of zeros.
     """
     opened = Checkpoint(checkpoint)
     shapes, sizes = opened.layers, model_shape(opened.config)
-    plain = _plain_config(opened.config, sizes)
+    plain = _plain_config(_with_biases(opened.config), sizes)
     uniform = layer_shapes(plain)[0]
 
     def pad(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         log.debug("layer %d of %d: %s", index + 1, len(shapes), shapes[index])
+        if getattr(opened.config, "output_biases", False):
+            tensors = _biases(opened.family, tensors) | tensors
         return pad_layer(opened.family, shapes[index], tensors, uniform)
 
     padded_from = {"padded_from": [shape.to_dict() for shape in shapes]}
@@ -89,6 +93,34 @@ def _sources(layer: LayerShape, uniform: LayerShape) -> dict[Kind, Tensor]:
 def _copies(layer: LayerShape, per_slot: int) -> int:
     """Return how many copies of a KV head there must be if at most ``per_slot`` query heads read each."""
     return -(-layer.heads_per_group // per_slot)
+
+
+def pads_biases(config: Any) -> bool:
+    """Return whether a plain config of the family describes the biases that a checkpoint has."""
+    return not getattr(config, "output_biases", False) or hasattr(config, "mlp_bias")
+
+
+def _with_biases(config: Any) -> Any:
+    """Return the config with the family's own entries instead of ours for output biases."""
+    if not getattr(config, "output_biases", False):
+        return config
+    if not pads_biases(config):
+        raise ExportError(
+            f"{config.model_type} has no biases in o_proj and down_proj, but this checkpoint has "
+            "(output_biases): no plain checkpoint holds them. Export another format."
+        )
+    config = copy.deepcopy(config)
+    del config.output_biases
+    config.attention_bias = config.mlp_bias = True
+    return config
+
+
+def _biases(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a bias of zeros for each projection of a layer."""
+    weights = [name for name in family.slicings if name.endswith("_proj.weight")]
+    return {
+        name.removesuffix("weight") + "bias": tensors[name].new_zeros(len(tensors[name])) for name in weights
+    }
 
 
 def _plain_config(config: Any, sizes: ModelShape) -> Any:

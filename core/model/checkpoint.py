@@ -4,7 +4,7 @@ import copy
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -149,6 +149,7 @@ class Checkpoint:
         config: Any,
         *,
         change: ChangeLayer = lambda _, tensors: tensors,
+        layers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         provenance: Mapping[str, Any],
         config_writer: Callable[[Any, Path], None] = write_config,
@@ -159,22 +160,24 @@ class Checkpoint:
             target: Folder of the new checkpoint.
             config: Describes it; see ``write_checkpoint``.
             change: Turns a layer's tensors into those to write.
+            layers: Numbers of the layers to write; None for all.
             dtype: Number format to write; None keeps the stored one.
             provenance: See ``write_checkpoint``.
             config_writer: See ``write_checkpoint``.
         """
+        written = range(len(self.layers)) if layers is None else layers
 
         def parts() -> Iterator[dict[str, Tensor]]:
-            for index in range(len(self.layers)):
+            for place, index in enumerate(written):
                 tensors = change(index, self.layer(index))
-                yield {f"{self.family.layers}.{index}.{name}": t for name, t in tensors.items()}
+                yield {f"{self.family.layers}.{place}.{name}": t for name, t in tensors.items()}
             yield self.outside()
 
         write_checkpoint(
             target,
             config,
             ({name: t.to(dtype or t.dtype) for name, t in part.items()} for part in parts()),
-            len(self.layers) + 1,
+            len(written) + 1,
             companions=self.directory,
             provenance=provenance,
             config_writer=config_writer,

@@ -3,6 +3,7 @@
 transformers describes such models with ``per_layer_config``.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +25,8 @@ _SIZES = {
     "kv_heads": "num_key_value_heads",
     "mlp_width": "intermediate_size",
 }
+_OF_EACH_LAYER = ("layer_types", "no_rope_layers")
+"""Entries that are a list with an item for each layer."""
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
@@ -112,8 +115,23 @@ def head_dim(config: PreTrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
 
 
-def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -> PreTrainedConfig:
+def with_output_biases(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of ``config`` whose layers all have biases in the projections that read groups.
+
+    ``output_biases`` is our own entry, which the code beside the weights reads: no family has these biases
+    alone, and most have none.
+    """
+    biased = copy.deepcopy(config)
+    biased.output_biases = True
+    return biased
+
+
+def config_with_layers(
+    config: PreTrainedConfig, layers: Sequence[LayerShape], stay: Sequence[int] | None = None
+) -> PreTrainedConfig:
     """Return a copy of ``config`` with the given layer sizes.
+
+    ``stay`` are the numbers that the layers have in ``config``; None if they are all there.
 
     Layers that are all alike make a plain config that any loader reads. Otherwise the global sizes stay and
     each layer is listed in ``per_layer_config``; ``head_dim`` is explicit, since it no longer follows from
@@ -123,6 +141,11 @@ def config_with_layers(config: PreTrainedConfig, layers: Sequence[LayerShape]) -
     data.pop("per_layer_config", None)
     data.pop("allow_global_per_layer_attribute_access", None)
     data["head_dim"] = head_dim(config)
+    if stay is not None:
+        data["num_hidden_layers"] = len(stay)
+        for name in _OF_EACH_LAYER:
+            if isinstance(data.get(name), list):
+                data[name] = [data[name][index] for index in stay]
     sizes = [{name: getattr(layer, size) for size, name in _SIZES.items()} for layer in layers]
     if all(size == sizes[0] for size in sizes):
         # Some configs refuse a global head count: one that does not divide the hidden size (Llama, Gemma), or

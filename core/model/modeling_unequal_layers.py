@@ -3,7 +3,8 @@
 ``config.json`` describes such a model with ``per_layer_config``: attention heads, KV heads and MLP width of
 each layer that differs from the global sizes. transformers reads and writes that, but builds all layers
 alike. The classes below let transformers build its own model first, and then build each layer of another size
-anew, by the same class. Nothing else changes: the arithmetic, caches and generation are transformers'.
+anew, by the same class. With ``output_biases`` they also give each projection back to the hidden size a bias.
+Nothing else changes: the arithmetic, caches and generation are transformers'.
 
 A model sliced by SliceGPT also has ``sliced_hidden_size``, the width of the signal between its layers, each
 of which has its own basis: its residual sums go through matrices (``attn_shortcut``, ``mlp_shortcut``). The
@@ -85,19 +86,19 @@ def build_unequal_layers(model: Any) -> bool:
         model: A model as the family's own class builds it; the default dtype and device are those wanted.
 
     Returns:
-        Whether a layer was replaced.
+        Whether a layer was changed.
     """
     config, decoder = model.config, getattr(model, model.base_model_prefix, model)
     width, layers = getattr(config, "sliced_hidden_size", None), decoder.layers
     layer_class: Any = type(layers[0])
-    if getattr(config, "per_layer_config", None) is None and width is None:
-        return False
     if width is not None:
         whole = decoder.embed_tokens
         decoder.embed_tokens = type(whole)(whole.num_embeddings, width, whole.padding_idx)
         layer_class = functools.partial(_sliced(layer_class), hidden_size=config.hidden_size)
-    replaced = False
-    for index, built in enumerate(layers):
+    biased = bool(getattr(config, "output_biases", False))
+    own_sizes = width is not None or getattr(config, "per_layer_config", None) is not None
+    replaced = biased
+    for index, built in enumerate(layers if own_sizes else ()):
         view = layer_config(config, index)
         with torch.device("meta"):  # shapes alone
             wanted = layer_class(view, index)
@@ -112,6 +113,10 @@ def build_unequal_layers(model: Any) -> bool:
                 module.config = own
         layers[index] = layer
         replaced = True
+    for layer in layers if biased else ():
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            if projection.bias is None:
+                projection.bias = torch.nn.Parameter(projection.weight.new_zeros(projection.out_features))
     return replaced
 
 

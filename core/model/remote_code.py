@@ -24,10 +24,16 @@ def stock_classes(config: Any) -> dict[str, str]:
     }
 
 
-def write_config(config: Any, directory: Path) -> None:
-    """Write ``config.json``, and for unequal or sliced layers the code that builds them.
+def needs_code(config: Any) -> bool:
+    """Return whether transformers builds a model only with the file beside the weights."""
+    ours = ("output_biases", "sliced_hidden_size")
+    return bool(config.is_heterogeneous or any(getattr(config, name, None) for name in ours))
 
-    A model of equal layers of the full width is a plain checkpoint of its family, without code.
+
+def write_config(config: Any, directory: Path) -> None:
+    """Write ``config.json``, and for unequal or sliced layers or output biases the code that builds them.
+
+    Any other model is a plain checkpoint of its family, without code.
 
     Args:
         config: The transformers config; stays as it is.
@@ -36,7 +42,7 @@ def write_config(config: Any, directory: Path) -> None:
     config = copy.deepcopy(config)
     stock = stock_classes(config)
     config.architectures = [stock["AutoModelForCausalLM"]]
-    if config.is_heterogeneous or getattr(config, "sliced_hidden_size", None):
+    if needs_code(config):
         # Names unknown to any runtime: one that knew them would build all layers alike.
         config.architectures = [_CLASSES["AutoModelForCausalLM"]]
         config.auto_map = {auto: f"{MODULE}.{name}" for auto, name in _CLASSES.items()}

@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What one layer keeps, as ascending indices into its present groups.
+    """What one layer keeps, as ascending indices into its present groups; a layer that keeps none goes whole.
 
     Attributes:
         query_heads: Kept query heads; the same number for each kept KV head.
@@ -30,6 +30,11 @@ class LayerPlan:
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     mlp_channels: tuple[int, ...]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the layer is still there."""
+        return bool(self.mlp_channels)
 
     def shape(self) -> LayerShape:
         """Return the sizes of the layer that stays."""
@@ -75,13 +80,14 @@ class Plan:
     @property
     def after(self) -> tuple[LayerShape, ...]:
         """Sizes of each layer that the plan leaves."""
-        return tuple(layer.shape() for layer in self.layers)
+        return tuple(layer.shape() for layer in self.layers if layer.stays)
 
     def then(self, later: "Plan") -> "Plan":
         """Compose with a plan made for what this one leaves; the result fits this one's checkpoint."""
+        following = iter(later.layers)
         return replace(
             later,
-            layers=tuple(a.then(b) for a, b in zip(self.layers, later.layers, strict=True)),
+            layers=tuple(layer.then(next(following)) if layer.stays else layer for layer in self.layers),
             before=self.before,
             checkpoint=self.checkpoint,
             statistics=self.statistics,
@@ -128,9 +134,13 @@ class Plan:
         for index, (plan, shape) in enumerate(zip(self.layers, self.before, strict=True)):
             if not _fits(plan, shape):
                 raise PlanError(f"the plan keeps groups that layer {index} does not have. Score it again.")
+        if not self.after:
+            raise PlanError("the plan keeps no layer. Score the checkpoint again.")
 
 
 def _fits(plan: LayerPlan, shape: LayerShape) -> bool:
+    if not (plan.query_heads or plan.kv_heads or plan.mlp_channels):
+        return True
     kept = [
         (plan.query_heads, shape.query_heads),
         (plan.kv_heads, shape.kv_heads),

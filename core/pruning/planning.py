@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from core.errors import UnsupportedModelError
+from core.model.build import model_shape
+from core.model.config import with_output_biases
 from core.model.families import Family
-from core.model.shape import ModelShape
-from core.pruning.attention import attention_cuts
+from core.model.shape import LayerShape, ModelShape
+from core.pruning.attention import AttentionCut, attention_cuts
+from core.pruning.methods.llm_pruner import whole_layers
 from core.pruning.phases import pruning_steps
 from core.pruning.plan import LayerPlan, Plan, select_groups
 from core.pruning.scoring.statistics import LayerScores, Statistics
@@ -18,7 +22,11 @@ from core.pruning.sparsity import (
     sizes_at,
     sizes_for_target,
 )
+from core.settings.methods import ATTENTION
 from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +36,8 @@ class Step:
     Attributes:
         layers: What each layer keeps.
         shape: Sizes of the remaining model.
-        importance: Normalised importance of each layer.
-        sparsity: Cumulative sparsity of each layer after the step.
+        importance: Normalised importance of each layer of the dense model; 0 for those that went before.
+        sparsity: Cumulative sparsity of each layer of the dense model after the step; 1 for those gone whole.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -41,19 +49,21 @@ class Step:
 def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
     """Return the settings as they apply to a family.
 
-    The portable profile means whole attention and MLP widths that are multiples of 256. ``auto`` leaves
-    attention whole if the family's heads cannot be removed. It compares scores of attention and MLP, so it
-    means ``kv_group`` under a criterion whose scores are not in units of loss.
+    The method has its own. The portable profile means whole attention and MLP widths that are multiples of
+    256. ``auto`` leaves attention whole if the family's heads cannot be removed. It compares scores of
+    attention and MLP, so it means ``kv_group`` under a criterion whose scores are not in units of loss, and
+    under methods that do not compare them.
 
     Raises:
         UnsupportedModelError: If the settings ask to remove heads that cannot be removed.
     """
+    settings = settings.applied()
     if settings.profile == "portable":
         multiple = max(settings.width_multiple, PORTABLE_WIDTH)
         return replace(settings, attention_unit="none", width_multiple=multiple)
     if settings.attention_unit == "auto":
-        comparable = settings.criterion.startswith("taylor")
-        unit: AttentionUnit = "auto" if comparable else "kv_group"
+        comparable = settings.method == "adapt-pruner" and settings.criterion.startswith("taylor")
+        unit: AttentionUnit = "auto" if comparable else ATTENTION.get(settings.method, "kv_group")
         return replace(settings, attention_unit=unit if family.prunes_heads else "none")
     if family.prunes_heads or settings.attention_unit == "none":
         return settings
@@ -74,13 +84,46 @@ def sizing_for(
 
     Without ``scores`` of the groups, the rules allow every size that some scores could lead to.
     """
+    cuts = attention_cuts(settings.attention_unit, dense, current, scores)
+    whole = whole_layers(len(cuts)) if settings.method == "llm-pruner" else frozenset[int]()
     return Sizing(
         dense=dense,
         current=current,
-        cuts=attention_cuts(settings.attention_unit, dense, current, scores),
+        cuts=tuple(AttentionCut(unit=None) if i in whole else cut for i, cut in enumerate(cuts)),
         by_budget=settings.attention_unit == "auto",
         width_multiple=settings.width_multiple,
+        whole=whole,
     )
+
+
+def shape_under(settings: PruneSettings, shape: ModelShape, config: "PreTrainedConfig") -> ModelShape:
+    """Return the sizes of a model with the parameters that the repair adds to its layers, cut or not.
+
+    Args:
+        settings: Of the run, as they apply.
+        shape: Sizes of the model.
+        config: Of the model, of any layer sizes.
+    """
+    if settings.repair != "bias":
+        return shape
+    return replace(shape, layer_params=model_shape(with_output_biases(config)).layer_params)
+
+
+class DecideStep(Protocol):
+    """Decides one pruning step, by the rules of a method."""
+
+    def __call__(
+        self,
+        statistics: Statistics,
+        *,
+        dense: ModelShape,
+        current: ModelShape,
+        sparsity: Sequence[float],
+        target_params: int,
+        steps_left: int,
+        settings: PruneSettings,
+    ) -> Step:
+        """See ``plan_step``."""
 
 
 def plan_step(
@@ -109,8 +152,7 @@ def plan_step(
         TargetError: If the target cannot be reached.
     """
     sizing = sizing_for(settings, dense, current, statistics.scores)
-    # eq. 4-5: a layer that leaves its input unchanged matters least.
-    importance = normalise_importance([-s for s in statistics.similarities.tolist()])
+    importance = importance_of(statistics)
     to_remove = max(current.num_params() - target_params, 0) / steps_left
     added = to_remove / sizing.prunable_params()
     after = next_sparsity(
@@ -122,11 +164,28 @@ def plan_step(
         # Widths that were rounded down lower the shift, but not below the sparsity before this step.
         shift = max(shift, -added)
         after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
+    return step_to(statistics, layers, current=current, importance=importance, sparsity=after)
+
+
+def step_to(
+    statistics: Statistics,
+    layers: tuple[LayerShape, ...],
+    *,
+    current: ModelShape,
+    importance: tuple[float, ...],
+    sparsity: tuple[float, ...],
+) -> Step:
+    """Return the step to the layer sizes ``layers``; in each layer the lowest-scoring groups go."""
     plans = tuple(
         select_groups(scores, now, wanted)
         for scores, now, wanted in zip(statistics.scores, current.layers, layers, strict=True)
     )
-    return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=after)
+    return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=sparsity)
+
+
+def importance_of(statistics: Statistics) -> tuple[float, ...]:
+    """Return each layer's normalised importance: one that leaves its input alone matters least (eq. 4-5)."""
+    return normalise_importance([-s for s in statistics.similarities.tolist()])
 
 
 def plan_phase(
@@ -140,6 +199,7 @@ def plan_phase(
     checkpoint: str,
     statistics_digest: str,
     remeasure: Callable[[tuple[LayerPlan, ...], int], Statistics],
+    decide: DecideStep = plan_step,
 ) -> Plan:
     """Decide all pruning steps of a phase and compose them into one plan.
 
@@ -154,6 +214,7 @@ def plan_phase(
         statistics_digest: Digest of the statistics.
         remeasure: Takes what the last step keeps of the model before it, and the next step's number (from 1);
             returns statistics of the remaining model.
+        decide: Decides each step.
 
     Raises:
         TargetError: If the target cannot be reached.
@@ -166,7 +227,7 @@ def plan_phase(
             break
         if step is not None:
             statistics = remeasure(step.layers, number)
-        step = plan_step(
+        step = decide(
             statistics,
             dense=dense,
             current=current,

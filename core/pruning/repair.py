@@ -9,12 +9,16 @@ over the tokens of a calibration set; lambda is a share of the mean diagonal of 
 a bias, the sums are about the means, and the bias takes over what the means contributed. Layers are repaired
 in order, each on the activations that the repaired ones before it give, with the sums of one projection and
 one hidden state a token in memory.
+
+Two other repairs are those of compared methods. ``ridge_to_zero`` pulls W' to zero instead of W_K, so E is
+less by lambda W_K. ``bias`` leaves the weights alone and adds what went on average, W_R mean(x_R), to the
+bias; the means are those of the model before the cut, as in FLAP.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,8 @@ from core.model.layerwise import LayerwiseModel, frozen, replaced
 from core.progress import Progress
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.batching import fitting_micro_batch
+
+RepairKind = Literal["ridge", "ridge_to_zero", "bias"]
 
 _ATTENTION, _MLP = "self_attn", "mlp"
 """The blocks of a layer, in every family."""
@@ -39,6 +45,7 @@ class Repair:
         model: LayerwiseModel,
         tokens: Tensor,
         *,
+        kind: RepairKind = "ridge",
         ridge: float,
         micro_batch: int = 0,
         keep_bytes: int = 0,
@@ -48,12 +55,13 @@ class Repair:
         Args:
             model: The model before the cut. Layers in memory are changed: weights that go become 0.
             tokens: (S, T) int64 token ids.
+            kind: What takes over.
             ridge: lambda as a share of the mean diagonal of G_KK.
             micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory
                 suggests.
             keep_bytes: Memory on the model's device for activations that would otherwise be computed twice.
         """
-        self.model, self.ridge, self._keep_bytes = model, ridge, keep_bytes
+        self.model, self.kind, self.ridge, self._keep_bytes = model, kind, ridge, keep_bytes
         self._family, self._shapes = family_of(model.model.config), layer_shapes(model.model.config)
         self._device = model.model.device
         size = micro_batch or fitting_micro_batch(model.model.config, tokens.shape, device=self._device)
@@ -81,7 +89,7 @@ class Repair:
             for path, stay in self._cuts(index, layer, plan):
                 linear = layer.get_submodule(path)
                 assert isinstance(linear, nn.Linear), "what reads groups is a linear map"
-                sums, known = _Sums(linear, stay), []
+                sums, known = _Sums(linear, stay, self.kind), []
                 for observed in self._up_to(index, layer, linear):
                     sums.add(observed.inputs)
                     known.append(observed if self._fits(observed, len(known)) else None)
@@ -97,13 +105,16 @@ class Repair:
                         f"the repair of {path} of layer {index} has no solution within rounding "
                         f"(prune.repair_ridge={self.ridge}). Raise prune.repair_ridge."
                     ) from error
+                if of_bias is not None:
+                    changes[f"{path}.bias"] = of_bias.cpu()
+                if of_weight is None:
+                    continue
                 repaired = torch.zeros_like(linear.weight)
                 repaired[:, stay] = (linear.weight[:, stay] + of_weight).to(repaired.dtype)
                 linear.weight.data = repaired
                 changes[f"{path}.weight"] = of_weight.cpu()
                 if of_bias is not None:
                     linear.bias.data = (linear.bias + of_bias).to(repaired.dtype)
-                    changes[f"{path}.bias"] = of_bias.cpu()
             if index + 1 < len(self._shapes):
                 self._advance(index, layer, known)
         self._progress.add()
@@ -185,12 +196,13 @@ class _ReachedError(Exception):
 class _Sums:
     """The sums over tokens that the repair of a projection is computed from."""
 
-    def __init__(self, linear: nn.Linear, stay: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, stay: Tensor, kind: RepairKind) -> None:
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         goes = torch.ones(linear.in_features, dtype=torch.bool, device=stay.device)
         goes[stay] = False
         self._stay, self._goes = stay, goes.nonzero().flatten()
-        self._lost = linear.weight.detach()[:, self._goes].to(dtype)
+        self._kind, weight = kind, linear.weight.detach().to(dtype)
+        self._lost, self._kept = weight[:, self._goes], weight[:, stay]
         self._gram = self._lost.new_zeros(len(stay), len(stay))
         self._error = self._lost.new_zeros(len(self._lost), len(stay))
         self._biased = linear.bias is not None
@@ -204,32 +216,37 @@ class _Sums:
         """Take in (B, T, F) inputs of the projection."""
         rows = inputs.flatten(0, 1).to(self._lost.dtype)
         x, error = rows[:, self._stay], rows[:, self._goes] @ self._lost.T
-        self._gram.addmm_(x.T, x)
-        self._error.addmm_(error.T, x)
+        if self._kind != "bias":
+            self._gram.addmm_(x.T, x)
+            self._error.addmm_(error.T, x)
         self._inputs_sum += x.sum(dim=0)
         self._error_sum += error.sum(dim=0)
         self._tokens += len(x)
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """Return what is added to the (D, K) kept weights, and to the (D,) bias if there is one.
+    def solve(self, ridge: float) -> tuple[Tensor | None, Tensor | None]:
+        """Return what is added to the (D, K) kept weights, and to the (D,) bias; None for nothing.
 
         Raises:
             ValueError: If a sum is not finite.
             ArithmeticError: If the ridge is lost in rounding.
         """
-        gram, error = self._gram.double(), self._error.double()
+        dtype, gram, error = self._lost.dtype, self._gram.double(), self._error.double()
         mean, of_mean = self._inputs_sum.double() / self._tokens, self._error_sum.double() / self._tokens
         if self._biased:
             gram -= self._tokens * mean.outer(mean)
             error -= self._tokens * of_mean.outer(mean)
-        if not bool(gram.isfinite().all() and error.isfinite().all()):
+        if not all(bool(sums.isfinite().all()) for sums in (gram, error, of_mean)):
             raise ValueError("a sum is not finite")
+        if self._kind == "bias":
+            return None, of_mean.to(dtype)
         # Inputs that are 0 throughout tell nothing, and change nothing.
-        gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+        strength = ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        gram.diagonal().add_(strength)
+        if self._kind == "ridge_to_zero":
+            error -= strength * self._kept
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
             raise ArithmeticError("the ridge is lost in rounding")
         of_weight = torch.cholesky_solve(error.T, factor).T
         of_bias = of_mean - of_weight @ mean if self._biased else None
-        dtype = self._lost.dtype
         return of_weight.to(dtype), None if of_bias is None else of_bias.to(dtype)

@@ -69,6 +69,7 @@ class Sizing:
         by_budget: Whether a layer's sparsity is a share of all its prunable parameters, so that its MLP gets
             what its attention leaves; otherwise it is a share of each kind of group separately.
         width_multiple: MLP widths are multiples of this, except widths that are not cut.
+        whole: Layers that lose nothing.
     """
 
     dense: ModelShape
@@ -76,6 +77,7 @@ class Sizing:
     cuts: tuple[AttentionCut, ...]
     by_budget: bool = False
     width_multiple: int = 1
+    whole: frozenset[int] = frozenset()
 
     def attention_units(self, index: int) -> int:
         """Return the attention units of layer ``index``."""
@@ -91,6 +93,8 @@ class Sizing:
 
     def min_width(self, index: int) -> int:
         """Return the smallest MLP width of layer ``index``."""
+        if index in self.whole:
+            return self.current.layers[index].mlp_width
         return min(max(1, self.width_multiple), self.current.layers[index].mlp_width)
 
     def units_at(self, index: int, sparsity: float) -> int:
@@ -125,7 +129,9 @@ class Sizing:
     def prunable_params(self) -> int:
         """Return the parameters of the dense model that sparsity is a share of."""
         total = 0
-        for layer, cut in zip(self.dense.layers, self.cuts, strict=True):
+        for index, (layer, cut) in enumerate(zip(self.dense.layers, self.cuts, strict=True)):
+            if index in self.whole:
+                continue
             total += self.dense.prunable_params(layer)
             if cut.unit is None:
                 total -= self.dense.attention_params(layer)
@@ -155,12 +161,15 @@ def smallest_params(sizing: Sizing, target_params: int) -> int:
     )
     params = sizing.current.with_layers(least).num_params()
     if params > target_params + sizing.width_multiple * sizing.current.mlp_channel_params / 2:
-        whole = sizing.cuts[0].unit is None
+        cut = [index for index in range(count) if index not in sizing.whole]
+        whole = sizing.cuts[cut[0]].unit is None
         attention = "attention whole" if whole else "one attention unit left"
         raise TargetError(
             f"prune.target={target_params:,} parameters cannot be reached: with {attention} and an MLP width "
-            f"of {sizing.min_width(0)} in each of {count} layers the model still has {params:,} parameters, "
-            f"{sizing.current.outside_params:,} of them outside the layers. Raise prune.target."
+            f"of {sizing.min_width(cut[0])} in each of {len(cut)} layers the model still has {params:,} "
+            f"parameters, {sizing.current.outside_params:,} of them outside the layers"
+            + (f" and {len(sizing.whole)} layers left whole" if sizing.whole else "")
+            + ". Raise prune.target."
         )
     return params
 
@@ -202,7 +211,7 @@ def sizes_for_target(
 
     def sized(units: Sequence[int]) -> tuple[float, tuple[LayerShape, ...], float]:
         shift, _ = _bisect(lambda d: sizing.params(units, widths(d, units)) - target_params)
-        layers = sizing.layers(units, _round_widths(sizing, units, widths(shift, units), target_params))
+        layers = sizes_near(sizing, units, widths(shift, units), target_params)
         return abs(sizing.current.with_layers(layers).num_params() - target_params), layers, shift
 
     missed, layers, shift = sized(kept)
@@ -210,6 +219,13 @@ def sizes_for_target(
         # Widths at their bounds cannot offset the last attention unit: one more or fewer may be closer.
         _, layers, shift = min((sized(kept), *map(sized, _neighbours(sizing, kept))), key=lambda way: way[0])
     return layers, shift
+
+
+def sizes_near(
+    sizing: Sizing, units: Sequence[int], widths: Sequence[float], target_params: int
+) -> tuple[LayerShape, ...]:
+    """Round MLP widths beside given attention units so that the total is nearest to the target."""
+    return sizing.layers(units, _round_widths(sizing, units, widths, target_params))
 
 
 def _neighbours(sizing: Sizing, units: Sequence[int]) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """Physical removal of groups from a layer's tensors, a model in memory, or a checkpoint on disk."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.model.build import build_model, load_model
 from core.model.checkpoint import Checkpoint
-from core.model.config import config_with_layers, layer_shapes
+from core.model.config import config_with_layers, layer_shapes, with_output_biases
 from core.model.families import Family, Kind, family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.model.shape import LayerShape
@@ -52,18 +52,39 @@ def prune_layer(
     return pruned
 
 
-def prune_model(model: "PreTrainedModel", layers: tuple[LayerPlan, ...]) -> "PreTrainedModel":
-    """Return a smaller model that shares all uncut tensors with ``model``."""
+def output_biases(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros for the biases that a decoder layer's projections back to the hidden size lack."""
+    weights = [name for name, slicing in family.slicings.items() if slicing.axis == 1]
+    biases = {name.removesuffix("weight") + "bias": tensors[name] for name in weights}
+    return {name: weight.new_zeros(len(weight)) for name, weight in biases.items() if name not in tensors}
+
+
+def prune_model(
+    model: "PreTrainedModel", layers: tuple[LayerPlan, ...], *, biased: bool = False
+) -> "PreTrainedModel":
+    """Return a smaller model that shares all uncut tensors with ``model``.
+
+    ``biased`` gives each projection back to the hidden size a bias, which is 0 where it had none.
+    """
     from transformers.initialization import no_init_weights
 
     family = family_of(model.config)
     shapes = layer_shapes(model.config)
     state = dict(model.state_dict())
+    place = 0
     for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
-        prefix = f"{family.layers}.{index}."
-        tensors = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
-        state |= {prefix + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
-    config = config_with_layers(model.config, [plan.shape() for plan in layers])
+        prefix, after = f"{family.layers}.{index}.", f"{family.layers}.{place}."
+        own = [name for name in state if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): state.pop(name) for name in own}
+        if not plan.stays:
+            continue
+        if biased:
+            tensors |= output_biases(family, tensors)
+        state |= {after + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
+        place += 1
+    config = config_after(model.config, layers)
+    if biased:
+        config = with_output_biases(config)
     with no_init_weights():
         smaller = build_model(config, dtype=model.dtype)
     smaller.load_state_dict(state, assign=True)
@@ -89,6 +110,7 @@ def open_pruned(
         return LayerwiseModel(model if layers is None else prune_model(model, layers))
     if layers is None:
         return open_streamed(checkpoint, dtype=dtype, device=device)
+    assert all(plan.stays for plan in layers), "what removes layers takes one step: nothing is measured after"
     return open_streamed(
         checkpoint,
         dtype=dtype,
@@ -96,6 +118,12 @@ def open_pruned(
         sizes=[plan.shape() for plan in layers],
         cut=lambda i, tensors: prune_layer(checkpoint.family, checkpoint.layers[i], tensors, layers[i]),
     )
+
+
+def config_after(config: Any, layers: Sequence[LayerPlan]) -> Any:
+    """Return the config of what ``layers`` leave of the model that ``config`` describes."""
+    stay = [index for index, plan in enumerate(layers) if plan.stays]
+    return config_with_layers(config, [layers[index].shape() for index in stay], stay)
 
 
 def prune_checkpoint(
@@ -107,11 +135,13 @@ def prune_checkpoint(
     dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any],
     repair: Callable[[int, LayerPlan], Mapping[str, Tensor]] | None = None,
+    biased: bool = False,
 ) -> None:
     """Write the checkpoint that ``plan`` leaves of another, a layer at a time; the model is never held whole.
 
     ``digest`` is that of the checkpoint's manifest; ``dtype`` None keeps the stored number format. ``repair``
-    is called for each layer in turn and returns what is added to its tensors once they are cut.
+    is called for each layer in turn and returns what is added to its tensors once they are cut. ``biased`` is
+    as in ``prune_model``.
 
     Raises:
         PlanError: If the plan was made for another checkpoint.
@@ -119,14 +149,25 @@ def prune_checkpoint(
     """
     shapes = checkpoint.layers
     plan.check(digest, shapes)
-    smaller = config_with_layers(checkpoint.config, plan.after)
+    smaller = config_after(checkpoint.config, plan.layers)
+    if biased:
+        smaller = with_output_biases(smaller)
     smaller.dtype = dtype or checkpoint.dtype
 
     def cut(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.after[index])
+        log.debug("layer %d of %d: %s", index + 1, len(shapes), plan.layers[index].shape())
+        if biased:
+            tensors = tensors | output_biases(checkpoint.family, tensors)
         left = prune_layer(checkpoint.family, shapes[index], tensors, plan.layers[index])
         changes = repair(index, plan.layers[index]) if repair else {}
         # Rounded once, to the format that is written.
         return left | {name: (left[name] + t).to(dtype or left[name].dtype) for name, t in changes.items()}
 
-    checkpoint.rewrite(target, smaller, change=cut, dtype=dtype, provenance=provenance)
+    checkpoint.rewrite(
+        target,
+        smaller,
+        change=cut,
+        layers=[index for index, layer in enumerate(plan.layers) if layer.stays],
+        dtype=dtype,
+        provenance=provenance,
+    )

@@ -1,12 +1,13 @@
 """Settings of the section ``prune``: how much is removed, in which steps, and from which layers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
 from core.settings.identity import formerly
+from core.settings.methods import FIXED, PREFERRED, MethodName
 
 WIDTH_MULTIPLE = 32
 """MLP widths are multiples of this by default: llama.cpp quantizes weights in blocks of 32."""
@@ -23,9 +24,14 @@ CriterionName = Literal[
     "magnitude_l2",
     "wanda_sp",
     "fluctuation",
+    "standardised_fluctuation",
     "activation_l2",
+    "leverage",
+    "obs",
+    "fisher",
     "random",
 ]
+RepairName = Literal["none", "ridge", "ridge_to_zero", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,12 @@ class PruneSettings:
     target: str = "50%"
     """Parameters that stay: a count (``108M``) or a share of the base model's (``80%``). Reached to within
     half of ``width_multiple`` MLP channels."""
-    method: Literal["adapt-pruner"] = "adapt-pruner"
-    """The pruning method."""
+    method: MethodName = "adapt-pruner"
+    """The pruning method. ``adapt-pruner`` follows all settings. The others are systems that it is compared
+    with, at the same size and on the same texts: ``llm-pruner`` (without LoRA), ``flap``, ``minitron``
+    (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``,
+    ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one step a phase, and
+    decide ``criterion``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -53,20 +63,23 @@ class PruneSettings:
     """How a layer's input and output are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
     """How a group is scored. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
-    repair: Literal["none", "ridge"] = field(default="ridge", metadata=formerly("none"))
+    repair: RepairName = field(default="ridge", metadata=formerly("none"))
     """What is done to the weights that stay after a cut. ``ridge``: those of o_proj and down_proj take over
-    what those that went contributed, in closed form, layer after layer. ``none`` (the paper): nothing."""
+    what those that went contributed, in closed form, layer after layer; ``ridge_to_zero``: with a ridge that
+    pulls to zero instead of to the weights as they were (GRAIL, MoDeGPT). ``bias``: o_proj and down_proj get
+    biases that make up for the mean of what went (FLAP). ``none`` (the paper): nothing."""
     repair_ridge: float = 0.1
-    """Strength of the ridge that holds repaired weights near what they were, as a share of the mean square of
-    the activations that they read."""
+    """Strength of the ridge of a repair, as a share of the mean square of the activations that the repaired
+    weights read. Where it is not set, it is 0.001 for ``grail`` and 0.0001 for ``modegpt``."""
     repair_tokens: str = "128k"
-    """Tokens of the calibration corpus that a repair is computed from, in sequences of
-    ``calibration.sequence_length``; at most what the corpus holds."""
+    """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``) is computed from, in
+    sequences of ``calibration.sequence_length``; at most what the corpus holds."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
-    the MLP channels it would replace (Taylor criteria; else as ``kv_group``). ``kv_group`` (the paper): KV
-    heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at
-    the MLP's sparsity. ``none``: nothing."""
+    the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
+    ``none`` for ``modegpt`` and ``shortgpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the
+    paper): KV heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV
+    head, at the MLP's sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
     """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
     llama.cpp quantize every layer; 1 gets closest to the target."""
@@ -91,6 +104,7 @@ class PruneSettings:
                 yield f"target={self.target} must be positive. Ask for the number of parameters that stay."
         except ValueError:
             yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
+        yield from self._contradictions()
         yield from in_range("phases", self.phases, 1, 1000)
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
@@ -113,6 +127,31 @@ class PruneSettings:
                 f"width_multiple={self.width_multiple} must be a multiple of {PORTABLE_WIDTH} under "
                 "profile=portable. Leave it out, or set profile to free."
             )
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.method == "slicegpt" and self.phases != 1:
+            yield (
+                f"phases={self.phases}: method=slicegpt cannot prune what it has sliced, so it takes one. "
+                "Set phases to 1."
+            )
+        fixed = FIXED[self.method]
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if name in fixed and value not in (setting.default, fixed[name]):
+                yield (
+                    f"{name}={value} contradicts method={self.method}, which decides it: {fixed[name]}. "
+                    f"Leave {name} out, or set method to adapt-pruner."
+                )
+
+    def applied(self) -> "PruneSettings":
+        """Return the settings as their method applies them."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
+        preferred = {
+            name: value
+            for name, value in PREFERRED.get(self.method, {}).items()
+            if getattr(self, name) == defaults[name]
+        }
+        return replace(self, **FIXED[self.method], **preferred)
 
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""

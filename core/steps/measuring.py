@@ -57,15 +57,15 @@ class PhaseMeasurement:
         from core.pruning.scoring.measurement import MeasuredCheckpoint
         from core.steps.footprint import check_scoring
 
-        settings = run.settings
+        settings, prune = run.settings, run.settings.prune.applied()
         self._run, self._phase, self._data, self._scratch = run, phase, data, scratch
         opened = Checkpoint(checkpoint.fetch(scratch))
         warn_if_emulated("calibration", settings.calibration.precision, pick_device())
-        check_scoring(opened.config, settings.calibration, settings.prune, pick_device().type)
+        check_scoring(opened.config, settings.calibration, prune, pick_device().type)
         self._measured = MeasuredCheckpoint(
             opened,
             settings.calibration,
-            settings.prune,
+            prune,
             dtype=dtype_of(settings.calibration.precision),
             seed=settings.seed,
             scratch=scratch,

@@ -79,7 +79,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     needs["calibrate"] = scoring_footprint(
         config,
         replace(calibration, precision=settled(calibration.precision, "calibrate")),
-        settings.prune,
+        settings.prune.applied(),
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
     )

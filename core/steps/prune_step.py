@@ -13,7 +13,10 @@ from core.storage.layout import PLAN
 from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from core.model.checkpoint import Checkpoint
+    from core.model.layerwise import LayerwiseModel
     from core.pruning.repair import Repair
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ def run_prune_step(
 ) -> str:
     """Remove the groups that the plan, which score-layers has published, leaves out, and repair what stays.
 
+    Under ``slicegpt`` the plan keeps all groups, and the signal between the layers is sliced instead.
     All steps of the phase are cut at once, so that the repair aims at what the checkpoint computes. Both are
     done a layer at a time.
 
@@ -38,6 +42,7 @@ def run_prune_step(
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.build import dtype_of
         from core.model.checkpoint import Checkpoint
+        from core.pruning.methods.slicegpt import slice_checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
         from core.steps.footprint import explaining_memory
@@ -46,16 +51,33 @@ def run_prune_step(
         plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
+        dtype = dtype_of(this.settings.model.dtype)
+        provenance = provenance_of(this, phase, digest, step="prune-step")
         with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
+            if this.settings.prune.method == "slicegpt":
+                model, tokens = _opened(this, phase, checkpoint, data_uri, work.scratch)
+                log.info("slicing on %s tokens", f"{tokens.numel():,}")
+                config = slice_checkpoint(
+                    checkpoint,
+                    work.out,
+                    model,
+                    tokens,
+                    target_params=plan.target_params,
+                    micro_batch=this.settings.calibration.micro_batch,
+                    dtype=dtype,
+                    provenance=provenance,
+                )
+                return {"params": plan.params_after, "sliced_hidden_size": config.sliced_hidden_size}
             repair = _repair(this, phase, checkpoint, data_uri, work.scratch)
             prune_checkpoint(
                 checkpoint,
                 work.out,
                 plan,
                 digest=digest,
-                dtype=dtype_of(this.settings.model.dtype),
-                provenance=provenance_of(this, phase, digest, step="prune-step"),
+                dtype=dtype,
+                provenance=provenance,
                 repair=None if repair is None else repair.layer,
+                biased=repair is not None and repair.kind == "bias",
             )
         return {"params": plan.params_after}
 
@@ -68,22 +90,38 @@ def run_prune_step(
 def _repair(run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scratch: Path) -> "Repair | None":
     """Return what repairs the layers of a checkpoint, if the settings ask for it."""
     from core.machine.memory import available_bytes
-    from core.model.build import dtype_of, pick_device
     from core.pruning.repair import Repair
-    from core.pruning.scoring.measurement import is_streamed, state_memory
-    from core.pruning.surgery import open_pruned
+    from core.pruning.scoring.measurement import state_memory
 
-    prune, calibration = run.settings.prune, run.settings.calibration
+    prune, calibration = run.settings.prune.applied(), run.settings.calibration
     if prune.repair == "none":
         return None
-    sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
-    tokens = draw(run, phase, _DRAW, open_publication(data_uri), scratch, sequences=sequences, or_all=True)
-    dtype, device = dtype_of(calibration.precision), pick_device()
-    streamed = is_streamed(checkpoint, calibration, dtype)
-    model = open_pruned(checkpoint, dtype=dtype, device=device, streamed=streamed)
+    model, tokens = _opened(run, phase, checkpoint, data_uri, scratch)
+    device = model.model.device
     states_bytes = tokens.numel() * model.model.config.hidden_size * model.model.dtype.itemsize
     room = state_memory(calibration) - states_bytes if device.type == "cpu" else available_bytes(device) // 4
     log.info("repairing on %s tokens", f"{tokens.numel():,}")
     return Repair(
-        model, tokens, ridge=prune.repair_ridge, micro_batch=calibration.micro_batch, keep_bytes=room
+        model,
+        tokens,
+        kind=prune.repair,
+        ridge=prune.repair_ridge,
+        micro_batch=calibration.micro_batch,
+        keep_bytes=room,
     )
+
+
+def _opened(
+    run: Run, phase: int, checkpoint: "Checkpoint", data_uri: str, scratch: Path
+) -> "tuple[LayerwiseModel, Tensor]":
+    """Return a checkpoint, opened, and the calibration tokens that its weights are changed by."""
+    from core.model.build import dtype_of, pick_device
+    from core.pruning.scoring.measurement import is_streamed
+    from core.pruning.surgery import open_pruned
+
+    calibration = run.settings.calibration
+    sequences = -(-parse_count(run.settings.prune.repair_tokens) // calibration.sequence_length)
+    tokens = draw(run, phase, _DRAW, open_publication(data_uri), scratch, sequences=sequences, or_all=True)
+    dtype = dtype_of(calibration.precision)
+    streamed = is_streamed(checkpoint, calibration, dtype)
+    return open_pruned(checkpoint, dtype=dtype, device=pick_device(), streamed=streamed), tokens

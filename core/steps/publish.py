@@ -121,11 +121,14 @@ def _formats(checkpoint: Path) -> list[str]:
     """Return the formats of other runtimes that hold a checkpoint's sizes."""
     from core.export.decilm import decilm_obstacle
     from core.export.gguf_layout import architecture_of
+    from core.export.padded import pads_biases
     from core.model.checkpoint import Checkpoint
     from core.model.config import sliced_width
+    from core.model.remote_code import needs_code
 
     opened = Checkpoint(checkpoint)
-    formats = ["padded"] if opened.config.is_heterogeneous and not sliced_width(opened.config) else []
+    padded = needs_code(opened.config) and pads_biases(opened.config) and not sliced_width(opened.config)
+    formats = ["padded"] if padded else []
     if decilm_obstacle(opened.config) is None:
         formats.append("decilm")
     with contextlib.suppress(ExportError):

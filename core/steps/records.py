@@ -63,23 +63,11 @@ def _phase_record(
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
     trained, measured = reports.get("recovered", {}), reports["evaluated"]
-    shapes = (
-        [
-            LayerSizes(
-                query_heads=len(layer["query_heads"]),
-                kv_heads=len(layer["kv_heads"]),
-                mlp_width=len(layer["mlp_channels"]),
-            )
-            for layer in plan["layers"]
-        ]
-        if plan
-        else [LayerSizes(**asdict(layer)) for layer in run.dense.layers]
-    )
     return PhaseRecord(
         phase=phase,
         params=plan.get("params_after", target_params),
         target_params=target_params,
-        layers=tuple(shapes),
+        layers=_sizes_of(plan) if plan else tuple(LayerSizes(**asdict(layer)) for layer in run.dense.layers),
         importance=tuple(plan.get("importance", ())),
         sparsity=tuple(plan.get("sparsity", ())),
         # Without training the phase's own evaluation is of the pruned model.
@@ -93,4 +81,19 @@ def _phase_record(
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
         seconds=seconds,
+    )
+
+
+def _sizes_of(plan: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
+    """Return the sizes that a plan leaves of each layer of the dense model; 0 of those that went whole."""
+    left = iter(layer for layer in plan["layers"] if layer["mlp_channels"])
+    gone = {"query_heads": (), "kv_heads": (), "mlp_channels": ()}
+    layers = [next(left) if share < 1 else gone for share in plan["sparsity"]]
+    return tuple(
+        LayerSizes(
+            query_heads=len(layer["query_heads"]),
+            kv_heads=len(layer["kv_heads"]),
+            mlp_width=len(layer["mlp_channels"]),
+        )
+        for layer in layers
     )

@@ -27,11 +27,12 @@ def run_score_layers(
     opened once, and cut and measured again for each step after the first.
     """
     this = Run.load(run)
-    prune = this.settings.prune
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.checkpoint import Checkpoint
-        from core.pruning.planning import plan_phase, settings_for
+        from core.pruning.methods.method import method_of
+        from core.pruning.methods.slicegpt import slicing_step
+        from core.pruning.planning import plan_phase, settings_for, shape_under
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
 
@@ -49,16 +50,19 @@ def run_score_layers(
 
         checkpoint = Checkpoint(source.fetch(work.scratch, only=["config.json"]))
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
+        prune = settings_for(this.settings.prune, checkpoint.family)
+        dense = shape_under(prune, this.dense, checkpoint.config)
         decided = plan_phase(
             Statistics.load(statistics),
-            dense=this.dense,
-            current=this.dense.with_layers(checkpoint.layers),
+            dense=dense,
+            current=dense.with_layers(checkpoint.layers),
             sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
             target_params=this.phase_params[phase - 1],
-            settings=settings_for(prune, checkpoint.family),
+            settings=prune,
             checkpoint=source.digest,
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
+            decide=slicing_step(checkpoint.config) if prune.method == "slicegpt" else method_of(prune).step,
         )
         decided.save(work.out / PLAN)
         left, whole = (

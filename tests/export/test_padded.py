@@ -3,16 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from core.errors import ExportError
 from core.export.padded import export_padded
-from core.model.build import load_model
+from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.model.config import config_with_layers, head_dim
 from core.model.families import family_of
 from core.model.shape import LayerShape
-from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
+from tests.support.models import CONFIGS, SIZES, UNEQUAL, Float64Throughout, random_tokens, tiny
 
 # No layer holds the others: each is the largest in one size, and groups have 3, 1 and 5 query heads.
 CROSSED = (
@@ -54,6 +54,13 @@ def test_stock_transformers_computes_the_same_from_the_padded_checkpoint(tmp_pat
         torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-12)
     assert torch.equal(greedy(stock, tokens), greedy(ours, tokens))
     assert exported.params == sum(parameter.numel() for parameter in stock.parameters())
+
+
+def test_biases_that_no_plain_config_of_the_family_describes_are_refused(tmp_path):
+    config = Qwen2Config(**SIZES, output_biases=True)
+    save_model(build_model(config), tmp_path / "biased", companions=None, provenance={})
+    with pytest.raises(ExportError, match="qwen2 has no biases in o_proj and down_proj"):
+        export_padded(tmp_path / "biased", tmp_path / "padded")
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen3"])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from core.errors import CheckpointError
 from core.model.build import load_model, model_shape
@@ -50,7 +51,7 @@ def inputs_of(model, layer, name):
 
 
 @torch.no_grad()
-def repaired_by_least_squares(model, plans):
+def repaired_by_least_squares(model, plans, *, to_zero=False):
     """The cut model: one projection after the other by ``lstsq`` over stacked activations and ridge rows."""
     errors = []
     for index, plan in enumerate(plans):
@@ -60,7 +61,7 @@ def repaired_by_least_squares(model, plans):
             if len(kept) == x.shape[1]:
                 continue
             wanted = linear(x)
-            rows, center = x[:, kept], linear.weight[:, kept].clone()
+            rows, center = x[:, kept], linear.weight[:, kept] * (0 if to_zero else 1)
             unrepaired = wanted - rows @ center.T
             if linear.bias is not None:
                 unrepaired = unrepaired - linear.bias
@@ -107,6 +108,66 @@ def test_repair_is_least_squares_on_the_activations_of_the_repaired_layers_befor
         found = repaired(tiny(name), plans, micro_batch=6)
     assert_equal(found, wanted)
     assert all(after < before for before, after in errors)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])
+def test_a_ridge_to_zero_is_least_squares_without_the_weights_as_they_were(name):
+    with Float64Throughout():
+        wanted, _ = repaired_by_least_squares(tiny(name), cut_for(tiny(name)), to_zero=True)
+        found = repaired(tiny(name), cut_for(tiny(name)), kind="ridge_to_zero")
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "phi3"])
+@pytest.mark.parametrize("options", [{"micro_batch": 4}, {"micro_batch": 2, "keep_bytes": 10**9}])
+@torch.no_grad()
+def test_biases_are_the_constants_that_leave_the_least_error_on_the_dense_models_activations(name, options):
+    model = tiny(name)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with Float64Throughout():
+        repair = Repair(LayerwiseModel(model), TOKENS, kind="bias", ridge=RIDGE, **options)
+        changes = [repair.layer(index, plan) for index, plan in enumerate(CUT)]
+        assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+        for index, plan in enumerate(CUT):
+            for path in ("self_attn.o_proj", "mlp.down_proj"):
+                kept = columns(model, plan, path)
+                linear, x = inputs_of(model, index, path)
+                lost = (x @ linear.weight.T) - x[:, kept] @ linear.weight[:, kept].T
+                if len(kept) == x.shape[1]:
+                    assert f"{path}.bias" not in changes[index]
+                    continue
+                constant = torch.linalg.lstsq(torch.ones(len(x), 1, dtype=x.dtype), lost).solution[0]
+                torch.testing.assert_close(changes[index].pop(f"{path}.bias"), constant)
+    assert changes == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_biases_are_part_of_the_checkpoint_of_any_family(name, tmp_path):
+    model = tiny(name)
+    save_model(model, tmp_path / "base", companions=None, provenance={})
+    with Float64Throughout():
+        repair = Repair(LayerwiseModel(tiny(name)), TOKENS, kind="bias", ridge=RIDGE)
+        prune_checkpoint(
+            Checkpoint(tmp_path / "base"),
+            tmp_path / "small",
+            plan_for(model, CUT, "d"),
+            digest="d",
+            provenance={},
+            repair=repair.layer,
+            biased=True,
+        )
+        smaller = load_model(tmp_path / "small")
+        again = Repair(LayerwiseModel(tiny(name)), TOKENS, kind="bias", ridge=RIDGE)
+        wanted = prune_model(model, CUT, biased=True)
+        for index, plan in enumerate(CUT):
+            for key, change in again.layer(index, plan).items():
+                wanted.get_parameter(f"model.layers.{index}.{key}").data += change
+    assert_equal(smaller, wanted)
+    shape = model_shape(smaller.config)
+    assert shape.num_params() == sum(p.numel() for p in smaller.parameters())
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert_equal(stock, smaller)
+    assert stock.model.layers[0].mlp.down_proj.bias.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma2", "granite", "phi3"])

@@ -1,12 +1,15 @@
 """SliceGPT: rotations that change nothing, slices that lose the last components and nothing else."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from core.errors import CheckpointError, ExportError, TargetError, UnsupportedModelError
+from core.errors import CheckpointError, ExportError, SettingsError, TargetError, UnsupportedModelError
 from core.export.decilm import export_decilm
 from core.export.gguf import export_gguf
 from core.export.onnx import export_onnx
@@ -17,8 +20,14 @@ from core.model.config import head_dim, layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.pruning.methods.slicegpt import slice_checkpoint, slice_model, sliced_config
+from core.pruning.scoring.calibration import draw_calibration
+from core.runs.run import Run
+from core.settings.recipe import settings_from_dict
+from core.storage.layout import CALIBRATION_POOL
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
+from tests.support.project import recipe_with, resolve, run_all
 
+ONE_PHASE = {"prune.method": "slicegpt", "prune.phases": 1, "prune.amplitude": 0.02}
 SLICEABLE = [name for name in CONFIGS if family_of(CONFIGS[name]()).slices_width]
 TOKENS = random_tokens(rows=6)
 WIDTH = 24
@@ -28,15 +37,16 @@ def params_of(config, width):
     """Parameters of a sliced model, summed by hand."""
     size, full, vocabulary = head_dim(config), config.hidden_size, config.vocab_size
     qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
-    o_bias = getattr(config, "attention_bias", False)
     mlp_bias = getattr(config, "mlp_bias", False)
+    output_bias = getattr(config, "output_biases", False)
+    o_bias, down_bias = getattr(config, "attention_bias", False) or output_bias, mlp_bias or output_bias
     head_norms = 2 * size if config.model_type == "qwen3" else 0
     total = vocabulary * width + vocabulary * full + full
     for index, layer in enumerate(layer_shapes(config)):
         end = full if index + 1 == config.num_hidden_layers else width
         queries, keys, f = layer.query_heads * size, layer.kv_heads * size, layer.mlp_width
         total += (queries + 2 * keys) * (width + qkv_bias) + width * (queries + o_bias)
-        total += 2 * f * (width + mlp_bias) + end * (f + mlp_bias)
+        total += 2 * f * (width + mlp_bias) + end * (f + down_bias)
         total += width * width + width * end + 2 * width + head_norms
     return total
 
@@ -61,7 +71,7 @@ def test_at_full_width_the_rotated_model_gives_the_dense_models_logits(name, lay
 @pytest.mark.parametrize("name", SLICEABLE)
 def test_the_size_is_what_the_formula_says(name):
     model = tiny(name)
-    for width in (8, 24, 40, 48):
+    for width in (8, 40):
         small = sliced(model, width)
         assert small.config.sliced_hidden_size == width
         assert sum(p.numel() for p in small.parameters()) == params_of(model.config, width)
@@ -271,6 +281,59 @@ def test_a_config_that_does_not_fit_is_refused(changes, said, folder):
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises((CheckpointError, UnsupportedModelError), match=said):
         load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(project, tmp_path_factory):
+    """A run with training: its handle, the folder of its store, and the final checkpoint."""
+    store = tmp_path_factory.mktemp("sliced") / "store"
+    with contextlib.chdir(project):
+        recipe = recipe_with({**ONE_PHASE, "storage.store": str(store), "storage.keep": "all"})
+        handle, final = run_all(recipe, store.parent)
+    return Run.load(handle), Path(final)
+
+
+def test_a_run_slices_trains_and_evaluates(finished, project):
+    run, final = finished
+    base = load_model(project / "base")
+    target = round(0.75 * sum(p.numel() for p in base.parameters()))
+    widths = range(8, 49, 8)
+    width = min(widths, key=lambda width: abs(params_of(base.config, width) - target))
+    pruned, trained = load_model(Path(run.phase_uri(1, "pruned"))), load_model(final)
+    for model in (pruned, trained):
+        assert model.config.sliced_hidden_size == width
+        assert sum(p.numel() for p in model.parameters()) == params_of(base.config, width)
+    pairs = zip(pruned.parameters(), trained.parameters(), strict=True)
+    assert all(not torch.equal(before, after) for before, after in pairs)
+    record = json.loads((final / "record.json").read_text())
+    assert [phase["params"] for phase in record["phases"]][1] == params_of(base.config, width)
+    losses = [phase["perplexity"] for phase in record["phases"]]
+    assert all(loss > 0 for loss in losses)
+    assert "`sliced_hidden_size`" in (final / "README.md").read_text()
+
+
+def test_a_run_slices_by_the_tokens_that_a_repair_would_get(finished, project):
+    run, _ = finished
+    pool = load_file(Path(f"{run.store}/runs/{run.key}/data") / CALIBRATION_POOL)["input_ids"]
+    tokens = draw_calibration(pool, sequences=len(pool), seed=7, step=999)
+    with torch.no_grad():
+        here = slice_model(load_model(project / "base"), tokens, target_params=run.phase_params[0])
+        found = load_model(Path(run.phase_uri(1, "pruned")))
+        torch.testing.assert_close(found(tokens).logits, here(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_run_cannot_do_is_refused_before_it_starts(project, finished, tmp_path):
+    with pytest.raises(SettingsError, match=r"phases=2: .*it takes one\. Set phases to 1"):
+        settings_from_dict(recipe_with({**ONE_PHASE, "prune.phases": 2}))
+    for name, value in {"profile": "portable", "criterion": "obs", "attention_unit": "kv_group"}.items():
+        with pytest.raises(SettingsError, match=f"{name}={value} contradicts method=slicegpt"):
+            settings_from_dict(recipe_with({**ONE_PHASE, f"prune.{name}": value}))
+    with contextlib.chdir(project):
+        store = {"storage.store": str(tmp_path / "store")}
+        with pytest.raises(TargetError, match=r"prune\.method=slicegpt.*Raise prune\.target"):
+            resolve(recipe_with({**ONE_PHASE, **store, "prune.target": "5%"}))
+        with pytest.raises(UnsupportedModelError, match="not pruned again"):
+            resolve(recipe_with({**store, "model.base": str(finished[1])}))
 
 
 @pytest.mark.slow

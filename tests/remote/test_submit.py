@@ -206,7 +206,7 @@ def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(a
     ("parameter", "problem"),
     [
         ("target=300%", "prune.target=300% must lie between 0% and 100%."),
-        ("method=other", "prune.method=other must be one of adapt-pruner."),
+        ("method=other", "prune.method=other must be one of adapt-pruner, llm-pruner,"),
         ("base_model=hf://model", "model.base=hf://model is not a valid hub address."),
         ("base_model=", "model.base is empty."),
         (

@@ -63,6 +63,7 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-output-biases": lambda: LlamaConfig(**SIZES, output_biases=True),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=5),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2-tied": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),

@@ -26,8 +26,12 @@ from core.model.checkpoint import Checkpoint, write_checkpoint
 from core.model.config import config_with_width
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen, replaced
+from core.model.shape import ModelShape
 from core.progress import Progress
+from core.pruning.plan import LayerPlan
+from core.pruning.planning import DecideStep, Step, importance_of
 from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +64,29 @@ def sliced_config(config: PreTrainedConfig, target_params: int) -> PreTrainedCon
     above = bisect.bisect_left(widths, target_params, key=params)
     width = min(widths[max(above - 1, 0) : above + 1], key=lambda width: abs(params(width) - target_params))
     return config_with_width(config, width)
+
+
+def slicing_step(config: PreTrainedConfig) -> DecideStep:
+    """Return the decision to keep all groups of the model that ``config`` describes, and to slice it."""
+
+    def plan_step(statistics: Statistics, *, current: ModelShape, target_params: int, **_: Any) -> Step:
+        layers = tuple(
+            LayerPlan(
+                query_heads=tuple(range(layer.query_heads)),
+                kv_heads=tuple(range(layer.kv_heads)),
+                mlp_channels=tuple(range(layer.mlp_width)),
+            )
+            for layer in current.layers
+        )
+        shape = model_shape(sliced_config(config, target_params))
+        return Step(
+            layers=layers,
+            shape=shape,
+            importance=importance_of(statistics),
+            sparsity=(0.0,) * len(layers),
+        )
+
+    return plan_step
 
 
 def slice_model(

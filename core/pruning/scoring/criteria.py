@@ -43,6 +43,49 @@ def _variance(moments: Tensor, tokens: int) -> Tensor:
     return (moments[1] / tokens - (moments[0] / tokens).square()).clamp_min(0)
 
 
+def _fluctuation(w: Tensor, s: Tensor, n: int) -> Tensor:
+    """Return the variance of each row's input times the squared norm of the weights that read it."""
+    return _variance(s, n) * w.square().sum(dim=2)
+
+
+def _standardised(w: Tensor, s: Tensor, n: int) -> Tensor:
+    rows = _fluctuation(w, s, n)
+    if rows.shape[1] > 1:  # a head: its published code squares once more
+        rows = rows.square()
+    spread = rows.std().clamp_min(torch.finfo(rows.dtype).tiny)
+    return ((rows - rows.mean()) / spread).mean(dim=1)
+
+
+_DAMPING = 0.01
+"""Ridge of an inverse, as a share of the mean diagonal."""
+
+
+def _gram(v: Tensor) -> Tensor:
+    x = v.flatten(2).flatten(0, 1)
+    return x.T @ x
+
+
+def _damped_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C + lambda I)^-1 and lambda, in float64; not finite if C is not."""
+    damped = gram.double()
+    ridge = _DAMPING * damped.diagonal().mean() + torch.finfo(damped.dtype).tiny
+    factor, _ = torch.linalg.cholesky_ex(damped + ridge * torch.eye(len(damped)).to(damped))
+    return torch.cholesky_inverse(factor), ridge
+
+
+def _leverage(w: Tensor, s: Tensor, n: int) -> Tensor:
+    inverse, ridge = _damped_inverse(s)
+    return (1 - ridge * inverse.diagonal()).view(w.shape[:2]).sum(dim=1)
+
+
+def _optimal_brain_surgeon(w: Tensor, s: Tensor, n: int) -> Tensor:
+    inverse, _ = _damped_inverse(s / n)
+    units, rows = w.shape[:2]
+    of_units = inverse.view(units, rows, units, rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    weights = w.double()
+    return _per_unit(weights * torch.linalg.solve(of_units, weights))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
     """One way to score groups.
@@ -94,14 +137,28 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
     "fluctuation": Criterion(
         observed="inputs",
         add=_moments,
-        score=lambda w, s, n: _per_unit(_variance(s, n) * w.square().sum(dim=2)),
+        score=lambda w, s, n: _per_unit(_fluctuation(w, s, n)),
     ),
+    # The same, standardised over the rows of a layer's kind: FLAP compares layers by it. A mean over a unit.
+    "standardised_fluctuation": Criterion(observed="inputs", add=_moments, score=_standardised),
     # Minitron (arXiv 2407.14679): l2 over sequences of the mean over tokens of a unit's output norm.
     "activation_l2": Criterion(
         observed="inputs",
         add=lambda v: torch.linalg.vector_norm(v, dim=3).mean(dim=1).square().sum(dim=0),
         score=lambda w, s, n: s,
         finish=torch.sqrt,
+    ),
+    # MoDeGPT (arXiv 2408.09632): [C (C + lambda I)^-1]_jj with C = sum x x^T, how little others predict x_j.
+    "leverage": Criterion(observed="inputs", add=_gram, score=_leverage),
+    # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
+    # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
+    "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon),
+    # The diagonal of the empirical Fisher information along a unit's weights: (sum W * G)^2 of each sequence
+    # and block. The micro-batches do not matter.
+    "fisher": Criterion(
+        observed="output_gradients",
+        add=lambda v, g: (v * g).sum(dim=(1, 3)).square().sum(dim=0),
+        score=lambda w, s, n: s,
     ),
     "random": Criterion(observed="nothing", score=lambda w, s, n: torch.rand(len(w))),
 }

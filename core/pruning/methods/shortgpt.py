@@ -1,0 +1,69 @@
+"""ShortGPT (arXiv 2403.03853): whole layers go, those first that change their input least.
+
+A layer is a coarse unit: as many go as the size allows, and the rest is taken from the MLPs of the layers
+that stay, the same share of each, by the magnitude of their channels. So the size is exact here too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.model.shape import ModelShape
+from core.pruning.plan import LayerPlan
+from core.pruning.planning import Step, importance_of, sizing_for, step_to
+from core.pruning.scoring.statistics import Statistics
+from core.pruning.sparsity import sizes_for_target
+from core.settings.prune import PruneSettings
+
+_GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
+
+
+def plan_step(
+    statistics: Statistics,
+    *,
+    dense: ModelShape,
+    current: ModelShape,
+    sparsity: Sequence[float],
+    target_params: int,
+    steps_left: int,
+    settings: PruneSettings,
+) -> Step:
+    """Decide the step of a phase: which layers go, and the widths of the others."""
+    slack = settings.width_multiple * current.mlp_channel_params / 2
+    gone = _layers_that_go(statistics.similarities.tolist(), current, target_params - slack)
+    stay = [index for index in range(len(current.layers)) if index not in gone]
+    shallow = current.with_layers(tuple(current.layers[index] for index in stay))
+    alike = (0.0,) * len(stay)
+    layers, _ = sizes_for_target(sizing_for(settings, shallow, shallow), alike, alike, target_params)
+    scores = tuple(statistics.scores[index] for index in stay)
+    step = step_to(
+        replace(statistics, scores=scores), layers, current=shallow, importance=alike, sparsity=alike
+    )
+    plans = dict(zip(stay, step.layers, strict=True))
+    importance, after = [0.0] * len(sparsity), [1.0] * len(sparsity)
+    # By number in the dense model; what earlier phases removed whole is no longer among the layers.
+    present = [number for number, share in enumerate(sparsity) if share < 1]
+    for index, (number, own) in enumerate(zip(present, importance_of(statistics), strict=True)):
+        importance[number] = own
+        if index in plans:
+            left = current.prunable_params(plans[index].shape())
+            whole = current.prunable_params(current.layers[index])
+            after[number] = 1 - (1 - sparsity[number]) * left / whole
+    return Step(
+        layers=tuple(plans.get(index, _GONE) for index in range(len(current.layers))),
+        shape=step.shape,
+        importance=tuple(importance),
+        sparsity=tuple(after),
+    )
+
+
+def _layers_that_go(
+    similarities: Sequence[float], current: ModelShape, least_params: float
+) -> frozenset[int]:
+    """Return the most similar layers, as many as leave ``least_params``, and at least one layer."""
+    gone, params = set[int](), current.num_params()
+    for index in sorted(range(len(similarities)), key=lambda i: (-similarities[i], i))[:-1]:
+        params -= current.layer_num_params(current.layers[index])
+        if params < least_params:
+            break
+        gone.add(index)
+    return frozenset(gone)

@@ -1,0 +1,69 @@
+"""The pruning methods: which settings each of them decides itself.
+
+The compared systems are what this package computes anyway under other settings, and a rule of their own for
+what stays in ``core.pruning.methods`` where that is not enough. All of them get the same texts, meet the same
+size, and take one step a phase.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+MethodName = Literal[
+    "adapt-pruner",
+    "llm-pruner",
+    "flap",
+    "minitron",
+    "magnitude",
+    "random",
+    "shortgpt",
+    "modegpt",
+    "grail",
+    "slicegpt",
+]
+
+_ONE_STEP = {"steps_per_phase": 1}
+_UNIFORM = _ONE_STEP | {"amplitude": 0.0}
+
+FIXED: Mapping[MethodName, Mapping[str, Any]] = {
+    "adapt-pruner": {},
+    # arXiv 2305.11627, without its LoRA: the same share of the groups of every layer but the first and last.
+    "llm-pruner": _UNIFORM | {"criterion": "taylor_l1", "repair": "none"},
+    # arXiv 2312.11983: one ranking of all groups of the model, and biases for what is lost on average.
+    "flap": _ONE_STEP | {"criterion": "standardised_fluctuation", "amplitude": 0.0, "repair": "bias"},
+    # arXiv 2407.14679: width only. The hidden size and the number of layers stay.
+    "minitron": _UNIFORM | {"criterion": "activation_l2", "repair": "none"},
+    "magnitude": _UNIFORM | {"criterion": "magnitude_l2", "repair": "none"},
+    "random": _UNIFORM | {"criterion": "random", "repair": "none"},
+    # arXiv 2403.03853: whole layers, and channels for the exact size.
+    "shortgpt": _UNIFORM
+    | {
+        "criterion": "magnitude_l2",
+        "similarity": "cosine",
+        "repair": "none",
+        "attention_unit": "none",
+    },
+    # arXiv 2408.09632: the part of it that compresses MLPs.
+    "modegpt": _ONE_STEP
+    | {
+        "criterion": "leverage",
+        "amplitude": 0.0,
+        "similarity": "cosine",
+        "repair": "ridge_to_zero",
+        "attention_unit": "none",
+    },
+    # arXiv 2602.23795, on what Wanda-sp selects.
+    "grail": _UNIFORM | {"criterion": "wanda_sp", "repair": "ridge_to_zero"},
+    # arXiv 2401.15024: no groups go, but columns of the hidden size, in a basis of their own for each block.
+    "slicegpt": _UNIFORM
+    | {"criterion": "magnitude_l2", "repair": "none", "attention_unit": "none", "profile": "free"},
+}
+"""Settings of the section ``prune`` that a method decides; another value is refused."""
+
+PREFERRED: Mapping[MethodName, Mapping[str, Any]] = {
+    "modegpt": {"repair_ridge": 1e-4},  # its Nystroem form has none: as little as rounding asks for
+    "grail": {"repair_ridge": 1e-3},  # that of its published code
+}
+"""Defaults of the section ``prune`` that differ under a method."""
+
+ATTENTION: Mapping[MethodName, Literal["query_head"]] = {"minitron": "query_head"}
+"""What ``attention_unit: auto`` means under a method; ``kv_group`` under all others but adapt-pruner."""
