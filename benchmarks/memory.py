@@ -22,12 +22,16 @@ from transformers import LlamaConfig, Qwen2Config
 from core.machine.memory import available_bytes
 from core.model.build import build_model, load_model
 from core.model.checkpoint import Checkpoint, save_model
+from core.model.config import config_with_layers, layer_shapes
+from core.pruning.plan import LayerPlan
+from core.quantities import parse_count
 from core.settings.calibration import CalibrationSettings
 from core.settings.evaluation import EvaluationSettings
 from core.settings.prune import PruneSettings
 from core.settings.texts import TextSource
 from core.settings.training import TrainingSettings
 from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
+from core.steps.prune_footprint import distill_batch, distillation_footprint, repair_footprint
 
 MODELS = {
     "SmolLM2-135M, 10 layers": LlamaConfig(
@@ -87,6 +91,24 @@ SHAPES = {
             dict(sequences=64, sequence_length=128, precision="float32", micro_batch=8),
         ),
     ],
+    "repair": [
+        ("SmolLM2-135M, 10 layers", dict(repair_tokens="64k", sequence_length=64, precision="float32")),
+        (
+            "SmolLM2-135M, 10 layers",
+            dict(repair_tokens="64k", sequence_length=64, precision="bfloat16", state_memory="0"),
+        ),
+        (
+            "SmolLM2-360M, 8 layers",
+            dict(repair_tokens="32k", sequence_length=128, precision="float32", weights="streamed"),
+        ),
+        ("Qwen2.5-0.5B, 4 layers", dict(repair_tokens="8k", sequence_length=128, precision="float32")),
+    ],
+    "distillation": [
+        ("SmolLM2-135M, 10 layers", dict(micro_batch=8, sequence_length=128, precision="float32")),
+        ("SmolLM2-135M, 10 layers", dict(micro_batch=2, sequence_length=128, precision="bfloat16")),
+        ("SmolLM2-360M, 8 layers", dict(micro_batch=4, sequence_length=128, precision="float32")),
+        ("Qwen2.5-0.5B, 4 layers", dict(micro_batch=8, sequence_length=64, precision="bfloat16")),
+    ],
     "evaluation": [
         ("SmolLM2-135M, 10 layers", dict(batch_size=8, perplexity_length=512, precision="float32")),
         ("SmolLM2-135M, 10 layers", dict(batch_size=32, perplexity_length=512, precision="bfloat16")),
@@ -140,14 +162,9 @@ def _work(step: str, number: int, folder: Path) -> dict[str, int]:
     config = Checkpoint(folder / name.split(",")[0]).config
     estimate, work = _PREPARE[step](config, folder / name.split(",")[0], settings)
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    restart_peak()
     work()
-    peak = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return {"estimate": estimate, "peak": peak - before}
+    return {"estimate": estimate, "peak": peak_bytes() - before}
 
 
 def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
@@ -196,7 +213,80 @@ def _evaluation(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[in
     return evaluation_footprint(config, evaluation, device="cpu").device_bytes, work
 
 
-_PREPARE = {"training": _training, "scoring": _scoring, "evaluation": _evaluation}
+def _cut_of(config: Any, share: float) -> tuple[LayerPlan, ...]:
+    return tuple(
+        LayerPlan(
+            query_heads=tuple(range(layer.query_heads)),
+            kv_heads=tuple(range(layer.kv_heads)),
+            mlp_channels=tuple(range(round(layer.mlp_width * (1 - share)))),
+        )
+        for layer in layer_shapes(config)
+    )
+
+
+def _repair(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.pruning.repair import Repair
+    from core.pruning.scoring.measurement import state_memory
+    from core.pruning.surgery import open_pruned
+
+    prune = PruneSettings(repair_tokens=settings["repair_tokens"])
+    own = {name: value for name, value in settings.items() if name != "repair_tokens"}
+    calibration = CalibrationSettings(**own)
+    shape = (-(-parse_count(prune.repair_tokens) // calibration.sequence_length), calibration.sequence_length)
+    tokens = torch.randint(0, config.vocab_size, shape)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[calibration.precision]
+
+    def work() -> None:
+        streamed = calibration.weights == "streamed"
+        model = open_pruned(Checkpoint(folder), dtype=dtype, device=torch.device("cpu"), streamed=streamed)
+        states = tokens.numel() * config.hidden_size * dtype.itemsize
+        repair = Repair(model, tokens, ridge=0.1, keep_bytes=state_memory(calibration) - states)
+        for index, plan in enumerate(_cut_of(config, 0.2)):
+            repair.layer(index, plan)
+
+    free = available_bytes()
+    return repair_footprint(config, calibration, prune, device="cpu", free_bytes=free).device_bytes, work
+
+
+def _distillation(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.pruning.surgery import prune_model
+    from core.training.distillation import distill
+
+    calibration, prune = CalibrationSettings(**settings), PruneSettings()
+    batch = distill_batch(calibration, prune)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[calibration.precision]
+    cut = _cut_of(config, 0.2)
+    save_model(
+        prune_model(load_model(Checkpoint(folder)), cut), folder / "cut", companions=None, provenance={}
+    )
+
+    def work() -> None:
+        student = load_model(Checkpoint(folder / "cut"), dtype=torch.float32)
+        teacher = load_model(Checkpoint(folder), dtype=dtype)
+        tokens = torch.randint(0, config.vocab_size, (2 * batch, calibration.sequence_length))
+        distill(
+            student,
+            teacher,
+            tokens,
+            steps=2,
+            rate=1e-4,
+            batch=batch,
+            micro_batch=calibration.micro_batch,
+            autocast=calibration.precision == "bfloat16",
+            seed=0,
+        )
+
+    smaller = config_with_layers(config, [plan.shape() for plan in cut])
+    return distillation_footprint(smaller, config, calibration, prune, device="cpu").device_bytes, work
+
+
+_PREPARE = {
+    "training": _training,
+    "scoring": _scoring,
+    "repair": _repair,
+    "distillation": _distillation,
+    "evaluation": _evaluation,
+}
 
 if __name__ == "__main__":
     os.environ.setdefault("TQDM_DISABLE", "1")

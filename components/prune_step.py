@@ -14,7 +14,7 @@ def prune_step(
     plan: dsl.Input[dsl.Artifact],
     pruned: dsl.Output[dsl.Model],
 ) -> str:
-    """Remove the groups that the plan leaves out, repair what stays; returns the new checkpoint's URI."""
+    """Remove groups by the plan, repair and distill what stays; returns the new checkpoint's URI."""
     from components.runtime import task
 
     with task("prune-step", phase):

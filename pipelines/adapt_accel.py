@@ -100,8 +100,11 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     phases = phases or settings.prune.phases
     on_cluster = functools.partial(configure, settings=settings.cluster, recipe=settings.name)
     place = _place_here if local else on_cluster
+    prune = settings.prune
     phase_pipeline = _build_phase(
-        place, gpu_scoring=settings.prune.steps_per_phase != 1, repairs=settings.prune.repair != "none"
+        place,
+        gpu_scoring=prune.steps_per_phase != 1,
+        gpu_pruning=prune.repair != "none" or prune.distill_steps > 0,
     )
 
     defaults = parameters_of(settings)
@@ -122,8 +125,8 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
             method: The pruning method: adapt-pruner, or one that it is compared with.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
-                compiled pipeline: prune.phases, prune.steps_per_phase, prune.repair, evaluation.speed, the
-                section cluster.
+                compiled pipeline: prune.phases, prune.steps_per_phase, prune.repair, prune.distill_steps,
+                evaluation.speed, the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -203,7 +206,7 @@ def _prune_and_train(
     place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=gpu_publish).after(*evaluations)
 
 
-def _build_phase(place: Place, *, gpu_scoring: bool, repairs: bool) -> BaseComponent:
+def _build_phase(place: Place, *, gpu_scoring: bool, gpu_pruning: bool) -> BaseComponent:
     """Build the nested pipeline of one phase: a checkpoint's URI in, the pruned and recovered one's out."""
 
     @dsl.pipeline(name="phase")
@@ -220,7 +223,7 @@ def _build_phase(place: Place, *, gpu_scoring: bool, repairs: bool) -> BaseCompo
         pruned = prune_step(
             checkpoint_uri=checkpoint_uri, data_uri=data_uri, plan=planned.outputs["plan"], **common
         )
-        place(pruned, gpu=repairs, phase=PHASE_OF_NESTED)
+        place(pruned, gpu=gpu_pruning, phase=PHASE_OF_NESTED)
         recovered = recover_train(checkpoint_uri=pruned.outputs["Output"], data_uri=data_uri, **common)
         place(recovered, gpu=True, phase=PHASE_OF_NESTED)
         return recovered.outputs["Output"]

@@ -1,4 +1,7 @@
-"""The next-token loss of a causal language model and its gradient, a chunk of positions at a time.
+"""The losses of a causal language model and their gradients, a chunk of positions at a time.
+
+The next-token loss, and the divergence from a teacher: sum p (log p - log q) of p, what the teacher expects,
+and q, what the model does.
 
 Logits are the largest array of a small model: V numbers per position. Only those of one chunk exist at a
 time, and only for positions whose next token counts. The model's own code computes them from the final hidden
@@ -93,13 +96,66 @@ def chunk_gradient(
     return loss, rows.grad
 
 
+def divergence_sum(
+    model: "PreTrainedModel", states: Tensor, teacher: "PreTrainedModel", aims: Tensor
+) -> float:
+    """Return the divergence from a teacher, summed over all positions, in nats; arguments as below."""
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    with torch.no_grad():
+        for part, aim in _chunks(model, states.flatten(0, -2), aims.flatten(0, -2)):
+            total += _divergence(_logits(model, part), _logits(teacher, aim))[0]
+    return total.item()
+
+
+def divergence_gradient(
+    model: "PreTrainedModel", states: Tensor, teacher: "PreTrainedModel", aims: Tensor, *, scale: float
+) -> tuple[float, Tensor]:
+    """Return the summed divergence and the gradient of ``scale`` times it with respect to ``states``.
+
+    Parameters of the model's head that require a gradient get theirs added to ``grad``; the teacher's do not.
+
+    Args:
+        model: Its output head is used, in the number format of ``states`` or of the caller's autocast.
+        states: (..., D) hidden states from ``final_states``; their graph is left to the caller.
+        teacher: A model of the same vocabulary, used likewise.
+        aims: (..., D of the teacher) its hidden states at the same positions.
+        scale: Factor on the gradient, such as 1 / positions.
+
+    Returns:
+        The sum, unscaled, and the (..., D) gradient in the format of ``states``.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    gradients = []
+    for part, aim in _chunks(model, states.detach().flatten(0, -2), aims.flatten(0, -2)):
+        divergence, gradient = chunk_divergence(model, part, teacher, aim, scale=scale)
+        gradients.append(gradient)
+        total += divergence
+    return total.item(), torch.cat(gradients).view_as(states)
+
+
+def chunk_divergence(
+    model: "PreTrainedModel", rows: Tensor, teacher: "PreTrainedModel", aims: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of (N, D) states, and ``scale`` times its (N, D) gradient."""
+    with torch.no_grad():
+        wanted = _logits(teacher, aims)
+    rows = rows.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = _logits(model, rows)
+    divergence, gradient = _divergence(logits.detach(), wanted)
+    with torch.autocast(logits.device.type, enabled=False):
+        logits.backward(gradient.mul_(scale).to(logits.dtype))
+    assert rows.grad is not None
+    return divergence, rows.grad
+
+
 def chunk_positions(vocabulary: int, device: str) -> int:
     """Return how many positions' logits exist at once."""
     return max(1, _CHUNK_LOGITS.get(device, 2**24) // vocabulary)
 
 
 def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (N, D) states and their (N,) targets; one empty pair if there are none."""
+    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty pair if there are none."""
     size = chunk_positions(int(model.config.vocab_size), rows.device.type)
     yield from zip(rows.split(size), targets.split(size), strict=True)
 
@@ -132,3 +188,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     gradient = (wide - normaliser).exp_()
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((), -1.0).expand(len(targets), 1))
     return loss, gradient
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of (N, V) logits from the teacher's, and its gradient: q - p."""
+    expected, found = _wide(wanted).log_softmax(dim=-1), _wide(logits).log_softmax(dim=-1)
+    p = expected.exp()
+    # Of the difference, as equal logits are to give exactly 0.
+    divergence = torch.linalg.vecdot(p, expected.sub_(found)).double().sum()
+    return divergence, found.exp_().sub_(p)

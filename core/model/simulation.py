@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from core.model.build import build_model
 from core.model.layerwise import LayerwiseModel, frozen
-from core.model.loss import chunk_gradient, chunk_positions, final_states
+from core.model.loss import chunk_divergence, chunk_gradient, chunk_positions, final_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,7 @@ def simulate_training(
     checkpointing: bool,
     device: str,
     accumulate: bool = False,
+    distills: bool = False,
 ) -> PassMemory:
     """Return what a forward and backward pass of training takes, loss included.
 
@@ -58,6 +59,7 @@ def simulate_training(
         checkpointing: Whether activations are recomputed in the backward pass.
         device: Type of the device, by which logits are shared out.
         accumulate: Whether gradients of another micro-batch are there already.
+        distills: Whether the loss is the divergence from a teacher, whose hidden states are counted too.
     """
     with _fake_model(config, torch.float32) as (model, counter):
         model.train()
@@ -72,8 +74,12 @@ def simulate_training(
             states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
             kept = counter.live - before
             rows = states.detach()[:, :-1].flatten(0, 1)
+            aims = rows.clone() if distills else None
             for part in rows.split(chunk_positions(config.vocab_size, device))[:2]:
-                chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)
+                if aims is not None:
+                    chunk_divergence(model, part, model, aims[: len(part)], scale=1.0)
+                else:
+                    chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)
         states.backward(torch.ones_like(states))
         return PassMemory(kept=kept, peak=counter.peak - weights)
 

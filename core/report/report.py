@@ -60,6 +60,8 @@ def build_report(record: RunRecord) -> str:
         cards=_headline(record),
         phases=_phase_columns(record, {} if apart else tasks) if record.phases else {},
         has_tasks=bool(tasks),
+        repairs=_repair_columns(record.phases),
+        distilled=record.distilled_tokens > 0,
         benchmarks=columns if apart else {},
         speed_columns=_speed_columns,
         pictures=_drawn(
@@ -154,6 +156,8 @@ def _headline(record: RunRecord) -> list[_Card]:
         phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
         tokens = count_text(sum(phase.tokens for phase in record.phases)) if record.trained else ""
         text = f"{phases}, {tokens} training tokens" if tokens else f"{phases}, no training"
+        if distilled := record.distilled_tokens:
+            text += f", {count_text(distilled)} tokens of distillation"
         items.append(("Time", (seconds_text(seconds),), text))
     return items
 
@@ -223,6 +227,23 @@ def _phase_columns(record: RunRecord, tasks: Mapping[str, str]) -> dict[str, lis
     columns |= _task_columns(phases, tasks, errors=True)
     columns["training\ntokens"] = [count_text(phase.tokens) if phase.tokens else "-" for phase in phases]
     columns["time"] = [seconds_text(sum(p.seconds.values())) if p.seconds else "-" for p in phases]
+    return _without_empty(columns)
+
+
+def _repair_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
+    """Return what repair and distillation cost and brought; {} if there was neither."""
+    phases = [phase for phase in phases if phase.repair_s or phase.distillation]
+    if not phases:
+        return {}
+    found = [phase.distillation for phase in phases]
+    columns = {
+        "phase": _names(phases),
+        "cut and\nrepair": [seconds_text(phase.repair_s) if phase.repair_s else "-" for phase in phases],
+        "distillation": [seconds_text(each.seconds) if each else "-" for each in found],
+        "distilled\ntokens": [count_text(each.tokens) if each else "-" for each in found],
+        "divergence\nbefore": [f"{each.before:.3f}" if each else "-" for each in found],
+        "divergence\nafter": [f"{each.after:.3f}" if each else "-" for each in found],
+    }
     return _without_empty(columns)
 
 

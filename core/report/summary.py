@@ -34,6 +34,10 @@ def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
             f"{task}, {metric}",
             *(score_text(phase.tasks.get(task, {}), metric, unit=" %") for phase in phases),
         )
+    distilled = [phase.distillation for phase in phases]
+    yield "divergence before distillation", *(f"{each.before:.3f}" if each else "-" for each in distilled)
+    yield "divergence after distillation", *(f"{each.after:.3f}" if each else "-" for each in distilled)
+    yield "tokens of distillation", *(f"{each.tokens:,}" if each else "-" for each in distilled)
     yield "training tokens", *(f"{phase.tokens:,}" if phase.tokens else "-" for phase in phases)
     yield "time", *(seconds_text(sum(phase.seconds.values())) if phase.seconds else "-" for phase in phases)
 

@@ -27,6 +27,20 @@ class LayerSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationRecord:
+    """What the distillation of a phase cost and brought."""
+
+    seconds: float
+    """Time of all updates."""
+    tokens: int
+    """Tokens that it trained on, repetitions counted."""
+    before: float
+    """Divergence from the dense model on calibration texts that it does not train on, in nats a token."""
+    after: float
+    """The same when it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
     """One phase, or the dense model as phase 0."""
 
@@ -48,6 +62,10 @@ class PhaseRecord:
     """Perplexity at the end of the phase."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Task to metric to value."""
+    repair_s: float = 0.0
+    """Seconds of the cut with its repair; 0 without one."""
+    distillation: DistillationRecord | None = None
+    """The distillation after it."""
     tokens: int = 0
     """Training tokens of this phase."""
     losses: tuple[tuple[int, float, float], ...] = ()
@@ -112,6 +130,11 @@ class RunRecord:
     """Id of the MLflow parent run; empty without tracking."""
     speed: tuple[SpeedRecord, ...] = ()
     """The result against the base model, in each runtime; empty if it was not measured."""
+
+    @property
+    def distilled_tokens(self) -> int:
+        """Tokens of all distillations."""
+        return sum(phase.distillation.tokens for phase in self.phases if phase.distillation)
 
     @property
     def trained(self) -> bool:

@@ -17,7 +17,13 @@ PARAMETERS = {
     "method": ("prune", "method"),
 }
 """Settings that are parameters of their own."""
-COMPILED = (("prune", "phases"), ("prune", "steps_per_phase"), ("prune", "repair"), ("evaluation", "speed"))
+COMPILED = (
+    ("prune", "phases"),
+    ("prune", "steps_per_phase"),
+    ("prune", "repair"),
+    ("prune", "distill_steps"),
+    ("evaluation", "speed"),
+)
 """Settings that decide how many tasks there are, and which of them get accelerators."""
 COMPILED_SECTION = "cluster"
 

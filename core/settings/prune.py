@@ -74,6 +74,14 @@ class PruneSettings:
     repair_tokens: str = "128k"
     """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``) is computed from, in
     sequences of ``calibration.sequence_length``; at most what the corpus holds."""
+    distill_steps: int = 0
+    """Updates right after a cut and its repair that teach what is left to expect what the dense base model
+    expects (Kullback-Leibler divergence). 0 (the paper): none."""
+    distill_rate: float = 1e-4
+    """Largest learning rate of these updates."""
+    distill_batch_tokens: str = "1k"
+    """Tokens of the calibration corpus that each update takes, in sequences of
+    ``calibration.sequence_length``; none twice before the corpus is used up."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
     the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
@@ -110,11 +118,18 @@ class PruneSettings:
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
         yield from in_range("repair_ridge", self.repair_ridge, 1e-4, 1e4)
-        try:
-            if parse_count(self.repair_tokens) <= 0:
-                yield f"repair_tokens={self.repair_tokens} must be positive. Or set repair to none."
-        except ValueError:
-            yield f"repair_tokens={self.repair_tokens} is not a count. Give one such as 128k."
+        yield from in_range("distill_steps", self.distill_steps, 0, 10**6)
+        yield from in_range("distill_rate", self.distill_rate, 1e-9, 1)
+        for name, instead in (
+            ("repair_tokens", "repair to none"),
+            ("distill_batch_tokens", "distill_steps to 0"),
+        ):
+            value = getattr(self, name)
+            try:
+                if parse_count(value) <= 0:
+                    yield f"{name}={value} must be positive. Or set {instead}."
+            except ValueError:
+                yield f"{name}={value} is not a count. Give one such as {getattr(PruneSettings, name)}."
         if self.profile != "portable":
             return
         if self.attention_unit not in ("auto", "none"):

@@ -23,6 +23,7 @@ from core.pruning.scoring.measurement import device_memory, state_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from core.model.shape import ModelShape
     from core.settings.calibration import CalibrationSettings
     from core.settings.evaluation import EvaluationSettings
     from core.settings.prune import PruneSettings
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LIBRARIES = 100_000_000
+LIBRARIES = 100_000_000
 """What torch's libraries take for themselves during the work: threads, kernels, packed weights."""
 _TOLERANCE = 0.85
 """A step is refused if this share of its estimate is not free."""
-_MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
+MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens at once beyond which training gets no faster."""
 
 
@@ -91,7 +92,7 @@ def training_footprint(
             "optimizer": 8 * params,
             "gradients": gradients,
             "activations and logits": max(0, passes.peak - gradients),
-            "libraries": _LIBRARIES,
+            "libraries": LIBRARIES,
         },
         host_bytes=4 * params,
         disk_bytes=(2 * stored_bytes + 12) * params,
@@ -119,11 +120,7 @@ def scoring_footprint(
     """
     dtype = dtype_of(calibration.precision) or torch.float32
     shape = model_shape(config)
-    largest = max(map(shape.layer_num_params, shape.layers))
-    streamed = calibration.weights == "streamed"
-    if calibration.weights == "auto":
-        streamed = shape.num_params() * dtype.itemsize > free_bytes // 2
-    weights = (shape.outside_params + largest if streamed else shape.num_params()) * dtype.itemsize
+    weights = weights_bytes(shape, calibration, dtype, free_bytes)
     tokens = (calibration.sequences, calibration.sequence_length)
     micro_batch = calibration.micro_batch or fitting_micro_batch(
         config, tokens, device=torch.device(device), free_bytes=free_bytes
@@ -160,11 +157,22 @@ def scoring_footprint(
             "kept layer inputs": here,
             "kept layer outputs": kept,
             "a layer's passes": max(passes.peak, head.peak),
-            "libraries": _LIBRARIES,
+            "libraries": LIBRARIES,
         },
         host_bytes=in_host * crosses,
         disk_bytes=shape.num_params() * stored_bytes + states * (layers - room.on_device - room.in_host),
     )
+
+
+def weights_bytes(
+    shape: "ModelShape", calibration: "CalibrationSettings", dtype: torch.dtype, free_bytes: int
+) -> int:
+    """Return what the weights of a model take that is measured: all, or those of one layer at a time."""
+    streamed = calibration.weights == "streamed"
+    if calibration.weights == "auto":
+        streamed = shape.num_params() * dtype.itemsize > free_bytes // 2
+    largest = max(map(shape.layer_num_params, shape.layers))
+    return (shape.outside_params + largest if streamed else shape.num_params()) * dtype.itemsize
 
 
 def evaluation_footprint(
@@ -191,7 +199,7 @@ def evaluation_footprint(
         parts={
             "weights": params * dtype.itemsize,
             "activations, then logits": max(passes.peak, passes.kept + logits),
-            "libraries": _LIBRARIES,
+            "libraries": LIBRARIES,
         },
         host_bytes=params * dtype.itemsize,
         disk_bytes=2 * params * stored_bytes,
@@ -233,7 +241,9 @@ def planned_training(
                 text += ", training.gradient_checkpointing=true"
             yield text, training_footprint(config, other, device=device)
 
-    _check("recover-train", training_footprint(config, settings, device=device), free, device, alternatives())
+    check_fit(
+        "recover-train", training_footprint(config, settings, device=device), free, device, alternatives()
+    )
     return settings
 
 
@@ -253,7 +263,7 @@ def planned_evaluation(
     free = available_bytes(device)
     sizes = [2**power for power in range(6, -1, -1)]
     if not settings.batch_size:
-        longest = _MOST_TOKENS.get(device, 32768) // settings.perplexity_length
+        longest = MOST_TOKENS.get(device, 32768) // settings.perplexity_length
         for size in [size for size in sizes if size <= longest] or [1]:
             settings = replace(settings, batch_size=size)
             if evaluation_footprint(config, settings, device=device).device_bytes <= 0.8 * free:
@@ -264,7 +274,7 @@ def planned_evaluation(
         (f"evaluation.batch_size={other.batch_size}", evaluation_footprint(config, other, device=device))
         for other in smaller
     )
-    _check("evaluate", evaluation_footprint(config, settings, device=device), free, device, alternatives)
+    check_fit("evaluate", evaluation_footprint(config, settings, device=device), free, device, alternatives)
     return settings
 
 
@@ -292,12 +302,17 @@ def check_scoring(
             replace(calibration, weights="streamed", micro_batch=1, state_memory="1GB"),
         ),
     )
-    _check("scoring", footprint(calibration), free, device, ((text, footprint(s)) for text, s in others))
+    check_fit("scoring", footprint(calibration), free, device, ((text, footprint(s)) for text, s in others))
 
 
-def _check(
+def check_fit(
     step: str, needed: Footprint, free: int, device: str, alternatives: Iterable[tuple[str, Footprint]]
 ) -> None:
+    """Log what a step will take; ``alternatives`` are settings under which it takes less.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
     where = "the GPU" if device != "cpu" else "this machine"
     log.info("memory: %s needs about %s; %s is free on %s", step, needed, _gb(free), where)
     if needed.device_bytes * _TOLERANCE <= free:
@@ -335,7 +350,7 @@ def explaining_memory(settings: str) -> Iterator[None]:
 
 def _micro_batches(settings: "TrainingSettings", device: str) -> list[int]:
     """Return the micro-batches that are worth trying, largest first."""
-    most = max(1, _MOST_TOKENS.get(device, 32768) // settings.sequence_length)
+    most = max(1, MOST_TOKENS.get(device, 32768) // settings.sequence_length)
     batch = settings.global_batch
     return [size for size in range(min(most, batch), 0, -1) if batch % size == 0]
 

@@ -65,6 +65,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             micro-batch or batch of 0 as 1.
     """
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
+    from core.steps.prune_footprint import distillation_footprint, repair_footprint
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
@@ -83,9 +84,28 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
     )
+    prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
+    measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
+    kind = on("prune-step")[0]
+    if prune.repair != "none":
+        pod = parse_bytes(settings.cluster.of("prune-step").memory)
+        needs["prune-step"] = repair_footprint(
+            config, measured, prune, device=kind, free_bytes=pod - _PROCESS_BYTES
+        )
+    if prune.distill_steps:
+        distilled = distillation_footprint(
+            smaller,
+            config,
+            replace(measured, micro_batch=calibration.micro_batch or 1),
+            prune,
+            device=kind,
+        )
+        needs["prune-step"] = max(
+            needs.get("prune-step", distilled), distilled, key=lambda need: need.device_bytes
+        )
     if training.total_steps:
         needs["recover-train"] = training_footprint(
-            _after_first_phase(config, settings),
+            smaller,
             replace(
                 training,
                 micro_batch=training.micro_batch or 1,

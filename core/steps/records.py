@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from core.redaction import without_password
-from core.runs.record import LayerSizes, PhaseRecord, RunRecord
+from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
 from core.steps.frame import tracker_of
@@ -62,7 +62,7 @@ def _phase_record(
 ) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    trained, measured = reports.get("recovered", {}), reports["evaluated"]
+    cut, trained, measured = reports.get("pruned", {}), reports.get("recovered", {}), reports["evaluated"]
     return PhaseRecord(
         phase=phase,
         params=plan.get("params_after", target_params),
@@ -78,6 +78,15 @@ def _phase_record(
         else None,
         perplexity=measured.get("perplexity"),
         tasks=measured.get("tasks", {}),
+        repair_s=cut.get("repair_s", 0.0),
+        distillation=DistillationRecord(
+            seconds=cut["distill_s"],
+            tokens=cut["distill_tokens"],
+            before=cut["divergence_cut"],
+            after=cut["divergence_distilled"],
+        )
+        if "distill_s" in cut
+        else None,
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
         seconds=seconds,

@@ -172,7 +172,7 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     )
     fixed = json_format.MessageToDict(resolved.inputs.parameters["fixed"].runtime_value.constant)
     assert fixed == {
-        "prune": {"phases": phases, "steps_per_phase": 1, "repair": "ridge"},
+        "prune": {"phases": phases, "steps_per_phase": 1, "repair": "ridge", "distill_steps": 0},
         "evaluation": {"speed": False},
     }
     assert "cluster" not in value["recipe"], "it is compiled in: the run form could not change it"
@@ -310,12 +310,13 @@ def test_only_tasks_that_compute_on_the_model_ask_for_gpus(ir):
     assert gpus(ir[0]) == dict.fromkeys(wanted, ("amd.com/gpu", "2"))
 
 
-def test_a_cut_without_a_repair_asks_for_no_gpu(tmp_path):
+@pytest.mark.parametrize("distill_steps", [0, 3])
+def test_a_cut_alone_asks_for_no_gpu_and_a_distillation_for_one(distill_steps, tmp_path):
     plain = settings(1)
-    compile_pipeline(
-        dataclasses.replace(plain, prune=dataclasses.replace(plain.prune, repair="none")), tmp_path / "p.yaml"
-    )
-    assert not any(label.startswith("exec-prune") for label in gpus(parse(tmp_path / "p.yaml")[0]))
+    prune = dataclasses.replace(plain.prune, repair="none", distill_steps=distill_steps)
+    compile_pipeline(dataclasses.replace(plain, prune=prune), tmp_path / "p.yaml")
+    found = any(label.startswith("exec-prune") for label in gpus(parse(tmp_path / "p.yaml")[0]))
+    assert found == (distill_steps > 0)
 
 
 def accelerated(path):

@@ -4,8 +4,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.model import loss as module
-from core.model.loss import final_states, loss_gradient, loss_sum
-from tests.support.models import CONFIGS, Float64Throughout, random_tokens, tiny
+from core.model.loss import divergence_gradient, divergence_sum, final_states, loss_gradient, loss_sum
+from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 
 TOKENS = random_tokens(rows=5)
 VOCABULARY = 101
@@ -133,3 +133,89 @@ def test_losses_of_bfloat16_logits_are_float32():
     total, gradient = loss_gradient(model, states, TOKENS, scale=1.0)
     assert total == pytest.approx(expected, rel=1e-5)
     assert gradient.dtype == torch.bfloat16
+
+
+def pair(name, dtype=torch.float64):
+    """A model and another of the family, of other sizes, that is its teacher."""
+    return tiny(name, UNEQUAL, dtype=dtype), tiny(name, dtype=dtype, seed=1)
+
+
+def plain_divergence(model, teacher):
+    """By autograd on the logits of all positions at once."""
+    with torch.no_grad():
+        p = teacher(TOKENS).logits.softmax(dim=-1)
+    return (p * (p.log() - model(TOKENS).logits.log_softmax(dim=-1))).sum()
+
+
+def divergence_and_gradients(model, teacher, scale=1.0):
+    model.zero_grad()
+    states, aims = final_states(model, TOKENS), final_states(teacher, TOKENS)
+    total, gradient = divergence_gradient(model, states, teacher, aims, scale=scale)
+    states.backward(gradient)
+    return total, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("chunks")
+def test_the_divergence_and_all_its_gradients_are_autograds(name):
+    model, teacher = pair(name)
+    with Float64Throughout():
+        expected = plain_divergence(model, teacher)
+        (0.3 * expected).backward()
+        gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        total, found = divergence_and_gradients(model, teacher, scale=0.3)
+        states, aims = final_states(model, TOKENS), final_states(teacher, TOKENS)
+        assert divergence_sum(model, states, teacher, aims) == total
+    assert total == pytest.approx(expected.item(), rel=1e-12)
+    assert found.keys() == gradients.keys()
+    for key, value in gradients.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_divergence_is_torchs_kl_of_probabilities():
+    model, teacher = pair("llama")
+    p, q = (torch.distributions.Categorical(logits=of(TOKENS).logits) for of in (teacher, model))
+    expected = torch.distributions.kl_divergence(p, q).sum().item()
+    assert divergence_and_gradients(model, teacher)[0] == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(torch.distributions.kl_divergence(q, p).sum().item(), rel=0.01)
+
+
+def test_the_gradient_of_the_divergence_is_its_slope():
+    model, teacher = pair("gemma2")
+    states, aims = final_states(model, TOKENS).detach(), final_states(teacher, TOKENS).detach()
+    _, gradient = divergence_gradient(model, states, teacher, aims, scale=1.0)
+    for direction in torch.randn(5, *states.shape, dtype=states.dtype):
+        ahead, behind = (
+            divergence_sum(model, states + step * direction, teacher, aims) for step in (1e-5, -1e-5)
+        )
+        assert (gradient * direction).sum().item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_nothing_diverges_from_itself(dtype):
+    model = tiny("gemma2", UNEQUAL, dtype=dtype)
+    total, gradients = divergence_and_gradients(model, model)
+    assert total == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_logits_of_both_models_exist_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", {"cpu": 7 * VOCABULARY})
+    model, teacher = pair("llama")
+    states, aims = final_states(model, TOKENS), final_states(teacher, TOKENS)
+    with LargestLogits() as logits:
+        divergence_gradient(model, states, teacher, aims, scale=1.0)
+        divergence_sum(model, states, teacher, aims)
+    assert logits.most <= max(7, model.config.hidden_size)
+
+
+def test_no_certainty_of_either_model_breaks_the_divergence():
+    """A probability of 0 in float32 has a logarithm all the same."""
+    logits = torch.tensor([[200.0, -200.0, 0.0], [0.0, 0.0, -300.0]])
+    wanted = torch.tensor([[0.0, 1.0, 2.0], [500.0, -500.0, 0.0]])
+    divergence, gradient = module._divergence(logits.clone(), wanted.clone())
+    p, q = wanted.double().softmax(-1), logits.double().softmax(-1)
+    expected = (p * (wanted.double().log_softmax(-1) - logits.double().log_softmax(-1))).sum()
+    assert divergence.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), q - p, rtol=1e-5, atol=1e-6)

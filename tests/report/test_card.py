@@ -19,7 +19,7 @@ from core.export.padded import export_padded
 from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.report.card import model_card
-from core.runs.record import PhaseRecord, RunRecord, SpeedRecord
+from core.runs.record import DistillationRecord, PhaseRecord, RunRecord, SpeedRecord
 from core.runs.run import Run
 from core.storage.publication import open_publication
 from tests.support.models import SIZES
@@ -201,6 +201,10 @@ def test_what_was_not_measured_or_trained_is_left_out(record, config):
     assert "lm-eval" not in text
     assert "trained on" not in text
     assert "| phase | parameters |\n" in text
+    distillation = DistillationRecord(seconds=9.0, tokens=98_304, before=0.7, after=0.5)
+    distilled = (*phases[:-1], dataclasses.replace(phases[-1], distillation=distillation))
+    _, text = parsed(model_card(dataclasses.replace(bare, phases=distilled), config=config, licence={}))
+    assert "without any training, and 98,304 tokens of distillation from the base model right after" in text
 
 
 def test_nothing_tells_where_it_was_made(record, config):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from core.report import figures
 from core.report.report import build_phase_report, build_report, phase_table
-from core.runs.record import LayerSizes, PhaseRecord, RunRecord
+from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 
 
 def make_record(phases=2, layers=30, tasks=("arc_easy", "piqa"), trained=True, **changes):
@@ -284,6 +284,24 @@ def test_a_run_without_training_has_no_recovery():
     assert "no training" in page.text
     assert len(page.tags("svg")) == 3
     assert figures.training_figure(record) is None
+
+
+def test_what_repair_and_distillation_cost_and_brought_has_a_table():
+    record = make_record(trained=False)
+    assert "Repair" not in Page(build_report(record)).text
+    dense, first, second = record.phases
+    repaired = dataclasses.replace(first, repair_s=71.0)
+    page = Page(build_report(dataclasses.replace(record, phases=(dense, repaired, second))))
+    assert "Repair What was done" in page.text
+    assert "1 min 11 s" in page.text
+    assert "istill" not in page.text
+    distilled = dataclasses.replace(
+        second, distillation=DistillationRecord(seconds=245.0, tokens=98_304, before=0.7512, after=0.5218)
+    )
+    page = Page(build_report(dataclasses.replace(record, phases=(dense, repaired, distilled))))
+    for expected in ("Repair and distillation", "1 min 11 s", "4 min 05 s", "0.751", "0.522", "98.3k"):
+        assert expected in page.text, expected
+    assert "2 phases, no training, 98.3k tokens of distillation" in page.text
 
 
 def test_what_was_not_measured_is_left_out():

@@ -6,7 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from core.report.summary import build_phase_summary, escaped
-from core.runs.record import LayerSizes, PhaseRecord, RunRecord
+from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 
 DENSE = PhaseRecord(
     phase=0,
@@ -65,6 +65,14 @@ def test_a_phase_stands_beside_the_dense_model():
             ("time", "1 min 36 s", "3 min 20 s"),
         ],
     )
+
+
+def test_a_distillation_stands_among_the_measures():
+    distillation = DistillationRecord(seconds=9.0, tokens=98_304, before=0.7512, after=0.5218)
+    _, rows = shown(build_phase_summary(record(DENSE, dataclasses.replace(PHASE, distillation=distillation))))
+    assert ("divergence before distillation", "-", "0.751") in rows
+    assert ("divergence after distillation", "-", "0.522") in rows
+    assert ("tokens of distillation", "-", "98,304") in rows
 
 
 def test_the_dense_model_stands_alone():

@@ -593,6 +593,7 @@ TEXTS = {
     "target": "70%",
     "tokens": "60k",
     "repair_tokens": "64k",
+    "distill_batch_tokens": "2k",
     "state_memory": "1GB",
     "save_every": "0",
     "keep": "all",

@@ -48,7 +48,7 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     on_gpu = settings_with(evaluation__tasks=["arc_easy"])
     on_cpu = settings_with(evaluation__tasks=["arc_easy"], cluster={"gpus": 0})
     needs = needs_of_tasks(config, on_gpu)
-    assert list(needs) == ["calibrate", "recover-train", "evaluate"]
+    assert list(needs) == ["calibrate", "prune-step", "recover-train", "evaluate"]
     assert "recover-train 0.1 GB on its GPU" in summary_line(needs, on_gpu)
     in_pods = needs_of_tasks(config, on_cpu)
     assert "GPU" not in summary_line(in_pods, on_cpu)
@@ -57,6 +57,19 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     assert "recover-train" not in needs_of_tasks(
         config, settings_with(training__tokens="0", training__sources=[])
     )
+
+
+def test_prune_step_needs_what_its_repair_and_its_distillation_take(config):
+    def need(**changes):
+        return needs_of_tasks(config, settings_with(cluster={"gpus": 0}, **changes)).get("prune-step")
+
+    assert need(prune__repair="none") is None
+    distilled = need(prune__repair="none", prune__distill_steps=5)
+    assert distilled.parts["base model"] == 4 * model_shape(config).num_params()
+    assert distilled.parts["optimizer"] < 8 * model_shape(config).num_params()
+    for tokens, larger in (("1M", need(prune__repair_tokens="1M")), ("100", distilled)):
+        both = need(prune__repair_tokens=tokens, prune__distill_steps=5)
+        assert both == larger
 
 
 def test_training_is_sized_by_what_the_first_phase_leaves(config):

@@ -1,0 +1,200 @@
+"""The memory that prune-step will take: the repair of a cut, then its distillation."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.machine.memory import available_bytes
+from core.model.build import dtype_of, model_shape
+from core.model.config import head_dim
+from core.model.simulation import simulate_layer, simulate_training
+from core.pruning.scoring.batching import fitting_micro_batch
+from core.pruning.scoring.measurement import state_memory
+from core.quantities import parse_count
+from core.steps.footprint import LIBRARIES, MOST_TOKENS, Footprint, check_fit, weights_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from core.settings.calibration import CalibrationSettings
+    from core.settings.prune import PruneSettings
+
+log = logging.getLogger(__name__)
+
+
+def repair_footprint(
+    config: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    *,
+    device: str,
+    free_bytes: int,
+    stored_bytes: int = 2,
+) -> Footprint:
+    """Estimate a cut with its repair, of any share of the model.
+
+    Args:
+        config: Of the model before the cut.
+        calibration: Number format, and what may be kept.
+        prune: ``repair_tokens`` counts.
+        device: Type of the device.
+        free_bytes: Memory that is free there.
+        stored_bytes: Bytes a parameter of the checkpoints.
+    """
+    dtype, length = dtype_of(calibration.precision) or torch.float32, calibration.sequence_length
+    shape, hidden = model_shape(config), config.hidden_size
+    sequences = min(-(-parse_count(prune.repair_tokens) // length), calibration.pool_documents)
+    states = sequences * length * hidden * dtype.itemsize
+    inputs = max(max(layer.mlp_width, layer.query_heads * head_dim(config)) for layer in shape.layers)
+    here = device == "cpu"
+    state_bytes = free_bytes // 2 if calibration.state_memory == "auto" else state_memory(calibration)
+    room = max(0, state_bytes - states) if here else free_bytes // 4
+    micro_batch = calibration.micro_batch or fitting_micro_batch(
+        config, (sequences, length), device=torch.device(device), free_bytes=free_bytes
+    )
+    micro_batch = min(micro_batch, sequences)
+    passes = simulate_layer(config, dtype, micro_batch, length, of_weights=False, backward=False)
+    largest = max(map(shape.layer_num_params, shape.layers))
+    layer_bytes = 2 * max(largest, shape.outside_params) * stored_bytes  # as read, and as written
+    return Footprint(
+        parts={
+            "weights": weights_bytes(shape, calibration, dtype, free_bytes),
+            "hidden states": states * here,
+            "kept activations": min(room, sequences * length * (inputs + hidden) * dtype.itemsize),
+            # In float32, then in float64 beside a factor and a solution.
+            "sums": 20 * inputs**2 + 28 * inputs * hidden,
+            "a layer's passes": passes.peak + 4 * micro_batch * length * (2 * inputs + hidden),
+            "a layer's tensors": layer_bytes * here,
+            "libraries": LIBRARIES,
+        },
+        host_bytes=(states + layer_bytes) * (not here),
+        disk_bytes=2 * shape.num_params() * stored_bytes,
+    )
+
+
+def distillation_footprint(
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    *,
+    device: str,
+    stored_bytes: int = 2,
+) -> Footprint:
+    """Estimate a distillation.
+
+    Args:
+        config: Of the model that is trained.
+        dense: Of its teacher.
+        calibration: Number format, and the sequences at once: ``micro_batch`` is not 0.
+        prune: Tokens of an update.
+        device: Type of the device.
+        stored_bytes: Bytes a parameter of the checkpoints.
+    """
+    params, of_dense = (model_shape(of).num_params() for of in (config, dense))
+    autocast = calibration.precision == "bfloat16"
+    batch = distill_batch(calibration, prune)
+    micro_batch = min(calibration.micro_batch, batch)
+    passes = simulate_training(
+        config,
+        micro_batch,
+        calibration.sequence_length,
+        autocast=autocast,
+        checkpointing=False,
+        device=device,
+        accumulate=micro_batch < batch,
+        distills=True,
+    )
+    gradients, teacher = 4 * params, of_dense * (2 if autocast else 4)
+    return Footprint(
+        parts={
+            "weights": 4 * params,
+            "base model": teacher,
+            "optimizer": 8 * params,
+            "gradients": gradients,
+            "activations and logits": max(0, passes.peak - gradients),
+            "libraries": LIBRARIES,
+        },
+        host_bytes=max(4 * params, teacher),
+        disk_bytes=stored_bytes * (2 * of_dense + params) + 4 * params,
+    )
+
+
+def distill_batch(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
+    """Return the sequences of an update."""
+    return -(-parse_count(prune.distill_batch_tokens) // calibration.sequence_length)
+
+
+def check_repair(
+    config: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    device: str,
+) -> None:
+    """Log what a cut with its repair will take.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
+    free = available_bytes(device)
+
+    def footprint(settings: "CalibrationSettings") -> Footprint:
+        return repair_footprint(config, settings, prune, device=device, free_bytes=free)
+
+    others = (
+        ("calibration.micro_batch=1", replace(calibration, micro_batch=1)),
+        (
+            "calibration.weights=streamed, calibration.micro_batch=1, calibration.state_memory=0",
+            replace(calibration, weights="streamed", micro_batch=1, state_memory="0"),
+        ),
+    )
+    check_fit(
+        "the repair", footprint(calibration), free, device, ((text, footprint(s)) for text, s in others)
+    )
+
+
+def planned_distillation(
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    device: str,
+) -> int:
+    """Return how many sequences pass through the models at once; logs what will be taken.
+
+    Args:
+        config: Of the model that is trained.
+        dense: Of its teacher.
+        calibration: ``micro_batch`` 0 takes as many as fit, with a fifth of the memory to spare, and as still
+            make it faster.
+        prune: Tokens of an update.
+        device: Type of the device.
+
+    Raises:
+        OutOfMemoryError: If it cannot fit.
+    """
+    free, batch = available_bytes(device), distill_batch(calibration, prune)
+    most = max(1, min(batch, MOST_TOKENS.get(device, 32768) // calibration.sequence_length))
+
+    def footprint(size: int) -> Footprint:
+        return distillation_footprint(
+            config, dense, replace(calibration, micro_batch=size), prune, device=device
+        )
+
+    sizes = sorted({-(-batch // 2**halvings) for halvings in range(batch.bit_length() + 1)}, reverse=True)
+    sizes = [size for size in sizes if size <= most] or [1]
+    chosen = min(calibration.micro_batch, batch)
+    if not chosen:
+        fitting = (size for size in sizes if footprint(size).device_bytes <= 0.8 * free)
+        chosen = next(fitting, 1)
+
+    def alternatives() -> "Iterator[tuple[str, Footprint]]":
+        for size in sizes:
+            if size < chosen:
+                yield f"calibration.micro_batch={size}", footprint(size)
+
+    check_fit("the distillation", footprint(chosen), free, device, alternatives())
+    return chosen

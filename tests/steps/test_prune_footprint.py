@@ -1,0 +1,126 @@
+import dataclasses
+import logging
+import re
+
+import pytest
+import torch
+
+from core.errors import OutOfMemoryError
+from core.model.build import model_shape
+from core.model.config import config_with_layers
+from core.settings.calibration import CalibrationSettings
+from core.settings.prune import PruneSettings
+from core.steps import prune_footprint
+from core.steps.prune_footprint import (
+    check_repair,
+    distill_batch,
+    distillation_footprint,
+    planned_distillation,
+    repair_footprint,
+)
+from tests.support.models import CONFIGS, UNEQUAL
+
+DENSE = CONFIGS["llama"]()
+SMALLER = config_with_layers(DENSE, UNEQUAL)
+CALIBRATION = CalibrationSettings(sequence_length=32, precision="float32", state_memory="1MB")
+PRUNE = PruneSettings(distill_steps=3, distill_batch_tokens="384", repair_tokens="4k")  # 12 sequences
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the memory that is free."""
+
+    def set_free(size):
+        monkeypatch.setattr(prune_footprint, "available_bytes", lambda device="cpu": int(size))
+
+    return set_free
+
+
+def of_distillation(micro_batch, **changes):
+    calibration = dataclasses.replace(CALIBRATION, micro_batch=micro_batch, **changes)
+    return distillation_footprint(SMALLER, DENSE, calibration, PRUNE, device="cpu")
+
+
+def of_repair(**changes):
+    calibration = dataclasses.replace(CALIBRATION, **changes)
+    return repair_footprint(DENSE, calibration, PRUNE, device="cpu", free_bytes=10**9)
+
+
+def test_a_batch_holds_at_least_the_tokens_asked_for():
+    assert distill_batch(CALIBRATION, PRUNE) == 12
+    assert distill_batch(CALIBRATION, dataclasses.replace(PRUNE, distill_batch_tokens="385")) == 13
+
+
+def test_a_distillation_holds_both_models():
+    params, dense = (model_shape(config).num_params() for config in (SMALLER, DENSE))
+    parts = of_distillation(1).parts
+    assert (parts["weights"], parts["optimizer"], parts["gradients"]) == (4 * params, 8 * params, 4 * params)
+    assert parts["base model"] == 4 * dense
+    assert of_distillation(1, precision="bfloat16").parts["base model"] == 2 * dense
+
+
+def test_more_sequences_take_more_up_to_a_batch():
+    sizes = [of_distillation(size).device_bytes for size in (1, 3, 6)]
+    assert sizes == sorted(set(sizes))
+    assert of_distillation(12) == of_distillation(1000)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 6, 12])
+def test_micro_batch_0_takes_the_largest_that_fits(wanted, free):
+    free(of_distillation(wanted).device_bytes / 0.8 + 1)
+    assert planned_distillation(SMALLER, DENSE, CALIBRATION, PRUNE, "cpu") == wanted
+
+
+def test_a_distillation_that_cannot_fit_is_refused_with_a_setting_that_does(free):
+    room = of_distillation(2).device_bytes
+    free(room)
+    hungry = dataclasses.replace(CALIBRATION, micro_batch=12)
+    hungry_prune = dataclasses.replace(PRUNE, distill_batch_tokens="1M")
+    hungry = dataclasses.replace(hungry, micro_batch=10_000)
+    with pytest.raises(OutOfMemoryError, match=r"the distillation needs about .* is free") as caught:
+        planned_distillation(SMALLER, DENSE, hungry, hungry_prune, "cpu")
+    named = int(re.search(r"Set calibration\.micro_batch=(\d+):", str(caught.value))[1])
+    resumed = dataclasses.replace(hungry, micro_batch=named)
+    assert planned_distillation(SMALLER, DENSE, resumed, hungry_prune, "cpu") == named
+    free(10_000)
+    with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
+        planned_distillation(SMALLER, DENSE, CALIBRATION, PRUNE, "cpu")
+
+
+def test_a_repair_tells_what_it_takes_and_is_refused_with_settings_that_take_less(free, caplog):
+    free(64e9)
+    with caplog.at_level(logging.INFO):
+        check_repair(DENSE, CALIBRATION, PRUNE, "cpu")
+    assert "the repair needs about" in caplog.text
+    # Hidden states and weights beyond any other part.
+    hungry = dataclasses.replace(CALIBRATION, state_memory="1TB", micro_batch=100_000, pool_documents=10**6)
+    tokens = dataclasses.replace(PRUNE, repair_tokens="32M")
+    least = repair_footprint(
+        DENSE,
+        dataclasses.replace(hungry, weights="streamed", micro_batch=1, state_memory="0"),
+        tokens,
+        device="cpu",
+        free_bytes=10**9,
+    )
+    free(1.01 * least.device_bytes)
+    with pytest.raises(OutOfMemoryError, match=r"the repair needs .* Set calibration\.weights=streamed"):
+        check_repair(DENSE, hungry, tokens, "cpu")
+
+
+def test_a_repair_holds_a_hidden_state_a_token_and_what_it_may_keep():
+    states = 4000 * DENSE.hidden_size * 4
+    assert of_repair().parts["hidden states"] == states
+    assert of_repair(state_memory="0").parts["kept activations"] == 0
+    everything = 4000 * 4 * (max(DENSE.intermediate_size, 60) + DENSE.hidden_size)
+    assert of_repair(state_memory="1GB").parts["kept activations"] == everything
+    assert of_repair().parts["kept activations"] == 10**6 - states
+    assert of_repair(precision="bfloat16").parts["hidden states"] == states / 2
+    assert of_repair(sequences=8, pool_documents=25).parts["hidden states"] == states / 5
+    assert of_repair(weights="streamed").parts["weights"] < of_repair().parts["weights"]
+
+
+def test_on_a_gpu_hidden_states_take_the_hosts_memory():
+    here = repair_footprint(DENSE, CALIBRATION, PRUNE, device="cuda", free_bytes=10**9)
+    assert here.parts["hidden states"] == 0
+    assert here.host_bytes > of_repair().parts["hidden states"]
+    assert torch.float32.itemsize * model_shape(DENSE).num_params() == here.parts["weights"]
