@@ -31,6 +31,7 @@ def run_score_layers(
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.checkpoint import Checkpoint
         from core.pruning.methods.method import method_of
+        from core.pruning.methods.slicegpt import slicing_step
         from core.pruning.planning import plan_phase, settings_for, shape_under
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
@@ -61,7 +62,7 @@ def run_score_layers(
             checkpoint=source.digest,
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
-            decide=method_of(prune).step,
+            decide=slicing_step(checkpoint.config) if prune.method == "slicegpt" else method_of(prune).step,
         )
         decided.save(work.out / PLAN)
         left, whole = (

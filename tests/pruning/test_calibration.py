@@ -89,7 +89,7 @@ def test_no_split_into_micro_batches_changes_a_score(criterion):
         assert other.loss == pytest.approx(whole.loss, rel=1e-12)
         torch.testing.assert_close(other.similarities, whole.similarities, rtol=1e-6, atol=0)  # float32
         for found, expected in zip(other.scores, whole.scores, strict=True):
-            assert_same_scores(found, expected, rtol=1e-12, atol=0)
+            assert_same_scores(found, expected, rtol=1e-12, atol=1e-15)
 
 
 def in_float64_throughout(model):

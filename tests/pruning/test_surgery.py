@@ -226,3 +226,33 @@ def test_unequal_models_are_pruned_again(name):
     )
     removed, zeroed = logits_removed_and_zeroed(tiny(name, UNEQUAL), plans)
     torch.testing.assert_close(removed, zeroed, rtol=0, atol=1e-10)
+
+
+GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "smollm3"])
+def test_a_layer_that_keeps_nothing_is_left_out_of_model_and_checkpoint(name, tmp_path):
+    model, plans = tiny(name), (KV_GROUPS[0], GONE, KV_GROUPS[2])
+    save_model(model, tmp_path / "base", companions=None, provenance={})
+    plan = replace(plan_for(model, KV_GROUPS, "d"), layers=plans)
+    prune_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "small", plan, digest="d", provenance={})
+    smaller, found = prune_model(model, plans), load_model(tmp_path / "small")
+    assert found.config.num_hidden_layers == len(layer_shapes(found.config)) == len(plan.after) == 2
+    expected = smaller.state_dict()
+    assert expected.keys() == found.state_dict().keys()
+    assert all(torch.equal(expected[key], tensor) for key, tensor in found.state_dict().items())
+    whole = prune_model(model, KV_GROUPS)
+    whole.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    assert torch.equal(whole(random_tokens()).logits, found(random_tokens()).logits)
+
+
+def test_plans_that_leave_out_layers_compose():
+    first = replace(plan_for(tiny("llama"), KV_GROUPS, "d"), layers=(KV_GROUPS[0], GONE, KV_GROUPS[2]))
+    last = LayerPlan(query_heads=(0,), kv_heads=(0,), mlp_channels=(0,))
+    both = first.then(replace(first, layers=(GONE, last), before=first.after))
+    assert both.layers == (GONE, GONE, KV_GROUPS[2].then(last))
+    assert both.after == (last.shape(),)
+    both.check("d", first.before)
+    with pytest.raises(PlanError, match="keeps no layer"):
+        replace(first, layers=(GONE,) * 3).check("d", first.before)
