@@ -4,10 +4,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
+from core.export.gguf_layout import architecture_of
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
+from core.export.gguf_rope import frequency_factors
 from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.model.config import config_with_layers, layer_shapes, load_config
@@ -23,6 +26,9 @@ LLAMA3 = dict(
     low_freq_factor=1.0,
     high_freq_factor=2.0,
     original_max_position_embeddings=16,
+)
+LLAMA3_1 = LLAMA3 | dict(
+    rope_theta=5e5, factor=8.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
 QWEN3 = dict(attention_bias=False, use_sliding_window=False, layer_types=None)
@@ -121,6 +127,19 @@ def test_llama_cpp_gives_the_same_probabilities_as_pytorch(make, case):
     found, expected, tokens, best = log_probabilities(exported.path, checkpoint, num_tokens=6)
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
     assert tokens == best.tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "rope_parameters": LLAMA3_1}], ids=["tiny", "3.1"])
+def test_rotary_factors_divide_the_frequencies_as_transformers_does(changes):
+    config = CONFIGS["llama"]()
+    config = type(config).from_dict(config.to_dict() | {"rope_parameters": LLAMA3} | changes)
+    width, base = config.head_dim, config.rope_parameters["rope_theta"]
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    factors = frequency_factors(config, "llama")
+    plain = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    torch.testing.assert_close(factors, (plain / theirs).float(), rtol=1e-5, atol=0)
+    assert {1.0, config.rope_parameters["factor"]} <= set(factors.tolist())
+    assert frequency_factors(CONFIGS["llama"](), "llama") is None
 
 
 def test_a_file_holds_the_checkpoint_bit_for_bit(make):
@@ -289,6 +308,7 @@ def test_the_description_tells_what_the_model_is(make, tokenizer):
         ("olmo2", EQUAL, {}, "olmo2.*convert_hf_to_gguf.py"),
         ("llama", UNEQUAL, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", UNEQUAL, {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
+        ("llama", EQUAL, {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.8}}, "rotates whole heads"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"beta_fast": 16}}, "'yarn' with beta_fast"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"attention_factor": 1.0}}, "with attention_factor"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"truncate": False}}, "with truncate=false"),
@@ -353,6 +373,12 @@ def test_a_checkpoint_without_tokenizer_or_a_taken_name_is_refused(make, tmp_pat
         export_gguf(checkpoint, tmp_path / "other.gguf")
 
 
+def test_a_window_as_long_as_the_context_is_none():
+    config = CONFIGS["mistral"]()
+    config.sliding_window = config.max_position_embeddings
+    assert [architecture_of(config, layers) for layers in (EQUAL, UNEQUAL)] == ["llama", "deci"]
+
+
 def shapes(*widths, heads=4):
     return [LayerShape(query_heads=heads, kv_heads=1, mlp_width=width) for width in widths]
 
@@ -360,8 +386,8 @@ def shapes(*widths, heads=4):
 def test_notes_say_which_quantizations_the_widths_rule_out():
     sizes = dict(hidden_size=512, head_dim=64)
     assert quantization_notes(shapes(512, 768), **sizes) == ()
-    [odd] = quantization_notes(shapes(512, 700, 701, 702, 256, 7), **sizes)
-    assert "ffn_down of layers 1-3, 5" in odd
+    [odd] = quantization_notes(shapes(512, 700, 701, 702, 256, 7, 9), **sizes)
+    assert "ffn_down of layers 1-3, 5-6 " in odd
     assert "prune.width_multiple=32" in odd
     [coarse] = quantization_notes(shapes(512, 704), **sizes)
     assert "ffn_down of layers 1 " in coarse

@@ -251,6 +251,9 @@ def test_a_draw_takes_no_document_twice_and_is_seeded():
     assert torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=0))
     assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=1))
     assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=4, step=0))
+    whole = draw_calibration(POOL.int(), sequences=20, seed=3, step=0)
+    assert whole.dtype == torch.int64
+    assert sorted(whole.tolist()) == sorted(POOL.tolist())
 
 
 def test_a_draw_larger_than_the_pool_is_refused():

@@ -157,6 +157,17 @@ class Oracle:
         return (wanted - left @ torch.linalg.lstsq(left, wanted).solution).square().sum().item()
 
 
+def test_a_variance_beside_a_large_mean_keeps_its_digits():
+    """Sums of squares in float32 would lose it all."""
+    criterion, noise = CRITERIA["fluctuation"], torch.Generator().manual_seed(0)
+    batches = [1000 + 0.01 * torch.randn(2, 50, 3, 1, generator=noise) for _ in range(3)]
+    total = sum(map(criterion.add, batches))
+    found = criterion.score(torch.ones(3, 1, 2), total, 300)
+    seen = torch.cat(batches).flatten(0, 1)
+    expected = [2 * pvariance(seen[:, unit, 0].tolist()) for unit in range(3)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
 MEASURED = [name for name in CRITERIA if name != "random"]
 
 

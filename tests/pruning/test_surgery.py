@@ -193,9 +193,24 @@ def test_a_plan_survives_a_round_trip(tmp_path):
     plan = plan_for(tiny("qwen2"), QUERY_HEADS, "d")
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    for changed, problem in (
+        ({"before": plan.before[:2]}, "plans 3 of 2 layers"),
+        ({"before": (*plan.before[:2], replace(plan.before[2], kv_heads=0))}, "a layer has no groups"),
+    ):
+        replace(plan, **changed).save(tmp_path / "plan.json")
+        with pytest.raises(PlanError, match=problem):
+            Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="is damaged: it lacks layers"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_what_is_not_cut_is_shared_with_the_larger_model():
+    model = tiny("llama")
+    smaller = prune_model(model, KV_GROUPS)
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in smaller.parameters()}
+    # Embedding, head and final norm, and of each layer its norms.
+    assert len(shared) == 3 + 3 * 2
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3"])
