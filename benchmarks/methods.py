@@ -144,6 +144,10 @@ class Study:
             )
         return model
 
+    def drawn(self, sequences: int, seed: int, step: int) -> Tensor:
+        """Return (S, T) token ids of a calibration draw."""
+        return draw_calibration(self.pool, sequences=sequences, seed=seed, step=step)
+
     def statistics(self, model: PreTrainedModel, settings: PruneSettings, seed: int, step: int) -> Statistics:
         """Score a model's groups on the calibration draw of a step."""
         applied = settings.applied()

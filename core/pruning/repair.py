@@ -201,8 +201,8 @@ class _Sums:
         goes = torch.ones(linear.in_features, dtype=torch.bool, device=stay.device)
         goes[stay] = False
         self._stay, self._goes = stay, goes.nonzero().flatten()
-        self._kind, weight = kind, linear.weight.detach().to(dtype)
-        self._lost, self._kept = weight[:, self._goes], weight[:, stay]
+        self._kind, self._weight = kind, linear.weight.detach()
+        self._lost = self._weight[:, self._goes].to(dtype)
         self._gram = self._lost.new_zeros(len(stay), len(stay))
         self._error = self._lost.new_zeros(len(self._lost), len(stay))
         self._biased = linear.bias is not None
@@ -243,7 +243,7 @@ class _Sums:
         strength = ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
         gram.diagonal().add_(strength)
         if self._kind == "ridge_to_zero":
-            error -= strength * self._kept
+            error -= strength * self._weight[:, self._stay]
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
             raise ArithmeticError("the ridge is lost in rounding")

@@ -53,6 +53,15 @@ def test_stock_transformers_gives_the_same_bits(name, tmp_path, modules_cache):
     assert torch.equal(stock(tokens).logits, model(tokens).logits)
 
 
+def test_layers_of_equal_size_with_output_biases_need_the_code_too(tmp_path, modules_cache):
+    model, tokens = tiny("llama-output-biases"), random_tokens()
+    folder = write(model, tmp_path / "model")
+    trusted = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(trusted(tokens).logits, model(tokens).logits)
+    plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    assert plain.model.layers[0].mlp.down_proj.bias is None  # transformers warns, and leaves them out
+
+
 def test_the_code_is_refused_to_those_who_do_not_trust_it(tmp_path):
     folder = write(unequal("llama"), tmp_path / "model")
     with pytest.raises((ValueError, RuntimeError)):  # the stock class expects layers of equal size
