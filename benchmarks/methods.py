@@ -44,7 +44,7 @@ from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
 from core.pruning.methods.pruned import pruned_model
-from core.pruning.scoring.calibration import measure
+from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings

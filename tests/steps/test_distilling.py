@@ -142,7 +142,9 @@ def test_the_result_has_the_number_format_of_the_base_and_is_rounded_once(
         return report
 
     monkeypatch.setattr("core.training.distillation.distill", distill_here)
-    _, (folder,) = run_phases(project, tmp_path, {"model.base": str(tmp_path / "half")}, phases=1)
+    _, (folder,) = run_phases(
+        project, tmp_path, {"model.base": str(tmp_path / "half"), "prune.phases": 1}, phases=1
+    )
     assert seen[0] == {torch.float32}
     with CheckpointReader(folder) as reader:
         for name in reader.names():

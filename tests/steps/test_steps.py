@@ -303,7 +303,7 @@ def logged(uri):
     client, found = connect(uri), {}
     experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
     for run in client.search_runs([experiment], max_results=1000):
-        names = set(run.data.metrics) - {"seconds", "tokens_per_s"}
+        names = set(run.data.metrics) - {"seconds", "tokens_per_s", "repair_s", "distill_s"}
         histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
         curves = {name: [(point.step, point.value) for point in curve] for name, curve in histories.items()}
         files = [file.path for file in client.list_artifacts(run.info.run_id)]
