@@ -1,13 +1,13 @@
 """Quality of pruned models beside each other: every method at equal size and on equal calibration text.
 
-Prunes the demo's model to 80 and 60 % of its parameters by each row's settings, as score-layers and prune-step
-do it, with several seeds of the calibration draws. Measures perplexity on texts that nothing was calibrated
-on; the first text, best one of another domain, decides. Takes hours on a laptop.
+Prunes the demo's model to 80 and 60 % of its parameters by each row's settings, as score-layers and
+prune-step do it, with several seeds of the calibration draws. Measures perplexity on texts that nothing was
+calibrated on; the first text, best one of another domain, decides. Takes hours on a laptop.
 
-A row is a set of prune settings at one size and with one seed: KEY=VALUE pairs joined by commas. With --results
-each row is appended to a file as a line of JSON as soon as it is measured. The same command resumes a stopped
-run, and other options add rows; rows measured on another model, calibration set or text are kept in the file
-but ignored. --tasks measures accuracies, too.
+A row is a set of prune settings at one size and with one seed: KEY=VALUE pairs joined by commas. With
+--results each row is appended to a file as a line of JSON as soon as it is measured. The same command resumes
+a stopped run, and other options add rows; rows measured on another model, calibration set or text are kept in
+the file but ignored. --items measures accuracies, too.
 
 The last line is a JSON object: the dense figures; for each size the row of the lowest perplexity, the rise of
 each row over the dense model as a share of the rise of the best compared method (rise_ratios), and of our
@@ -16,7 +16,7 @@ seed) and the number of seeds.
 
     python benchmarks/methods.py --measure-on c4=c4.jsonl --measure-on wikitext2=wikitext2.txt
     python benchmarks/methods.py --rows criterion=wanda_sp criterion=obs,repair_ridge=0.03 --seeds 1
-    python benchmarks/methods.py --results methods.jsonl --tasks --items 500
+    python benchmarks/methods.py --results methods.jsonl --items 500
 """
 
 import argparse
@@ -44,7 +44,7 @@ from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
 from core.pruning.methods.pruned import pruned_model
-from core.pruning.scoring.calibration import draw_calibration, measure
+from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings
@@ -89,15 +89,17 @@ class Study:
             "inputs": digest([self.pool, *self.base.parameters(), *map(self.texts.get, sorted(self.texts))]),
         }
         self.rows = [row for row in map(json.loads, known) if self.alike.items() <= row.items()]
+        self.of_base: dict[tuple[str, str, int], Statistics] = {}
 
     def run(self, row: str, removed: float, seed: int) -> None:
         """Prune, repair, distill and measure, unless that is done."""
-        key = {"row": row, "removed": removed, "seed": seed}
+        settings = settings_of(row)
+        key = {"row": row, "removed": removed, "seed": seed, "settings": meant(settings) if row else {}}
         if any(key.items() <= known.items() for known in self.rows):
             return
         restart_peak()
         started = time.monotonic()
-        model = self.pruned(settings_of(row), removed, seed) if row else self.base
+        model = self.pruned(settings, removed, seed) if row else self.base
         seconds, peak = time.monotonic() - started, peak_bytes()
         if self.bfloat16:
             model = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)
@@ -117,40 +119,39 @@ class Study:
 
     def pruned(self, settings: PruneSettings, removed: float, seed: int) -> PreTrainedModel:
         """Return the base model less a share of its parameters."""
-        tokens = draw_calibration(
-            self.pool, sequences=self.tokens // self.pool.shape[1], seed=seed, step=REPAIR_DRAW
-        )
         model = pruned_model(
             self.base,
             self.statistics(self.base, settings, seed, 0),
             settings=settings,
             target_params=round(self.params * (1 - removed)),
             remeasure=lambda left, step: self.statistics(left, settings, seed, step),
-            tokens=tokens,
+            tokens=self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
             keep_bytes=KEEP_BYTES,
         )
         if settings.distill_steps:
             model = copy.deepcopy(model).requires_grad_(True)
+            batch = parse_count(settings.distill_batch_tokens) // self.pool.shape[1]
             distill(
                 model,
                 self.base,
-                tokens,
+                self.drawn(len(self.pool), seed, REPAIR_DRAW)[-settings.distill_steps * batch :],
                 steps=settings.distill_steps,
                 rate=settings.distill_rate,
-                batch=parse_count(settings.distill_batch_tokens) // tokens.shape[1],
+                batch=batch,
                 micro_batch=MICRO_BATCH,
                 autocast=self.bfloat16,
                 seed=seed,
             )
         return model
 
-    def statistics(
-        self, model: PreTrainedModel, settings: PruneSettings, seed: int, step: int
-    ) -> Statistics:
+    def statistics(self, model: PreTrainedModel, settings: PruneSettings, seed: int, step: int) -> Statistics:
         """Score a model's groups on the calibration draw of a step."""
         applied = settings.applied()
-        tokens = draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=step)
-        return measure(
+        key = applied.criterion, applied.similarity, seed
+        if model is self.base and key in self.of_base:
+            return self.of_base[key]
+        tokens = self.drawn(self.sequences, seed, step)
+        found = measure(
             model,
             tokens,
             criterion=applied.criterion,
@@ -158,6 +159,9 @@ class Study:
             seed=seed,
             keep_bytes=KEEP_BYTES,
         )
+        if model is self.base:
+            self.of_base[key] = found
+        return found
 
     def accuracy(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the accuracy on each of the demo's tasks."""
@@ -186,9 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="KEY=VALUE,...", help="settings of the section prune"
     )
-    parser.add_argument(
-        "--tokens", type=int, default=32_768, help="tokens of repair and distillation (default: 32768)"
-    )
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a repair (default: 32768)")
     parser.add_argument(
         "--items", type=int, default=0, help="items of ARC-easy and of PIQA (default: 0, no accuracy)"
     )
@@ -213,9 +215,14 @@ def main() -> None:
 
 def settings_of(row: str) -> PruneSettings:
     """Return the settings of a row."""
-    values = dict(pair.split("=", 1) for pair in row.split(","))
+    values = dict(pair.split("=", 1) for pair in row.split(",")) if row else {}
     fields = {field.name: field for field in dataclasses.fields(PruneSettings)}
     return PruneSettings(**{name: type(fields[name].default)(value) for name, value in values.items()})
+
+
+def meant(settings: PruneSettings) -> dict[str, object]:
+    """Return all settings that a row stands for: a default may change."""
+    return {k: v for k, v in dataclasses.asdict(settings.applied()).items() if k not in ("target", "phases")}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

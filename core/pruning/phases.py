@@ -57,6 +57,4 @@ def phase_steps(total_steps: int, phases: int) -> tuple[int, ...]:
     if total_steps < phases:
         return (0,) * (phases - 1) + (total_steps,)
     steps = [max(1, int(total_steps * share)) for share in phase_shares(phases)[:-1]]
-    while sum(steps) >= total_steps:  # only if the minimum of one step per phase exceeds the total
-        steps[steps.index(max(steps))] -= 1
     return (*steps, total_steps - sum(steps))

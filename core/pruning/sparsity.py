@@ -144,8 +144,9 @@ def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...
     widths = []
     for i, s in enumerate(sparsity):
         now, multiple = sizing.current.layers[i].mlp_width, sizing.width_multiple
-        width = multiple * round(sizing.width_at(i, s, units[i]) / multiple)
-        widths.append(now if width >= now else max(width, sizing.min_width(i)))
+        wanted = sizing.width_at(i, s, units[i])
+        width = multiple * round(wanted / multiple)
+        widths.append(now if max(wanted, width) >= now else max(width, sizing.min_width(i)))
     return sizing.layers(units, widths)
 
 

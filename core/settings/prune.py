@@ -132,6 +132,11 @@ class PruneSettings:
                 yield f"{name}={value} is not a count. Give one such as {getattr(PruneSettings, name)}."
         if self.profile != "portable":
             return
+        if FIXED[self.method].get("repair", self.repair) == "bias":
+            yield (
+                "repair=bias gives projections biases, which profile=portable does not hold. Choose another "
+                "repair or method, or set profile to free."
+            )
         if self.attention_unit not in ("auto", "none"):
             yield (
                 f"attention_unit={self.attention_unit} removes heads, but profile=portable leaves attention "

@@ -11,11 +11,12 @@ import torch
 from core.errors import OutOfMemoryError
 from core.machine.memory import available_bytes
 from core.model.build import build_empty, dtype_of, model_shape
+from core.model.config import head_dim
 from core.model.families import family_of
 from core.model.loss import chunk_positions
 from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
 from core.pruning.scoring.batching import fitting_micro_batch
-from core.pruning.scoring.criteria import CRITERIA
+from core.pruning.scoring.criteria import CRITERIA, squares_bytes
 from core.pruning.scoring.kept_outputs import choose_outputs
 from core.pruning.scoring.layer_inputs import held_bytes, share_out
 from core.pruning.scoring.measurement import device_memory, state_memory
@@ -149,6 +150,10 @@ def scoring_footprint(
         config, dtype, micro_batch, tokens[1], of_weights=observed == "weight_gradients", backward=goes_back
     )
     head = simulate_head(config, dtype, micro_batch, tokens[1], device=device)
+    squares = 0
+    if CRITERIA[prune.criterion].squares:
+        layer = max(shape.layers, key=shape.layer_num_params)
+        squares = squares_bytes([layer.query_heads * head_dim(config), layer.mlp_width])
     in_host = held_bytes(states, crosses=crosses) * (room.in_host + (not room.stays))
     here = states * (room.on_device + room.stays) + in_host * (not crosses)
     return Footprint(
@@ -157,6 +162,7 @@ def scoring_footprint(
             "kept layer inputs": here,
             "kept layer outputs": kept,
             "a layer's passes": max(passes.peak, head.peak),
+            **({"sums of products": squares} if squares else {}),
             "libraries": LIBRARIES,
         },
         host_bytes=in_host * crosses,

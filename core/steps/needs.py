@@ -75,6 +75,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         return on(component)[1] if precision == "auto" else precision
 
     needs: dict[ComponentName, Footprint] = {}
+    stored_bytes = 4 if settings.model.dtype_between_phases == "float32" else 2
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
     pod = parse_bytes(settings.cluster.of("calibrate").memory)
     needs["calibrate"] = scoring_footprint(
@@ -83,6 +84,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings.prune.applied(),
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
+        stored_bytes=stored_bytes,
     )
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
     measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
@@ -112,6 +114,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
                 precision=settled(training.precision, "recover-train"),
             ),
             device=on("recover-train")[0],
+            stored_bytes=stored_bytes,
         )
     needs["evaluate"] = evaluation_footprint(
         config,
@@ -121,6 +124,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             precision=settled(evaluation.precision, "evaluate"),
         ),
         device=on("evaluate")[0],
+        stored_bytes=stored_bytes,
     )
     return needs
 

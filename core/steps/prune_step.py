@@ -45,19 +45,19 @@ def run_prune_step(
     def compute(work: Workspace) -> dict[str, Any]:
         import torch
 
-        from core.model.build import dtype_of
         from core.model.checkpoint import Checkpoint
         from core.pruning.methods.slicegpt import slice_checkpoint
         from core.pruning.plan import Plan
         from core.pruning.surgery import prune_checkpoint
         from core.steps.footprint import explaining_memory
+        from core.steps.formats import written_format
 
         scored = open_publication(this.phase_uri(phase, "scored"))
         plan = Plan.load(scored.fetch(work.scratch / "scored", only=[PLAN]) / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
-        dtype = dtype_of(this.settings.model.dtype)
-        provenance = provenance_of(this, phase, digest, step="prune-step")
+        dtype, final = written_format(this, phase, checkpoint, trained=False)
+        provenance = provenance_of(this, phase, digest, step="prune-step") | final
         distills, started = this.settings.prune.distill_steps > 0, time.monotonic()
         target = work.scratch / "cut" if distills else work.out
         written = torch.float32 if distills else dtype  # rounded once, when all is done
@@ -105,7 +105,7 @@ def run_prune_step(
                 data=open_publication(data_uri),
                 scratch=work.scratch,
                 target=work.out,
-                dtype=dtype or checkpoint.dtype,
+                dtype=dtype,
                 provenance=provenance,
             )
         return report

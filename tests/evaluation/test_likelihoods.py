@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from core.evaluation import likelihoods
+from core.evaluation.benchmarks import _fitting
 from core.evaluation.likelihoods import can_share, log_likelihoods
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, tiny
 
@@ -52,6 +53,13 @@ def test_answers_in_one_sequence_are_those_of_single_predictions(name, layers):
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in expected]
 
 
+def test_logarithms_of_a_bfloat16_models_probabilities_are_float32():
+    scores = [score for score, _ in shared(tiny("llama", dtype=torch.bfloat16), REQUESTS)]
+    expected = [score for score, _ in one_by_one(tiny("llama", dtype=torch.bfloat16), REQUESTS)]
+    assert scores == pytest.approx(expected, abs=0.3)
+    assert all(score != float(torch.tensor(score).bfloat16()) for score in scores)
+
+
 def test_an_answer_is_likeliest_only_with_all_of_its_tokens():
     model = tiny("llama")
     context = [5, 9]
@@ -91,3 +99,15 @@ def test_requests_longer_than_a_window_are_left_to_others():
     model = tiny("mistral")  # a window of 5
     assert can_share(model, [([3, 4, 5], [6, 7])])
     assert not can_share(model, [([3, 4, 5], [6, 7, 8])])
+
+
+@pytest.mark.parametrize("length", [5, 6, 9])
+def test_a_context_is_cut_from_the_left_as_lm_eval_does(length):
+    """It gives the model ``(context + continuation)[-(length + 1):][:-1]``."""
+    for size in range(1, 12):
+        for answer in range(1, 6):
+            context, continuation = list(range(size)), list(range(100, 100 + answer))
+            cut, kept = _fitting(context, continuation, length)
+            assert kept == continuation
+            assert cut + kept == (context + continuation)[-(length + 1) :]
+            assert cut

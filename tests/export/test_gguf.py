@@ -7,6 +7,7 @@ import torch
 
 from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
+from core.export.gguf_layout import architecture_of
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
 from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
@@ -289,6 +290,7 @@ def test_the_description_tells_what_the_model_is(make, tokenizer):
         ("olmo2", EQUAL, {}, "olmo2.*convert_hf_to_gguf.py"),
         ("llama", UNEQUAL, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", UNEQUAL, {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
+        ("llama", EQUAL, {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.8}}, "rotates whole heads"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"beta_fast": 16}}, "'yarn' with beta_fast"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"attention_factor": 1.0}}, "with attention_factor"),
         ("llama", UNEQUAL, {"rope_parameters": YARN | {"truncate": False}}, "with truncate=false"),
@@ -353,6 +355,12 @@ def test_a_checkpoint_without_tokenizer_or_a_taken_name_is_refused(make, tmp_pat
         export_gguf(checkpoint, tmp_path / "other.gguf")
 
 
+def test_a_window_as_long_as_the_context_is_none():
+    config = CONFIGS["mistral"]()
+    config.sliding_window = config.max_position_embeddings
+    assert [architecture_of(config, layers) for layers in (EQUAL, UNEQUAL)] == ["llama", "deci"]
+
+
 def shapes(*widths, heads=4):
     return [LayerShape(query_heads=heads, kv_heads=1, mlp_width=width) for width in widths]
 
@@ -360,8 +368,8 @@ def shapes(*widths, heads=4):
 def test_notes_say_which_quantizations_the_widths_rule_out():
     sizes = dict(hidden_size=512, head_dim=64)
     assert quantization_notes(shapes(512, 768), **sizes) == ()
-    [odd] = quantization_notes(shapes(512, 700, 701, 702, 256, 7), **sizes)
-    assert "ffn_down of layers 1-3, 5" in odd
+    [odd] = quantization_notes(shapes(512, 700, 701, 702, 256, 7, 9), **sizes)
+    assert "ffn_down of layers 1-3, 5-6 " in odd
     assert "prune.width_multiple=32" in odd
     [coarse] = quantization_notes(shapes(512, 704), **sizes)
     assert "ffn_down of layers 1 " in coarse

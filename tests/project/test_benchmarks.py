@@ -11,6 +11,12 @@ from tests.support.project import ROOT, make_project
 
 PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
 METHODS = ROOT / "benchmarks" / "methods.py"
+ROWS = (
+    "method=adapt-pruner",
+    "criterion=activation_l2,steps_per_phase=2,distill_steps=2,distill_batch_tokens=48",
+    "method=flap",
+    "method=grail",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +41,7 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     command = (
         f"methods.py --model {wide / 'base'} --calibrate-on {wide / 'texts.jsonl'} --results {results} "
         f"--measure-on manual={wide / 'held-out.txt'} --sequences 6 --length 24 --windows 1 --removed 0.2 "
-        "--criteria activation_l2 --steps 1 2 --repairs none ridge once --tokens 240 --seeds 2"
+        f"--rows {' '.join(ROWS)} --tokens 240 --seeds 2"
     )
     monkeypatch.setattr(sys, "argv", command.split())
 
@@ -45,31 +51,21 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
         return rows, json.loads(capsys.readouterr().out.splitlines()[-1])
 
     rows, last = run()
-    perplexity = {
-        (row["steps"], row["repair"], row["seed"]): row["perplexity"]["manual"]
-        for row in rows
-        if row["removed"]
-    }
-    assert len(rows) == 13 == len(perplexity) + 1
+    perplexity = {(row["row"], row["seed"]): row["perplexity"]["manual"] for row in rows if row["removed"]}
+    assert len(rows) == 9 == len(perplexity) + 1
     assert all(row["left"] == pytest.approx(1 - row["removed"], abs=0.02) for row in rows)
     dense = last["dense_ppl"]["manual"]
-    assert dense not in perplexity.values()
+    assert len({dense, *perplexity.values()}) == 9  # no row is another
 
-    # One repair after one step is a repair after each step; two steps choose and repair otherwise.
-    for seed in (0, 1):
-        assert perplexity[1, "once", seed] == perplexity[1, "ridge", seed]
-        assert perplexity[2, "once", seed] != perplexity[2, "ridge", seed]
-        assert perplexity[2, "none", seed] != perplexity[1, "none", seed]
+    means = {name: (perplexity[name, 0] + perplexity[name, 1]) / 2 for name in ROWS}
+    assert last["best_ppl_20"]["manual"]["mean"] == pytest.approx(min(means.values()), abs=1e-3)
+    peer = min(ROWS[2:], key=means.__getitem__)
+    assert last["best_peer_20"] == {"manual": peer}
     first, second = (
-        (perplexity[2, "once", seed] - dense) / (perplexity[2, "none", seed] - dense) for seed in (0, 1)
+        (perplexity[ROWS[0], seed] - dense) / (perplexity[peer, seed] - dense) for seed in (0, 1)
     )
     expected = {"mean": (first + second) / 2, "spread": abs(first - second) / 2**0.5, "seeds": 2}
-    found = last["rise_ratios_20"]["activation_l2, 2 steps, once 0.1 240"]["manual"]
-    assert found == pytest.approx(expected, abs=1e-3)
-    means = [
-        (perplexity[steps, repair, 0] + one) / 2 for (steps, repair, seed), one in perplexity.items() if seed
-    ]
-    assert last["best_ppl_20"]["manual"]["mean"] == pytest.approx(min(means), abs=1e-3)
+    assert last["rise_ratio_20"]["manual"] == pytest.approx(expected, abs=1e-3)
 
     # A stopped run measures what is missing alone. Rows of another set are left alone, and left out.
     row = rows.pop(4)
@@ -77,5 +73,6 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     results.write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
     again, same = run()
     assert again[:-1] == [*rows, other]
-    assert {**again[-1], "seconds": 0} == {**row, "seconds": 0}
+    unlike = {"seconds": 0, "peak_gb": 0}
+    assert again[-1] | unlike == row | unlike
     assert same == last

@@ -85,7 +85,7 @@ def test_attention_that_is_worth_more_stays_whole_and_worthless_attention_goes_f
 
 def test_without_scores_auto_stands_for_all_that_could_go():
     cuts = attention_cuts("auto", DENSE, DENSE)
-    assert [len(cut.due) for cut in cuts] == [5, 5]
+    assert [(cut.unit, len(cut.due)) for cut in cuts] == [("kv_group", 5)] * 2
     assert attention_cuts("none", DENSE, DENSE)[0].due == ()
 
 
@@ -113,3 +113,9 @@ def test_units_that_went_before_are_not_due_again():
     now = replace(DENSE.layers[0], query_heads=8, kv_heads=4)
     cuts = attention_cuts("kv_group", DENSE, DENSE.with_layers((now, now)))
     assert cuts[0].due == pytest.approx((3 / 6, 4 / 6, 5 / 6))
+    whole = replace(DENSE.layers[0], kv_heads=3)
+    cuts = attention_cuts("query_head", DENSE.with_layers((whole,)), DENSE.with_layers((whole,)))
+    assert cuts[0].due == pytest.approx((1 / 4, 2 / 4, 3 / 4))
+    now = replace(whole, query_heads=9)
+    (cut,) = attention_cuts("query_head", DENSE.with_layers((whole,)), DENSE.with_layers((now,)))
+    assert (cut.unit, cut.due) == ("query_head", pytest.approx((2 / 4, 3 / 4)))

@@ -89,7 +89,7 @@ def test_no_split_into_micro_batches_changes_a_score(criterion):
         assert other.loss == pytest.approx(whole.loss, rel=1e-12)
         torch.testing.assert_close(other.similarities, whole.similarities, rtol=1e-6, atol=0)  # float32
         for found, expected in zip(other.scores, whole.scores, strict=True):
-            assert_same_scores(found, expected, rtol=1e-12, atol=0)
+            assert_same_scores(found, expected, rtol=1e-12, atol=1e-15)
 
 
 def in_float64_throughout(model):
@@ -251,6 +251,9 @@ def test_a_draw_takes_no_document_twice_and_is_seeded():
     assert torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=0))
     assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=3, step=1))
     assert not torch.equal(draw, draw_calibration(POOL, sequences=12, seed=4, step=0))
+    whole = draw_calibration(POOL.int(), sequences=20, seed=3, step=0)
+    assert whole.dtype == torch.int64
+    assert sorted(whole.tolist()) == sorted(POOL.tolist())
 
 
 def test_a_draw_larger_than_the_pool_is_refused():

@@ -20,7 +20,7 @@ def test_linear_phases_remove_equally_much():
 def test_shares_follow_eq_11_and_sum_to_one(phases):
     shares = phase_shares(phases)
     assert sum(shares) == pytest.approx(1)
-    assert shares[-1] == pytest.approx(phases * shares[0])
+    assert shares == pytest.approx([2 * i / (phases * (phases + 1)) for i in range(1, phases + 1)])
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,14 @@ def test_steps_cover_the_total_and_no_phase_starves(total, phases):
 def test_a_step_removes_a_twentieth_at_most(before, target, steps):
     assert pruning_steps(before, target) == steps
     assert pruning_steps(before, target, setting=7) == 7
+
+
+def test_the_last_phase_is_left_a_step_however_many_phases_round_theirs_up_to_one():
+    for phases in range(1, 40):
+        for total in range(phases, 400):
+            steps = phase_steps(total, phases)
+            assert (len(steps), sum(steps)) == (phases, total)
+            for number, step in enumerate(steps[:-1], start=1):
+                exact = max(1, 2 * number * total / (phases * (phases + 1)))
+                assert 0 <= exact - step < 1 + 1e-9
+            assert steps[-1] >= 1

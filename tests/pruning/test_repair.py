@@ -110,6 +110,14 @@ def test_repair_is_least_squares_on_the_activations_of_the_repaired_layers_befor
     assert all(after < before for before, after in errors)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_model_in_float32_is_repaired_alike_to_rounding(name):
+    wanted, _ = repaired_by_least_squares(tiny(name), CUT)
+    found = repaired(tiny(name).float(), CUT)
+    for (key, a), b in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])
 def test_a_ridge_to_zero_is_least_squares_without_the_weights_as_they_were(name):
     with Float64Throughout():
@@ -180,6 +188,23 @@ def test_micro_batches_and_what_is_kept_change_nothing(name):
             {"micro_batch": 4, "keep_bytes": 40_000},
         ):
             assert_equal(repaired(tiny(name), CUT, **options), at_once)
+
+
+# What a micro-batch of 2 rows takes: 24 tokens of 40 channels and 48 dimensions, in float64.
+A_BATCH = 24 * (40 + 48) * 8
+
+
+@pytest.mark.parametrize(
+    ("keep_bytes", "kept"),
+    [(0, 0), (A_BATCH - 1, 0), (A_BATCH, 1), (2 * A_BATCH, 2), (3 * A_BATCH - 1, 2), (3 * A_BATCH, 3)],
+)
+def test_attention_runs_again_only_where_there_was_no_room_to_keep_it(keep_bytes, kept):
+    model, runs = tiny("llama"), []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+    repair = Repair(LayerwiseModel(model), TOKENS, ridge=RIDGE, micro_batch=2, keep_bytes=keep_bytes)
+    repair.layer(0, CUT[0])
+    # Up to o_proj, up to down_proj, and through the repaired layer.
+    assert len(runs) == 3 + 3 + (3 - kept)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

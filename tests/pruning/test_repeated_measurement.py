@@ -4,8 +4,9 @@ import torch
 from core.model import checkpoint as checkpoints
 from core.model.checkpoint import Checkpoint, save_model
 from core.pruning.plan import LayerPlan
+from core.pruning.scoring import measurement
 from core.pruning.scoring.calibration import measure
-from core.pruning.scoring.measurement import MeasuredCheckpoint
+from core.pruning.scoring.measurement import MeasuredCheckpoint, state_memory
 from core.pruning.surgery import open_pruned
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
@@ -72,3 +73,21 @@ def test_all_steps_of_a_phase_read_the_weights_once(tmp_path, monkeypatch):
         measured.cut(cut)
         measured.measure(TOKENS)
     assert len(opened) == read
+
+
+@pytest.mark.parametrize(("asked", "state_bytes"), [("auto", 400_000), ("1MB", 10**6)])
+def test_host_memory_is_half_of_what_is_free_and_what_the_inputs_leave_of_it_is_for_outputs(
+    asked, state_bytes, tmp_path, monkeypatch
+):
+    save_model(tiny("llama"), tmp_path, companions=None, provenance={})
+    monkeypatch.setattr(measurement, "available_bytes", lambda *_: 800_000)
+    given = {}
+    monkeypatch.setattr(measurement, "measure", lambda model, tokens, **options: given.update(options))
+    settings = CalibrationSettings(sequences=5, weights="memory", state_memory=asked, micro_batch=3)
+    prune = PruneSettings(criterion="magnitude_l1", similarity="manhattan")
+    MeasuredCheckpoint(Checkpoint(tmp_path), settings, prune, dtype=torch.float64, seed=4).measure(TOKENS)
+    assert state_memory(settings) == given["state_bytes"] == state_bytes
+    # 5 sequences of 12 tokens, 48 dimensions, 3 layers, 8 bytes.
+    assert given["keep_bytes"] == state_bytes - 5 * 12 * 48 * 3 * 8
+    assert (given["micro_batch"], given["seed"]) == (3, 4)
+    assert (given["criterion"], given["similarity"]) == ("magnitude_l1", "manhattan")

@@ -53,6 +53,7 @@ def test_importance_is_centred_and_scaled():
 def test_layers_that_are_alike_get_importance_zero():
     assert normalise_importance([0.3, 0.3, 0.3]) == (0.0, 0.0, 0.0)
     assert normalise_importance([0.1 + 0.2, 0.3]) == (0.0, 0.0)
+    assert normalise_importance([-1e6, -1e6 - 1e-7]) == (0.0, 0.0)
 
 
 def test_sparsity_follows_the_formula_and_its_bounds():
@@ -218,14 +219,45 @@ def test_attention_goes_no_further_than_the_target_asks():
     assert kept == {2, 3}
 
 
+def test_a_unit_falls_due_though_sparsity_was_added_up_to_just_below():
+    dense = uniform_shape(1, 5, 2, 100, 16)
+    sizing = Sizing(dense=dense, current=dense, cuts=attention_cuts("kv_group", dense, dense))
+    added_up = sum([0.1] * 8)
+    assert added_up < 0.8
+    assert sizes_at(sizing, (added_up,)) == (LayerShape(query_heads=2, kv_heads=1, mlp_width=20),)
+
+
+def test_a_layer_that_is_not_cut_keeps_a_width_that_is_no_multiple():
+    dense = uniform_shape(3, 2, 2, 20, 16)
+    cuts = attention_cuts("none", dense, dense)
+    sizing = Sizing(dense=dense, current=dense, cuts=cuts, width_multiple=8)
+    assert [layer.mlp_width for layer in sizes_at(sizing, (0.0, 0.1, 0.5))] == [20, 16, 8]
+
+
+def test_a_width_below_the_multiple_stays():
+    dense = uniform_shape(2, 2, 2, 100, 16)
+    dense = dense.with_layers((dense.layers[0], replace(dense.layers[1], mlp_width=20)))
+    cuts = attention_cuts("none", dense, dense)
+    sizing = Sizing(dense=dense, current=dense, cuts=cuts, width_multiple=32)
+    assert [layer.mlp_width for layer in sizes_at(sizing, (0.9, 0.9))] == [32, 20]
+    least = dense.num_params() - 68 * dense.mlp_channel_params
+    assert smallest(sizing) == least
+    assert sizes_for_target(sizing, (0.3, 0.3), (0.5, -0.5), dense.num_params()) == (dense.layers, 0.0)
+    layers, _ = sizes_for_target(sizing, (0.3, 0.3), (0.5, -0.5), least)
+    assert [layer.mlp_width for layer in layers] == [32, 20]
+
+
 def test_a_target_below_the_smallest_model_names_its_size():
     shape = uniform_shape(3, 2, 2, 40, 8)
     sizing = Sizing(dense=shape, current=shape, cuts=attention_cuts("kv_group", shape, shape))
     least = 1000 + 3 * (16 + 2 * 64 + 64 + 24)
     with pytest.raises(
-        TargetError, match=rf"still has {least:,} parameters, 1,000 of them outside the layers"
+        TargetError, match=rf"unit left .* width of 1 in .* {least:,} parameters, 1,000 of them outside the"
     ):
         sizes_for_target(sizing, (0.1,) * 3, (0.0,) * 3, 1500)
+    whole = replace(sizing, cuts=attention_cuts("none", shape, shape))
+    with pytest.raises(TargetError, match=r"with attention whole and an MLP width of 1 in each of 3 layers"):
+        sizes_for_target(whole, (0.1,) * 3, (0.0,) * 3, least)
 
 
 def statistics_of(shape, seed):
@@ -339,3 +371,8 @@ def test_the_lowest_scores_go_first():
     assert (kept.query_heads, kept.kv_heads, kept.mlp_channels) == ((0, 1), (0,), (0, 2, 4))
     kept = select_groups(scores, now, LayerShape(query_heads=2, kv_heads=2, mlp_width=5))
     assert (kept.query_heads, kept.kv_heads) == ((0, 3), (0, 1))
+    alike = replace(scores, mlp_channels=torch.ones(5000))  # the first of equals stay
+    kept = select_groups(
+        alike, replace(now, mlp_width=5000), LayerShape(query_heads=2, kv_heads=1, mlp_width=2000)
+    )
+    assert kept.mlp_channels == tuple(range(2000))

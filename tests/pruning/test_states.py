@@ -8,7 +8,7 @@ from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.copies import Copies
 from core.pruning.scoring.layer_inputs import LayerInputs, share_out
-from tests.support.models import CONFIGS, random_tokens, tiny
+from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
 
 def layer_inputs(layers, shape, *, host_bytes, scratch):
@@ -68,3 +68,15 @@ def test_little_memory_means_small_micro_batches():
     a_lot, some, little = fitting(512, 64, 2**40), fitting(512, 64, 2**25), fitting(512, 64, 2**16)
     assert a_lot > some > little == 1
     assert fitting(512, 4096, 2**40) == 1
+
+
+@pytest.mark.parametrize("layers", [None, UNEQUAL])
+def test_a_micro_batch_fits_into_a_quarter_of_the_free_memory(layers):
+    """In float32, a token: 16 hidden states, 8 MLP widths, 8 heads of 10, 3 rows of attention weights."""
+    config = tiny("llama", layers).config
+    a_sequence = 100 * 4 * (16 * 48 + 8 * 40 + 8 * 6 * 10 + 3 * 6 * 100)
+    for size in (1, 2, 5, 11):
+        for free_bytes, expected in ((4 * size * a_sequence, size), (4 * (size + 1) * a_sequence - 4, size)):
+            found = fitting_micro_batch(config, (11, 100), device=torch.device("cpu"), free_bytes=free_bytes)
+            assert -(-11 // found) == -(-11 // min(expected, 11))
+            assert found <= expected

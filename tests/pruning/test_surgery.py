@@ -9,6 +9,7 @@ from core.model.build import load_model, model_shape
 from core.model.checkpoint import Checkpoint, save_model
 from core.model.config import head_dim, layer_shapes
 from core.model.families import family_of
+from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 from core.pruning.surgery import prune_checkpoint, prune_layer, prune_model
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
@@ -193,9 +194,27 @@ def test_a_plan_survives_a_round_trip(tmp_path):
     plan = plan_for(tiny("qwen2"), QUERY_HEADS, "d")
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    smallest = replace(plan, before=(LayerShape(query_heads=1, kv_heads=1, mlp_width=1),) * 3)
+    smallest.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == smallest
+    for changed, problem in (
+        ({"before": plan.before[:2]}, "plans 3 of 2 layers"),
+        ({"before": (*plan.before[:2], replace(plan.before[2], kv_heads=0))}, "a layer has no groups"),
+    ):
+        replace(plan, **changed).save(tmp_path / "plan.json")
+        with pytest.raises(PlanError, match=problem):
+            Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(PlanError, match="is damaged: it lacks layers"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_what_is_not_cut_is_shared_with_the_larger_model():
+    model = tiny("llama")
+    smaller = prune_model(model, KV_GROUPS)
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in smaller.parameters()}
+    # Embedding, head and final norm, and of each layer its norms.
+    assert len(shared) == 3 + 3 * 2
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "phi3"])
@@ -207,3 +226,33 @@ def test_unequal_models_are_pruned_again(name):
     )
     removed, zeroed = logits_removed_and_zeroed(tiny(name, UNEQUAL), plans)
     torch.testing.assert_close(removed, zeroed, rtol=0, atol=1e-10)
+
+
+GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "smollm3"])
+def test_a_layer_that_keeps_nothing_is_left_out_of_model_and_checkpoint(name, tmp_path):
+    model, plans = tiny(name), (KV_GROUPS[0], GONE, KV_GROUPS[2])
+    save_model(model, tmp_path / "base", companions=None, provenance={})
+    plan = replace(plan_for(model, KV_GROUPS, "d"), layers=plans)
+    prune_checkpoint(Checkpoint(tmp_path / "base"), tmp_path / "small", plan, digest="d", provenance={})
+    smaller, found = prune_model(model, plans), load_model(tmp_path / "small")
+    assert found.config.num_hidden_layers == len(layer_shapes(found.config)) == len(plan.after) == 2
+    expected = smaller.state_dict()
+    assert expected.keys() == found.state_dict().keys()
+    assert all(torch.equal(expected[key], tensor) for key, tensor in found.state_dict().items())
+    whole = prune_model(model, KV_GROUPS)
+    whole.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    assert torch.equal(whole(random_tokens()).logits, found(random_tokens()).logits)
+
+
+def test_plans_that_leave_out_layers_compose():
+    first = replace(plan_for(tiny("llama"), KV_GROUPS, "d"), layers=(KV_GROUPS[0], GONE, KV_GROUPS[2]))
+    last = LayerPlan(query_heads=(0,), kv_heads=(0,), mlp_channels=(0,))
+    both = first.then(replace(first, layers=(GONE, last), before=first.after))
+    assert both.layers == (GONE, GONE, KV_GROUPS[2].then(last))
+    assert both.after == (last.shape(),)
+    both.check("d", first.before)
+    with pytest.raises(PlanError, match="keeps no layer"):
+        replace(first, layers=(GONE,) * 3).check("d", first.before)

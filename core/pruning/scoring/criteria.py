@@ -6,7 +6,7 @@ the micro-batches, and finally turns it into one number per unit. The numbers of
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,10 +67,16 @@ def _gram(v: Tensor) -> Tensor:
 
 def _damped_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return (C + lambda I)^-1 and lambda, in float64; not finite if C is not."""
-    damped = gram.double()
+    damped = gram.to(torch.float64, copy=True)
     ridge = _DAMPING * damped.diagonal().mean() + torch.finfo(damped.dtype).tiny
-    factor, _ = torch.linalg.cholesky_ex(damped + ridge * torch.eye(len(damped)).to(damped))
+    damped.diagonal().add_(ridge)
+    factor, _ = torch.linalg.cholesky_ex(damped)
     return torch.cholesky_inverse(factor), ridge
+
+
+def squares_bytes(rows: Sequence[int]) -> int:
+    """Return what sums of products take: one for each number of rows in float32, and the inverse of one."""
+    return sum(4 * width**2 for width in rows) + 24 * max(rows) ** 2
 
 
 def _leverage(w: Tensor, s: Tensor, n: int) -> Tensor:
@@ -79,11 +85,11 @@ def _leverage(w: Tensor, s: Tensor, n: int) -> Tensor:
 
 
 def _optimal_brain_surgeon(w: Tensor, s: Tensor, n: int) -> Tensor:
-    inverse, _ = _damped_inverse(s / n)
+    inverse, _ = _damped_inverse(s)
     units, rows = w.shape[:2]
     of_units = inverse.view(units, rows, units, rows).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weights = w.double()
-    return _per_unit(weights * torch.linalg.solve(of_units, weights))
+    return _per_unit(weights * torch.linalg.solve(of_units, weights)) / n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +105,14 @@ class Criterion:
             weights (U, R, ...).
         score: (U,) from the weight w (U, R, ...), the block's sum s and the number n of tokens seen.
         finish: A group's score from the total over its blocks.
+        squares: Whether a block's sum is a square matrix of its rows.
     """
 
     observed: Observed
     add: Callable[..., Tensor] = _nothing
     score: Callable[[Tensor, Tensor, int], Tensor]
     finish: Callable[[Tensor], Tensor] = _same
+    squares: bool = False
 
 
 CRITERIA: Mapping[CriterionName, Criterion] = {
@@ -149,10 +157,10 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
         finish=torch.sqrt,
     ),
     # MoDeGPT (arXiv 2408.09632): [C (C + lambda I)^-1]_jj with C = sum x x^T, how little others predict x_j.
-    "leverage": Criterion(observed="inputs", add=_gram, score=_leverage),
+    "leverage": Criterion(observed="inputs", add=_gram, score=_leverage, squares=True),
     # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
     # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
-    "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon),
+    "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon, squares=True),
     # The diagonal of the empirical Fisher information along a unit's weights: (sum W * G)^2 of each sequence
     # and block. The micro-batches do not matter.
     "fisher": Criterion(
