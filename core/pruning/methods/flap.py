@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from core.model.shape import LayerShape, ModelShape
-from core.pruning.planning import Step, importance_of, sizing_for, step_to
+from core.pruning.planning import Step, sizing_for, step_to
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.pruning.sparsity import Sizing, sizes_near, smallest_params
+from core.pruning.widths.importance import layer_importance
 from core.settings.prune import PruneSettings
 
 
@@ -41,7 +42,7 @@ def plan_step(
         statistics,
         layers,
         current=current,
-        importance=importance_of(statistics),
+        importance=layer_importance(statistics.similarities.tolist()),
         sparsity=tuple(gone),
     )
 
