@@ -93,14 +93,14 @@ SHAPES = {
         ),
     ],
     "repair": [
-        ("SmolLM2-135M, 10 layers", dict(repair_tokens="64k", sequence_length=64, precision="float32")),
+        ("SmolLM2-135M, 10 layers", dict(repair_tokens="16k", sequence_length=64, precision="float32")),
         (
             "SmolLM2-135M, 10 layers",
-            dict(repair_tokens="64k", sequence_length=64, precision="bfloat16", state_memory="0"),
+            dict(repair_tokens="16k", sequence_length=64, precision="bfloat16", state_memory="0"),
         ),
         (
             "SmolLM2-360M, 8 layers",
-            dict(repair_tokens="32k", sequence_length=128, precision="float32", weights="streamed"),
+            dict(repair_tokens="16k", sequence_length=128, precision="float32", weights="streamed"),
         ),
         ("Qwen2.5-0.5B, 4 layers", dict(repair_tokens="8k", sequence_length=128, precision="float32")),
     ],

@@ -44,7 +44,7 @@ from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
 from core.pruning.methods.pruned import pruned_model
-from core.pruning.scoring.calibration import draw_calibration, measure
+from core.pruning.scoring.calibration import measure
 from core.pruning.scoring.statistics import Statistics
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings
@@ -119,27 +119,25 @@ class Study:
 
     def pruned(self, settings: PruneSettings, removed: float, seed: int) -> PreTrainedModel:
         """Return the base model less a share of its parameters."""
-        tokens = draw_calibration(
-            self.pool, sequences=self.tokens // self.pool.shape[1], seed=seed, step=REPAIR_DRAW
-        )
         model = pruned_model(
             self.base,
             self.statistics(self.base, settings, seed, 0),
             settings=settings,
             target_params=round(self.params * (1 - removed)),
             remeasure=lambda left, step: self.statistics(left, settings, seed, step),
-            tokens=tokens,
+            tokens=self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
             keep_bytes=KEEP_BYTES,
         )
         if settings.distill_steps:
             model = copy.deepcopy(model).requires_grad_(True)
+            batch = parse_count(settings.distill_batch_tokens) // self.pool.shape[1]
             distill(
                 model,
                 self.base,
-                tokens,
+                self.drawn(len(self.pool), seed, REPAIR_DRAW)[-settings.distill_steps * batch :],
                 steps=settings.distill_steps,
                 rate=settings.distill_rate,
-                batch=parse_count(settings.distill_batch_tokens) // tokens.shape[1],
+                batch=batch,
                 micro_batch=MICRO_BATCH,
                 autocast=self.bfloat16,
                 seed=seed,
@@ -152,7 +150,7 @@ class Study:
         key = applied.criterion, applied.similarity, seed
         if model is self.base and key in self.of_base:
             return self.of_base[key]
-        tokens = draw_calibration(self.pool, sequences=self.sequences, seed=seed, step=step)
+        tokens = self.drawn(self.sequences, seed, step)
         found = measure(
             model,
             tokens,
@@ -192,9 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="KEY=VALUE,...", help="settings of the section prune"
     )
-    parser.add_argument(
-        "--tokens", type=int, default=32_768, help="tokens of repair and distillation (default: 32768)"
-    )
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a repair (default: 32768)")
     parser.add_argument(
         "--items", type=int, default=0, help="items of ARC-easy and of PIQA (default: 0, no accuracy)"
     )

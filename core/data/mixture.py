@@ -1,20 +1,27 @@
 """The token files of a run: training slices, the calibration pool and the windows for perplexity."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.data.packing import Tokenized, opening_ids, pack, tokenize_conversations, tokenize_documents
+from core.data.files import save_sequences, writing_rows
+from core.data.packing import (
+    Tokenized,
+    end_id,
+    opening_ids,
+    pack,
+    pack_whole,
+    tokenize_conversations,
+    tokenize_documents,
+)
 from core.data.texts import iter_conversations, iter_documents
-from core.errors import DataError, StorageError
+from core.errors import DataError
 from core.progress import Progress
 from core.settings.texts import TextSource
 
@@ -24,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
+_HELD_ROWS = 128
+"""Documents for so many rows are chosen from: then 1 to 2 % of rows of 512 tokens are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class SourceReport:
     share: float
     """Its share of the tokens, in [0, 1]."""
     tokens: int
-    """Tokens drawn from it, with the rest of its last document, which is in no slice."""
+    """Tokens drawn from it, with those of documents that no slice had a row for at the end."""
     trained_tokens: int
     """Those of them that are targets of the loss."""
     documents: int
@@ -52,6 +61,8 @@ class MixtureReport:
     """T, tokens a sequence."""
     sequences: tuple[int, ...]
     """Sequences of each phase's slice."""
+    padding: float
+    """Share of the tokens that is padding, in [0, 1]."""
 
     @property
     def tokens(self) -> int:
@@ -70,10 +81,11 @@ def write_slices(
     *,
     sequence_length: int,
     sequences: Sequence[int],
+    packing: Literal["whole", "cut"],
     seed: int,
     directory: Path,
 ) -> MixtureReport:
-    """Mix, tokenize and pack the sources, and cut the stream into one file a phase (eq. 11).
+    """Mix, tokenize and pack the sources, and cut the stream of rows into one file a phase (eq. 11).
 
     The next document always comes from the source that is furthest behind its share of the tokens. A source
     that is used up is read again in another order. Equal inputs and seeds give equal bytes.
@@ -82,31 +94,52 @@ def write_slices(
         sources: The mixture; ``weight`` gives the shares.
         tokenizer: The base model's.
         sequence_length: T.
-        sequences: S of each phase: disjoint consecutive slices of one stream. Memory holds one of them.
+        sequences: S of each phase: disjoint consecutive slices of one stream.
+        packing: As in the settings.
         seed: Of the shuffles.
-        directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32 and ``trained``
-            (S, T) uint8, which is 0 for the tokens of prompts.
+        directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32, ``trained``
+            (S, T) uint8, which is 0 for the tokens of prompts, and, if documents are whole, ``starts`` (S, T)
+            uint8, which is 1 where one begins.
 
     Raises:
         DataError: If a source cannot be read or is empty.
         StorageError: If a file cannot be written.
     """
     weights = sum(source.weight for source in sources)
-    draws = [_Draw(source, source.weight / weights, tokenizer, seed) for source in sources]
-    stream = pack(_mix(draws), sequence_length)
+    whole = packing == "whole"
+    opening = opening_ids(tokenizer) if whole else []
+    draws = [_Draw(source, source.weight / weights, tokenizer, seed, opening) for source in sources]
+    stream: Iterator[Any] = pack(_mix(draws), sequence_length)
+    if whole:
+        _body_length(sequence_length, opening)
+        held = min(_HELD_ROWS, sum(sequences))
+        stream = pack_whole(
+            _mix(draws), sequence_length, opening=opening, padding=end_id(tokenizer), held=held
+        )
+    columns = {"input_ids": np.int32, "trained": np.uint8} | ({"starts": np.uint8} if whole else {})
+    padding = 0
     for phase, wanted in enumerate(sequences, start=1):
-        ids = np.zeros((wanted, sequence_length), np.int32)
-        trained = np.zeros((wanted, sequence_length), np.uint8)
-        with Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress:
-            for row, sequence in enumerate(islice(stream, wanted)):
-                ids[row], trained[row] = sequence
+        with (
+            Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
+            writing_rows(directory / slice_name(phase), columns, (wanted, sequence_length)) as write,
+        ):
+            for row in islice(stream, wanted):
+                write(row)
+                padding += row.padding if whole else 0
                 progress.add(sequence_length)
-        _save(directory / slice_name(phase), {"input_ids": ids, "trained": trained})
-    return MixtureReport(
+    report = MixtureReport(
         sources=tuple(draw.report() for draw in draws),
         sequence_length=sequence_length,
         sequences=tuple(sequences),
+        padding=padding / max(sequence_length * sum(sequences), 1),
     )
+    log.info(
+        "mixture: %d sequences of %d tokens, %.2f %% of them padding",
+        sum(sequences),
+        sequence_length,
+        100 * report.padding,
+    )
+    return report
 
 
 def write_calibration_pool(
@@ -173,7 +206,7 @@ def write_calibration_pool(
             f"{source.path}: {found}, but {needed}. Lower calibration.sequences or "
             f"calibration.sequence_length, {advice}raise calibration.pool_documents, or name a larger corpus."
         )
-    _save(path, {"input_ids": _open_rows(rows, opening)})
+    save_sequences(path, _open_rows(rows, opening))
     log.info(
         "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, read
     )
@@ -203,7 +236,7 @@ def write_perplexity_windows(
             f"{source.path} does not fill one window of {length:,} tokens. "
             "Name a longer text, or lower evaluation.perplexity_length in a recipe."
         )
-    _save(path, {"input_ids": _open_rows(rows, opening)})
+    save_sequences(path, _open_rows(rows, opening))
     log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)
     return len(rows)
 
@@ -212,11 +245,16 @@ class _Draw:
     """An endless stream of one source's documents, and counts of what was drawn from it."""
 
     def __init__(
-        self, source: TextSource, share: float, tokenizer: "PreTrainedTokenizerBase", seed: int
+        self,
+        source: TextSource,
+        share: float,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        opening: Sequence[int],
     ) -> None:
         self.source, self.share = source, share
         self.tokens = self.trained_tokens = self.documents = self.passes = 0
-        self._stream = self._endless(tokenizer, seed)
+        self._stream = self._endless(tokenizer, seed, opening)
 
     def take(self) -> Tokenized:
         document = next(self._stream)
@@ -235,10 +273,12 @@ class _Draw:
             passes=self.passes,
         )
 
-    def _endless(self, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Iterator[Tokenized]:
+    def _endless(
+        self, tokenizer: "PreTrainedTokenizerBase", seed: int, opening: Sequence[int]
+    ) -> Iterator[Tokenized]:
         for done in count():
             empty = True
-            for document in _tokenized(self.source, tokenizer, seed + done):
+            for document in _tokenized(self.source, tokenizer, seed + done, opening):
                 empty = False
                 self.passes = done + 1
                 yield document
@@ -262,13 +302,16 @@ def _mix(draws: Sequence[_Draw]) -> Iterator[Tokenized]:
 
 
 def _tokenized(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
+    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None, opening: Sequence[int] = ()
 ) -> Iterator[Tokenized]:
-    is_text = source.format == "text"
-    tokenize: Any = tokenize_documents if is_text else tokenize_conversations
-    items: Iterator[Any] = (iter_documents if is_text else iter_conversations)(source, seed)
-    while batch := list(islice(items, _BATCH_DOCUMENTS)):
-        yield from tokenize(batch, tokenizer)
+    if source.format == "text":
+        documents = iter_documents(source, seed)
+        while texts := list(islice(documents, _BATCH_DOCUMENTS)):
+            yield from tokenize_documents(texts, tokenizer)
+    else:
+        conversations = iter_conversations(source, seed)
+        while batch := list(islice(conversations, _BATCH_DOCUMENTS)):
+            yield from tokenize_conversations(batch, tokenizer, opening)
 
 
 def _without_opening(
@@ -287,24 +330,5 @@ def _body_length(length: int, opening: Sequence[int]) -> int:
     return length - len(opening)
 
 
-def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> NDArray[np.int32]:
-    return np.stack([np.concatenate([np.array(opening, np.int32), row]) for row in rows])
-
-
-def _save(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a safetensors file, which gets its final name once it is complete."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"{path} cannot be written ({reason}). Free space or choose another folder."
-        ) from error
+def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> list[NDArray[np.int32]]:
+    return [np.concatenate([np.array(opening, np.int32), row]) for row in rows]

@@ -5,9 +5,11 @@ text, not in the tokens: the rendering of the turns before it, with the generati
 mark behind every reply its end. This holds for templates that change a reply once another turn follows, too.
 """
 
+import bisect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,7 +36,7 @@ _DATE = "26 Jul 2024"
 
 
 class Tokenized(NamedTuple):
-    """One document, conversation or packed sequence."""
+    """One document, conversation or sequence."""
 
     ids: NDArray[np.int32]
     """(T,) token ids."""
@@ -42,7 +44,25 @@ class Tokenized(NamedTuple):
     """(T,), 1 where the token is a target of the loss."""
 
 
-def _end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+class PackedRow(NamedTuple):
+    """A row of whole documents, then padding."""
+
+    ids: NDArray[np.int32]
+    """(T,) token ids."""
+    trained: NDArray[np.uint8]
+    """(T,), 1 where the token is a target of the loss: never the first of a document, nor padding."""
+    starts: NDArray[np.uint8]
+    """(T,), 1 where a document begins."""
+    padding: int
+    """Tokens of padding."""
+
+
+def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the id of the tokenizer's end-of-text token.
+
+    Raises:
+        DataError: If it has none.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json.")
     return int(tokenizer.eos_token_id)
@@ -60,24 +80,30 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def tokenize_documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Tokenized]:
     """Tokenize documents; all tokens and the end token are trained, an opening begin-of-text token is not."""
-    opening, end = opening_ids(tokenizer), _end_id(tokenizer)
+    opening, end = opening_ids(tokenizer), end_id(tokenizer)
     batch = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     tokenized = []
     for ids in batch["input_ids"]:
-        whole = np.array([*opening, *ids, end], dtype=np.int32)
-        trained = np.ones(len(whole), dtype=np.uint8)
-        trained[: len(opening)] = 0
-        tokenized.append(Tokenized(whole, trained))
+        whole = np.array([*ids, end], dtype=np.int32)
+        tokenized.append(_opened(whole, np.ones(len(whole), np.uint8), opening))
     return tokenized
 
 
 def tokenize_conversations(
-    conversations: Iterable[Sequence[Message]], tokenizer: "PreTrainedTokenizerBase"
+    conversations: Iterable[Sequence[Message]],
+    tokenizer: "PreTrainedTokenizerBase",
+    opening: Sequence[int] = (),
 ) -> list[Tokenized]:
     """Tokenize conversations as the tokenizer's chat template writes them; only replies are trained.
 
     Without a chat template, ``PLAIN_TEMPLATE`` is used. Turns after the last reply are left out, and so are
     conversations that the template refuses or in which no reply can be located.
+
+    Args:
+        conversations: Their turns.
+        tokenizer: The base model's.
+        opening: Ids to put before each conversation where the template does not write them, such as a
+            begin-of-text token.
 
     Raises:
         DataError: If the tokenizer is not a fast one, or has no end token.
@@ -110,9 +136,19 @@ def tokenize_conversations(
         whole = np.array(ids, dtype=np.int32)
         trained = _trained_tokens(text, spans, np.array(offsets), np.isin(whole, specials))
         if not np.isin(whole[trained.nonzero()[0][-1:]], specials).any():
-            whole, trained = np.append(whole, np.int32(_end_id(tokenizer))), np.append(trained, np.uint8(1))
+            whole, trained = np.append(whole, np.int32(end_id(tokenizer))), np.append(trained, np.uint8(1))
+        if opening and whole[: len(opening)].tolist() != list(opening):
+            whole, trained = _opened(whole, trained, opening)
         tokenized.append(Tokenized(whole, trained))
     return tokenized
+
+
+def _opened(ids: NDArray[np.int32], trained: NDArray[np.uint8], opening: Sequence[int]) -> Tokenized:
+    """Put ids that are not trained before a text."""
+    return Tokenized(
+        np.concatenate([np.array(opening, np.int32), ids]),
+        np.concatenate([np.zeros(len(opening), np.uint8), trained]),
+    )
 
 
 def _fixed_template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -218,3 +254,92 @@ def pack(stream: Iterable[Tokenized], sequence_length: int) -> Iterator[Tokenize
                 yield Tokenized(ids, trained)
                 ids, trained = np.empty(sequence_length, np.int32), np.empty(sequence_length, np.uint8)
                 filled = 0
+
+
+def pack_whole(
+    stream: Iterable[Tokenized], sequence_length: int, *, opening: Sequence[int], padding: int, held: int
+) -> Iterator[PackedRow]:
+    """Pack whole documents into rows of T tokens; only one that is longer than a row is cut into several.
+
+    A row takes the documents that wait longest, in their order, and once the next one does not fit, the
+    longest ones that do. So no document waits for more than ``held`` rows.
+
+    Args:
+        stream: Documents, opened already.
+        sequence_length: T.
+        opening: Ids that every piece of a cut document opens with; fewer than T.
+        padding: The id that fills what is left of a row.
+        held: Documents for so many rows are held in memory, to choose from.
+    """
+    pieces = (piece for document in stream for piece in _pieces(document, sequence_length, opening))
+    waiting = _Waiting()
+    while True:
+        while waiting.tokens < held * sequence_length and (piece := next(pieces, None)) is not None:
+            waiting.add(piece)
+        if not waiting.tokens:
+            return
+        yield _row(_fitting(waiting, sequence_length), sequence_length, padding)
+
+
+def _pieces(document: Tokenized, length: int, opening: Sequence[int]) -> Iterator[Tokenized]:
+    """Cut a document that is longer than a row into pieces that are not; each opens as the document does."""
+    if len(document.ids):
+        yield Tokenized(document.ids[:length], document.trained[:length])
+    step = length - len(opening)
+    for start in range(length, len(document.ids), step):
+        yield _opened(document.ids[start : start + step], document.trained[start : start + step], opening)
+
+
+class _Waiting:
+    """Pieces that wait for a row: in the order in which they came, and by length."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._pieces: dict[int, Tokenized] = {}
+        self._lengths: list[tuple[int, int]] = []  # (length, -number): the oldest of equal ones comes last
+        self._numbers = count()
+
+    def add(self, piece: Tokenized) -> None:
+        number = next(self._numbers)
+        self._pieces[number] = piece
+        bisect.insort(self._lengths, (len(piece.ids), -number))
+        self.tokens += len(piece.ids)
+
+    def take_oldest(self, room: int) -> Tokenized | None:
+        """Take the piece that has waited longest, if it fits."""
+        oldest = next(iter(self._pieces), None)
+        if oldest is None or len(self._pieces[oldest].ids) > room:
+            return None
+        return self._take(bisect.bisect_left(self._lengths, (len(self._pieces[oldest].ids), -oldest)))
+
+    def take_longest(self, room: int) -> Tokenized | None:
+        """Take the longest piece that fits."""
+        place = bisect.bisect_right(self._lengths, (room, 0)) - 1
+        return None if place < 0 else self._take(place)
+
+    def _take(self, place: int) -> Tokenized:
+        length, number = self._lengths.pop(place)
+        self.tokens -= length
+        return self._pieces.pop(-number)
+
+
+def _fitting(waiting: _Waiting, room: int) -> list[Tokenized]:
+    taken = []
+    for take in (waiting.take_oldest, waiting.take_longest):
+        while (piece := take(room)) is not None:
+            taken.append(piece)
+            room -= len(piece.ids)
+    return taken
+
+
+def _row(pieces: Sequence[Tokenized], length: int, padding: int) -> PackedRow:
+    ids, trained = np.full(length, padding, np.int32), np.zeros(length, np.uint8)
+    starts = np.zeros(length, np.uint8)
+    filled = 0
+    for piece in pieces:
+        end = filled + len(piece.ids)
+        ids[filled:end], trained[filled:end] = piece
+        trained[filled] = 0  # nothing stands before it
+        starts[filled] = 1
+        filled = end
+    return PackedRow(ids, trained, starts, length - filled)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete
+from core.export.exported import Exported, put_when_complete, refuse_sliced_export
 from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
-from core.model.config import head_dim, layer_shapes
+from core.model.config import head_dim, layer_shapes, sliced_width
 from core.model.shape import LayerShape
 from core.settings.prune import PORTABLE_WIDTH
 
@@ -27,6 +27,7 @@ def export_decilm(checkpoint: Path, output: Path) -> Exported:
     """Write a checkpoint of the portable profile as a DeciLM, a layer at a time."""
     opened = Checkpoint(checkpoint)
     config = opened.config
+    refuse_sliced_export(config, "a DeciLM (nemotron-nas)")
     if (problem := decilm_obstacle(config)) is not None:
         sizes_alone = next(_obstacles(config), None) is None
         portable = "Prune with prune.profile=portable, or export" if sizes_alone else "Export"
@@ -53,6 +54,9 @@ def decilm_obstacle(config: Any) -> str | None:
 
 def _obstacles(config: Any) -> Iterator[str]:
     """Yield reasons that pruning does not change."""
+    if sliced_width(config) is not None:
+        yield "the signal between its layers is sliced"
+        return
     if config.model_type != "llama":
         yield f"its family is {config.model_type}, the format's is llama"
         return

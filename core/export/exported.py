@@ -7,8 +7,10 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import ExportError
+from core.model.config import sliced_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,16 @@ class Exported:
     def size_bytes(self) -> int:
         """Size of the file, or of all files of the folder."""
         return sum(file.stat().st_size for file in _files(self.path))
+
+
+def refuse_sliced_export(config: Any, export: str) -> None:
+    """Raise an ``ExportError`` if a model is sliced, for an export that has no place for that."""
+    if (width := sliced_width(config)) is not None:
+        raise ExportError(
+            f"a sliced model cannot be exported as {export}, which has no place for the matrices on its "
+            f"shortcuts (sliced_hidden_size={width}, of prune.method=slicegpt). Export another format, or "
+            "use the checkpoint itself."
+        )
 
 
 def check_absent(output: Path) -> None:

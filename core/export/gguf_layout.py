@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
+from core.export.exported import refuse_sliced_export
 from core.model.checkpoint import CheckpointReader
 from core.model.config import head_dim
 from core.model.shape import LayerShape
@@ -91,6 +92,7 @@ def neighbouring_pairs(tensor: Tensor, heads: int) -> Tensor:
 
 def architecture_of(config: Any, layers: Sequence[LayerShape]) -> str:
     """Return the llama.cpp architecture for a model; raise an ``ExportError`` if none computes the same."""
+    refuse_sliced_export(config, "GGUF")
     family, unequal = config.model_type, len(set(layers)) > 1
     if family not in _FAMILIES:
         raise ExportError(

@@ -1,7 +1,7 @@
 """Export to ONNX with a KV cache, for ONNX Runtime GenAI and other ONNX runtimes.
 
 The graph takes the cache as inputs and returns it with the new tokens. Keys and values have each layer's own
-number of heads, so layers may differ in all sizes.
+number of heads, so layers may differ in all sizes. A sliced model's graph holds its matrices like all others.
 """
 
 import contextlib

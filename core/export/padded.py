@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ExportError
-from core.export.exported import Exported, put_when_complete
+from core.export.exported import Exported, put_when_complete, refuse_sliced_export
 from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.model.config import config_with_layers, layer_shapes
@@ -125,6 +125,7 @@ def _biases(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _plain_config(config: Any, sizes: ModelShape) -> Any:
     """Return the config of equal layers, of the smallest sizes that hold every layer and that are valid."""
+    refuse_sliced_export(config, "a padded checkpoint")
     family = family_of(config)
     heads = {(layer.query_heads, layer.kv_heads) for layer in sizes.layers}
     if len(heads) > 1 and not family.prunes_heads:

@@ -5,6 +5,7 @@ built with the config's global sizes, then each layer is rebuilt from its own vi
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,15 +93,16 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
         per_unit = parameter.numel() // sum(units[kind] for kind in slicing.kinds)
         for kind in slicing.kinds:
             costs[kind] += per_unit
-    in_layers = sum(p.numel() for p in model.get_submodule(family.layers).parameters())
-    return ModelShape(
+    shape = ModelShape(
         layers=layers,
-        outside_params=sum(p.numel() for p in model.parameters()) - in_layers,
+        outside_params=0,
         layer_params=layer_params,
         query_head_params=costs["query"],
         kv_head_params=costs["kv"],
         mlp_channel_params=costs["mlp"],
     )
+    # The last layer of a sliced model is wider: what it has more counts as outside.
+    return replace(shape, outside_params=sum(p.numel() for p in model.parameters()) - shape.num_params())
 
 
 def load_model(

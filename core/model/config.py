@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, UnsupportedModelError
 from core.model.families import family_of, under_its_family
 from core.model.limits import check_complete, check_sizes
 from core.model.shape import LayerShape
@@ -56,6 +56,8 @@ def load_config(directory: Path) -> PreTrainedConfig:
         config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
         family_of(config)
         check_complete(config)
+        if sliced_width(config) is not None:
+            _check_sums(config)
     return config
 
 
@@ -65,6 +67,46 @@ def layer_shapes(config: PreTrainedConfig) -> tuple[LayerShape, ...]:
         LayerShape(**{size: getattr(view, name) for size, name in _SIZES.items()})
         for view in config.per_layer_config
     )
+
+
+def sliced_width(config: PreTrainedConfig) -> int | None:
+    """Return the width of the signal between the layers if it is sliced; None for the full hidden size."""
+    return getattr(config, "sliced_hidden_size", None)
+
+
+def config_with_width(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
+    """Return a copy of ``config`` with a signal of ``width`` between the layers, in a basis for each block.
+
+    The output head keeps the full hidden size, so it is not tied to the embedding.
+
+    Raises:
+        UnsupportedModelError: If the family's layers are more than norms, blocks and plain sums.
+    """
+    _check_sums(config)
+    data = config.to_dict() | {"head_dim": head_dim(config), "tie_word_embeddings": False}
+    return type(config).from_dict(data | {"sliced_hidden_size": width})
+
+
+def _check_sums(config: PreTrainedConfig) -> None:
+    family = family_of(config)
+    if not family.slices_width:
+        raise UnsupportedModelError(
+            f"model family {family.model_type!r} cannot be sliced: its layers scale or normalise what they "
+            "add to the residual sum. Choose another prune.method, or another base model."
+        )
+
+
+def refuse_sliced(config: PreTrainedConfig) -> None:
+    """Refuse a sliced model where groups are to be measured or removed.
+
+    Raises:
+        UnsupportedModelError: If the model is sliced.
+    """
+    if sliced_width(config) is not None:
+        raise UnsupportedModelError(
+            f"this checkpoint was made by prune.method=slicegpt (sliced_hidden_size={sliced_width(config)}): "
+            "it can be trained and evaluated, but not pruned again. Start from the model that it came from."
+        )
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -53,6 +53,7 @@ class Family:
         slicings: Weight or bias name within a layer to how groups lie in it; all other parameters stay whole.
         prunes_heads: Whether a head can be removed without changing the others.
         ends_in_sum: Whether ``last_projection``'s output only goes into the residual sum, at most scaled.
+        slices_width: Whether a layer is two blocks, each behind a norm and added as it is to the sum.
         last_projection: The linear map that ends a layer.
     """
 
@@ -61,6 +62,7 @@ class Family:
     slicings: dict[str, Slicing]
     prunes_heads: bool = True
     ends_in_sum: bool = True
+    slices_width: bool = True
     last_projection: str = "mlp.down_proj"
 
 
@@ -103,6 +105,7 @@ FAMILIES = {
         slicings=slicings,
         prunes_heads=prunes_heads,
         ends_in_sum=model_type not in ("gemma2", "gemma3_text", "olmo2"),  # a norm follows
+        slices_width=model_type not in ("gemma2", "gemma3_text", "olmo2", "granite"),
     )
     for model_type, slicings, prunes_heads in (
         ("gemma2", _LLAMA, True),

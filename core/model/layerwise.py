@@ -12,7 +12,7 @@ from core.errors import CheckpointError
 from core.machine.memory import available_bytes
 from core.model.build import build_model, model_shape
 from core.model.checkpoint import ChangeLayer, Checkpoint
-from core.model.config import config_with_layers
+from core.model.config import config_with_layers, refuse_sliced
 from core.model.families import family_of
 from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
@@ -38,7 +38,11 @@ class LayerwiseModel:
         Args:
             model: The model.
             resident: Brings a layer into memory; None if all are there.
+
+        Raises:
+            UnsupportedModelError: If the model is sliced.
         """
+        refuse_sliced(model.config)
         self.model = model
         layers = list(model.get_submodule(family_of(model.config).layers).children())
         self.layers: list[torch.nn.Module] = layers

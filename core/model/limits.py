@@ -5,6 +5,7 @@ from typing import Any
 
 _MAX = {
     "hidden_size": 2**18,
+    "sliced_hidden_size": 2**18,
     "intermediate_size": 2**21,
     "num_hidden_layers": 1000,
     "num_attention_heads": 2**14,
@@ -43,6 +44,10 @@ def check_complete(config: Any) -> None:
     """
     for name in _OF_THE_WHOLE:
         _check_size(name, getattr(config, name, None), _MAX[name])
+    if (width := getattr(config, "sliced_hidden_size", None)) is not None:
+        _check_size("sliced_hidden_size", width, config.hidden_size)
+        if config.tie_word_embeddings:
+            raise ValueError("a sliced model's embeddings cannot be tied")
     for index, layer in enumerate(config.per_layer_config):
         for name in _OF_A_LAYER[:3]:
             _check_size(f"layer {index}: {name}", getattr(layer, name, None), _MAX[name])

@@ -23,9 +23,18 @@ _CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist at a time: 64 MiB in float32, 340 positions at V = 49,152. A GPU needs more."""
 
 
-def final_states(model: "PreTrainedModel", ids: Tensor) -> Tensor:
-    """Return the (B, T, D) hidden states that the output head reads, for (B, T) token ids."""
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+def final_states(model: "PreTrainedModel", ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return the (B, T, D) hidden states that the output head reads.
+
+    Args:
+        model: Its decoder is used.
+        ids: (B, T) token ids.
+        positions: (B, T) int64; a document begins wherever they start again from 0, and sees itself alone.
+            None for one document a row.
+    """
+    # Without an attention mask and a cache, transformers makes a mask from such positions, which sliding
+    # windows are part of. Its flash attention does so for a single row only: models are loaded with SDPA.
+    states = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     assert isinstance(states, Tensor)
     return states
 

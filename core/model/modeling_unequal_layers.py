@@ -6,11 +6,16 @@ alike. The classes below let transformers build its own model first, and then bu
 anew, by the same class. With ``output_biases`` they also give each projection back to the hidden size a bias.
 Nothing else changes: the arithmetic, caches and generation are transformers'.
 
+A model sliced by SliceGPT also has ``sliced_hidden_size``, the width of the signal between its layers, each
+of which has its own basis: its residual sums go through matrices (``attn_shortcut``, ``mlp_shortcut``). The
+last layer widens the signal to ``hidden_size``, which the final norm and the output head have.
+
 This file lies in each checkpoint of unequal layers, with the names of its model family in the three imports,
 and is what ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`` runs.
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -30,16 +35,46 @@ logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ER
 
 def layer_config(config: Any, index: int) -> Any:
     """Return the config that one layer is built from: a copy of the model's with the layer's own sizes."""
-    per_layer = config.per_layer_config
-    if not isinstance(per_layer, Mapping):
-        return per_layer[index]
-    # transformers before 5.11 keeps what stands in config.json.
-    view = copy.copy(config)
-    for key, sizes in per_layer.items():
-        if int(key) == index:
-            for name, value in sizes.items():
-                setattr(view, name, value)
+    per_layer = getattr(config, "per_layer_config", None) or {}
+    if isinstance(per_layer, Mapping):  # transformers before 5.11 keeps what stands in config.json
+        view = copy.copy(config)
+        for key, sizes in per_layer.items():
+            if int(key) == index:
+                for name, value in sizes.items():
+                    setattr(view, name, value)
+    else:
+        view = copy.copy(per_layer[index])
+    view.hidden_size = getattr(config, "sliced_hidden_size", None) or config.hidden_size
     return view
+
+
+class _SlicedLayer:
+    """Goes before a decoder layer's class: residual sums that change the basis."""
+
+    def __init__(self, config: Any, layer_idx: int, hidden_size: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        width, mlp = config.hidden_size, self.mlp  # type: ignore[attr-defined]
+        end = hidden_size if layer_idx + 1 == config.num_hidden_layers else width
+        self.attn_shortcut = torch.nn.Linear(width, width, bias=False)
+        self.mlp_shortcut = torch.nn.Linear(width, end, bias=False)
+        down = mlp.down_proj
+        mlp.down_proj = torch.nn.Linear(down.in_features, end, bias=down.bias is not None)
+        # What was sliced off counts as 0 in the mean: the weights that read a norm hold the rest of that.
+        for norm in (self.input_layernorm, self.post_attention_layernorm):  # type: ignore[attr-defined]
+            norm.variance_epsilon *= hidden_size / width
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the layer; the arguments are those of the family's attention."""
+        read = self.input_layernorm(hidden_states)  # type: ignore[attr-defined]
+        attended = self.self_attn(hidden_states=read, **kwargs)[0]  # type: ignore[attr-defined]
+        between = self.attn_shortcut(hidden_states) + attended
+        read = self.post_attention_layernorm(between)  # type: ignore[attr-defined]
+        return self.mlp_shortcut(between) + self.mlp(read)  # type: ignore[attr-defined]
+
+
+def _sliced(layer_class: Any) -> Any:
+    # By the same name, by which transformers knows what must stay on one device.
+    return type(layer_class.__name__, (_SlicedLayer, layer_class), {"__module__": __name__})
 
 
 def build_unequal_layers(model: Any) -> bool:
@@ -53,17 +88,23 @@ def build_unequal_layers(model: Any) -> bool:
     Returns:
         Whether a layer was changed.
     """
-    config = model.config
-    layers = getattr(model, model.base_model_prefix, model).layers
+    config, decoder = model.config, getattr(model, model.base_model_prefix, model)
+    width, layers = getattr(config, "sliced_hidden_size", None), decoder.layers
+    layer_class: Any = type(layers[0])
+    if width is not None:
+        whole = decoder.embed_tokens
+        decoder.embed_tokens = type(whole)(whole.num_embeddings, width, whole.padding_idx)
+        layer_class = functools.partial(_sliced(layer_class), hidden_size=config.hidden_size)
     biased = bool(getattr(config, "output_biases", False))
+    own_sizes = width is not None or getattr(config, "per_layer_config", None) is not None
     replaced = biased
-    for index, built in enumerate(layers if getattr(config, "per_layer_config", None) is not None else ()):
+    for index, built in enumerate(layers if own_sizes else ()):
         view = layer_config(config, index)
         with torch.device("meta"):  # shapes alone
-            wanted = type(built)(view, index)
+            wanted = layer_class(view, index)
         if _shapes(wanted) == _shapes(built):
             continue
-        layer = type(built)(view, index).train(built.training)
+        layer = layer_class(view, index).train(built.training)
         # A view does not follow the model's attention implementation, and where it has none attention runs
         # without its causal mask. Phi-3 reads the layer's sizes in each forward pass.
         own = LayerConfig(config, {name: getattr(view, name) for name in SIZES})

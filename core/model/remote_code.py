@@ -1,4 +1,4 @@
-"""The file that lets stock transformers load a checkpoint of unequal layers."""
+"""The file that lets stock transformers load a checkpoint of unequal or sliced layers."""
 
 import copy
 from pathlib import Path
@@ -26,11 +26,12 @@ def stock_classes(config: Any) -> dict[str, str]:
 
 def needs_code(config: Any) -> bool:
     """Return whether transformers builds a model only with the file beside the weights."""
-    return bool(config.is_heterogeneous or getattr(config, "output_biases", False))
+    ours = ("output_biases", "sliced_hidden_size")
+    return bool(config.is_heterogeneous or any(getattr(config, name, None) for name in ours))
 
 
 def write_config(config: Any, directory: Path) -> None:
-    """Write ``config.json``, and for unequal layers or output biases the code that builds them.
+    """Write ``config.json``, and for unequal or sliced layers or output biases the code that builds them.
 
     Any other model is a plain checkpoint of its family, without code.
 

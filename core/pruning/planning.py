@@ -23,7 +23,7 @@ from core.pruning.sparsity import (
 )
 from core.pruning.widths.importance import layer_importance, sparsity_by_shares
 from core.settings.methods import ATTENTION
-from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings
+from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings, WidthRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -152,12 +152,11 @@ def plan_step(
         TargetError: If the target cannot be reached.
     """
     sizing = sizing_for(settings, dense, current, statistics.scores)
-    similarities = statistics.similarities.tolist()
-    importance = layer_importance(similarities, settings.widths)
+    importance = importance_of(statistics, settings.widths)
     to_remove = max(current.num_params() - target_params, 0) / steps_left
     added = to_remove / sizing.prunable_params()
     if settings.widths == "softmax":
-        after = sparsity_by_shares(sizing, similarities, to_remove)
+        after = sparsity_by_shares(sizing, statistics.similarities.tolist(), to_remove)
     else:
         after = next_sparsity(
             sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
@@ -185,6 +184,11 @@ def step_to(
         for scores, now, wanted in zip(statistics.scores, current.layers, layers, strict=True)
     )
     return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=sparsity)
+
+
+def importance_of(statistics: Statistics, rule: WidthRule = "similarity") -> tuple[float, ...]:
+    """Return each layer's importance in [-1, 1]; see ``layer_importance``."""
+    return layer_importance(statistics.similarities.tolist(), rule)
 
 
 def plan_phase(

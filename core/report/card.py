@@ -47,6 +47,7 @@ def model_card(
         speed_rows=speed_rows,
         model_type=config.get("model_type", ""),
         unequal="auto_map" in config,
+        sliced="sliced_hidden_size" in config,
         formats=formats,
         calibrated_on=_source(record.settings.get("calibration", {}).get("source") or {}),
         trained_on=listed(map(_source, record.settings.get("training", {}).get("sources", ()))),

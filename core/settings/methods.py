@@ -18,6 +18,7 @@ MethodName = Literal[
     "shortgpt",
     "modegpt",
     "grail",
+    "slicegpt",
 ]
 
 _ONE_STEP = {"steps_per_phase": 1, "widths": "similarity"}
@@ -54,6 +55,9 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     },
     # arXiv 2602.23795, on what Wanda-sp selects.
     "grail": _UNIFORM | {"criterion": "wanda_sp", "repair": "ridge_to_zero"},
+    # arXiv 2401.15024: no groups go, but columns of the hidden size, in a basis of their own for each block.
+    "slicegpt": _UNIFORM
+    | {"criterion": "magnitude_l2", "repair": "none", "attention_unit": "none", "profile": "free"},
 }
 """Settings of the section ``prune`` that a method decides; another value is refused."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from core.settings.identity import PLACE
+from core.settings.identity import PLACE, formerly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,4 +18,7 @@ class ModelSettings:
     revision: str = field(default="", metadata=PLACE)
     """Branch, tag or commit of a Hugging Face repository; empty for its default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the checkpoints that the run writes; ``auto`` is the base model's."""
+    """Number format of the final checkpoint; ``auto`` is the base model's."""
+    dtype_between_phases: Literal["float32", "same"] = field(default="float32", metadata=formerly("same"))
+    """Number format of the checkpoints before it. ``same`` (earlier versions) takes half the storage, and
+    rounds away part of what each phase learns and repairs."""

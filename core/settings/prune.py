@@ -45,8 +45,9 @@ class PruneSettings:
     method: MethodName = "adapt-pruner"
     """The pruning method. ``adapt-pruner`` follows all settings. The others are systems that it is compared
     with, at the same size and on the same texts: ``llm-pruner`` (without LoRA), ``flap``, ``minitron``
-    (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``. They take
-    one step a phase, and decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
+    (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``,
+    ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one step a phase, and
+    decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -79,8 +80,8 @@ class PruneSettings:
     """Strength of the ridge of a repair, as a share of the mean square of the activations that the repaired
     weights read. Where it is not set, it is 0.001 for ``grail`` and 0.0001 for ``modegpt``."""
     repair_tokens: str = "128k"
-    """Tokens of the calibration corpus that a repair is computed from, in sequences of
-    ``calibration.sequence_length``; at most what the corpus holds."""
+    """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``) is computed from, in
+    sequences of ``calibration.sequence_length``; at most what the corpus holds."""
     distill_steps: int = 0
     """Updates right after a cut and its repair that teach what is left to expect what the dense base model
     expects (Kullback-Leibler divergence). 0 (the paper): none."""
@@ -160,6 +161,11 @@ class PruneSettings:
             yield (
                 f"steps_per_phase={self.steps_per_phase}, but widths=search decides all widths of a phase in "
                 "one step. Set steps_per_phase to 1, or choose another rule for the widths."
+            )
+        if self.method == "slicegpt" and self.phases != 1:
+            yield (
+                f"phases={self.phases}: method=slicegpt cannot prune what it has sliced, so it takes one. "
+                "Set phases to 1."
             )
         fixed = FIXED[self.method]
         for setting in fields(self):

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from core.errors import refuse
 from core.quantities import in_range, parse_count, parse_interval
 from core.settings.calibration import Precision
-from core.settings.identity import HOW
+from core.settings.identity import HOW, formerly
 from core.settings.texts import TextSource
 
 
@@ -20,6 +21,9 @@ class TrainingSettings:
     """The mixture; ``weight`` sets each source's share of the tokens."""
     sequence_length: int = 1024
     """Tokens a packed sequence."""
+    packing: Literal["whole", "cut"] = field(default="whole", metadata=formerly("cut"))
+    """``whole``: a sequence holds whole documents and conversations, each of which sees itself alone; only
+    what is longer than a sequence is cut. ``cut`` (earlier versions): they are joined and cut anywhere."""
     global_batch: int = 128
     """Sequences an optimizer step."""
     micro_batch: int = field(default=8, metadata=HOW)

@@ -76,6 +76,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         return on(component)[1] if precision == "auto" else precision
 
     needs: dict[ComponentName, Footprint] = {}
+    stored_bytes = 4 if settings.model.dtype_between_phases == "float32" else 2
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
     pod = parse_bytes(settings.cluster.of("calibrate").memory)
     needs["calibrate"] = scoring_footprint(
@@ -84,6 +85,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings.prune.applied(),
         device=on("calibrate")[0],
         free_bytes=pod - _PROCESS_BYTES,
+        stored_bytes=stored_bytes,
     )
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
     measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
@@ -94,6 +96,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             replace(calibration, precision=settled(calibration.precision, "score-layers")),
             device=on("score-layers")[0],
             batch=calibration.micro_batch or 1,
+            stored_bytes=stored_bytes,
         )
     if prune.repair != "none":
         pod = parse_bytes(settings.cluster.of("prune-step").memory)
@@ -120,6 +123,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
                 precision=settled(training.precision, "recover-train"),
             ),
             device=on("recover-train")[0],
+            stored_bytes=stored_bytes,
         )
     needs["evaluate"] = evaluation_footprint(
         config,
@@ -129,6 +133,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             precision=settled(evaluation.precision, "evaluate"),
         ),
         device=on("evaluate")[0],
+        stored_bytes=stored_bytes,
     )
     return needs
 

@@ -52,10 +52,12 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 tokenizer,
                 sequence_length=training.sequence_length,
                 sequences=[count * training.global_batch for count in steps],
+                packing=training.packing,
                 seed=settings.seed,
                 directory=work.out,
             )
             report["training_tokens"] = mixture.tokens
+            report["padding"] = mixture.padding
         return report
 
     def hold_out(work: Workspace) -> dict[str, Any]:

@@ -123,10 +123,12 @@ def _formats(checkpoint: Path) -> list[str]:
     from core.export.gguf_layout import architecture_of
     from core.export.padded import pads_biases
     from core.model.checkpoint import Checkpoint
+    from core.model.config import sliced_width
     from core.model.remote_code import needs_code
 
     opened = Checkpoint(checkpoint)
-    formats = ["padded"] if needs_code(opened.config) and pads_biases(opened.config) else []
+    padded = needs_code(opened.config) and pads_biases(opened.config) and not sliced_width(opened.config)
+    formats = ["padded"] if padded else []
     if decilm_obstacle(opened.config) is None:
         formats.append("decilm")
     with contextlib.suppress(ExportError):

@@ -64,9 +64,10 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     import torch
 
     from core.machine.precision import warn_if_emulated
-    from core.model.build import dtype_of, load_model, pick_device
+    from core.model.build import load_model, pick_device
     from core.model.checkpoint import Checkpoint, save_model
     from core.steps.footprint import explaining_memory, planned_training
+    from core.steps.formats import written_format
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     source, data = open_publication(checkpoint_uri), open_publication(data_uri)
@@ -84,8 +85,8 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         save = functools.partial(states.save, network)
         with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
             trained = _train(run, phase, network, data, settings, work, state, save)
-    dtype = dtype_of(run.settings.model.dtype) or checkpoint.dtype
-    provenance = provenance_of(run, phase, source.digest, step="recover-train")
+    dtype, final = written_format(run, phase, checkpoint, trained=True)
+    provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
         "losses": trained.losses,
@@ -126,6 +127,7 @@ def _train(
         tensors["input_ids"],
         tensors["trained"],
         run.settings.training,
+        starts=tensors.get("starts"),  # none where rows are cut anywhere
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,

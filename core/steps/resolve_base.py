@@ -96,10 +96,13 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
     """Return the sizes of the base model, and the parameters that each phase is to end at."""
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
+    from core.model.config import refuse_sliced
+    from core.pruning.methods.slicegpt import sliced_config
     from core.pruning.phases import phase_sizes
     from core.pruning.planning import settings_for, shape_under, sizing_for
     from core.pruning.sparsity import smallest_params
 
+    refuse_sliced(base.config)
     obstacle = decilm_obstacle(base.config) if settings.prune.profile == "portable" else None
     if obstacle is not None:
         raise UnsupportedModelError(
@@ -114,6 +117,10 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
             f"prune.target={prune.target} is not below the {base_params:,} parameters of "
             f"{settings.model.base}. Lower it."
         )
+    if prune.method == "slicegpt":
+        config = sliced_config(base.config, target_params)
+        log.info("the signal between layers is sliced to %d columns", config.sliced_hidden_size)
+        return dense, (target_params,)
     whole = shape_under(prune, dense, base.config)
     least = whole.with_layers(whole.layers[:1]) if prune.method == "shortgpt" else whole
     sizing = sizing_for(prune, least, least)

@@ -63,7 +63,7 @@ def distill(
     Raises:
         TrainingError: If the divergence or the gradient norm is not finite.
     """
-    trained = [p for p in student.parameters() if p.requires_grad]
+    trained = list(student.parameters())
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
     divergences: list[float] = []
     a_step, started = batch * tokens.shape[1], time.monotonic()

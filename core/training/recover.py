@@ -44,6 +44,7 @@ def recover(
     trained: Tensor,
     settings: TrainingSettings,
     *,
+    starts: Tensor | None = None,
     first_step: int,
     total_steps: int,
     resume_from: TrainingState | None = None,
@@ -56,6 +57,8 @@ def recover(
         input_ids: (S, T) packed token ids; S is a multiple of ``settings.global_batch``.
         trained: (S, T), 1 where a token counts in the loss, 0 on prompts.
         settings: Batch, learning rate and precision.
+        starts: (S, T), nonzero where a document begins, which sees nothing before it. None for one document
+            a row.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
         resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
@@ -88,7 +91,8 @@ def recover(
             step = first_step + len(losses)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
-            loss, counted = _accumulate(model, input_ids[rows], trained[rows], settings)
+            positions = None if starts is None else _positions(starts[rows])
+            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
             _check_finite(step, total_steps, loss, float(norm))
             optimizer.step()
@@ -138,8 +142,18 @@ def _set_learning_rate(
     return rate
 
 
+def _positions(starts: Tensor) -> Tensor:
+    """Return (B, T) int64 positions that start again from 0 where ``starts`` is not 0."""
+    index = torch.arange(starts.shape[1]).expand(starts.shape)
+    return index - torch.where(starts != 0, index, 0).cummax(dim=1).values
+
+
 def _accumulate(
-    model: PreTrainedModel, input_ids: Tensor, trained: Tensor, settings: TrainingSettings
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    trained: Tensor,
+    positions: Tensor | None,
+    settings: TrainingSettings,
 ) -> tuple[float, int]:
     """Accumulate the gradients of one global batch; every trained token has the same weight.
 
@@ -148,13 +162,14 @@ def _accumulate(
     """
     counted = int(trained[:, 1:].sum())
     total = 0.0
-    size = settings.micro_batch
-    for ids, mask in zip(input_ids.split(size), trained.split(size), strict=True):
-        ids = ids.to(model.device).long()
+    for first in range(0, len(input_ids), settings.micro_batch):
+        rows = slice(first, first + settings.micro_batch)
+        ids = input_ids[rows].to(model.device).long()
+        places = None if positions is None else positions[rows].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            states = final_states(model, ids)
+            states = final_states(model, ids, places)
             loss, gradient = loss_gradient(
-                model, states, ids, scale=1 / max(counted, 1), trained=mask.to(model.device)
+                model, states, ids, scale=1 / max(counted, 1), trained=trained[rows].to(model.device)
             )
         states.backward(gradient)
         total += loss

@@ -1,5 +1,6 @@
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
+from core.data.files import writing_rows
 from core.data.mixture import slice_name, write_calibration_pool, write_perplexity_windows, write_slices
 from core.data.packing import PLAIN_TEMPLATE
 from core.data.texts import iter_documents
@@ -61,14 +63,20 @@ def with_begin_token(tokenizer) -> int:
     return begin
 
 
-def test_slices_are_disjoint_consecutive_parts_of_one_stream(tmp_path, tokenizer):
-    sources = [
-        text_source(tmp_path / "a.jsonl", documents(1, 300, (5, 60))),
-        text_source(tmp_path / "b.jsonl", documents(2, 300, (5, 60))),
-    ]
+@pytest.mark.parametrize("packing", ["whole", "cut"])
+def test_slices_are_disjoint_consecutive_parts_of_one_stream(tmp_path, tokenizer, packing):
+    words = (2, 9) if packing == "whole" else (5, 60)  # none is cut
+    texts = [documents(seed, 300, words) for seed in (1, 2)]
+    sources = [text_source(tmp_path / f"{n}.jsonl", text) for n, text in enumerate(texts)]
     for name, sequences in (("parts", [3, 0, 40, 57]), ("whole", [100])):
         report = write_slices(
-            sources, tokenizer, sequence_length=48, sequences=sequences, seed=5, directory=tmp_path / name
+            sources,
+            tokenizer,
+            sequence_length=48,
+            sequences=sequences,
+            packing=packing,
+            seed=5,
+            directory=tmp_path / name,
         )
         assert (report.sequences, report.tokens) == (tuple(sequences), 4800)
     parts, whole = read_slices(tmp_path / "parts", 4), read_slices(tmp_path / "whole", 1)
@@ -78,16 +86,26 @@ def test_slices_are_disjoint_consecutive_parts_of_one_stream(tmp_path, tokenizer
     assert load_file(tmp_path / "parts" / slice_name(3))["input_ids"].shape == (40, 48)
     # One pass: every document, up to the cut at the end, stands whole in the stream and only once.
     found = tokenizer.decode(whole[0].reshape(-1)).split("<|im_end|>")[:-1]
-    assert len(set(found)) == len(found)
-    assert set(found) <= set(documents(1, 300, (5, 60)) + documents(2, 300, (5, 60)))
+    found = [text for text in found if text]  # padding is of the same token
+    assert len(set(found)) == len(found) > 20
+    assert set(found) <= set(texts[0] + texts[1])
 
 
-def test_same_inputs_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_path, tokenizer):
+@pytest.mark.parametrize("packing", ["whole", "cut"])
+def test_same_inputs_and_seed_give_the_same_bytes_and_another_seed_does_not(tmp_path, tokenizer, packing):
     sources = [text_source(tmp_path / f"{n}.jsonl", documents(n, 60, (5, 60))) for n in (1, 2)]
     contents = []
     for run, seed in enumerate((7, 7, 8)):
         folder = tmp_path / str(run)
-        write_slices(sources, tokenizer, sequence_length=32, sequences=[10, 30], seed=seed, directory=folder)
+        write_slices(
+            sources,
+            tokenizer,
+            sequence_length=32,
+            sequences=[10, 30],
+            packing=packing,
+            seed=seed,
+            directory=folder,
+        )
         pool(sources[0], tokenizer, folder, sequence_length=16, packing=True, documents=50, seed=seed)
         contents.append([path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()])
     assert len(contents[0]) == 3
@@ -102,7 +120,13 @@ def test_token_shares_follow_the_weights_though_document_lengths_differ(tmp_path
         for n, (size, weight) in enumerate(zip(sizes, weights, strict=True))
     ]
     report = write_slices(
-        sources, tokenizer, sequence_length=64, sequences=[700], seed=0, directory=tmp_path / "out"
+        sources,
+        tokenizer,
+        sequence_length=64,
+        sequences=[700],
+        packing="cut",
+        seed=0,
+        directory=tmp_path / "out",
     )
     ids, _ = read_slices(tmp_path / "out", 1)
     by_source = np.zeros(3)
@@ -121,7 +145,13 @@ def test_a_source_that_runs_dry_starts_over_in_another_order(tmp_path, tokenizer
     source = text_source(tmp_path / "a.jsonl", texts)
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
     report = write_slices(
-        [source], tokenizer, sequence_length=10, sequences=[25 * tokens // 100], seed=0, directory=tmp_path
+        [source],
+        tokenizer,
+        sequence_length=10,
+        sequences=[25 * tokens // 100],
+        packing="cut",
+        seed=0,
+        directory=tmp_path,
     )
     ids, _ = read_slices(tmp_path, 1)
     found = tokenizer.decode(ids.reshape(-1)).split("<|im_end|>")
@@ -132,12 +162,87 @@ def test_a_source_that_runs_dry_starts_over_in_another_order(tmp_path, tokenizer
     assert (given.passes, given.documents) == (3, len(found))
 
 
-def test_prompts_are_masked_in_the_slices_and_texts_are_not(tmp_path, tokenizer):
+def test_shares_hold_in_packed_rows_too_and_the_padding_is_counted(tmp_path, tokenizer):
+    sizes, weights = ((40, 60), (2, 5), (7, 14)), (1.0, 2.5, 1.5)
+    sources = [
+        text_source(tmp_path / f"{n}.jsonl", documents(n, 400, size), weight)
+        for n, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+    ]
+    report = write_slices(
+        sources,
+        tokenizer,
+        sequence_length=512,
+        sequences=[40, 0, 50],
+        packing="whole",
+        seed=0,
+        directory=tmp_path,
+    )
+    slices = [load_file(tmp_path / slice_name(phase)) for phase in (1, 3)]
+    by_source, padding = np.zeros(3), 0
+    for ids, starts in ((row, begin) for part in slices for row, begin in zip(*rows_of(part), strict=True)):
+        for document in np.split(ids, starts.nonzero()[0])[1:]:
+            length = int((document == tokenizer.eos_token_id).argmax()) + 1
+            by_source[int(tokenizer.decode(document).partition(":")[0])] += length
+            padding += len(document) - length
+    tokens = 90 * 512
+    assert by_source.sum() + padding == tokens
+    assert report.padding == padding / tokens < 0.02
+    assert np.abs(by_source / by_source.sum() - np.array(weights) / 5).max() < 0.02
+    assert load_file(tmp_path / slice_name(2))["starts"].shape == (0, 512)
+
+
+def rows_of(tensors):
+    return tensors["input_ids"], tensors["starts"]
+
+
+def test_whole_conversations_and_documents_open_with_one_begin_token_and_cut_ones_as_before(
+    tmp_path, tokenizer
+):
+    begin = with_begin_token(tokenizer)
+    chat = chat_source(tmp_path / "chat.jsonl", 50)
+    text = text_source(tmp_path / "text.jsonl", documents(4, 50, (2, 90)))  # some longer than a row
+    for template in (None, "{{ '<|im_start|>' }}" + PLAIN_TEMPLATE):
+        tokenizer.chat_template = template
+        write_slices(
+            [chat, text],
+            tokenizer,
+            sequence_length=64,
+            sequences=[30],
+            packing="whole",
+            seed=0,
+            directory=tmp_path,
+        )
+        tensors = load_file(tmp_path / slice_name(1))
+        opens = tensors["input_ids"] == begin
+        assert np.array_equal(opens, tensors["starts"] == 1)
+        assert opens[:, 0].all()
+        assert not tensors["trained"][opens].any()
+    tokenizer.chat_template = None
+    write_slices(
+        [chat],
+        tokenizer,
+        sequence_length=64,
+        sequences=[9],
+        packing="cut",
+        seed=0,
+        directory=tmp_path,
+    )
+    assert begin not in load_file(tmp_path / slice_name(1))["input_ids"]
+
+
+@pytest.mark.parametrize("packing", ["whole", "cut"])
+def test_prompts_are_masked_in_the_slices_and_texts_are_not(tmp_path, tokenizer, packing):
     chat = chat_source(tmp_path / "chat.jsonl", 50)
     text = text_source(tmp_path / "text.jsonl", documents(4, 50, (10, 20)))
     tokenizer.chat_template = PLAIN_TEMPLATE
     report = write_slices(
-        [chat, text], tokenizer, sequence_length=32, sequences=[40], seed=0, directory=tmp_path
+        [chat, text],
+        tokenizer,
+        sequence_length=32,
+        sequences=[40],
+        packing=packing,
+        seed=0,
+        directory=tmp_path,
     )
     ids, trained = read_slices(tmp_path, 1)
     assert (ids.dtype, trained.dtype) == (np.int32, np.uint8)
@@ -151,13 +256,23 @@ def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenize
     full = text_source(tmp_path / "full.jsonl", documents(1, 5, (5, 9)))
     empty = text_source(tmp_path / "empty.jsonl", ["", " "])
     with pytest.raises(DataError, match=r"empty\.jsonl holds no documents"):
-        write_slices([full, empty], tokenizer, sequence_length=8, sequences=[9], seed=0, directory=tmp_path)
-    assert not (tmp_path / "slices").exists()
+        write_slices(
+            [full, empty],
+            tokenizer,
+            sequence_length=8,
+            sequences=[9],
+            packing="whole",
+            seed=0,
+            directory=tmp_path,
+        )
+    assert not list((tmp_path / "slices").iterdir())
     rows = [{"messages": [{"role": "user", "content": "anyone?"}]}]
     (tmp_path / "mute.jsonl").write_text(json.dumps(rows[0]))
     mute = TextSource(path=str(tmp_path / "mute.jsonl"), format="chat", field="messages")
     with pytest.raises(DataError, match=r"mute\.jsonl holds no replies"):
-        write_slices([mute], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path)
+        write_slices(
+            [mute], tokenizer, sequence_length=8, sequences=[1], packing="whole", seed=0, directory=tmp_path
+        )
 
 
 def test_calibration_rows_are_windows_of_distinct_documents_that_are_long_enough(tmp_path, tokenizer):
@@ -283,19 +398,65 @@ def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, 
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot be written"):
         write_slices(
-            [source], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path / "file"
+            [source],
+            tokenizer,
+            sequence_length=8,
+            sequences=[1],
+            packing="whole",
+            seed=0,
+            directory=tmp_path / "file",
         )
     (tmp_path / "out" / slice_name(1)).mkdir(parents=True)
     with pytest.raises(StorageError, match=r"phase-01\.safetensors cannot be written"):
         write_slices(
-            [source], tokenizer, sequence_length=8, sequences=[1], seed=0, directory=tmp_path / "out"
+            [source],
+            tokenizer,
+            sequence_length=8,
+            sequences=[1],
+            packing="whole",
+            seed=0,
+            directory=tmp_path / "out",
         )
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["slices", "phase-01.safetensors"]
 
 
 def test_slices_are_read_lazily_by_safetensors(tmp_path, tokenizer):
     source = text_source(tmp_path / "a.jsonl", documents(1, 50, (5, 9)))
-    write_slices([source], tokenizer, sequence_length=8, sequences=[6], seed=0, directory=tmp_path)
+    write_slices(
+        [source], tokenizer, sequence_length=8, sequences=[6], packing="whole", seed=0, directory=tmp_path
+    )
     with safe_open(tmp_path / "slices/phase-01.safetensors", framework="np") as file:
-        assert set(file.keys()) == {"input_ids", "trained"}
+        assert set(file.keys()) == {"input_ids", "trained", "starts"}
         assert file.get_slice("input_ids")[2:4].shape == (2, 8)
+
+
+def test_rows_are_written_one_by_one_and_memory_holds_none_of_them(tmp_path):
+    rng, shape = np.random.default_rng(0), (3000, 100)
+    want = {"input_ids": rng.integers(0, 9**9, shape).astype(np.int32), "trained": np.ones(shape, np.uint8)}
+    tracemalloc.start()
+    try:
+        with writing_rows(tmp_path / "x", {name: it.dtype.type for name, it in want.items()}, shape) as write:
+            for row in zip(*want.values(), strict=True):
+                write(row)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < sum(it.nbytes for it in want.values()) / 10
+    found = load_file(tmp_path / "x")
+    for name, tensor in want.items():
+        assert found[name].dtype == tensor.dtype
+        assert np.array_equal(found[name], tensor)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("wrong", [DataError("no more text"), AssertionError("else rows of zeros")])
+def test_a_file_without_all_its_rows_is_not_there(tmp_path, wrong):
+    def write_one_of_three():
+        with writing_rows(tmp_path / "x", {"trained": np.uint8}, (3, 4)) as write:
+            write([np.ones(4, np.uint8)])
+            if isinstance(wrong, DataError):
+                raise wrong
+
+    with pytest.raises(type(wrong), match=str(wrong)):
+        write_one_of_three()
+    assert not list(tmp_path.iterdir())

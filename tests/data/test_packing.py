@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -6,6 +8,7 @@ from core.data.packing import (
     Tokenized,
     opening_ids,
     pack,
+    pack_whole,
     tokenize_conversations,
     tokenize_documents,
 )
@@ -197,3 +200,101 @@ def test_packing_loses_nothing_but_the_last_rest(length):
         flat = np.concatenate([document[field] for document in stream])[: count * length]
         assert np.array_equal(np.array([sequence[field] for sequence in packed]).reshape(-1), flat)
         assert all(sequence[field].dtype == stream[0][field].dtype for sequence in packed)
+
+
+def random_documents(sizes, seed=0, opening=()):
+    """Documents without two equal tokens in all of them, the ids of the opening apart."""
+    rng, first = np.random.default_rng(seed), 1000
+    for size in sizes:
+        ids = np.arange(first, first + size, dtype=np.int32)
+        ids[: len(opening)] = opening[:size]
+        first += size
+        yield Tokenized(ids, rng.integers(0, 2, size).astype(np.uint8))
+
+
+def like_conversations(count, seed=0):
+    """Lengths as measured of conversations: half shorter than 162 tokens, a tenth longer than 400."""
+    return np.random.default_rng(seed).lognormal(math.log(162), 0.72, count).astype(int) + 1
+
+
+def parts_of(row):
+    """The documents of a packed row, and what follows them."""
+    begins = row.starts.nonzero()[0].tolist()
+    ends = [*begins[1:], len(row.ids) - row.padding]
+    parts = [Tokenized(row.ids[a:b], row.trained[a:b]) for a, b in zip(begins, ends, strict=True)]
+    return parts, row.ids[ends[-1] :]
+
+
+@pytest.mark.parametrize("opening", [[], [7], [7, 8]], ids=len)
+@pytest.mark.parametrize("length", [3, 40, 256, 2000])
+def test_every_token_is_in_one_row_and_only_what_is_longer_than_a_row_is_cut(length, opening):
+    sizes = [*like_conversations(300), 1, 2, 0, length, length + 1, 5 * length, 3]
+    documents = list(random_documents(sizes, opening=opening))
+    packed = list(pack_whole(iter(documents), length, opening=opening, padding=9, held=4))
+    pieces = {}
+    for row in packed:
+        assert all(values.shape == (length,) for values in row[:3])
+        assert (row.starts[0], row.trained[row.starts == 1].any()) == (1, False)
+        parts, rest = parts_of(row)
+        assert (rest == 9).all()
+        assert not row.trained[length - len(rest) :].any()
+        for part in parts:
+            body = part.ids[len(opening) :]
+            pieces[int(body[0]) if len(body) else -len(part.ids)] = part
+    for document in filter(lambda document: len(document.ids) > len(opening), documents):
+        ids, trained, place = document.ids, document.trained.copy(), len(opening)
+        trained[0] = 0
+        assert ids[:place].tolist() == opening
+        while place < len(ids):
+            piece = pieces.pop(int(ids[place]))
+            assert piece.ids[: len(opening)].tolist() == opening
+            body = piece.ids[len(opening) :]
+            assert len(piece.ids) == length or place + len(body) == len(ids)
+            assert (place + len(body) == len(ids)) or len(ids) > length
+            assert np.array_equal(body, ids[place : place + len(body)])
+            want = trained[place : place + len(body)].copy()
+            want[: max(1 - len(opening), 0)] = 0  # nothing stands before the first token
+            assert np.array_equal(piece.trained[len(opening) :], want)
+            place += len(body)
+    assert all(key < 0 for key in pieces)  # nothing else, but documents that are openings alone
+
+
+@pytest.mark.parametrize("held", [1, 3, 50])
+def test_a_row_takes_those_that_wait_longest_and_then_the_longest_that_fit(held):
+    length, sizes = 700, like_conversations(250)
+    packed = pack_whole(random_documents(sizes), length, opening=[], padding=0, held=held)
+    waiting, unread = [], [document.ids.tolist() for document in random_documents(sizes)]
+    unread = [ids[at : at + length] for ids in unread for at in range(0, len(ids), length)]
+    for row in packed:
+        while unread and sum(map(len, waiting)) < held * length:
+            waiting.append(unread.pop(0))
+        room, expected = length, []
+        while waiting and len(waiting[0]) <= room:
+            expected.append(waiting.pop(0))
+            room -= len(expected[-1])
+        while fitting := [ids for ids in waiting if len(ids) <= room]:
+            expected.append(max(fitting, key=len))  # the first of equal ones
+            waiting.remove(expected[-1])
+            room -= len(expected[-1])
+        assert [part.ids.tolist() for part in parts_of(row)[0]] == expected
+        assert row.padding == room
+    assert not waiting
+    assert not unread
+
+
+def test_no_more_is_read_ahead_than_is_held():
+    read = []
+
+    def counted():
+        for document in random_documents(like_conversations(3000)):
+            read.append(len(document.ids))
+            yield document
+
+    for number, _ in enumerate(pack_whole(counted(), 500, opening=[], padding=0, held=6), start=1):
+        assert sum(read) <= (number + 6) * 500 + max(read)
+
+
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_less_than_two_percent_of_rows_of_conversations_is_padding(length):
+    rows = pack_whole(random_documents(like_conversations(4000)), length, opening=[], padding=0, held=128)
+    assert sum(row.padding for row in list(rows)[:-128]) < 0.02 * 4000 * 200

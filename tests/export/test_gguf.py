@@ -4,13 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from core.errors import AdaptPrunerError, CheckpointError, ExportError
 from core.export.gguf import export_gguf
 from core.export.gguf_layout import architecture_of
 from core.export.gguf_quantization import quantization_notes, quantized_q8_0
-from core.export.gguf_rope import frequency_factors
 from core.model.build import build_model, load_model
 from core.model.checkpoint import CheckpointReader, save_model
 from core.model.config import config_with_layers, layer_shapes, load_config
@@ -26,9 +24,6 @@ LLAMA3 = dict(
     low_freq_factor=1.0,
     high_freq_factor=2.0,
     original_max_position_embeddings=16,
-)
-LLAMA3_1 = LLAMA3 | dict(
-    rope_theta=5e5, factor=8.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
 QWEN3 = dict(attention_bias=False, use_sliding_window=False, layer_types=None)
@@ -127,19 +122,6 @@ def test_llama_cpp_gives_the_same_probabilities_as_pytorch(make, case):
     found, expected, tokens, best = log_probabilities(exported.path, checkpoint, num_tokens=6)
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
     assert tokens == best.tolist()
-
-
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 64, "rope_parameters": LLAMA3_1}], ids=["tiny", "3.1"])
-def test_rotary_factors_divide_the_frequencies_as_transformers_does(changes):
-    config = CONFIGS["llama"]()
-    config = type(config).from_dict(config.to_dict() | {"rope_parameters": LLAMA3} | changes)
-    width, base = config.head_dim, config.rope_parameters["rope_theta"]
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    factors = frequency_factors(config, "llama")
-    plain = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    torch.testing.assert_close(factors, (plain / theirs).float(), rtol=1e-5, atol=0)
-    assert {1.0, config.rope_parameters["factor"]} <= set(factors.tolist())
-    assert frequency_factors(CONFIGS["llama"](), "llama") is None
 
 
 def test_a_file_holds_the_checkpoint_bit_for_bit(make):

@@ -21,7 +21,7 @@ from core.settings.methods import MethodName
 from core.settings.prune import PruneSettings
 from tests.support.models import SIZES, random_tokens, tiny
 
-METHODS = [name for name in get_args(MethodName) if name != "adapt-pruner"]
+METHODS = [name for name in get_args(MethodName) if name not in ("adapt-pruner", "slicegpt")]
 TOKENS = random_tokens(rows=6)
 
 

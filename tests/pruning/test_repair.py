@@ -110,7 +110,14 @@ def test_repair_is_least_squares_on_the_activations_of_the_repaired_layers_befor
     assert all(after < before for before, after in errors)
 
 
-<<<<<<< HEAD
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_model_in_float32_is_repaired_alike_to_rounding(name):
+    wanted, _ = repaired_by_least_squares(tiny(name), CUT)
+    found = repaired(tiny(name).float(), CUT)
+    for (key, a), b in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])
 def test_a_ridge_to_zero_is_least_squares_without_the_weights_as_they_were(name):
     with Float64Throughout():
@@ -169,14 +176,6 @@ def test_biases_are_part_of_the_checkpoint_of_any_family(name, tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
     assert_equal(stock, smaller)
     assert stock.model.layers[0].mlp.down_proj.bias.abs().sum() > 0
-=======
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_model_in_float32_is_repaired_alike_to_rounding(name):
-    wanted, _ = repaired_by_least_squares(tiny(name), CUT)
-    found = repaired(tiny(name).float(), CUT)
-    for (key, a), b in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
->>>>>>> mutants
 
 
 @pytest.mark.parametrize("name", ["llama-biased", "qwen2", "gemma2", "granite", "phi3"])

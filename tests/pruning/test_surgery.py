@@ -9,6 +9,7 @@ from core.model.build import load_model, model_shape
 from core.model.checkpoint import Checkpoint, save_model
 from core.model.config import head_dim, layer_shapes
 from core.model.families import family_of
+from core.model.shape import LayerShape
 from core.pruning.plan import LayerPlan, Plan
 from core.pruning.surgery import prune_checkpoint, prune_layer, prune_model
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
@@ -193,6 +194,9 @@ def test_a_plan_survives_a_round_trip(tmp_path):
     plan = plan_for(tiny("qwen2"), QUERY_HEADS, "d")
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
+    smallest = replace(plan, before=(LayerShape(query_heads=1, kv_heads=1, mlp_width=1),) * 3)
+    smallest.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == smallest
     for changed, problem in (
         ({"before": plan.before[:2]}, "plans 3 of 2 layers"),
         ({"before": (*plan.before[:2], replace(plan.before[2], kv_heads=0))}, "a layer has no groups"),

@@ -665,7 +665,12 @@ def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_n
     settings = settings_from_dict({"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}})
     counted = {
         "algorithm": 1,
-        "settings": {"calibration": {"source": {"path": "p"}}, "prune": {"repair": "ridge"}},
+        "settings": {
+            "calibration": {"source": {"path": "p"}},
+            "model": {"dtype_between_phases": "float32"},
+            "prune": {"repair": "ridge"},
+            "training": {"packing": "whole"},
+        },
     }
     assert settings.digest() == hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
     named = dataclasses.replace(settings, prune=dataclasses.replace(settings.prune, amplitude=0.02))
@@ -675,12 +680,14 @@ def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_n
 def test_a_setting_that_older_versions_did_not_have_keeps_the_key_of_what_they_did():
     recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}}
     before = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
-    older = settings_from_dict(recipe | {"prune": {"repair": "none"}})
+    former = {"prune": {"repair": "none"}, "training": {"packing": "cut"}}
+    former["model"] = {"base": "b", "dtype_between_phases": "same"}
+    older = settings_from_dict(recipe | former)
     assert older.digest() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     assert settings_from_dict(recipe).digest() != older.digest()
     stored = older.to_dict()
     assert settings_from_dict(with_former(Settings, stored)) == older
-    del stored["prune"]["repair"]
+    del stored["prune"]["repair"], stored["training"]["packing"], stored["model"]["dtype_between_phases"]
     assert settings_from_dict(with_former(Settings, stored)) == older
     assert "repair" not in stored["prune"]
 

@@ -95,11 +95,11 @@ def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, m
             open_publication(run.phase_uri(1, step)).fetch(tmp_path / step)
             for step in ("pruned", "recovered")
         ]
-    for checkpoint in checkpoints:
+    for checkpoint, written in zip(checkpoints, (torch.float32, format_), strict=True):
         with CheckpointReader(checkpoint) as reader:
-            assert {reader.tensor(name).dtype for name in reader.names()} == {format_}
+            assert {reader.tensor(name).dtype for name in reader.names()} == {written}
         stock = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-        assert {p.dtype for p in stock.parameters()} == {format_}
+        assert {p.dtype for p in stock.parameters()} == {written}
 
 
 PRUNE_ONLY = {"training.tokens": "0", "training.sources": [], "prune.phases": 3, "seed": 3}

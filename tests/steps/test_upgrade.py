@@ -41,7 +41,9 @@ def go_on(old, caplog):
 
     def run_steps(**changes):
         recipe = json.loads((old / "recipe.json").read_text())
-        for name, value in ({"prune__repair": "none"} | changes).items():  # as the older version did
+        former = {"prune__repair": "none", "training__packing": "cut"}  # as the older version did
+        former |= {"model__dtype_between_phases": "same"}
+        for name, value in (former | changes).items():
             *sections, key = name.split("__")
             place = recipe
             for section in sections:
@@ -72,9 +74,13 @@ def test_a_run_of_an_older_version_resumes_in_the_middle_of_its_training(old, go
 
 def test_a_stored_run_has_the_settings_that_its_version_knew(old):
     (began,) = list_runs(open_store(old / "store"))
-    assert '"repair"' not in Path(old, "store", "runs", began.key, "run.json").read_text()
+    stored = Path(old, "store", "runs", began.key, "run.json").read_text()
+    assert '"repair"' not in stored
+    assert "dtype_between_phases" not in stored
+    assert '"packing": "' not in stored  # calibration.packing is a bool
     run = Run.load({"store": "store", "key": began.key, "job": "old"})
-    assert run.settings.prune.repair == "none"
+    assert (run.settings.prune.repair, run.settings.training.packing) == ("none", "cut")
+    assert run.settings.model.dtype_between_phases == "same"
     assert Run.key_of(run.revision, run.settings) == began.key
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from core.model.shape import LayerShape, ModelShape
-from core.pruning.planning import Step, sizing_for, step_to
+from core.pruning.planning import Step, importance_of, sizing_for, step_to
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.pruning.sparsity import Sizing, sizes_near, smallest_params
-from core.pruning.widths.importance import layer_importance
 from core.settings.prune import PruneSettings
 
 
@@ -42,7 +41,7 @@ def plan_step(
         statistics,
         layers,
         current=current,
-        importance=layer_importance(statistics.similarities.tolist()),
+        importance=importance_of(statistics),
         sparsity=tuple(gone),
     )
 

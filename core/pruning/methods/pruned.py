@@ -10,6 +10,7 @@ from core.model.build import model_shape
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel
 from core.pruning.methods.method import method_of
+from core.pruning.methods.slicegpt import slice_model
 from core.pruning.plan import LayerPlan
 from core.pruning.planning import plan_phase, settings_for, shape_under
 from core.pruning.repair import Repair
@@ -47,6 +48,8 @@ def pruned_model(
     Raises:
         TargetError: If the target cannot be reached.
     """
+    if settings.method == "slicegpt":
+        return slice_model(model, tokens, target_params=target_params)
     settings = settings_for(settings, family_of(model.config))
     dense = shape_under(settings, model_shape(model.config), model.config)
     left, decide = [model], method_of(settings).step

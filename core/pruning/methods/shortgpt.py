@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from core.model.shape import ModelShape
 from core.pruning.plan import LayerPlan
-from core.pruning.planning import Step, sizing_for, step_to
+from core.pruning.planning import Step, importance_of, sizing_for, step_to
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import sizes_for_target
-from core.pruning.widths.importance import layer_importance
 from core.settings.prune import PruneSettings
 
 _GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
@@ -43,9 +42,7 @@ def plan_step(
     importance, after = [0.0] * len(sparsity), [1.0] * len(sparsity)
     # By number in the dense model; what earlier phases removed whole is no longer among the layers.
     present = [number for number, share in enumerate(sparsity) if share < 1]
-    for index, (number, own) in enumerate(
-        zip(present, layer_importance(statistics.similarities.tolist()), strict=True)
-    ):
+    for index, (number, own) in enumerate(zip(present, importance_of(statistics), strict=True)):
         importance[number] = own
         if index in plans:
             left = current.prunable_params(plans[index].shape())
