@@ -103,7 +103,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     prune = settings.prune
     phase_pipeline = _build_phase(
         place,
-        gpu_scoring=prune.steps_per_phase != 1,
+        gpu_scoring=prune.steps_per_phase != 1 or prune.widths == "search",
         gpu_pruning=prune.repair != "none" or prune.distill_steps > 0,
     )
 
@@ -125,8 +125,8 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
             method: The pruning method: adapt-pruner, or one that it is compared with.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
-                compiled pipeline: prune.phases, prune.steps_per_phase, prune.repair, prune.distill_steps,
-                evaluation.speed, the section cluster.
+                compiled pipeline: prune.phases, prune.steps_per_phase, prune.widths, prune.repair,
+                prune.distill_steps, evaluation.speed, the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)

@@ -18,12 +18,12 @@ from core.pruning.sparsity import (
     MAX_SPARSITY,
     Sizing,
     next_sparsity,
-    normalise_importance,
     sizes_at,
     sizes_for_target,
 )
+from core.pruning.widths.importance import layer_importance, sparsity_by_shares
 from core.settings.methods import ATTENTION
-from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings
+from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings, WidthRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -146,18 +146,21 @@ def plan_step(
         target_params: Where the phase ends.
         steps_left: Steps left in the phase, including this one; the last one lands on the target, as does an
             earlier one that would cross it.
-        settings: Amplitude, attention unit and width multiple.
+        settings: How the sparsity is spread, attention unit and width multiple.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
     sizing = sizing_for(settings, dense, current, statistics.scores)
-    importance = importance_of(statistics)
+    importance = importance_of(statistics, settings.widths)
     to_remove = max(current.num_params() - target_params, 0) / steps_left
     added = to_remove / sizing.prunable_params()
-    after = next_sparsity(
-        sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
-    )
+    if settings.widths == "softmax":
+        after = sparsity_by_shares(sizing, statistics.similarities.tolist(), to_remove)
+    else:
+        after = next_sparsity(
+            sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
+        )
     layers = sizes_at(sizing, after)
     if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
         layers, shift = sizes_for_target(sizing, after, importance, target_params)
@@ -183,9 +186,9 @@ def step_to(
     return Step(layers=plans, shape=current.with_layers(layers), importance=importance, sparsity=sparsity)
 
 
-def importance_of(statistics: Statistics) -> tuple[float, ...]:
-    """Return each layer's normalised importance: one that leaves its input alone matters least (eq. 4-5)."""
-    return normalise_importance([-s for s in statistics.similarities.tolist()])
+def importance_of(statistics: Statistics, rule: WidthRule = "similarity") -> tuple[float, ...]:
+    """Return each layer's importance in [-1, 1]; see ``layer_importance``."""
+    return layer_importance(statistics.similarities.tolist(), rule)
 
 
 def plan_phase(

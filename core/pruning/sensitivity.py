@@ -22,6 +22,7 @@ from core.pruning.attention import attention_cuts
 from core.pruning.plan import LayerPlan, select_groups
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import Sizing, sizes_at
+from core.pruning.widths.importance import ranks
 from core.settings.prune import AttentionUnit
 
 if TYPE_CHECKING:
@@ -64,17 +65,10 @@ class Sensitivity:
 
     def rank_correlation(self) -> float | None:
         """Return Spearman's correlation of importance with loss increase; None where either is constant."""
-        importance = _ranks([layer.importance for layer in self.layers])
-        increase = _ranks([layer.loss_increase for layer in self.layers])
+        importance = ranks([layer.importance for layer in self.layers])
+        increase = ranks([layer.loss_increase for layer in self.layers])
         correlation = float(torch.corrcoef(torch.stack([importance, increase]))[0, 1])
         return None if math.isnan(correlation) else correlation
-
-
-def _ranks(values: Sequence[float]) -> Tensor:
-    """Return (L,) float64 ranks; equal values share the mean of theirs."""
-    x = torch.tensor(values, dtype=torch.float64)
-    below, equal = (x[:, None] > x).sum(dim=1), (x[:, None] == x).sum(dim=1)
-    return below.double() + (equal.double() - 1) / 2
 
 
 def layer_sensitivity(
@@ -184,14 +178,14 @@ def losses_with_layer_pruned(
         ):
             for batch in tokens.to(model.device, torch.long).split(batch_size):
                 outputs: list[Any] = []
-                with _recorded(layers, outputs):
+                with recorded(layers, outputs):
                     dense += loss_sum(model, final_states(model, batch), batch)
                 for index, (shape, plan) in enumerate(zip(shapes, plans, strict=True)):
                     below = outputs[index - 1] if index else None
                     skipped = [lambda *_, below=below, **__: below] * index
                     with (
                         replaced(layers[:index], skipped),
-                        _silenced(family, shape, layers[index], plan),
+                        silenced(family, shape, layers[index], plan),
                     ):
                         pruned[index] += loss_sum(model, final_states(model, batch), batch)
                     progress.add(len(batch))
@@ -207,7 +201,7 @@ def losses_with_layer_pruned(
 
 
 @contextlib.contextmanager
-def _recorded(layers: Sequence[torch.nn.Module], outputs: list[Any]) -> Iterator[None]:
+def recorded(layers: Sequence[torch.nn.Module], outputs: list[Any]) -> Iterator[None]:
     """Append what each layer returns to ``outputs``."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -217,7 +211,7 @@ def _recorded(layers: Sequence[torch.nn.Module], outputs: list[Any]) -> Iterator
 
 
 @contextlib.contextmanager
-def _silenced(family: Family, shape: LayerShape, layer: torch.nn.Module, plan: LayerPlan) -> Iterator[None]:
+def silenced(family: Family, shape: LayerShape, layer: torch.nn.Module, plan: LayerPlan) -> Iterator[None]:
     """Zero the outputs of the groups that ``plan`` drops where a projection of the layer reads them."""
     kept = {"query": plan.query_heads, "kv": plan.kv_heads, "mlp": plan.mlp_channels}
     with contextlib.ExitStack() as stack:

@@ -126,16 +126,17 @@ class Sizing:
             widths
         )
 
+    def prunable(self, model: ModelShape, index: int) -> int:
+        """Return the parameters of layer ``index`` of a model that the rules allow to remove."""
+        if index in self.whole:
+            return 0
+        layer = model.layers[index]
+        attention = model.attention_params(layer) if self.cuts[index].unit is None else 0
+        return model.prunable_params(layer) - attention
+
     def prunable_params(self) -> int:
         """Return the parameters of the dense model that sparsity is a share of."""
-        total = 0
-        for index, (layer, cut) in enumerate(zip(self.dense.layers, self.cuts, strict=True)):
-            if index in self.whole:
-                continue
-            total += self.dense.prunable_params(layer)
-            if cut.unit is None:
-                total -= self.dense.attention_params(layer)
-        return total
+        return sum(self.prunable(self.dense, index) for index in range(len(self.cuts)))
 
 
 def sizes_at(sizing: Sizing, sparsity: Sequence[float]) -> tuple[LayerShape, ...]:

@@ -21,7 +21,7 @@ MethodName = Literal[
     "slicegpt",
 ]
 
-_ONE_STEP = {"steps_per_phase": 1}
+_ONE_STEP = {"steps_per_phase": 1, "widths": "similarity"}
 _UNIFORM = _ONE_STEP | {"amplitude": 0.0}
 
 FIXED: Mapping[MethodName, Mapping[str, Any]] = {
@@ -42,11 +42,13 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
         "repair": "none",
         "attention_unit": "none",
     },
-    # arXiv 2408.09632: the part of it that compresses MLPs.
+    # arXiv 2408.09632, the part of it that compresses MLPs. Its attention stays whole: the decompositions of
+    # query and key (CR) and of value and output (SVD) are not built. The repair is its Nystroem form.
     "modegpt": _ONE_STEP
     | {
         "criterion": "leverage",
         "amplitude": 0.0,
+        "widths": "softmax",
         "similarity": "cosine",
         "repair": "ridge_to_zero",
         "attention_unit": "none",

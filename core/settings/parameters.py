@@ -20,6 +20,7 @@ PARAMETERS = {
 COMPILED = (
     ("prune", "phases"),
     ("prune", "steps_per_phase"),
+    ("prune", "widths"),
     ("prune", "repair"),
     ("prune", "distill_steps"),
     ("evaluation", "speed"),

@@ -31,6 +31,7 @@ CriterionName = Literal[
     "fisher",
     "random",
 ]
+WidthRule = Literal["similarity", "ranks", "clipped", "softmax", "search"]
 RepairName = Literal["none", "ridge", "ridge_to_zero", "bias"]
 
 
@@ -46,7 +47,7 @@ class PruneSettings:
     with, at the same size and on the same texts: ``llm-pruner`` (without LoRA), ``flap``, ``minitron``
     (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``,
     ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one step a phase, and
-    decide ``criterion``, ``amplitude`` and ``repair`` themselves."""
+    decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -59,6 +60,13 @@ class PruneSettings:
     amplitude_per: Literal["share", "step"] = "share"
     """``share``: A applies to a step of 2 %, and to others in proportion, so that the number of steps does
     not matter. ``step`` (the paper): A applies to each step, whatever its size."""
+    widths: WidthRule = "similarity"
+    """How the sparsity of a step is spread over the layers. ``similarity`` (the paper): by eq. 6, from layer
+    importance that the largest deviation scales to 1. ``ranks``: likewise, from the ranks of the layers;
+    ``clipped``: from deviations of at most twice their median; so no outlier sets the scale. ``softmax``:
+    MoDeGPT's shares; ``amplitude`` does not count. ``search``: the paper's widths, and from there those that
+    keep the model closest to the phase's checkpoint (Kullback-Leibler divergence on 4,096 calibration
+    tokens); all weights are in memory for it, and ``steps_per_phase`` must be 1."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How a layer's input and output are compared (eq. 3)."""
     criterion: CriterionName = "taylor_l1"
@@ -149,6 +157,11 @@ class PruneSettings:
             )
 
     def _contradictions(self) -> Iterator[str]:
+        if self.widths == "search" and self.method == "adapt-pruner" and self.steps_per_phase != 1:
+            yield (
+                f"steps_per_phase={self.steps_per_phase}, but widths=search decides all widths of a phase in "
+                "one step. Set steps_per_phase to 1, or choose another rule for the widths."
+            )
         if self.method == "slicegpt" and self.phases != 1:
             yield (
                 f"phases={self.phases}: method=slicegpt cannot prune what it has sliced, so it takes one. "

@@ -66,6 +66,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     """
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
     from core.steps.prune_footprint import distillation_footprint, repair_footprint
+    from core.steps.searching import search_footprint
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
@@ -89,6 +90,14 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
     measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
     kind = on("prune-step")[0]
+    if prune.widths == "search":
+        needs["score-layers"] = search_footprint(
+            config,
+            replace(calibration, precision=settled(calibration.precision, "score-layers")),
+            device=on("score-layers")[0],
+            batch=calibration.micro_batch or 1,
+            stored_bytes=stored_bytes,
+        )
     if prune.repair != "none":
         pod = parse_bytes(settings.cluster.of("prune-step").memory)
         needs["prune-step"] = repair_footprint(

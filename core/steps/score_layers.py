@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from core.runs.run import Run
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
 from core.steps.measuring import PhaseMeasurement
+from core.steps.searching import open_search
 from core.storage.layout import PLAN, STATISTICS
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
@@ -24,7 +25,8 @@ def run_score_layers(
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
     The statistics are those that calibrate has published. With several steps a phase, the checkpoint is
-    opened once, and cut and measured again for each step after the first.
+    opened once, and cut and measured again for each step after the first. Where the widths are searched, it
+    is opened for that.
     """
     this = Run.load(run)
 
@@ -52,6 +54,11 @@ def run_score_layers(
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         prune = settings_for(this.settings.prune, checkpoint.family)
         dense = shape_under(prune, this.dense, checkpoint.config)
+        decide = method_of(prune).step
+        if prune.widths == "search":
+            decide = open_search(this, phase, source, data, work.scratch)
+        elif prune.method == "slicegpt":
+            decide = slicing_step(checkpoint.config)
         decided = plan_phase(
             Statistics.load(statistics),
             dense=dense,
@@ -62,7 +69,7 @@ def run_score_layers(
             checkpoint=source.digest,
             statistics_digest=file_sha256(statistics),
             remeasure=remeasure,
-            decide=slicing_step(checkpoint.config) if prune.method == "slicegpt" else method_of(prune).step,
+            decide=decide,
         )
         decided.save(work.out / PLAN)
         left, whole = (

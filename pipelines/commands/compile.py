@@ -15,9 +15,9 @@ from pipelines.commands.console import PATH, example, set_option
 def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Compile RECIPE into a pipeline for Kubeflow Pipelines.
 
-    Upload the file in the KFP UI. Fixed in it are prune.phases, prune.steps_per_phase, prune.repair,
-    prune.distill_steps, evaluation.speed and the section cluster; all other settings can be changed for
-    each run.
+    Upload the file in the KFP UI. Fixed in it are prune.phases, prune.steps_per_phase, prune.widths,
+    prune.repair, prune.distill_steps, evaluation.speed and the section cluster; all other settings can be
+    changed for each run.
     """
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError([f"--output={output} must end in .yaml. Rename it."])

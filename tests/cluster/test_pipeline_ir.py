@@ -172,7 +172,13 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
     )
     fixed = json_format.MessageToDict(resolved.inputs.parameters["fixed"].runtime_value.constant)
     assert fixed == {
-        "prune": {"phases": phases, "steps_per_phase": 1, "repair": "ridge", "distill_steps": 0},
+        "prune": {
+            "phases": phases,
+            "steps_per_phase": 1,
+            "widths": "similarity",
+            "repair": "ridge",
+            "distill_steps": 0,
+        },
         "evaluation": {"speed": False},
     }
     assert "cluster" not in value["recipe"], "it is compiled in: the run form could not change it"
@@ -317,6 +323,15 @@ def test_a_cut_alone_asks_for_no_gpu_and_a_distillation_for_one(distill_steps, t
     compile_pipeline(dataclasses.replace(plain, prune=prune), tmp_path / "p.yaml")
     found = any(label.startswith("exec-prune") for label in gpus(parse(tmp_path / "p.yaml")[0]))
     assert found == (distill_steps > 0)
+
+
+@pytest.mark.parametrize("widths", ["similarity", "search"])
+def test_scores_alone_ask_for_no_gpu_and_a_search_for_widths_for_one(widths, tmp_path):
+    plain = settings(1)
+    prune = dataclasses.replace(plain.prune, steps_per_phase=1, widths=widths)
+    compile_pipeline(dataclasses.replace(plain, prune=prune), tmp_path / "p.yaml")
+    found = any(label.startswith("exec-score") for label in gpus(parse(tmp_path / "p.yaml")[0]))
+    assert found == (widths == "search")
 
 
 def accelerated(path):

@@ -13,10 +13,10 @@ from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.pruning.methods.llm_pruner import whole_layers
 from core.pruning.methods.method import method_of
-from core.pruning.methods.modegpt import shares
 from core.pruning.methods.pruned import pruned_model
 from core.pruning.planning import settings_for, shape_under
 from core.pruning.scoring.calibration import measure
+from core.pruning.widths.importance import shares
 from core.settings.methods import MethodName
 from core.settings.prune import PruneSettings
 from tests.support.models import SIZES, random_tokens, tiny

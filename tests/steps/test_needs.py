@@ -72,6 +72,15 @@ def test_prune_step_needs_what_its_repair_and_its_distillation_take(config):
         assert both == larger
 
 
+def test_score_layers_needs_a_model_where_widths_are_searched(config):
+    def needs(**changes):
+        return needs_of_tasks(config, settings_with(cluster={"gpus": 0}, prune__steps_per_phase=1, **changes))
+
+    assert "score-layers" not in needs()
+    found = needs(prune__widths="search")["score-layers"]
+    assert found.parts["weights"] == 4 * model_shape(config).num_params()
+
+
 def test_training_is_sized_by_what_the_first_phase_leaves(config):
     def weights(target, phases):
         settings = settings_with(prune__target=target, prune__phases=phases)

@@ -7,7 +7,7 @@ Calibration, surgery, checkpoints, training and evaluation are the same for all.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.pruning.methods import flap, modegpt, shortgpt
+from core.pruning.methods import flap, shortgpt
 from core.pruning.planning import DecideStep, plan_step
 from core.settings.methods import MethodName
 from core.settings.prune import PruneSettings
@@ -26,7 +26,6 @@ class Method:
 
 _METHODS: Mapping[MethodName, Method] = {
     "flap": Method(step=flap.plan_step),
-    "modegpt": Method(step=modegpt.plan_step),
     "shortgpt": Method(step=shortgpt.plan_step),
 }
 

@@ -1,5 +1,6 @@
 """A phase without files: a model in memory planned, cut and repaired as score-layers and prune-step do it."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from core.pruning.planning import plan_phase, settings_for, shape_under
 from core.pruning.repair import Repair
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import prune_model
+from core.pruning.widths.search import SEARCH_TOKENS, WidthSearch
 from core.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def pruned_model(
         target_params: Parameters that stay.
         remeasure: Takes what is left between two steps, and the next step's number (from 1); returns its
             statistics.
-        tokens: (S, T) int64 token ids that the repair is computed from.
+        tokens: (S, T) int64 token ids that the repair is computed from; widths are searched on the last.
         keep_bytes: See ``Repair``.
 
     Raises:
@@ -50,7 +52,10 @@ def pruned_model(
         return slice_model(model, tokens, target_params=target_params)
     settings = settings_for(settings, family_of(model.config))
     dense = shape_under(settings, model_shape(model.config), model.config)
-    left = [model]
+    left, decide = [model], method_of(settings).step
+    if settings.widths == "search":
+        searched_on = tokens[-math.ceil(SEARCH_TOKENS / tokens.shape[1]) :]
+        decide = WidthSearch(model, searched_on, batch_size=8).step
 
     def cut(layers: tuple[LayerPlan, ...], step: int) -> Statistics:
         left[0] = prune_model(left[0], layers)
@@ -66,7 +71,7 @@ def pruned_model(
         checkpoint="",
         statistics_digest="",
         remeasure=cut,
-        decide=method_of(settings).step,
+        decide=decide,
     )
     return repaired_model(model, plan.layers, settings=settings, tokens=tokens, keep_bytes=keep_bytes)
 
