@@ -48,6 +48,7 @@ from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings
+from core.settings.identity import settings_of_kind
 from core.settings.methods import FIXED
 from core.settings.prune import PruneSettings
 from core.training.distillation import distill
@@ -221,12 +222,14 @@ def settings_of(row: str) -> PruneSettings:
     """Return the settings of a row."""
     values = dict(pair.split("=", 1) for pair in row.split(",")) if row else {}
     fields = {field.name: field for field in dataclasses.fields(PruneSettings)}
-    return PruneSettings(**{name: type(fields[name].default)(value) for name, value in values.items()})
+    given = {name: type(fields[name].default)(value) for name, value in values.items()}
+    return PruneSettings(**{"phases": 1} | given)
 
 
 def meant(settings: PruneSettings) -> dict[str, object]:
-    """Return all settings that a row stands for: a default may change."""
-    return {k: v for k, v in dataclasses.asdict(settings.applied()).items() if k not in ("target", "phases")}
+    """Return the settings that a row stands for, whatever the defaults: what a run's key is made of."""
+    found = settings_of_kind(settings.applied(), "result")
+    return {name: value for name, value in found.items() if name not in ("target", "phases")}
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -75,4 +75,5 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     assert again[:-1] == [*rows, other]
     unlike = {"seconds": 0, "peak_gb": 0}
     assert again[-1] | unlike == row | unlike
-    assert same == last
+    timed = {"seconds_20": 0, "peak_gb_20": 0}
+    assert same | timed == last | timed
