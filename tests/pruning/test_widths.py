@@ -298,6 +298,40 @@ def test_the_search_finds_what_brute_force_finds(monkeypatch):
     assert tuple(layer.mlp_width for layer in step.shape.layers) == best
 
 
+def test_no_unit_goes_that_the_widths_cannot_make_up_for(monkeypatch):
+    model = tiny("llama")
+    dense, statistics = model_shape(model.config), scored(model)
+
+    class FewerHeads:
+        """The fewer heads, the closer."""
+
+        def __init__(self, *_, **__):
+            pass
+
+        def of(self, cuts):
+            return [sum(len(plan.query_heads) for plan in cut) for cut in cuts]
+
+        def with_one_layer_changed(self, cut, changes):
+            return self.of([[*cut[:i], plan, *cut[i + 1 :]] for i, plan in changes])
+
+    monkeypatch.setattr(searching, "CutDivergence", FewerHeads)
+    settings = PruneSettings(widths="search", steps_per_phase=1, attention_unit="kv_group", width_multiple=1)
+    for channels in (5, 45):
+        target = dense.num_params() - channels * dense.mlp_channel_params
+        step = WidthSearch(model, TOKENS, batch_size=2, sweeps=1).step(
+            statistics,
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 3,
+            target_params=target,
+            steps_left=1,
+            settings=settings,
+        )
+        assert abs(step.shape.num_params() - target) <= dense.mlp_channel_params / 2
+        heads = sum(layer.query_heads for layer in step.shape.layers)
+        assert (heads < 18) == (channels == 45)
+
+
 def test_a_model_of_the_size_is_left_as_it_is():
     model = tiny("llama")
     dense = model_shape(model.config)
