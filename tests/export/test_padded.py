@@ -49,6 +49,8 @@ def test_stock_transformers_computes_the_same_from_the_padded_checkpoint(tmp_pat
     exported = export_padded(tmp_path / "unequal", tmp_path / "padded")
     stock = load_stock(tmp_path / "padded")
     assert type(stock).__module__.startswith("transformers.models.")
+    with CheckpointReader(tmp_path / "padded") as written:
+        assert set(written.names()) >= {name for name, _ in stock.named_parameters()}
     tokens = random_tokens(rows=2)
     with torch.no_grad(), Float64Throughout():
         torch.testing.assert_close(stock(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-12)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from core.model.build import load_model
+from core.pruning.scoring.calibration import draw_calibration, measure
+from core.pruning.scoring.statistics import Statistics
 from core.runs.run import Run
+from core.storage.layout import CALIBRATION_POOL, STATISTICS
 from tests.conftest import tokenizer_of
 from tests.support.project import CHANNEL_PARAMS, make_project, recipe_with, rewrite_base, run_all
 
@@ -50,7 +54,14 @@ def test_a_run_of_two_phases_ends_at_the_size_in_a_model_that_transformers_loads
         changes["prune.target"] = str(wanted)
     with contextlib.chdir(projects[family]):
         handle, final = run_all(recipe_with(NO_TRAINING | changes), tmp_path)
-    model = load_model(Path(final))
+    model, run = load_model(Path(final)), Run.load(handle)
+    pool = load_file(Path(run.uri("data"), CALIBRATION_POOL))["input_ids"]
+    tokens = draw_calibration(pool, sequences=12, seed=run.settings.seed, step=0)
+    criterion = run.settings.prune.applied().criterion
+    expected = measure(base, tokens, criterion=criterion, seed=run.settings.seed)
+    measured = Statistics.load(Path(run.phase_uri(1, "calibrated"), STATISTICS))
+    for found, own in zip(measured.scores, expected.scores, strict=True):
+        torch.testing.assert_close(found.mlp_channels, own.mlp_channels, rtol=1e-3, atol=1e-4)
     params = sum(p.numel() for p in model.parameters())
     assert abs(params - wanted) <= CHANNEL_PARAMS / 2
     stock = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True)
@@ -66,4 +77,4 @@ def test_a_run_of_two_phases_ends_at_the_size_in_a_model_that_transformers_loads
     assert [width for width in layers[2] if width] == [
         layer.mlp.up_proj.out_features for layer in model.model.layers
     ]
-    assert record["settings"]["prune"]["method"] == Run.load(handle).settings.prune.method == method
+    assert record["settings"]["prune"]["method"] == run.settings.prune.method == method
