@@ -55,8 +55,15 @@ from core.training.distillation import distill
 
 OURS = "method=adapt-pruner"
 """The row of our default, which has no setting of its own."""
-PEERS = tuple(f"method={name}" for name in FIXED if f"method={name}" != OURS)
-ROWS = (OURS, f"{OURS},distill_steps=0", f"{OURS},distill_steps=0,repair=none", *PEERS)
+EXTRAS = ("distill_steps=96", "distill_steps=96,criterion=wanda_sp,attention_unit=none")
+EXTRAS += ("criterion=wanda_sp,attention_unit=none", "repair=none")
+PEERS = tuple(
+    f"method={name}" if "attention_unit" in FIXED[name] else f"method={name},attention_unit=none"
+    for name in FIXED
+    if name != "adapt-pruner"
+)
+"""The compared methods, all on MLPs alone: on few KV heads, those that take attention, too, are worse."""
+ROWS = (OURS, *(f"{OURS},{extra}" for extra in EXTRAS), *PEERS)
 KEEP_BYTES = 2 * 10**9
 REPAIR_DRAW = 999
 MICRO_BATCH = 8
@@ -318,17 +325,22 @@ def of_size(here: dict[str, list[dict[str, object]]], dense: dict[str, float]) -
         found["best_acc_of"] = most = max(right, key=lambda row: fmean(right[row]))
         found["best_acc"] = summary(right[most])
         found["acc"] = {row: summary(values) for row, values in right.items()}
-    peers = {text: [row for row in rows if row in PEERS] for text, rows in ranked.items()}
+    peers = {text: [row for row in rows if is_peer(row)] for text, rows in ranked.items()}
     if all(peers.values()):
         found["best_peer"] = {text: rows[0] for text, rows in peers.items()}
         found["rise_ratios"] = {
             row: {text: risen(rows, here[peers[text][0]], text, dense) for text in dense}
             for row, rows in here.items()
-            if row not in PEERS
+            if not is_peer(row)
         }
         if OURS in here:
             found["rise_ratio"] = found["rise_ratios"][OURS]
     return found
+
+
+def is_peer(row: str) -> bool:
+    """Return whether a row is a compared method's."""
+    return settings_of(row).method != "adapt-pruner"
 
 
 def risen(
