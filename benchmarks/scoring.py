@@ -150,8 +150,8 @@ def work(arguments: argparse.Namespace) -> None:
     run = reference if way == "reference" else functools.partial(measure, keep_bytes=int(keep))
     run(model, tokens[:1, :8], micro_batch=1)  # libraries set up what they keep
     parts = LogTimes()
-    logging.getLogger("core.pruning.scoring.calibration").addHandler(parts)
-    logging.getLogger("core.pruning.scoring.calibration").setLevel(logging.INFO)
+    logging.getLogger("core.progress").addHandler(parts)
+    logging.getLogger("core.progress").setLevel(logging.INFO)
     weights = sum(p.nbytes for p in model.parameters())
     before = reset_peak(arguments.device)
     started = time.perf_counter()
@@ -180,9 +180,9 @@ class LogTimes(logging.Handler):
         self.seconds: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Handle a line like "forward over 30 layers took 6.0 s"."""
-        if "took" in record.msg and isinstance(record.args, tuple):
-            self.seconds[str(record.args[0])] = round(float(str(record.args[-1])), 2)
+        """Handle a line like "forward: 30 layers in 6.0 s"."""
+        if record.msg.startswith("%s: %s in") and isinstance(record.args, tuple):
+            self.seconds[str(record.args[0])] = round(float(str(record.args[2])), 2)
 
 
 def open_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
