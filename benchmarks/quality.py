@@ -38,7 +38,7 @@ from core.model.build import load_model, load_tokenizer, model_shape, pick_devic
 from core.model.shape import ModelShape
 from core.pruning.phases import MAX_STEP_SHARE
 from core.pruning.plan import select_groups
-from core.pruning.planning import plan_step, sizing_for
+from core.pruning.planning import StepRequest, plan_step, sizing_for
 from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import next_sparsity, normalise_importance, sizes_at
@@ -225,13 +225,15 @@ def one_step(study: Study, seed: int) -> None:
     for scheme, settings, removed in todo:
         with contextlib.suppress(TargetError):  # MLPs alone do not hold 60 % of the parameters
             step = plan_step(
-                statistics,
-                dense=dense,
-                current=dense,
-                sparsity=(0.0,) * len(dense.layers),
-                target_params=round(dense.num_params() * (1 - removed)),
-                steps_left=1,
-                settings=settings,
+                StepRequest(
+                    statistics=statistics,
+                    dense=dense,
+                    current=dense,
+                    sparsity=(0.0,) * len(dense.layers),
+                    target_params=round(dense.num_params() * (1 - removed)),
+                    steps_left=1,
+                    settings=settings,
+                )
             )
             study.record(scheme, removed, seed, prune_model(study.base, step.layers))
 
@@ -245,13 +247,15 @@ def several_steps(study: Study, scheme: Scheme, settings: PruneSettings, seed: i
             break
         while number < round(wanted / MAX_STEP_SHARE):
             step = plan_step(
-                study.statistics(model, seed, number),
-                dense=dense,
-                current=current,
-                sparsity=sparsity,
-                target_params=round(dense.num_params() * (1 - (number + 1) * MAX_STEP_SHARE)),
-                steps_left=1,
-                settings=settings,
+                StepRequest(
+                    statistics=study.statistics(model, seed, number),
+                    dense=dense,
+                    current=current,
+                    sparsity=sparsity,
+                    target_params=round(dense.num_params() * (1 - (number + 1) * MAX_STEP_SHARE)),
+                    steps_left=1,
+                    settings=settings,
+                )
             )
             model, current, sparsity = prune_model(model, step.layers), step.shape, step.sparsity
             number += 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from core.errors import UnsupportedModelError
 from core.model.build import model_shape
@@ -109,36 +109,11 @@ def shape_under(settings: PruneSettings, shape: ModelShape, config: "PreTrainedC
     return replace(shape, layer_params=model_shape(with_output_biases(config)).layer_params)
 
 
-class DecideStep(Protocol):
-    """Decides one pruning step, by the rules of a method."""
+@dataclass(frozen=True, kw_only=True)
+class StepRequest:
+    """What a pruning step is decided from.
 
-    def __call__(
-        self,
-        statistics: Statistics,
-        *,
-        dense: ModelShape,
-        current: ModelShape,
-        sparsity: Sequence[float],
-        target_params: int,
-        steps_left: int,
-        settings: PruneSettings,
-    ) -> Step:
-        """See ``plan_step``."""
-
-
-def plan_step(
-    statistics: Statistics,
-    *,
-    dense: ModelShape,
-    current: ModelShape,
-    sparsity: Sequence[float],
-    target_params: int,
-    steps_left: int,
-    settings: PruneSettings,
-) -> Step:
-    """Decide one pruning step on the way to a phase's target.
-
-    Args:
+    Attributes:
         statistics: Measured on the model as pruned so far.
         dense: Sizes at the start of the run.
         current: Sizes now.
@@ -147,13 +122,32 @@ def plan_step(
         steps_left: Steps left in the phase, including this one; the last one lands on the target, as does an
             earlier one that would cross it.
         settings: How the sparsity is spread, attention unit and width multiple.
-
-    Raises:
-        TargetError: If the target cannot be reached.
     """
-    sizing = sizing_for(settings, dense, current, statistics.scores)
+
+    statistics: Statistics
+    dense: ModelShape
+    current: ModelShape
+    sparsity: Sequence[float]
+    target_params: int
+    steps_left: int
+    settings: PruneSettings
+
+
+DecideStep = Callable[[StepRequest], Step]
+"""Decides one pruning step, by the rules of a method.
+
+Raises:
+    TargetError: If the target cannot be reached.
+"""
+
+
+def plan_step(given: StepRequest) -> Step:
+    """Decide one pruning step on the way to a phase's target, as ``DecideStep``."""
+    statistics, settings = given.statistics, given.settings
+    current, sparsity, target_params = given.current, given.sparsity, given.target_params
+    sizing = sizing_for(settings, given.dense, current, statistics.scores)
     importance = importance_of(statistics, settings.widths)
-    to_remove = max(current.num_params() - target_params, 0) / steps_left
+    to_remove = max(current.num_params() - target_params, 0) / given.steps_left
     added = to_remove / sizing.prunable_params()
     if settings.widths == "softmax":
         after = sparsity_by_shares(sizing, statistics.similarities.tolist(), to_remove)
@@ -162,7 +156,7 @@ def plan_step(
             sparsity, importance, step=added, amplitude=settings.amplitude, per=settings.amplitude_per
         )
     layers = sizes_at(sizing, after)
-    if steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
+    if given.steps_left == 1 or current.with_layers(layers).num_params() <= target_params:
         layers, shift = sizes_for_target(sizing, after, importance, target_params)
         # Widths that were rounded down lower the shift, but not below the sparsity before this step.
         shift = max(shift, -added)
@@ -231,13 +225,15 @@ def plan_phase(
         if step is not None:
             statistics = remeasure(step.layers, number)
         step = decide(
-            statistics,
-            dense=dense,
-            current=current,
-            sparsity=sparsity,
-            target_params=target_params,
-            steps_left=steps - number,
-            settings=settings,
+            StepRequest(
+                statistics=statistics,
+                dense=dense,
+                current=current,
+                sparsity=sparsity,
+                target_params=target_params,
+                steps_left=steps - number,
+                settings=settings,
+            )
         )
         decided = Plan(
             layers=step.layers,

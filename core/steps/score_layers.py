@@ -32,8 +32,7 @@ def run_score_layers(
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.checkpoint import Checkpoint
-        from core.pruning.methods.method import method_of
-        from core.pruning.methods.slicegpt import slicing_step
+        from core.pruning.methods.method import decision_of
         from core.pruning.planning import plan_phase, settings_for, shape_under
         from core.pruning.scoring.statistics import Statistics
         from core.storage.hashing import file_sha256
@@ -54,11 +53,10 @@ def run_score_layers(
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         prune = settings_for(this.settings.prune, checkpoint.family)
         dense = shape_under(prune, this.dense, checkpoint.config)
-        decide = method_of(prune).step
         if prune.widths == "search":
             decide = open_search(this, phase, source, data, work.scratch)
-        elif prune.method == "slicegpt":
-            decide = slicing_step(checkpoint.config)
+        else:
+            decide = decision_of(prune, checkpoint.config)
         decided = plan_phase(
             Statistics.load(statistics),
             dense=dense,

@@ -1,7 +1,7 @@
 """The search for a phase's widths, a part of score-layers: its model, its tokens, its memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.runs.run import Run
 from core.steps.measuring import draw
@@ -10,8 +10,7 @@ from core.storage.publication import Publication
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from core.pruning.planning import DecideStep, Step
-    from core.pruning.scoring.statistics import Statistics
+    from core.pruning.planning import DecideStep, Step, StepRequest
     from core.settings.calibration import CalibrationSettings
     from core.steps.footprint import Footprint
 
@@ -60,9 +59,9 @@ def open_search(
     model = load_model(opened, dtype=dtype_of(calibration.precision), device=device)
     search = WidthSearch(model, tokens, batch_size=batch)
 
-    def step(statistics: "Statistics", **given: Any) -> "Step":
+    def step(given: "StepRequest") -> "Step":
         with explaining_memory("calibration.micro_batch=1"):
-            return search.step(statistics, **given)
+            return search.step(given)
 
     return step
 

@@ -12,9 +12,9 @@ from core.model.build import build_model, model_shape
 from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.pruning.methods.llm_pruner import whole_layers
-from core.pruning.methods.method import method_of
+from core.pruning.methods.method import decision_of
 from core.pruning.methods.pruned import pruned_model
-from core.pruning.planning import settings_for, shape_under
+from core.pruning.planning import StepRequest, settings_for, shape_under
 from core.pruning.scoring.calibration import measure
 from core.pruning.widths.importance import shares
 from core.settings.methods import MethodName
@@ -181,14 +181,16 @@ def step_for(model, method, share, similarities=None, **others):
     found = measure(model, TOKENS, criterion=settings.criterion, micro_batch=4)
     if similarities is not None:
         found = replace(found, similarities=torch.tensor(similarities))
-    step = method_of(settings).step(
-        found,
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * len(dense.layers),
-        target_params=round(share * dense.num_params()),
-        steps_left=1,
-        settings=settings,
+    step = decision_of(settings, model.config)(
+        StepRequest(
+            statistics=found,
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * len(dense.layers),
+            target_params=round(share * dense.num_params()),
+            steps_left=1,
+            settings=settings,
+        )
     )
     return dense, found, step
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from core.model.families import FAMILIES
-from core.pruning.planning import plan_phase, plan_step, settings_for, sizing_for
+from core.pruning.planning import StepRequest, plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.sparsity import MAX_SPARSITY, next_sparsity, normalise_importance, sizes_for_target
 from core.settings.prune import PruneSettings
 from tests.pruning.test_sparsity import statistics_of, uniform_shape
@@ -19,13 +19,15 @@ def test_a_step_takes_an_equal_share_of_what_is_left_to_remove(steps_left):
     dense = uniform_shape(6, 3, 2, 200, 16)
     target = round(0.6 * dense.num_params())
     step = plan_step(
-        statistics_of(dense, 0),
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * 6,
-        target_params=target,
-        steps_left=steps_left,
-        settings=EVENLY,
+        StepRequest(
+            statistics=statistics_of(dense, 0),
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 6,
+            target_params=target,
+            steps_left=steps_left,
+            settings=EVENLY,
+        )
     )
     wanted = (dense.num_params() - target) / steps_left
     removed = dense.num_params() - step.shape.num_params()
@@ -45,13 +47,15 @@ def test_the_sparsity_that_a_step_leaves_is_that_of_the_widths(amplitude):
         settings = PruneSettings(attention_unit="none", amplitude=amplitude, width_multiple=1)
         for number, share in enumerate((0.9, 0.8, 0.75)):
             step = plan_step(
-                statistics_of(current, seed + 100 * number),
-                dense=dense,
-                current=current,
-                sparsity=sparsity,
-                target_params=round(share * dense.num_params()),
-                steps_left=1 + (number == 1),
-                settings=settings,
+                StepRequest(
+                    statistics=statistics_of(current, seed + 100 * number),
+                    dense=dense,
+                    current=current,
+                    sparsity=sparsity,
+                    target_params=round(share * dense.num_params()),
+                    steps_left=1 + (number == 1),
+                    settings=settings,
+                )
             )
             layers = zip(current.layers, step.shape.layers, step.sparsity, strict=True)
             for before, after, layer_sparsity in layers:

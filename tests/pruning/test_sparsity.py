@@ -10,7 +10,7 @@ from core.model.shape import LayerShape, ModelShape
 from core.pruning.attention import attention_cuts
 from core.pruning.phases import phase_sizes
 from core.pruning.plan import select_groups
-from core.pruning.planning import plan_phase, plan_step, settings_for, sizing_for
+from core.pruning.planning import StepRequest, plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.pruning.sparsity import (
     Sizing,
@@ -320,13 +320,15 @@ def test_phases_that_are_smaller_than_a_step_of_the_widths_take_no_sparsity_back
     ):
         sizing = sizing_for(settings, dense, current)
         step = plan_step(
-            statistics_of(current, phase),
-            dense=dense,
-            current=current,
-            sparsity=sparsity,
-            target_params=target,
-            steps_left=1,
-            settings=settings,
+            StepRequest(
+                statistics=statistics_of(current, phase),
+                dense=dense,
+                current=current,
+                sparsity=sparsity,
+                target_params=target,
+                steps_left=1,
+                settings=settings,
+            )
         )
         spread = amplitude / 0.02 * max(current.num_params() - target, 0) / sizing.prunable_params()
         for before, after, importance in zip(sparsity, step.sparsity, step.importance, strict=True):
@@ -348,13 +350,15 @@ def test_less_important_layers_lose_more():
         tokens=1,
     )
     step = plan_step(
-        alike,
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * 4,
-        target_params=round(dense.num_params() * 0.8),
-        steps_left=1,
-        settings=PruneSettings(amplitude=0.02, width_multiple=1),
+        StepRequest(
+            statistics=alike,
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 4,
+            target_params=round(dense.num_params() * 0.8),
+            steps_left=1,
+            settings=PruneSettings(amplitude=0.02, width_multiple=1),
+        )
     )
     widths = [layer.mlp_width for layer in step.shape.layers]
     assert widths[0] < widths[2] < widths[3] < widths[1]

@@ -11,7 +11,7 @@ from core.errors import CheckpointError, SettingsError
 from core.model.build import model_shape
 from core.model.config import layer_shapes
 from core.pruning.plan import select_groups
-from core.pruning.planning import plan_step
+from core.pruning.planning import StepRequest, plan_step
 from core.pruning.scoring.calibration import measure
 from core.pruning.surgery import prune_model
 from core.pruning.widths import search as searching
@@ -77,13 +77,15 @@ def test_every_rule_meets_the_size_over_two_phases(rule, unit):
     for phase, share in enumerate((0.9, 0.75)):
         target = round(share * dense.num_params())
         step = plan_step(
-            statistics_of(current, phase),
-            dense=dense,
-            current=current,
-            sparsity=sparsity,
-            target_params=target,
-            steps_left=1,
-            settings=settings,
+            StepRequest(
+                statistics=statistics_of(current, phase),
+                dense=dense,
+                current=current,
+                sparsity=sparsity,
+                target_params=target,
+                steps_left=1,
+                settings=settings,
+            )
         )
         assert abs(step.shape.num_params() - target) <= 4 * dense.mlp_channel_params / 2
         current, sparsity = step.shape, step.sparsity
@@ -95,13 +97,15 @@ def test_softmax_takes_shares_of_attention_and_mlp_alike():
     settings = PruneSettings(widths="softmax", attention_unit="auto", amplitude=0.5, width_multiple=1)
     target = round(0.8 * dense.num_params())
     step = plan_step(
-        found,
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * 4,
-        target_params=target,
-        steps_left=1,
-        settings=settings,
+        StepRequest(
+            statistics=found,
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 4,
+            target_params=target,
+            steps_left=1,
+            settings=settings,
+        )
     )
     weights = torch.softmax(found.similarities.double() / 0.1, dim=0)
     prunable = sum(map(dense.prunable_params, dense.layers))
@@ -237,12 +241,12 @@ def test_the_search_meets_the_size_and_never_gets_farther_away(unit, multiple):
         steps_left=1,
         settings=settings,
     )
-    start = plan_step(statistics, **given)
+    start = plan_step(StepRequest(statistics=statistics, **given))
     values = [divergence(model, prune_model(model, start.layers))]
     for sweeps in (1, 2):
         search = WidthSearch(model, TOKENS, batch_size=2, sweeps=sweeps)
-        step = search.step(statistics, **given)
-        assert step == search.step(statistics, **given), "deterministic"
+        step = search.step(StepRequest(statistics=statistics, **given))
+        assert step == search.step(StepRequest(statistics=statistics, **given)), "deterministic"
         assert step.shape.layers == tuple(plan.shape() for plan in step.layers)
         assert (
             abs(step.shape.num_params() - given["target_params"]) <= multiple * dense.mlp_channel_params / 2
@@ -287,13 +291,15 @@ def test_the_search_finds_what_brute_force_finds(monkeypatch):
     removed = sum(40 - b for b in best) * dense.mlp_channel_params
     search = WidthSearch(model, TOKENS, batch_size=2, sweeps=4)
     step = search.step(
-        statistics,
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * 3,
-        target_params=dense.num_params() - removed,
-        steps_left=1,
-        settings=settings,
+        StepRequest(
+            statistics=statistics,
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 3,
+            target_params=dense.num_params() - removed,
+            steps_left=1,
+            settings=settings,
+        )
     )
     assert tuple(layer.mlp_width for layer in step.shape.layers) == best
 
@@ -319,13 +325,15 @@ def test_no_unit_goes_that_the_widths_cannot_make_up_for(monkeypatch):
     for channels in (5, 45):
         target = dense.num_params() - channels * dense.mlp_channel_params
         step = WidthSearch(model, TOKENS, batch_size=2, sweeps=1).step(
-            statistics,
-            dense=dense,
-            current=dense,
-            sparsity=(0.0,) * 3,
-            target_params=target,
-            steps_left=1,
-            settings=settings,
+            StepRequest(
+                statistics=statistics,
+                dense=dense,
+                current=dense,
+                sparsity=(0.0,) * 3,
+                target_params=target,
+                steps_left=1,
+                settings=settings,
+            )
         )
         assert abs(step.shape.num_params() - target) <= dense.mlp_channel_params / 2
         heads = sum(layer.query_heads for layer in step.shape.layers)
@@ -336,13 +344,15 @@ def test_a_model_of_the_size_is_left_as_it_is():
     model = tiny("llama")
     dense = model_shape(model.config)
     step = WidthSearch(model, TOKENS, batch_size=5).step(
-        scored(model),
-        dense=dense,
-        current=dense,
-        sparsity=(0.0,) * 3,
-        target_params=dense.num_params(),
-        steps_left=1,
-        settings=PruneSettings(widths="search", steps_per_phase=1),
+        StepRequest(
+            statistics=scored(model),
+            dense=dense,
+            current=dense,
+            sparsity=(0.0,) * 3,
+            target_params=dense.num_params(),
+            steps_left=1,
+            settings=PruneSettings(widths="search", steps_per_phase=1),
+        )
     )
     assert step.shape == dense
 

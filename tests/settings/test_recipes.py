@@ -13,7 +13,7 @@ from core.errors import SettingsError
 from core.evaluation.task_data import task_problems
 from core.model.build import model_shape
 from core.model.shape import LayerShape
-from core.pruning.planning import plan_step, sizing_for
+from core.pruning.planning import StepRequest, plan_step, sizing_for
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.pruning.sparsity import smallest_params
 from core.settings.recipe import load_recipe
@@ -237,18 +237,20 @@ def plan_all_steps(prune, dense, similarities):
             for layer in current.layers
         )
         step = plan_step(
-            Statistics(
-                similarities=torch.tensor(similarities, dtype=torch.float64),
-                scores=scores,
-                loss=1.0,
-                tokens=1,
-            ),
-            dense=dense,
-            current=current,
-            sparsity=sparsities[-1],
-            target_params=target,
-            steps_left=prune.steps_per_phase - number,
-            settings=prune,
+            StepRequest(
+                statistics=Statistics(
+                    similarities=torch.tensor(similarities, dtype=torch.float64),
+                    scores=scores,
+                    loss=1.0,
+                    tokens=1,
+                ),
+                dense=dense,
+                current=current,
+                sparsity=sparsities[-1],
+                target_params=target,
+                steps_left=prune.steps_per_phase - number,
+                settings=prune,
+            )
         )
         current, sparsities = step.shape, [*sparsities, step.sparsity]
         if current.num_params() <= target:

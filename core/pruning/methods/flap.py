@@ -10,29 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.model.shape import LayerShape, ModelShape
-from core.pruning.planning import Step, importance_of, sizing_for, step_to
-from core.pruning.scoring.statistics import LayerScores, Statistics
+from core.model.shape import LayerShape
+from core.pruning.planning import Step, StepRequest, importance_of, sizing_for, step_to
+from core.pruning.scoring.statistics import LayerScores
 from core.pruning.sparsity import Sizing, sizes_near, smallest_params
-from core.settings.prune import PruneSettings
 
 
-def plan_step(
-    statistics: Statistics,
-    *,
-    dense: ModelShape,
-    current: ModelShape,
-    sparsity: Sequence[float],
-    target_params: int,
-    steps_left: int,
-    settings: PruneSettings,
-) -> Step:
+def plan_step(given: StepRequest) -> Step:
     """Decide the step of a phase: the groups that score lowest in the whole model go."""
-    sizing = sizing_for(settings, dense, current, statistics.scores)
+    statistics, dense, current = given.statistics, given.dense, given.current
+    sizing = sizing_for(given.settings, dense, current, statistics.scores)
     layers = current.layers
-    if current.num_params() > target_params:
-        smallest_params(sizing, target_params)
-        layers = _ranked(sizing, statistics.scores, target_params)
+    if current.num_params() > given.target_params:
+        smallest_params(sizing, given.target_params)
+        layers = _ranked(sizing, statistics.scores, given.target_params)
     gone = (
         1 - dense.prunable_params(now) / dense.prunable_params(whole)
         for now, whole in zip(layers, dense.layers, strict=True)

@@ -1,35 +1,30 @@
-"""What a pruning method does in its own way; everything else follows from settings.
+"""Which rules a pruning method decides its steps by; everything else follows from settings.
 
 Which settings a method decides is in ``core.settings.methods``: the criterion, the repair, one step a phase.
 Calibration, surgery, checkpoints, training and evaluation are the same for all.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from core.pruning.methods import flap, shortgpt
+from core.pruning.methods import flap, shortgpt, slicegpt
 from core.pruning.planning import DecideStep, plan_step
-from core.settings.methods import MethodName
 from core.settings.prune import PruneSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """The rules of a method.
 
-    Attributes:
-        step: Decides a pruning step from the statistics.
+def decision_of(settings: PruneSettings, config: "PreTrainedConfig") -> DecideStep:
+    """Return what decides a step of a method on the model that ``config`` describes.
+
+    That is ``plan_step`` where the method has no rule of its own.
     """
-
-    step: DecideStep = plan_step
-
-
-_METHODS: Mapping[MethodName, Method] = {
-    "flap": Method(step=flap.plan_step),
-    "shortgpt": Method(step=shortgpt.plan_step),
-}
-
-
-def method_of(settings: PruneSettings) -> Method:
-    """Return the rules of the method of a run: those of Adapt-Pruner where it has none of its own."""
-    return _METHODS.get(settings.method, Method())
+    match settings.method:
+        case "flap":
+            return flap.plan_step
+        case "shortgpt":
+            return shortgpt.plan_step
+        case "slicegpt":
+            return slicegpt.slicing_step(config)
+        case _:
+            return plan_step

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.model.build import model_shape
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel
-from core.pruning.methods.method import method_of
+from core.pruning.methods.method import decision_of
 from core.pruning.methods.slicegpt import slice_model
 from core.pruning.plan import LayerPlan
 from core.pruning.planning import plan_phase, settings_for, shape_under
@@ -52,7 +52,7 @@ def pruned_model(
         return slice_model(model, tokens, target_params=target_params)
     settings = settings_for(settings, family_of(model.config))
     dense = shape_under(settings, model_shape(model.config), model.config)
-    left, decide = [model], method_of(settings).step
+    left, decide = [model], decision_of(settings, model.config)
     if settings.widths == "search":
         searched_on = tokens[-math.ceil(SEARCH_TOKENS / tokens.shape[1]) :]
         decide = WidthSearch(model, searched_on, batch_size=8).step

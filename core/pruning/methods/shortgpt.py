@@ -9,25 +9,16 @@ from dataclasses import replace
 
 from core.model.shape import ModelShape
 from core.pruning.plan import LayerPlan
-from core.pruning.planning import Step, importance_of, sizing_for, step_to
-from core.pruning.scoring.statistics import Statistics
+from core.pruning.planning import Step, StepRequest, importance_of, sizing_for, step_to
 from core.pruning.sparsity import sizes_for_target
-from core.settings.prune import PruneSettings
 
 _GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
 
 
-def plan_step(
-    statistics: Statistics,
-    *,
-    dense: ModelShape,
-    current: ModelShape,
-    sparsity: Sequence[float],
-    target_params: int,
-    steps_left: int,
-    settings: PruneSettings,
-) -> Step:
+def plan_step(given: StepRequest) -> Step:
     """Decide the step of a phase: which layers go, and the widths of the others."""
+    statistics, settings, current = given.statistics, given.settings, given.current
+    sparsity, target_params = given.sparsity, given.target_params
     slack = settings.width_multiple * current.mlp_channel_params / 2
     gone = _layers_that_go(statistics.similarities.tolist(), current, target_params - slack)
     stay = [index for index in range(len(current.layers)) if index not in gone]

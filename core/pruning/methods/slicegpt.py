@@ -26,12 +26,10 @@ from core.model.checkpoint import Checkpoint, write_checkpoint
 from core.model.config import config_with_width
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen, replaced
-from core.model.shape import ModelShape
 from core.progress import Progress
 from core.pruning.plan import LayerPlan
-from core.pruning.planning import DecideStep, Step, importance_of
+from core.pruning.planning import DecideStep, Step, StepRequest, importance_of
 from core.pruning.scoring.batching import fitting_micro_batch
-from core.pruning.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,20 +67,20 @@ def sliced_config(config: PreTrainedConfig, target_params: int) -> PreTrainedCon
 def slicing_step(config: PreTrainedConfig) -> DecideStep:
     """Return the decision to keep all groups of the model that ``config`` describes, and to slice it."""
 
-    def plan_step(statistics: Statistics, *, current: ModelShape, target_params: int, **_: Any) -> Step:
+    def plan_step(given: StepRequest) -> Step:
         layers = tuple(
             LayerPlan(
                 query_heads=tuple(range(layer.query_heads)),
                 kv_heads=tuple(range(layer.kv_heads)),
                 mlp_channels=tuple(range(layer.mlp_width)),
             )
-            for layer in current.layers
+            for layer in given.current.layers
         )
-        shape = model_shape(sliced_config(config, target_params))
+        shape = model_shape(sliced_config(config, given.target_params))
         return Step(
             layers=layers,
             shape=shape,
-            importance=importance_of(statistics),
+            importance=importance_of(given.statistics),
             sparsity=(0.0,) * len(layers),
         )
 

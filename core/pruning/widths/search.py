@@ -15,12 +15,11 @@ from torch import Tensor
 
 from core.model.shape import LayerShape, ModelShape
 from core.pruning.plan import LayerPlan, select_groups
-from core.pruning.planning import Step, plan_step, sizing_for, step_to
+from core.pruning.planning import Step, StepRequest, plan_step, sizing_for, step_to
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.sparsity import Sizing, sizes_near
 from core.pruning.widths.divergence import CutDivergence
 from core.pruning.widths.quadratic import cheapest, parabola
-from core.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,31 +67,13 @@ class WidthSearch:
         self._divergence = CutDivergence(model, tokens, batch_size=batch_size)
         self._sweeps = sweeps
 
-    def step(
-        self,
-        statistics: Statistics,
-        *,
-        dense: ModelShape,
-        current: ModelShape,
-        sparsity: Sequence[float],
-        target_params: int,
-        steps_left: int,
-        settings: PruneSettings,
-    ) -> Step:
+    def step(self, given: StepRequest) -> Step:
         """Decide the step of a phase; see ``plan_step``."""
-        start = plan_step(
-            statistics,
-            dense=dense,
-            current=current,
-            sparsity=sparsity,
-            target_params=target_params,
-            steps_left=steps_left,
-            settings=settings,
-        )
+        start, statistics, current = plan_step(given), given.statistics, given.current
         if start.shape == current:
             return start
-        sizing = sizing_for(settings, dense, current, statistics.scores)
-        found = self._searched(statistics, sizing, start.shape.layers, target_params)
+        sizing = sizing_for(given.settings, given.dense, current, statistics.scores)
+        found = self._searched(statistics, sizing, start.shape.layers, given.target_params)
         return step_to(
             statistics,
             found,
