@@ -68,9 +68,9 @@ def run_prune_step(
         left = model_shape(Checkpoint(target).config).num_params()
         if left != plan.params_after:
             raise PlanError(
-                f"the plan of phase {phase} leaves {plan.params_after:,} parameters, the cut {left:,}: what it "
-                f"was made for is not beside it. Remove {this.phase_uri(phase, 'scored')}, and run the recipe "
-                "again."
+                f"the plan of phase {phase} leaves {plan.params_after:,} parameters, the cut {left:,}: the "
+                "model that it was made for is not beside it. Remove "
+                f"{this.phase_uri(phase, 'scored')}, and run the recipe again."
             )
         report: dict[str, Any] = {"params": left}
         if repair is not None:
