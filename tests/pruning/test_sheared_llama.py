@@ -16,7 +16,6 @@ from core.pruning.methods import sheared_llama
 from core.pruning.methods.opened import OpenedModel
 from core.pruning.methods.sheared_llama import (
     MaskTraining,
-    final_masks,
     kept_share,
     learn_masks,
     masked,
@@ -100,7 +99,8 @@ def test_the_masked_model_is_the_one_that_is_made_and_the_one_that_is_cut(name, 
             distill_batch_tokens="24",
             width_multiple=1,
         )
-        whole, masks = learnt["weights"], final_masks(model, learnt["logits"], step.layers)
+        whole = learnt["weights"]
+        masks = {key: mask_of(a, key, step.layers) for key, a in learnt["logits"].items()}
         with torch.no_grad(), masked(whole, masks):
             expected = whole(TOKENS).logits
         torch.testing.assert_close(made(TOKENS).logits, expected, rtol=0, atol=1e-10)
@@ -117,6 +117,21 @@ def test_the_masked_model_is_the_one_that_is_made_and_the_one_that_is_cut(name, 
         shape.query_heads < 6 for shape in layer_shapes(cut.config)
     )
     assert (figures["mask_tokens"], len(figures["mask_losses"])) == (6 * 2 * 12, 6)
+
+
+def mask_of(a, key, layers):
+    """The mask of the groups of a layer that have the highest logits; 0 for the others."""
+    plan, path = layers[key[0]], key[1]
+    kept = plan.mlp_channels
+    if path == "self_attn.o_proj":
+        kept = plan.kv_heads if len(a) == 3 else plan.query_heads
+    rows = a.view(3, -1) if len(a) == 6 else a[None]  # query heads compete within their group
+    best = rows.argsort(dim=1, descending=True)[:, : len(kept) // len(rows)]
+    places = best + torch.arange(len(rows))[:, None] * rows.shape[1]
+    assert list(kept) == sorted(places.flatten().tolist())
+    mask = torch.zeros_like(a)
+    mask[list(kept)] = (1.2 * a[list(kept)].sigmoid() - 0.1).clamp(0, 1)
+    return mask
 
 
 def test_the_gradients_are_those_of_the_models_own_loss():
