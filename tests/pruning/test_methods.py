@@ -382,9 +382,10 @@ def without(gone, layers):
     )
 
 
-def test_minitron_counts_layers_so_that_any_block_of_them_may_go():
-    shape = model_shape(tiny("llama", UNEQUAL).config)
-    sizes = [shape.layer_num_params(layer) for layer in shape.layers]
+@pytest.mark.parametrize("order", [1, -1])
+def test_minitron_counts_layers_so_that_any_block_of_them_may_go(order):
+    shape = model_shape(tiny("llama", UNEQUAL[::order]).config)
+    sizes = [shape.layer_num_params(layer) for layer in shape.layers][::order]
     assert sizes[2] < sizes[1] < sizes[0]
     whole = shape.num_params()
     for least, count in [
