@@ -5,17 +5,24 @@ import math
 
 import pytest
 import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.errors import SettingsError, TrainingError
 from core.machine.memory import peak_bytes
+from core.model.build import load_model
+from core.runs.run import Run
+from core.steps.prepare_data import run_prepare_data
+from core.storage.publication import open_publication
 from core.training import recover as training
 from core.training.measures import DivergenceWatch, step_flops
 from core.training.recover import held_out_loss, recover
 from core.training.rows import Rows
 from core.training.state import read_state, write_state
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
+from tests.support.project import recipe_with, resolve, run_phase
 from tests.support.training import training_settings, weights
 
 
@@ -167,9 +174,7 @@ def test_losses_far_above_their_median_end_the_training():
     assert watch.steps_above == 0, "one step at the old level, and the count begins again"
     for step in range(50, 69):
         watch.see(step, 3.1)
-    with pytest.raises(
-        TrainingError, match=r"step 70: for 20 steps .* now 3\.1, .* its median of 2\."
-    ):
+    with pytest.raises(TrainingError, match=r"step 70: for 20 steps .* now 3\.1, .* its median of 2\."):
         watch.see(69, 3.1)
 
 
@@ -230,3 +235,41 @@ def test_peak_memory_is_what_the_process_took():
     block = torch.ones(40_000_000)
     assert peak_bytes() >= before
     assert peak_bytes() > block.nbytes
+
+
+def test_a_run_sets_part_of_the_mixture_aside_and_tracks_its_curves(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    changes = {
+        "training.held_out_sequences": 5,
+        "training.eval_every": 2,
+        "training.micro_batch": 0,
+        "prune.phases": 1,
+        "storage.store": str(tmp_path / "store"),
+        "storage.keep": "all",
+        "tracking.uri": tracking,
+    }
+    handle, base_uri = resolve(recipe_with(changes))
+    data_uri = run_prepare_data(run=handle, base_uri=base_uri)
+    data = open_publication(data_uri).fetch(tmp_path / "data")
+    trained, held = (load_file(data / f"slices/phase-0{phase}.safetensors") for phase in (1, 2))
+    assert len(held["input_ids"]) == 5
+    assert open_publication(data_uri).read_json("report.json")["training_tokens"] == 960
+    seen = {tuple(row.tolist()) for row in trained["input_ids"]}
+    assert not seen & {tuple(row.tolist()) for row in held["input_ids"]}
+
+    run_phase(handle, 1, base_uri, data_uri, tmp_path / "work")
+    run = Run.load(handle)
+    found = open_publication(run.phase_uri(1, "recovered")).read_json("report.json")["series"]
+    assert [step for step, _ in found["held_out_loss"]] == [0, 2, 4, 5]
+    rows = Rows(held["input_ids"], held["trained"], held["starts"])
+    for step, (_, loss) in (("pruned", found["held_out_loss"][0]), ("recovered", found["held_out_loss"][-1])):
+        model = load_model(open_publication(run.phase_uri(1, step)).fetch(tmp_path / step))
+        assert held_out_loss(model, rows, training_settings(micro_batch=2)) == pytest.approx(loss, rel=1e-5)
+
+    client = MlflowClient(tracking)
+    runs = client.search_runs([client.get_experiment_by_name("adapt-pruner").experiment_id])
+    child = next(each for each in runs if each.data.tags.get("adapt_pruner.step") == "recover-train")
+    for name, points in found.items():
+        history = client.get_metric_history(child.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == [tuple(point) for point in points], name
