@@ -219,7 +219,7 @@ def _gradients(
                 states = final_states(model, part)
             of_part, gradient = loss_gradient(model, states, part, scale=1 / predictions)
         states.backward(gradient)
-        total += of_part / predictions
+        total += of_part.item() / predictions
     gradients = [mask.grad for mask in masks.values() if mask.grad is not None]
     assert len(gradients) == len(masks), "each layer reads its masks"
     return total, gradients
