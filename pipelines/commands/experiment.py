@@ -85,17 +85,22 @@ def experiment(
     check_folders({f"--output={output}": output})
     if submit:
         failed = _submitted(loaded, parallel, seconds_of("every", every), service_account, access)
-    if submit or collect:
-        found = found_runs(loaded.cells)
-    else:
-        found, failed = _run_here(loaded, output)
-    table = table_of(loaded, found, output, failed)
-    table.write(output)
-    _show(table, output)
+    try:
+        if submit or collect:
+            found = found_runs(loaded.cells)
+        else:
+            found, failed = _run_here(loaded, output)
+        table = table_of(loaded, found, output, failed)
+        table.write(output)
+        _show(table, output)
+    except StorageError as error:
+        if not submit:
+            raise
+        click.echo(f"hint: no table: {error} Use --collect where the store can be read.", err=True)
     if failed:
         raise ExperimentError(
-            f"{len(failed)} of {len(loaded.cells)} runs have failed; the table says why. Repeat the command "
-            "to try them again."
+            f"{len(failed)} of {len(loaded.cells)} runs have failed, as said above. Repeat the command to "
+            "try them again."
         )
 
 
@@ -152,6 +157,9 @@ def _submitted(
     from pipelines.remote.fan_out import fan_out, submissions_of
 
     submissions, failed = submissions_of(loaded.name, loaded.cells, service_account)
+    for cell in loaded.cells:
+        if cell.key in failed:
+            click.echo(f"{cell.name}: {failed[cell.key]}", err=True)
     show_hints(loaded.cells[0].settings)
     client = connect(**access)
     done: set[str] | None = None
@@ -159,7 +167,7 @@ def _submitted(
         done = {key for key, found in found_runs(loaded.cells).items() if found.record is not None}
         click.echo(f"{len(loaded.cells)} runs, of which {len(done)} are done", err=True)
     except StorageError as error:
-        click.echo(f"hint: {error} So what is done is not known here; runs there tell it.", err=True)
+        click.echo(f"hint: what is done is not known here: {error}", err=True)
     left = [cell for cell in loaded.cells if cell.key in submissions and cell.key not in (done or ())]
     try:
         return failed | fan_out(

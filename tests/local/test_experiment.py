@@ -260,6 +260,32 @@ def test_a_base_model_that_has_changed_makes_other_runs(three_done, monkeypatch)
     assert {f.state for f in find_runs(cells, store, revision="another").values()} == {"not started"}
 
 
+def test_single_layers_are_studied_once_the_runs_are_done(three_done, monkeypatch, tmp_path):
+    folder, _, _ = three_done
+    monkeypatch.chdir(folder)
+    changes = {"sensitivity": {"sparsity": 0.4}, "metrics": ["perplexity"], "published": {"base": "base"}}
+    path = write(folder, **changes, picture={"x": "layer", "y": "perplexity", "by": "method"})
+    result = experiment(path, "--only", "method=Ours", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "2 runs, of which 2 are done" in result.stderr
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    ours = {"method": "Ours", "removed": "25 %"}
+    layers = [{"layer": str(layer)} for layer in range(3)]
+    assert [row["labels"] for row in rows] == [
+        *({"method": "dense"} | layer for layer in layers),
+        *(ours | layer for layer in layers),
+    ]
+    assert {(row["done"], row["asked"]) for row in rows} == {(2, 2)}
+    files = sorted((tmp_path / "out").glob("*/sensitivity.json"))
+    studies = [json.loads(file.read_text()) for file in files]
+    assert [(study["sparsity"], len(study["layers"])) for study in studies] == [(0.4, 3)] * 4
+    of_ours = [study["layers"][2]["perplexity"] for study in studies if study["model"].endswith("final")]
+    assert sorted(rows[5]["metrics"]["perplexity"]["values"]) == sorted(of_ours)
+    written = [file.stat().st_mtime_ns for file in files]
+    assert experiment(path, "--only", "method=Ours", "--output", tmp_path / "out").exit_code == 0
+    assert [file.stat().st_mtime_ns for file in files] == written
+
+
 def started(folder, path):
     """Start the command as its user does; all its processes form one group."""
     command, environment = command_line("experiment", path)
@@ -286,13 +312,13 @@ def test_a_killed_experiment_goes_on_and_a_run_that_fails_stops_no_other(folder)
         shown, told = process.communicate()
     assert process.returncode == 1, told
     assert "6 runs, of which 1 are done" in told.splitlines()
-    assert "error: 2 of 6 runs have failed; the table says why." in told
+    assert "error: 2 of 6 runs have failed, as said above." in told
     assert re.search("calibrate: already done", log.read_text())
     for seed in (0, 1):
         (line,) = [
             line for line in shown.splitlines() if line.startswith(f"removed 25 %, Too small, seed {seed}: ")
         ]
-        assert "failed: resolve-base failed: prune.target=1k" in line
+        assert "failed: resolve-base failed: prune.target=1,000 parameters cannot be reached" in line
     rows = json.loads((output / "table.json").read_text())["rows"]
     assert [(row["labels"].get("method"), row["done"]) for row in rows] == [
         (None, 1),
