@@ -131,7 +131,7 @@ def table_of(
     done = len(experiment.cells) - len(missing)
     return ResultTable(
         title=experiment.title,
-        subtitle=f"{experiment.base}; {done} of {len(experiment.cells)} runs are done",
+        subtitle=f"Base model {experiment.base}; {done} of {len(experiment.cells)} runs are done",
         labels=(*experiment.axes, *(["layer"] if experiment.sensitivity else [])),
         metrics=experiment.metrics,
         rows=tuple(rows),

@@ -356,13 +356,19 @@ def comparison_figure(lines: Mapping[str, Sequence[tuple[str, float, float]]], *
     ax = figure.subplots()
     labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
     numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
+    places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
     for i, (name, points) in enumerate(lines.items()):
-        places = [float(label) if numeric else labels.index(label) for label, _, _ in points]
         style: dict[str, Any] = {"color": _TASK_COLOURS[i % 8], "marker": _TASK_MARKERS[i % 8], "capsize": 3}
         means, spreads = [mean for _, mean, _ in points], [spread for _, _, spread in points]
-        ax.errorbar(places, means, yerr=spreads, label=name.replace("$", r"\$"), **style)
-    if not numeric:
-        ax.set_xticks(range(len(labels)), labels)
+        ax.errorbar(
+            [places[label] for label, _, _ in points],
+            means,
+            yerr=spreads,
+            label=name.replace("$", r"\$"),
+            **style,
+        )
+    if not numeric or len(labels) <= 12:
+        ax.set_xticks(list(places.values()), labels)
     values = [mean for points in lines.values() for _, mean, _ in points]
     if max(values) > 10 * min(values) > 0:
         ax.set_yscale("log")

@@ -202,7 +202,8 @@ def value_text(metric: str, values: Sequence[float]) -> str:
         return seconds_text(mean)
     if not _is_plain(metric):
         return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
-    return perplexity_text(mean) + (f" ± {perplexity_text(spread)}" if spread is not None else "")
+    decimals = 2 if mean < 99.995 else 0  # as the mean has
+    return perplexity_text(mean) + (f" ± {spread:,.{decimals}f}" if spread is not None else "")
 
 
 def _is_plain(metric: str) -> bool:
