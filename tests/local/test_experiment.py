@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -258,6 +259,22 @@ def test_a_base_model_that_has_changed_makes_other_runs(three_done, monkeypatch)
     (revision,) = {run.run.revision for run in find_runs(cells, store).values() if run.run}
     assert [f.state for f in find_runs(cells, store, revision=revision).values()].count("done") == 3
     assert {f.state for f in find_runs(cells, store, revision="another").values()} == {"not started"}
+
+
+def test_of_runs_that_began_at_two_revisions_the_last_active_one_counts(three_done, monkeypatch, tmp_path):
+    folder, path, _ = three_done
+    copy = shutil.copytree(folder, tmp_path / "project")
+    monkeypatch.chdir(copy)
+    cell = load_experiment(path).cells[0]
+    first = found_runs([cell])[cell.key].run
+    runs = copy / "store" / "runs"
+    shutil.copytree(runs / first.key, runs / "other")
+    told = json.loads((runs / "other" / "run.json").read_text())
+    (runs / "other" / "run.json").write_text(json.dumps(told | {"key": "other", "revision": "moved"}))
+    for revision, earlier in (("moved", first.key), (first.revision, "other")):
+        for file in filter(Path.is_file, runs.rglob("*")):
+            os.utime(file, times=(0, 10**9 + (earlier not in file.parts)))
+        assert found_runs([cell])[cell.key].run.revision == revision
 
 
 def test_single_layers_are_studied_once_the_runs_are_done(three_done, monkeypatch, tmp_path):
