@@ -14,7 +14,7 @@ from core.experiments.definition import Cell, Experiment
 from core.machine.precision import SECTIONS
 from core.report.tables import DENSE, ResultTable, Row, figures_of
 from core.runs.overview import RunOverview, list_runs
-from core.runs.record import RunRecord
+from core.runs.record import RunRecord, public_path
 from core.runs.run import Run
 from core.settings.schema import Settings
 from core.storage.interface import Store
@@ -114,12 +114,14 @@ def table_of(
         failed: The key of each cell that has just failed, to the reason.
     """
     labels = list(dict.fromkeys(tuple(cell.labels.items()) for cell in experiment.cells))
-    samples = [*_dense(experiment, found, folder)]
+    samples = list(_dense(experiment, found, folder))
+    rows = [
+        _row(experiment, dict(place), samples) for place in dict.fromkeys(_place(each) for each in samples)
+    ]
+    samples = []
     for cell in experiment.cells:
         samples += _samples(experiment, cell, found[cell.key], folder)
-    places = dict.fromkeys(tuple(each.items()) for each, _ in samples)
-    dense = [place for place in places if dict(place)[experiment.axes[0]] == DENSE]
-    rows = [_row(experiment, dict(place), samples) for place in dense]
+    places = dict.fromkeys(map(_place, samples))
     for own in labels:
         inner = [place for place in places if set(own) <= set(place)] or [own]
         rows += [_row(experiment, dict(place), samples) for place in inner]
@@ -176,17 +178,16 @@ def _found(overview: RunOverview, run: Run, settings: Settings) -> Found:
 
 def _dense(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> Iterator[_Sample]:
     """Yield the figures of the base models; each run has measured its own."""
-    place, bases = {experiment.axes[0]: DENSE}, set[str]()
+    axis = experiment.axes[0]
     if experiment.sensitivity:
         for path in sorted(folder.glob(f"{DENSE}-*/{SENSITIVITY}")):
-            yield from _layers(place, path)
+            yield from _layers({axis: DENSE}, path)
         return
-    for record in (each.record for each in found.values() if each.record):
-        if record.revision not in bases:
-            bases.add(record.revision)
-            of_base = place | ({"base": record.base} if "base" in experiment.axes else {})
-            figures = figures_of(record, record.phases[0])
-            yield of_base, {name: figures[name] for name in figures if name not in ("tokens", "seconds")}
+    records = {each.record.revision: each.record for each in found.values() if each.record}
+    for record in records.values():
+        name = f"{DENSE} {public_path(record.base)}" if len(records) > 1 else DENSE
+        figures = figures_of(record, record.phases[0])
+        yield {axis: name}, {name: figures[name] for name in figures if name not in ("tokens", "seconds")}
 
 
 def _samples(experiment: Experiment, cell: Cell, found: Found, folder: Path) -> Iterator[_Sample]:
@@ -207,6 +208,10 @@ def _layers(labels: Mapping[str, str], path: Path) -> Iterator[_Sample]:
             {**labels, "layer": str(layer["layer"])},
             {name: value for name, value in figures.items() if value is not None},
         )
+
+
+def _place(sample: _Sample) -> tuple[tuple[str, str], ...]:
+    return tuple(sample[0].items())
 
 
 def _row(experiment: Experiment, labels: Mapping[str, str], samples: Sequence[_Sample]) -> Row:

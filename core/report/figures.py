@@ -352,28 +352,22 @@ def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: in
 @_styled()
 def comparison_figure(lines: Mapping[str, Sequence[tuple[str, float, float]]], *, x: str, y: str) -> "Figure":
     """Draw lines of (label, mean, standard deviation); the x axis is numeric if all labels are numbers."""
-    figure = _figure(4.2)
+    figure, plain = _figure(4.2), {ord("$"): r"\$"}
     ax = figure.subplots()
     labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
     numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
     places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
     for i, (name, points) in enumerate(lines.items()):
         style: dict[str, Any] = {"color": _TASK_COLOURS[i % 8], "marker": _TASK_MARKERS[i % 8], "capsize": 3}
-        means, spreads = [mean for _, mean, _ in points], [spread for _, _, spread in points]
-        ax.errorbar(
-            [places[label] for label, _, _ in points],
-            means,
-            yerr=spreads,
-            label=name.replace("$", r"\$"),
-            **style,
-        )
+        across, means, spreads = zip(*((places[label], *rest) for label, *rest in points), strict=True)
+        ax.errorbar(across, means, yerr=spreads, label=name.translate(plain), **style)
     if not numeric or len(labels) <= 12:
-        ax.set_xticks(list(places.values()), labels)
+        ax.set_xticks(list(places.values()), [label.translate(plain) for label in labels])
     values = [mean for points in lines.values() for _, mean, _ in points]
     if max(values) > 10 * min(values) > 0:
         ax.set_yscale("log")
-    ax.set_xlabel(x)
-    ax.set_title(y)
+    ax.set_xlabel(x.translate(plain))
+    ax.set_title(y.translate(plain))
     ax.grid(True)
     if len(lines) > 1:
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
