@@ -17,8 +17,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from core.bases.importing import import_base
-from core.data.mixture import write_calibration_pool
-from core.data.texts import iter_conversations, iter_documents, read_rows
+from core.data.rows import open_rows, stream_rows
+from core.data.samples import write_calibration_pool
+from core.data.texts import iter_conversations, iter_documents
 from core.errors import AdaptPrunerError
 from core.model.build import load_model, load_tokenizer
 from core.settings.model import ModelSettings
@@ -83,15 +84,19 @@ def datasets():
 
 
 def rows(path, *, seed=None, **source):
-    return list(read_rows(TextSource(path=path, **source), seed=seed))
+    """All rows in the order of the files, or as they are fetched to be drawn from."""
+    if seed is None:
+        return list(stream_rows(TextSource(path=path, **source)))
+    with open_rows(TextSource(path=path, **source), seed=seed) as fetched:
+        return fetched.read(range(len(fetched)))
 
 
-def documents(path, *, seed=None, **source):
-    return list(iter_documents(TextSource(path=path, **source), seed))
+def documents(path, **source):
+    return list(iter_documents(TextSource(path=path, **source)))
 
 
 def conversations(path):
-    return list(iter_conversations(TextSource(path=path, format="chat", field="messages"), None))
+    return list(iter_conversations(TextSource(path=path, format="chat", field="messages")))
 
 
 def pool(path, *, tokenizer, to):

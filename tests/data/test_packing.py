@@ -8,10 +8,10 @@ from core.data.packing import (
     Tokenized,
     opening_ids,
     pack,
-    pack_whole,
     tokenize_conversations,
     tokenize_documents,
 )
+from core.data.whole_packing import pack_whole
 from core.errors import DataError
 
 # As SmolLM2-135M-Instruct ships it.
@@ -165,7 +165,8 @@ def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
     tokenized = tokenize_conversations(
         [[], [user], [reply], [user, {**reply, "content": " "}], [user, reply]], tokenizer
     )
-    assert [trained_text(tokenizer, t) for t in tokenized] == [reply["content"] + "<|im_end|>"]
+    assert tokenized[:-1] == [None] * 4
+    assert trained_text(tokenizer, tokenized[-1]) == reply["content"] + "<|im_end|>"
     (greeted,) = tokenize_conversations([[reply, *TWO_TURNS[2:], user]], tokenizer)
     assert trained_text(tokenizer, greeted) == TWO_TURNS[3]["content"] + "<|im_end|>"
     assert user["content"] not in tokenizer.decode(greeted.ids)
@@ -174,7 +175,7 @@ def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
 @pytest.mark.parametrize("turn", ["m.role + ' ' + m.content[:-1]", "m.content|length|string + m.content"])
 def test_a_template_that_rewrites_replies_gives_nothing_rather_than_a_wrong_mask(tokenizer, turn):
     tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
-    assert tokenize_conversations([TWO_TURNS], tokenizer) == []
+    assert tokenize_conversations([TWO_TURNS], tokenizer) == [None]
 
 
 def test_a_template_that_writes_todays_date_gives_the_same_tokens_every_day(tokenizer):
