@@ -18,7 +18,7 @@ Message = dict[str, str]
 
 _SHOWN_ROWS = 3
 _JUDGED_ROWS = 1_000
-"""So few rows are not judged by a share before the source ends."""
+"""Fewer are judged like so many until the source ends: malformed rows may stand together."""
 
 _SPEAKERS = {
     "system": ("system",),
@@ -41,8 +41,7 @@ class RowCount:
         """Count a row; ``problem`` is "" if there is none.
 
         Raises:
-            DataError: If the malformed ones are more than ``max_malformed`` of the first 1,000 rows, or of
-                all so far.
+            DataError: If the malformed ones are clearly more than ``max_malformed`` of all so far.
         """
         self.rows += 1
         if not problem:
@@ -51,7 +50,8 @@ class RowCount:
         if self.malformed <= _SHOWN_ROWS:
             self._first = self._first or f"row {number + 1}: {problem}"
             log.warning("%s: row %d is left out: %s", self._source.path, number + 1, problem)
-        self._judge(max(self.rows, _JUDGED_ROWS))
+        expected = self._source.max_malformed * max(self.rows, _JUDGED_ROWS)
+        self._judge(expected + 4 * expected**0.5)  # not by chance
 
     def end(self) -> None:
         """Judge by the rows so far: the source has no more.
@@ -59,16 +59,15 @@ class RowCount:
         Raises:
             DataError: If the malformed ones are more than ``max_malformed`` of them.
         """
-        self._judge(self.rows)
+        self._judge(self._source.max_malformed * self.rows)
 
-    def _judge(self, rows: int) -> None:
-        limit = self._source.max_malformed
-        if self.malformed > limit * rows:
+    def _judge(self, most: float) -> None:
+        if self.malformed > most:
             first = f" The first is {self._first}." if self._first else ""
             raise DataError(
                 f"{self._source.path}: {self.malformed} of {self.rows} rows are malformed, and "
-                f"max_malformed={limit:g} of them may be.{first} Correct format and columns, convert the "
-                "data, or raise max_malformed."
+                f"max_malformed={self._source.max_malformed:g} of them may be.{first} Correct format and "
+                "columns, convert the data, or raise max_malformed."
             )
 
 
