@@ -7,6 +7,7 @@ run that is started again reads what it began with, whatever was uploaded since.
 import dataclasses
 import json
 import logging
+import re
 from dataclasses import dataclass
 
 from core.data.locations import is_hub_id, locate
@@ -25,6 +26,7 @@ _ADVICE = (
     "Set its revision to what the run began with (see its run.json), or remove the file: it is pinned again."
 )
 _TIMEOUT_S = 10
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def settle_revisions(settings: Settings, revision: str) -> Settings:
     store, digest = open_store(settings.storage.store), Run.key_of(revision, settings)
 
     def pinned(source: TextSource | None) -> TextSource | None:
-        if source is None or not _is_on_hub(source):
+        if source is None or not _moves(source):
             return source
         commit = _commit(store, revision_of(digest, f"{source.path}@{source.revision}"), source)
         return dataclasses.replace(source, revision=commit)
@@ -64,9 +66,11 @@ def settle_revisions(settings: Settings, revision: str) -> Settings:
     )
 
 
-def _is_on_hub(source: TextSource) -> bool:
+def _moves(source: TextSource) -> bool:
     try:
-        return locate(source.path) is None and is_hub_id(source.path)
+        return (
+            locate(source.path) is None and is_hub_id(source.path) and not _COMMIT.fullmatch(source.revision)
+        )
     except DataError:
         return False  # a package that is not installed here: the step that reads it says so
 
