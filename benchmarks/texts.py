@@ -59,8 +59,8 @@ def main() -> None:
                 seconds, cpu = time.monotonic() - start, _cpu_s() - cpu
                 peaks.append(peak)
                 print(
-                    f"{kind:14} {written:7.1f} MB  {written / cpu:5.2f} MB/CPU s  {written / seconds:5.2f} MB/s  "
-                    f"peak {peak:5.0f} MB  {packed}",
+                    f"{kind:14} {written:7.1f} MB  {written / cpu:5.2f} MB/CPU s  "
+                    f"{written / seconds:5.2f} MB/s  peak {peak:5.0f} MB  {packed}",
                     flush=True,
                 )
             figures["mb_per_cpu_s"][kind] = round(written / cpu, 2)
