@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -58,7 +59,8 @@ def datasets():
                     "data/train-00000-of-00002.jsonl": json_lines(ROWS[:25]),
                     "data/train-00001-of-00002.jsonl": json_lines(ROWS[25:40]),
                     "data/test-00000-of-00001.jsonl": json_lines(ROWS[40:]),
-                }
+                },
+                "old": {"train.jsonl": json_lines(ROWS[:9])},
             }
         ),
         "team/columns": Repository(branches={"main": {"train.parquet": parquet(ROWS)}}),
@@ -84,10 +86,15 @@ def datasets():
 
 
 def rows(path, *, seed=None, **source):
-    """All rows in the order of the files, or as they are fetched to be drawn from."""
+    """All rows in the order of the files, or fetched and in random order."""
     if seed is None:
         return list(stream_rows(TextSource(path=path, **source)))
     with open_rows(TextSource(path=path, **source), seed=seed) as fetched:
+        return fetched.read(np.random.default_rng(seed).permutation(len(fetched)))
+
+
+def few(path, most):
+    with open_rows(TextSource(path=path), most_rows=most) as fetched:
         return fetched.read(range(len(fetched)))
 
 
@@ -180,7 +187,7 @@ def seen(project, tmp_path_factory):
             branches={"main": {**main, "model.safetensors": main["model.safetensors"][:-9]}}
         ),
     }
-    store = str(folder / "store")
+    store, old = str(folder / "store"), datasets()["team/lines"].commit("old")
     cases = [
         ("ordered", "rows", ["team/lines"], {}),
         ("test split", "rows", ["team/lines"], {"split": "test"}),
@@ -188,7 +195,10 @@ def seen(project, tmp_path_factory):
         ("seed 1 again", "rows", ["team/lines"], {"seed": 1}),
         ("seed 2", "rows", ["team/lines"], {"seed": 2}),
         ("parquet", "documents", ["team/columns"], {}),
-        ("parquet shuffled", "documents", ["team/columns"], {"seed": 1}),
+        ("parquet shuffled", "rows", ["team/columns"], {"seed": 1}),
+        ("few", "few", ["team/lines", 30], {}),
+        ("pinned", "rows", ["team/lines"], {"revision": old}),
+        ("no revision", "rows", ["team/lines"], {"revision": "v9"}),
         ("slice", "rows", ["team/lines"], {"split": "train[10:30]"}),
         ("subset", "documents", ["team/tongues"], {"subset": "de"}),
         ("no subset", "documents", ["team/tongues"], {}),
@@ -269,7 +279,19 @@ def test_the_seed_alone_decides_the_order(value):
     assert orders[1] == [row["text"] for row in value("seed 1 again")]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert len({tuple(order) for order in orders}) == 3
-    assert sorted(value("parquet shuffled")) == sorted(value("parquet")) != value("parquet shuffled")
+    shuffled = [row["text"] for row in value("parquet shuffled")]
+    assert sorted(shuffled) == sorted(value("parquet")) != shuffled
+
+
+def test_no_more_is_fetched_than_will_do_and_of_several_files(value):
+    numbers = [ROWS.index(row) for row in value("few")]
+    assert len(set(numbers)) == 30
+    assert {number < 25 for number in numbers} == {True, False}
+
+
+def test_the_revision_is_read_that_a_source_names(value, refusal):
+    assert value("pinned") == ROWS[:9]
+    assert "v9" in refusal("no revision")[1]
 
 
 def test_a_stream_is_not_stored(seen):
