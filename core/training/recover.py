@@ -15,6 +15,7 @@ from core.errors import TrainingError
 from core.model.loss import final_states, loss_gradient
 from core.progress import Progress
 from core.settings.training import TrainingSettings
+from core.training.parallel.ranks import ALONE, Ranks
 from core.training.state import TrainingProgress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
@@ -49,6 +50,7 @@ def recover(
     total_steps: int,
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
 
@@ -64,6 +66,7 @@ def recover(
         resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
             stopped.
         save: Called between steps; decides by itself whether to write the state.
+        ranks: Who trains together. Each gives the same arguments and gets the same report.
 
     Returns:
         Losses and rates.
@@ -92,8 +95,8 @@ def recover(
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
             positions = None if starts is None else _positions(starts[rows])
-            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings, ranks)
+            norm = ranks.clip_gradients(model.parameters(), settings.max_grad_norm or math.inf)
             _check_finite(step, total_steps, loss, float(norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -154,16 +157,16 @@ def _accumulate(
     trained: Tensor,
     positions: Tensor | None,
     settings: TrainingSettings,
+    ranks: Ranks,
 ) -> tuple[float, int]:
-    """Accumulate the gradients of one global batch; every trained token has the same weight.
+    """Accumulate the gradients of this rank's rows of one global batch; every trained token of it weighs alike.
 
     Returns:
         The mean loss over the batch's trained tokens, and their number.
     """
     counted = int(trained[:, 1:].sum())
     total = 0.0
-    for first in range(0, len(input_ids), settings.micro_batch):
-        rows = slice(first, first + settings.micro_batch)
+    for rows in ranks.micro_batches(len(input_ids), settings.micro_batch):
         ids = input_ids[rows].to(model.device).long()
         places = None if positions is None else positions[rows].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
@@ -173,4 +176,5 @@ def _accumulate(
             )
         states.backward(gradient)
         total += loss
+    total = ranks.total(torch.tensor(total, dtype=torch.float64)).item()
     return total / max(counted, 1), counted
