@@ -159,7 +159,7 @@ def _accumulate(
     settings: TrainingSettings,
     ranks: Ranks,
 ) -> tuple[float, int]:
-    """Accumulate the gradients of this rank's rows of one global batch; every trained token of it weighs alike.
+    """Accumulate the gradients of this rank's part of a global batch; each trained token has the same weight.
 
     Returns:
         The mean loss over the batch's trained tokens, and their number.

@@ -35,11 +35,11 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
     its part of the gradients, added up over the ranks.
 
     Args:
-        model: The same on each rank, in host memory; its layers may differ in size. No more than a layer of it
-            is on the device at once.
+        model: The same on each rank, in host memory; its layers may differ in size. No more than one of them is
+            on the device at once.
         device: This rank's device.
         size: Number of ranks, which have a process group.
-        bfloat16: Whether layers are gathered, and their gradients computed, in bfloat16, as autocast computes.
+        bfloat16: Whether layers are gathered, and their gradients computed, in bfloat16, as autocast does.
             The weights of their norms are rounded too, the signal between layers is not.
     """
     mesh = init_device_mesh(device.type, (size,))
