@@ -1,0 +1,151 @@
+"""Training states of several ranks: each writes its part at once, rank 0 publishes, any number of ranks resumes.
+
+torch.distributed.checkpoint writes the parts, as safetensors files that say where in its tensor each part
+belongs. Whoever resumes puts them together into the files that one process writes.
+"""
+
+import json
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.errors import CheckpointError
+from core.machine.memory import available_bytes
+from core.training.state import STATE, in_shards, shard_name, state_tensors, write_progress
+from core.untrusted import foreign_errors, parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from core.training.resume import SavedStates
+    from core.training.state import TrainingProgress
+
+_PART_BYTES = 2**28
+_PARTS = "shard-*.safetensors"  # torch's name for them
+_NO, _SAVE, _SAVE_WAITING = range(3)
+
+
+class RankStates:
+    """Saves the states of a training by several ranks. The end of a ``with`` block waits for what is written."""
+
+    def __init__(self, states: "SavedStates | None", folder: Path) -> None:
+        """Make a process group of its own for what is written while training continues; all ranks do so.
+
+        Args:
+            states: On rank 0, where they are published; None on the others.
+            folder: Holds one state, the same on all ranks.
+        """
+        self._states, self._folder = states, folder
+        self._group = dist.new_group(backend="gloo")
+        self._under_way: Future[Any] | None = None
+
+    def __enter__(self) -> "RankStates":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for what is being written, unless an error has ended the training: a rank may be gone then."""
+        if self._under_way is not None and error[0] is None:
+            self._under_way.exception()
+
+    def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "TrainingProgress") -> None:
+        """Save the state if rank 0 finds that one is due; failures are logged there.
+
+        It is copied to host memory when this returns, if that has room, and written and published while
+        training continues. Otherwise it is written first.
+        """
+        decision = torch.tensor(self._decide(model, progress) if self._states is not None else _NO)
+        dist.broadcast(decision, 0)
+        if decision == _NO:
+            return
+        if self._under_way is not None:
+            self._under_way.exception()
+        tensors = dict(state_tensors(model, optimizer))
+        if self._states is None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
+        writer = dcp.HuggingFaceStorageWriter(
+            str(self._folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
+        )
+        saved = {"storage_writer": writer, "process_group": self._group}
+        if decision == _SAVE:
+            written = dcp.async_save(tensors, **saved)
+            assert isinstance(written, Future)
+        else:
+            written = Future()
+            try:
+                written.set_result(dcp.save(tensors, **saved))
+            except Exception as error:  # as async_save hands it on
+                written.set_exception(error)
+        self._under_way = written
+        if self._states is not None:
+            self._states.publish_when(written, progress, self._folder)
+
+    def _decide(self, model: "PreTrainedModel", progress: "TrainingProgress") -> int:
+        assert self._states is not None
+        if not self._states.start(progress, self._folder):
+            return _NO
+        copied = 12 * sum(parameter.numel() for parameter in model.parameters())
+        return _SAVE if copied < 0.7 * available_bytes("cpu") else _SAVE_WAITING
+
+
+def _files(tensors: "Mapping[str, Tensor]") -> dict[str, int]:
+    """Return the number of the file that each tensor goes to, on each rank: files have a limited size."""
+    size, files = 0, {}
+    for name, tensor in tensors.items():
+        files[name] = 1 + size // (_PART_BYTES * dist.get_world_size())
+        size += tensor.nbytes
+    return files
+
+
+def merge_parts(directory: Path) -> None:
+    """Turn the parts of a state that ranks have written into the files of one process, in place.
+
+    A state of one process stays as it is.
+
+    Raises:
+        CheckpointError: If the parts do not make whole tensors.
+    """
+    parts = sorted(directory.glob(_PARTS))
+    if not parts:
+        return
+    with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
+        stored = dcp.HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
+    places: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
+    for index, info in (stored or {}).items():
+        places.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(info.relative_path)))
+    content = parse_object((directory / STATE).read_bytes())
+    with ExitStack() as stack:
+        with foreign_errors(lambda said: CheckpointError(f"{directory} cannot be read: {said}.")):
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in parts}
+
+        def wholes() -> "Iterator[tuple[str, Tensor]]":
+            for name, found in sorted(places.items()):
+                yield name, _whole(name, [(offset, files[path].get_tensor(name)) for offset, path in found])
+
+        for number, shard in enumerate(in_shards(wholes()), start=1):
+            save_file(shard, directory / shard_name(number))
+    for path in parts:
+        path.unlink()
+    (directory / STATE).write_text(json.dumps(content | {"shards": number}))
+
+
+def _whole(name: str, parts: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+    """Put a tensor together from its parts, each with the place of its first element."""
+    ends = [[o + s for o, s in zip(offset, part.shape, strict=True)] for offset, part in parts]
+    whole = torch.empty([max(sizes) for sizes in zip(*ends, strict=True)], dtype=parts[0][1].dtype)
+    for (offset, part), end in zip(parts, ends, strict=True):
+        whole[tuple(slice(*span) for span in zip(offset, end, strict=True))] = part
+    if sum(part.numel() for _, part in parts) != whole.numel():
+        raise CheckpointError(f"parts of {name} are missing in a training state, or there twice.")
+    return whole
