@@ -90,6 +90,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
         "losses": trained.losses,
+        "series": trained.series,
         "tokens": trained.tokens,
         "trained_tokens": trained.trained_tokens,
         "tokens_per_s": trained.tokens_per_s,
@@ -101,6 +102,8 @@ def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
     losses = report.get("losses", ())
     child.log_series("loss", [(step, loss) for step, loss, _ in losses])
     child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
+    for name, points in report.get("series", {}).items():
+        child.log_series(name, [(step, value) for step, value in points])
 
 
 def _train(
@@ -118,16 +121,20 @@ def _train(
 
     from core.data.mixture import slice_name
     from core.training.recover import recover
+    from core.training.rows import Rows
 
-    name = slice_name(phase)
-    tensors = load_file(data.fetch(work.scratch, only=[name]) / name)
+    def rows(phase: int) -> Rows:
+        name = slice_name(phase)
+        tensors = load_file(data.fetch(work.scratch, only=[name]) / name)
+        # Without starts where rows are cut anywhere.
+        return Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
+
     torch.manual_seed(run.settings.seed + phase)
     return recover(
         network,
-        tensors["input_ids"],
-        tensors["trained"],
-        run.settings.training,
-        starts=tensors.get("starts"),  # none where rows are cut anywhere
+        rows(phase),
+        settings,
+        held_out=rows(run.settings.prune.phases + 1) if settings.held_out_sequences else None,
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,

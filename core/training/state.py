@@ -5,7 +5,7 @@ The learning rate and the position in the data follow from the step, so they are
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class TrainingProgress:
     """Tokens that counted in the loss."""
     seconds: float = 0.0
     """Time these steps took, over all attempts."""
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Name of each other curve, such as ``gradient_norm``, to its (global step, value)."""
 
     @property
     def next_step(self) -> int:
@@ -147,6 +149,11 @@ def read_state(directory: Path) -> TrainingState:
                 losses=losses,
                 trained_tokens=int(progress["trained_tokens"]),
                 seconds=float(progress["seconds"]),
+                # Earlier versions kept losses alone.
+                series={
+                    name: [(int(step), float(value)) for step, value in points]
+                    for name, points in progress.get("series", {}).items()
+                },
             ),
             belongs_to=dict(data["belongs_to"]),
         )

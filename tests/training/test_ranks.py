@@ -15,6 +15,7 @@ from core.training.parallel.launch import run_ranks
 from core.training.parallel.ranks import Ranks
 from core.training.parallel.sharding import shard
 from core.training.recover import recover
+from core.training.rows import Rows
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings
 
@@ -37,7 +38,7 @@ def rows():
     mask[:2] = 0  # a rank of 4 has no trained token in the first batch
     starts = torch.zeros_like(tokens)
     starts[:, [0, 5]] = 1
-    return tokens, mask, starts
+    return Rows(tokens, mask, starts)
 
 
 def train(ranks, family, **changes):
@@ -52,10 +53,9 @@ def train(ranks, family, **changes):
             norms.append(super().clip_gradients(parameters, limit).item())
             return torch.tensor(norms[-1])
 
-    tokens, mask, starts = rows()
     settings = training_settings(global_batch=8, micro_batch=2, **changes)
     ranks = Noting(rank=ranks.rank, size=ranks.size, sharded=ranks.sharded)
-    report = recover(model, tokens, mask, settings, starts=starts, first_step=0, total_steps=100, ranks=ranks)
+    report = recover(model, rows(), settings, first_step=0, total_steps=100, ranks=ranks)
     whole = [p.full_tensor() if ranks.sharded else p.detach() for p in model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in whole]).tolist()
     return [x for _, x, _ in report.losses], norms, flat, report.trained_tokens
@@ -82,9 +82,8 @@ def alone():
 def test_losses_norms_and_weights_are_those_of_one_process(alone, size, sharded):
     work = functools.partial(train_all, size=size, sharded=sharded, cases=CASES)
     found = run_ranks(work, size, "cpu", method="forkserver")
-    for (losses, norms, weights, tokens), (expected, of_one, wanted, counted) in zip(
-        found, alone, strict=True
-    ):
+    for got, of_one in zip(found, alone, strict=True):
+        (losses, norms, weights, tokens), (expected, wanted_norms, wanted, counted) = got, of_one
         assert losses == pytest.approx(expected, rel=1e-12)
         assert norms == pytest.approx(wanted_norms, rel=1e-12)
         assert weights == pytest.approx(wanted, rel=1e-8, abs=1e-11)

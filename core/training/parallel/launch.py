@@ -102,8 +102,8 @@ def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
         raise errors[0]
     if lost := [rank for rank in ended if rank not in results]:
         raise TrainingError(
-            f"rank {lost[0]} of {len(processes)} ended with status {processes[lost[0]].exitcode} before it was "
-            "done. Its last lines say why. Rerunning the step resumes from the last saved state."
+            f"rank {lost[0]} of {len(processes)} ended with status {processes[lost[0]].exitcode} before it "
+            "was done. Its last lines say why. Rerunning the step resumes from the last saved state."
         )
     return results[0]
 

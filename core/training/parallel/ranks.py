@@ -4,13 +4,15 @@ A global batch is shared out by rows. Each rank adds up the gradients of its row
 trained tokens of the *global* batch; the sum over all ranks is then the gradient that one process would have.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from core.training.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,10 @@ class Ranks:
     size: int = 1
     sharded: bool = False
 
-    def micro_batches(self, batch: int, micro_batch: int) -> Iterator[slice]:
-        """Yield the rows of a global batch that are this rank's, ``micro_batch`` at a time."""
-        mine = batch // self.size
-        for first in range(self.rank * mine, (self.rank + 1) * mine, micro_batch):
-            yield slice(first, min(first + micro_batch, (self.rank + 1) * mine))
+    def share(self, batch: Rows) -> Rows:
+        """Return this rank's rows of a global batch, which their number divides."""
+        mine = len(batch.input_ids) // self.size
+        return batch.part(self.rank * mine, mine)
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of a value over all ranks, in place."""

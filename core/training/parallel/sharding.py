@@ -35,8 +35,8 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
     its part of the gradients, added up over the ranks.
 
     Args:
-        model: The same on each rank, in host memory; its layers may differ in size. No more than one of them is
-            on the device at once.
+        model: The same on each rank, in host memory; its layers may differ in size. No more than one whole
+            layer is on the device at once.
         device: This rank's device.
         size: Number of ranks, which have a process group.
         bfloat16: Whether layers are gathered, and their gradients computed, in bfloat16, as autocast does.
