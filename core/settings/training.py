@@ -36,6 +36,9 @@ class TrainingSettings:
     """Share of all steps that warm up."""
     decay_share: float = 0.10
     """Share of all steps that decay."""
+    optimizer_state: Literal["reset", "carry"] = "reset"
+    """AdamW's moments at the start of a phase. ``reset`` (the authors): zero. ``carry``: those of the phase
+    before, cut as its weights are; they are stored between the phases (8 bytes a parameter)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0

@@ -2,13 +2,14 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
 from core.settings.training import TrainingSettings
+from core.steps.carrying import leave_moments, leaves_moments, moments_before, take_moments
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.storage.interface import join_uri
 from core.storage.publication import Publication, open_publication
@@ -16,11 +17,10 @@ from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from core.training.recover import TrainingReport
-    from core.training.state import TrainingProgress, TrainingState
+    from core.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +75,26 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     checkpoint = Checkpoint(folder)
     settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
     network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
+    belongs_to = {"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()}
+    before = moments_before(run, phase)
+    if before is not None:
+        belongs_to["moments"] = before.digest
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
         every=parse_interval(run.settings.training.save_every),
-        belongs_to={"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()},
+        belongs_to=belongs_to,
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
-        save = functools.partial(states.save, network)
+        optimizer_state: dict[str, Any] = {"save": functools.partial(states.save, network)}
+        if before is not None:
+            optimizer_state["carry"] = functools.partial(
+                take_moments, run, phase, before, network, work.scratch
+            )
+        if leaves_moments(run, phase):
+            optimizer_state["hand_on"] = functools.partial(leave_moments, run, phase, network, work.scratch)
         with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
-            trained = _train(run, phase, network, data, settings, work, state, save)
+            trained = _train(run, phase, network, data, settings, work, state, optimizer_state)
     dtype, final = written_format(run, phase, checkpoint, trained=True)
     provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
@@ -114,7 +124,7 @@ def _train(
     settings: TrainingSettings,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, TrainingProgress], None]",
+    optimizer_state: Mapping[str, Any],
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file
@@ -138,5 +148,5 @@ def _train(
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,
-        save=save,
+        **optimizer_state,
     )

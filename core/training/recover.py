@@ -51,8 +51,10 @@ def recover(
     held_out: Rows | None = None,
     first_step: int,
     total_steps: int,
+    carry: Callable[[Optimizer], None] | None = None,
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
+    hand_on: Callable[[Optimizer], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
@@ -65,9 +67,12 @@ def recover(
             in between as the settings say.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
+        carry: Gives the optimizer what it starts with; None for moments of zero. Not called if an earlier
+            attempt is resumed.
         resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
             stopped.
         save: Called between steps; decides by itself whether to write the state.
+        hand_on: Called when all steps are done.
         ranks: Who trains together. All are given the same, and report the same losses.
 
     Returns:
@@ -89,6 +94,8 @@ def recover(
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
         log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+    elif carry is not None:
+        carry(optimizer)
     measures = Measures(model, done, precision=settings.precision)
     watch = DivergenceWatch(settings.max_loss_rise, done.losses)
     batch_tokens = settings.global_batch * rows.input_ids.shape[1]
@@ -112,6 +119,8 @@ def recover(
             # What is saved is from before the loss began to rise.
             if save is not None and finished < steps and not watch.steps_above:
                 save(optimizer, measures.progress(time.monotonic() - started))
+    if hand_on is not None:
+        hand_on(optimizer)
     model.eval()
     return TrainingReport(
         losses=tuple(measures.losses),

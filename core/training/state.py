@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -25,7 +26,8 @@ STATE = "state.json"
 _FORMAT = 1
 _SHARD_BYTES = 2**28
 _WEIGHT, _RNG = "weight", "rng"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
@@ -82,24 +84,32 @@ def write_state(
     Raises:
         StorageError: If the folder cannot be written.
     """
-    content = {"format": _FORMAT, "shards": 0, "progress": asdict(progress)}
+    shards = 0
     try:
         with local_errors(directory):
             directory.mkdir(parents=True)
-            for number, shard in enumerate(_in_shards(_tensors(model, optimizer)), start=1):
-                save_file(shard, directory / _shard_name(number))
-                content["shards"] = number
-            content["belongs_to"] = dict(belongs_to)
-            (directory / STATE).write_text(json.dumps(content))
+            for number, shard in enumerate(in_shards(state_tensors(model, optimizer)), start=1):
+                save_file(shard, directory / shard_name(number))
+                shards = number
+            write_progress(directory, progress, shards, belongs_to)
     except SafetensorError as error:
         raise StorageError(f"{directory} cannot be written: {error}. Free space.") from error
 
 
-def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def write_progress(
+    directory: Path, progress: TrainingProgress, shards: int, belongs_to: Mapping[str, str]
+) -> None:
+    """Write ``state.json``, the small part of a state."""
+    content = {"format": _FORMAT, "shards": shards, "progress": asdict(progress)}
+    (directory / STATE).write_text(json.dumps(content | {"belongs_to": dict(belongs_to)}))
+
+
+def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state by their names in it; sharded ones as they are."""
     for name, parameter in model.named_parameters():
         yield f"{_WEIGHT}.{name}", parameter.detach()
         moments = optimizer.state.get(parameter, {})
-        yield from ((f"{moment}.{name}", moments[moment]) for moment in _MOMENTS if moment in moments)
+        yield from ((f"{moment}.{name}", moments[moment]) for moment in MOMENTS if moment in moments)
     yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
 
 
@@ -110,7 +120,7 @@ def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
     return states
 
 
-def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Group tensors into shards of limited size; only one shard at a time is copied off the device."""
     shard: dict[str, Tensor] = {}
     size = 0
@@ -123,7 +133,8 @@ def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tens
     yield shard
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """Return the name of a file with tensors, of which the first has the number 1."""
     return f"state-{number:05d}.safetensors"
 
 
@@ -174,6 +185,8 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
         wanted[f"step.{name}"] = [], _DTYPES[torch.float32]
     found = {}
     for name, shard in _stored(state):
+        if name.startswith(f"{_RNG}.") and name not in wanted:
+            continue  # of an accelerator that is not used this time
         tensor = shard.get_slice(name)
         found[name] = tensor.get_shape(), tensor.get_dtype()
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -194,15 +207,23 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
         kind, _, name = key.partition(".")
         tensor = shard.get_tensor(key)
         if kind == _WEIGHT:
-            parameters[name].detach().copy_(tensor)
-        elif kind in _MOMENTS:
+            parameters[name].detach().copy_(_part_of(tensor, parameters[name]))
+        elif kind in MOMENTS:
             # A copy, as the file will be removed.
-            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
+            moment = tensor.to(parameters[name].device, copy=True)
+            optimizer.state[parameters[name]][kind] = _part_of(moment, parameters[name])
         elif name == "cpu":
             torch.set_rng_state(tensor)
-        else:
+        elif model.device.type == "cuda":
             torch.cuda.set_rng_state(tensor, model.device)
     return state.progress
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return what a rank holds of a tensor that all have whole, if the parameter is sharded over ranks."""
+    if not isinstance(parameter, DTensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _like(tensor: Tensor) -> tuple[list[int], str]:
@@ -212,7 +233,7 @@ def _like(tensor: Tensor) -> tuple[list[int], str]:
 def _stored(state: TrainingState) -> Iterator[tuple[str, Any]]:
     """Yield the name of each tensor with the open file that holds it."""
     for number in range(1, state.shards + 1):
-        path = state.directory / _shard_name(number)
+        path = state.directory / shard_name(number)
         try:
             with safe_open(path, framework="pt") as shard:
                 names = shard.keys()

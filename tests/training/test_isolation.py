@@ -73,8 +73,8 @@ def test_loss_and_gradients_of_packed_rows_are_the_sums_of_those_alone(name):
             states = final_states(apart, tokens)
             of_one, gradient = loss_gradient(apart, states, tokens, scale=1.0, trained=mask)
             states.backward(gradient)
-            total += of_one
-    assert loss == pytest.approx(total, rel=1e-12)
+            total += of_one.item()
+    assert loss.item() == pytest.approx(total, rel=1e-12)
     for (name, ours), theirs in zip(packed.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
 

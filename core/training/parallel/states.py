@@ -4,6 +4,7 @@ torch.distributed.checkpoint writes the parts, as safetensors files that say whe
 belongs. Whoever resumes puts them together into the files that one process writes.
 """
 
+import functools
 import json
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, StorageError, full_disk
 from core.machine.memory import available_bytes
 from core.training.state import STATE, in_shards, shard_name, state_tensors, write_progress
 from core.untrusted import foreign_errors, parse_object
@@ -89,11 +90,20 @@ class RankStates:
                 written.set_exception(error)
         self._under_way = written
         if self._states is not None:
-            self._states.publish_when(written, progress, self._folder)
+            self._states.publish(progress, functools.partial(self._complete, written, progress))
+
+    def _complete(self, written: "Future[Any]", progress: "TrainingProgress") -> None:
+        """Wait for all ranks, and describe what they have written."""
+        assert self._states is not None
+        try:
+            written.result()
+        except Exception as error:
+            raise full_disk(error) or StorageError(f"{self._folder} cannot be written: {error}.") from error
+        write_progress(self._folder, progress, 0, self._states.belongs_to)
 
     def _decide(self, model: "PreTrainedModel", progress: "TrainingProgress") -> int:
         assert self._states is not None
-        if not self._states.start(progress, self._folder):
+        if not self._states.start(progress):
             return _NO
         copied = 12 * sum(parameter.numel() for parameter in model.parameters())
         return _SAVE if copied < 0.7 * available_bytes("cpu") else _SAVE_WAITING
