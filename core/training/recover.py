@@ -16,6 +16,7 @@ from core.model.loss import final_states, loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
 from core.training.measures import DivergenceWatch, Measures
+from core.training.optimizer import adamw
 from core.training.parallel.ranks import ALONE, Ranks
 from core.training.rows import Rows
 from core.training.state import TrainingProgress, TrainingState, restore_state
@@ -87,16 +88,15 @@ def recover(
     model.train().requires_grad_(True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = adamw(model, settings)
     done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
-        log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+        if done.losses:
+            log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
     elif carry is not None:
         carry(optimizer)
-    measures = Measures(model, done, precision=settings.precision)
+    measures = Measures(model, done, precision=settings.precision, ranks=ranks.size)
     watch = DivergenceWatch(settings.max_loss_rise, done.losses)
     batch_tokens = settings.global_batch * rows.input_ids.shape[1]
     tokens, started = steps * batch_tokens, time.monotonic() - done.seconds

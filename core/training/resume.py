@@ -81,7 +81,7 @@ class SavedStates:
                 remove_states(self._uri, steps=range(step, step + 1))
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
-                self._last = (len(state.progress.losses), time.monotonic())
+                self.resume(state.progress)
                 return state
         return None
 
@@ -118,6 +118,10 @@ class SavedStates:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             self.publish(progress)
+
+    def resume(self, progress: "TrainingProgress") -> None:
+        """Count from here when the next state is due."""
+        self._last = (len(progress.losses), time.monotonic())
 
     def start(self, progress: "TrainingProgress") -> bool:
         """Return whether a state is due and the previous one is published; then there is room for it."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.interface import local_errors
+from core.training.optimizer import device_of_moments
 from core.untrusted import parse_object
 
 STATE = "state.json"
@@ -71,7 +72,7 @@ def write_state(
     progress: TrainingProgress,
     *,
     belongs_to: Mapping[str, str],
-) -> None:
+) -> TrainingState:
     """Write the state between two optimizer steps: 12 bytes per parameter.
 
     Args:
@@ -80,6 +81,9 @@ def write_state(
         optimizer: AdamW over the model's parameters.
         progress: What has been done.
         belongs_to: The inputs of the training, such as the digest of its data.
+
+    Returns:
+        What has been written.
 
     Raises:
         StorageError: If the folder cannot be written.
@@ -94,6 +98,7 @@ def write_state(
             write_progress(directory, progress, shards, belongs_to)
     except SafetensorError as error:
         raise StorageError(f"{directory} cannot be written: {error}. Free space.") from error
+    return TrainingState(directory=directory, shards=shards, progress=progress, belongs_to=dict(belongs_to))
 
 
 def write_progress(
@@ -210,8 +215,9 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
             parameters[name].detach().copy_(_part_of(tensor, parameters[name]))
         elif kind in MOMENTS:
             # A copy, as the file will be removed.
-            moment = tensor.to(parameters[name].device, copy=True)
-            optimizer.state[parameters[name]][kind] = _part_of(moment, parameters[name])
+            parameter = parameters[name]
+            device = parameter.device if kind == "step" else device_of_moments(optimizer, parameter)
+            optimizer.state[parameter][kind] = _part_of(tensor.to(device, copy=True), parameter)
         elif name == "cpu":
             torch.set_rng_state(tensor)
         elif model.device.type == "cuda":
@@ -221,7 +227,7 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
 
 def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return what a rank holds of a tensor that all have whole, if the parameter is sharded over ranks."""
-    if not isinstance(parameter, DTensor) or not tensor.dim():
+    if not isinstance(parameter, DTensor) or not tensor.dim():  # a count of steps has none
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

@@ -1,16 +1,11 @@
 """Training by several processes, by gloo: the numbers of one process, and one error when one fails."""
 
-import contextlib
 import functools
-import logging
 import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
 
-from core.errors import TrainingError
 from core.training.parallel.launch import run_ranks
 from core.training.parallel.ranks import Ranks
 from core.training.parallel.sharding import shard

@@ -1,9 +1,10 @@
-"""Training states of several ranks: each writes its part at once, rank 0 publishes, any number of ranks resumes.
+"""Training states of several ranks: each writes its part, rank 0 publishes, and any number of ranks resumes.
 
 torch.distributed.checkpoint writes the parts, as safetensors files that say where in its tensor each part
 belongs. Whoever resumes puts them together into the files that one process writes.
 """
 
+import copy
 import functools
 import json
 from concurrent.futures import Future
@@ -17,9 +18,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from core.errors import CheckpointError, StorageError, full_disk
 from core.machine.memory import available_bytes
+from core.storage.interface import local_errors
 from core.training.state import STATE, in_shards, shard_name, state_tensors, write_progress
 from core.untrusted import foreign_errors, parse_object
 
@@ -37,8 +40,32 @@ _PARTS = "shard-*.safetensors"  # torch's name for them
 _NO, _SAVE, _SAVE_WAITING = range(3)
 
 
+def write_whole(directory: Path, model: "PreTrainedModel", optimizer: "Optimizer", *, moments: bool) -> int:
+    """Write the weights, and the moments if wanted, as one process does; all ranks call it, rank 0 writes.
+
+    Returns:
+        The number of files.
+    """
+    tensors = (
+        (name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        for name, tensor in state_tensors(model, optimizer)
+        if moments or name.startswith("weight.")
+    )
+    if dist.get_rank():
+        return sum(0 for _ in tensors)
+    number = 0
+    with local_errors(directory):
+        directory.mkdir(parents=True)
+        for number, shard in enumerate(in_shards(tensors), start=1):
+            save_file(shard, directory / shard_name(number))
+    return number
+
+
 class RankStates:
-    """Saves the states of a training by several ranks. The end of a ``with`` block waits for what is written."""
+    """Saves the states of a training by several ranks.
+
+    The end of a ``with`` block waits for what is being written.
+    """
 
     def __init__(self, states: "SavedStates | None", folder: Path) -> None:
         """Make a process group of its own for what is written while training continues; all ranks do so.
@@ -90,6 +117,7 @@ class RankStates:
                 written.set_exception(error)
         self._under_way = written
         if self._states is not None:
+            progress = copy.deepcopy(progress)  # its lists grow
             self._states.publish(progress, functools.partial(self._complete, written, progress))
 
     def _complete(self, written: "Future[Any]", progress: "TrainingProgress") -> None:
