@@ -86,7 +86,7 @@ class SavedStates:
         return None
 
     def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
-        from core.training.parallel.states import merge_parts
+        from core.training.parallel.states import merged
         from core.training.state import STATE, check_fits, read_state
 
         published, folder = open_publication(_place(self._uri, step)), self._folder / "fetched"
@@ -95,9 +95,7 @@ class SavedStates:
         steps = progress.losses[0][0], progress.next_step
         if state.belongs_to != self.belongs_to or steps != (first_step, step):
             raise CheckpointError(f"{published.uri} belongs to another training.")
-        published.fetch(folder)
-        merge_parts(folder)
-        state = read_state(folder)
+        state = read_state(merged(published.fetch(folder), self._folder / "merged"))
         check_fits(state, model)
         return state
 

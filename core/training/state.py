@@ -190,8 +190,8 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
         wanted[f"step.{name}"] = [], _DTYPES[torch.float32]
     found = {}
     for name, shard in _stored(state):
-        if name.startswith(f"{_RNG}.") and name not in wanted:
-            continue  # of an accelerator that is not used this time
+        if name == f"{_RNG}.cuda" and name not in wanted:
+            continue  # the process that starts ranks has no GPU, nor need the next machine
         tensor = shard.get_slice(name)
         found[name] = tensor.get_shape(), tensor.get_dtype()
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -99,6 +99,8 @@ def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
     if killed:  # what the others then say is that they have lost it
         raise _killed(*killed[0], len(processes))
     if errors:
+        for told in getattr(errors[0], "__notes__", ()):
+            log.error("%s", told)
         raise errors[0]
     if lost := [rank for rank in ended if rank not in results]:
         raise TrainingError(
@@ -144,9 +146,9 @@ def _main(
             send((result if rank == 0 else None,))
     except Exception as error:
         if not isinstance(error, AdaptPrunerError):
-            log.error("rank %d of %d: %s", rank, size, traceback.format_exc())
-            text = " ".join(str(error).split())[:500]
+            told, text = traceback.format_exc(), " ".join(str(error).split())[:500]
             error = TrainingError(f"rank {rank} of {size} has failed: {type(error).__name__}: {text}.")
+            error.add_note(told)
         send(error)
         os._exit(1)  # at once: what is left of the process group may wait for the others
 

@@ -28,7 +28,7 @@ class _Root(nn.Module):
         return run(*args, **kwargs)
 
 
-def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16: bool) -> None:
+def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16: bool) -> FSDPModule:
     """Leave each rank its part of a model's weights, in float32 or what is wider, in place.
 
     From then on a forward pass of the decoder gathers what it needs, and the backward pass leaves each rank
@@ -41,6 +41,10 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
         size: Number of ranks, which have a process group.
         bfloat16: Whether layers are gathered, and their gradients computed, in bfloat16, as autocast does.
             The weights of their norms are rounded too, the signal between layers is not.
+
+    Returns:
+        What ``reshard`` is to be called on before the weights are looked at: after a forward pass without a
+        backward pass, those outside the layers are still whole.
     """
     mesh = init_device_mesh(device.type, (size,))
     # The signal between the layers stays as the caller has it: autocast chooses what is bfloat16.
@@ -67,6 +71,7 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
             return root(super().forward, *args, **kwargs)
 
     decoder.__class__ = Gathering
+    return root
 
 
 def _widened(module: Any) -> Any:

@@ -8,7 +8,6 @@ import copy
 import functools
 import json
 from concurrent.futures import Future
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,36 +145,40 @@ def _files(tensors: "Mapping[str, Tensor]") -> dict[str, int]:
     return files
 
 
-def merge_parts(directory: Path) -> None:
-    """Turn the parts of a state that ranks have written into the files of one process, in place.
+def merged(directory: Path, to: Path) -> Path:
+    """Put the parts of a state that ranks have written together, in the files that one process writes.
 
-    A state of one process stays as it is.
+    Args:
+        directory: The state; it may be the store's own folder and stays as it is.
+        to: Where the files go.
+
+    Returns:
+        The folder of the state to use: that of a state by one process is ``directory``.
 
     Raises:
         CheckpointError: If the parts do not make whole tensors.
     """
     parts = sorted(directory.glob(_PARTS))
     if not parts:
-        return
+        return directory
     with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
         stored = dcp.HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
+        files = {path: safe_open(path, framework="pt") for path in parts}
     places: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
-    for index, info in (stored or {}).items():
+    for index, info in stored.items():
         places.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(info.relative_path)))
+
+    def wholes() -> "Iterator[tuple[str, Tensor]]":
+        for name, found in sorted(places.items()):
+            yield name, _whole(name, [(offset, files[path].get_tensor(name)) for offset, path in found])
+
     content = parse_object((directory / STATE).read_bytes())
-    with ExitStack() as stack:
-        with foreign_errors(lambda said: CheckpointError(f"{directory} cannot be read: {said}.")):
-            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in parts}
-
-        def wholes() -> "Iterator[tuple[str, Tensor]]":
-            for name, found in sorted(places.items()):
-                yield name, _whole(name, [(offset, files[path].get_tensor(name)) for offset, path in found])
-
+    with local_errors(to):
+        to.mkdir(parents=True)
         for number, shard in enumerate(in_shards(wholes()), start=1):
-            save_file(shard, directory / shard_name(number))
-    for path in parts:
-        path.unlink()
-    (directory / STATE).write_text(json.dumps(content | {"shards": number}))
+            save_file(shard, to / shard_name(number))
+        (to / STATE).write_text(json.dumps(content | {"shards": number}))
+    return to
 
 
 def _whole(name: str, parts: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:

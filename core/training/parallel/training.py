@@ -105,33 +105,47 @@ def _train(
     job: RankJob, resume_from: TrainingState | None, moments: bool, rank: int
 ) -> tuple[TrainingReport, int]:
     """Be a rank: train, and leave the whole result in ``scratch``."""
+    with job.explaining(), ExitStack() as stack:
+        return _train_explained(job, resume_from, moments, rank, stack)
+
+
+def _train_explained(
+    job: RankJob, resume_from: TrainingState | None, moments: bool, rank: int, stack: ExitStack
+) -> tuple[TrainingReport, int]:
     device = torch.device(job.device, rank) if job.device == "cuda" else torch.device(job.device)
     model = load_model(job.checkpoint)  # as it is stored: the ranks share the pages of its files
+    root = None
     if job.sharded:
-        shard(model, device, job.ranks, bfloat16=job.settings.precision == "bfloat16")
+        root = shard(model, device, job.ranks, bfloat16=job.settings.precision == "bfloat16")
     else:
         torch.nn.Module.to(model, device, torch.float32)
     torch.manual_seed(job.seed)
     files: list[int] = []
 
+    def save(optimizer: "Optimizer", progress: TrainingProgress) -> None:
+        if root is not None:
+            root.reshard()
+        saved.save(model, optimizer, progress)
+
     def hand_on(optimizer: "Optimizer") -> None:
+        if root is not None:
+            root.reshard()
         files.append(write_whole(job.scratch / "trained", model, optimizer, moments=moments))
 
-    with job.explaining(), ExitStack() as stack:
-        states = None if rank else stack.enter_context(SavedStates(**job.saving))
-        if states is not None and resume_from is not None:
-            states.resume(resume_from.progress)
-        saved = stack.enter_context(RankStates(states, job.saving["folder"] / "saved"))
-        report = recover(
-            model,
-            read_rows(job.rows),
-            job.settings,
-            held_out=None if job.held_out is None else read_rows(job.held_out),
-            first_step=job.first_step,
-            total_steps=job.total_steps,
-            resume_from=resume_from,
-            save=functools.partial(saved.save, model),
-            hand_on=hand_on,
-            ranks=Ranks(rank=rank, size=job.ranks, sharded=job.sharded),
-        )
+    states = None if rank else stack.enter_context(SavedStates(**job.saving))
+    if states is not None and resume_from is not None:
+        states.resume(resume_from.progress)
+    saved = stack.enter_context(RankStates(states, job.saving["folder"] / "saved"))
+    report = recover(
+        model,
+        read_rows(job.rows),
+        job.settings,
+        held_out=None if job.held_out is None else read_rows(job.held_out),
+        first_step=job.first_step,
+        total_steps=job.total_steps,
+        resume_from=resume_from,
+        save=save,
+        hand_on=hand_on,
+        ranks=Ranks(rank=rank, size=job.ranks, sharded=job.sharded),
+    )
     return report, files[0]
