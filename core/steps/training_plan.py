@@ -16,6 +16,7 @@ from core.steps.footprint import MOST_TOKENS, TOLERANCE, Footprint, check_fit, g
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from core.model.shape import ModelShape
     from core.settings.training import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,17 @@ def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", d
     wanted = settings.micro_batch or max(1, MOST_TOKENS.get(device, 32768) // settings.sequence_length)
     sizes = [size for size in range(min(wanted, share), 0, -1) if share % size == 0]
 
-    @functools.cache
-    def needed(plan: TrainingPlan) -> Footprint:
-        return plan_footprint(config, plan, device)
+    shape, by_settings = model_shape(config), functools.cache(functools.partial(_alone, config, device))
 
-    plans = _ways(settings, ranks, device)
-    chosen = None
+    def needed(plan: TrainingPlan) -> Footprint:
+        return rank_footprint(by_settings(replace(plan.settings, moments="device")), shape, plan)
+
+    plans, chosen = _ways(settings, ranks, device), None
     for plan in plans:
+        to_host = plan.settings.moments == "host" != settings.moments
+        if to_host and needed(_with(plan, sizes[-1])).host_bytes > available_bytes("cpu"):
+            continue
+        last = plan
         if not settings.micro_batch:
             fitting = (p for size in sizes if needed(p := _with(plan, size)).device_bytes <= 0.8 * free)
             chosen = next(fitting, None)
@@ -77,7 +82,7 @@ def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", d
             chosen = plan
         if chosen is not None:
             break
-    chosen = chosen or _with(plans[-1], sizes[0] if settings.micro_batch else 1)
+    chosen = chosen or _with(last, sizes[0] if settings.micro_batch else 1)
     _tell(chosen, needed(_with(plans[0], chosen.settings.micro_batch)), free)
 
     def alternatives() -> "Iterator[tuple[str, Footprint]]":
@@ -131,15 +136,23 @@ def number_of_ranks(settings: "TrainingSettings", device: str) -> int:
     return ranks
 
 
-def plan_footprint(config: "PreTrainedConfig", plan: TrainingPlan, device: str) -> Footprint:
-    """Estimate what a rank takes."""
-    whole = training_footprint(config, plan.settings, device=device)
+def _alone(config: "PreTrainedConfig", device: str, settings: "TrainingSettings") -> Footprint:
+    return training_footprint(config, settings, device=device)
+
+
+def rank_footprint(whole: Footprint, shape: "ModelShape", plan: TrainingPlan) -> Footprint:
+    """Return what a rank takes.
+
+    Args:
+        whole: What a process takes that trains alone with the plan's settings.
+        shape: The model's.
+        plan: The plan.
+    """
     parts, host_bytes = dict(whole.parts), whole.host_bytes
     if plan.settings.moments == "host":
         host_bytes = max(host_bytes, parts["optimizer"])
         parts["optimizer"] = min(parts["optimizer"], _PASSING)
     if plan.sharded:
-        shape = model_shape(config)
         bfloat16 = plan.settings.precision == "bfloat16"
         largest = max(map(shape.layer_num_params, shape.layers))
         for name in ("weights", "optimizer", "gradients"):

@@ -86,9 +86,7 @@ def train(job, by_ranks):
     with SavedStates(**job.saving) as states:
         state = states.newest(model, first_step=FIRST_STEP)
         if by_ranks:
-            report = recover_by_ranks(
-                job, model, resume_from=state, hand_on=left.append, method="forkserver"
-            )
+            report = recover_by_ranks(job, model, resume_from=state, hand_on=left.append, method="forkserver")
         else:
             rows, held_out = read_rows(job.rows), read_rows(job.held_out)
             steps = {"first_step": job.first_step, "total_steps": job.total_steps}

@@ -20,11 +20,20 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from core.errors import AdaptPrunerError, TrainingError
 
 T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """What a rank tells of its end."""
+
+    error: Exception
+    where: str
+    """The traceback of an error that is not meant for users."""
+
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +82,7 @@ def run_ranks(work: Callable[[int], T], size: int, device: str, *, method: str =
 def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
     """Wait for all ranks, pass on what they log, and return what rank 0 returns."""
     results: dict[int, Any] = {}
-    errors: list[Exception] = []
+    errors: list[tuple[int, Exception, str]] = []
     ended: list[int] = []
     open_: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
     deadline = None
@@ -82,40 +91,40 @@ def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
             rank = open_[connection]
             try:
                 message = connection.recv()  # type: ignore[union-attr]
-            except EOFError:
+            except (EOFError, OSError):  # or in the middle of a message
                 del open_[connection]
                 ended.append(rank)
                 processes[rank].join()
             else:
                 if isinstance(message, logging.LogRecord):
                     logging.getLogger(message.name).handle(message)
-                elif isinstance(message, Exception):
-                    errors.append(message)
+                elif isinstance(message, _Failure):
+                    errors.append((rank, *message))
                 else:
                     results[rank] = message[0]
         if deadline is None and (errors or any(rank not in results for rank in ended)):
             deadline = time.monotonic() + _GRACE_S
-    killed = [(rank, code) for rank in ended if (code := processes[rank].exitcode or 0) < 0]
-    if killed:  # what the others then say is that they have lost it
-        raise _killed(*killed[0], len(processes))
+    # What the others then say is that they have lost those that have ended without a word.
+    told = {rank for rank, *_ in errors} | results.keys()
+    for rank in ended:
+        if rank not in told or (processes[rank].exitcode or 0) < 0:
+            raise _ended(rank, processes[rank].exitcode or 0, len(processes))
     if errors:
-        for told in getattr(errors[0], "__notes__", ()):
-            log.error("%s", told)
-        raise errors[0]
-    if lost := [rank for rank in ended if rank not in results]:
-        raise TrainingError(
-            f"rank {lost[0]} of {len(processes)} ended with status {processes[lost[0]].exitcode} before it "
-            "was done. Its last lines say why. Rerunning the step resumes from the last saved state."
-        )
+        _, error, where = errors[0]
+        if where:
+            log.error("%s", where)
+        raise error
     return results[0]
 
 
-def _killed(rank: int, code: int, size: int) -> TrainingError:
-    name = signal.Signals(-code).name
-    cause = ", as the system does when memory runs out: give the task more" if name == "SIGKILL" else ""
+def _ended(rank: int, code: int, size: int) -> TrainingError:
+    how = f"with status {code}. Its last lines say why"
+    if code < 0:
+        how = f"by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        how += ", as the system does when memory runs out: give the task more"
     return TrainingError(
-        f"rank {rank} of {size} was ended by {name}{cause}. Rerunning the step resumes from the last saved "
-        "state."
+        f"rank {rank} of {size} was ended {how}. Rerunning the step resumes from the last saved state."
     )
 
 
@@ -145,11 +154,11 @@ def _main(
             result = work(rank)
             send((result if rank == 0 else None,))
     except Exception as error:
+        where = ""
         if not isinstance(error, AdaptPrunerError):
-            told, text = traceback.format_exc(), " ".join(str(error).split())[:500]
+            where, text = traceback.format_exc(), " ".join(str(error).split())[:500]
             error = TrainingError(f"rank {rank} of {size} has failed: {type(error).__name__}: {text}.")
-            error.add_note(told)
-        send(error)
+        send(_Failure(error, where))
         os._exit(1)  # at once: what is left of the process group may wait for the others
 
 
