@@ -87,6 +87,7 @@ def training_footprint(
         accumulate=settings.micro_batch < settings.global_batch,
     )
     gradients = 4 * params
+    carried = 16 if settings.optimizer_state == "carry" else 0  # moments that come, and those that are left
     return Footprint(
         parts={
             "weights": 4 * params,
@@ -96,7 +97,7 @@ def training_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=4 * params,
-        disk_bytes=(2 * stored_bytes + 12) * params,
+        disk_bytes=(2 * stored_bytes + 12 + carried) * params,
     )
 
 
