@@ -40,6 +40,14 @@ class TrainingSettings:
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this l2 norm; 0 clips nothing."""
+    teacher: Literal["none", "base"] = "none"
+    """``base``: the dense base model teaches, in every phase. What is trained is also to expect what that one
+    expects: the forward Kullback-Leibler divergence, on the trained tokens. It is in memory beside the model,
+    in ``precision``, and runs forward over the same tokens. ``none`` (the paper): the next token is all."""
+    distillation_weight: float = 0.5
+    """Weight of the divergence under a ``teacher``, in (0, 1]; the next token has the rest."""
+    temperature: float = 1.0
+    """What both models' logits are divided by for the divergence; its weight grows with the square."""
     precision: Precision = "auto"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
     ``auto``: see ``calibration.precision``."""
@@ -68,6 +76,14 @@ class TrainingSettings:
         yield from in_range("decay_share", self.decay_share, 0, 1)
         yield from in_range("weight_decay", self.weight_decay, 0, 1)
         yield from in_range("max_grad_norm", self.max_grad_norm, 0, 10**9)
+        yield from in_range("distillation_weight", self.distillation_weight, 0, 1)
+        yield from in_range("temperature", self.temperature, 0.01, 100)
+        if not self.distillation_weight:
+            yield "distillation_weight=0 leaves a teacher nothing to teach. Set teacher to none instead."
+        if self.teacher == "none":
+            for name in ("distillation_weight", "temperature"):
+                if (value := getattr(self, name)) != getattr(TrainingSettings, name):
+                    yield f"{name}={value:g} needs a teacher. Set teacher to base, or leave {name} out."
         if self.warmup_share + self.decay_share > 1:
             yield "warmup_share + decay_share exceed 1. Lower one of them."
         if self.micro_batch and self.global_batch % self.micro_batch:

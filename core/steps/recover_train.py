@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
+    from core.training.objective import Teacher
     from core.training.recover import TrainingReport
     from core.training.state import TrainingProgress, TrainingState
 
@@ -75,6 +76,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     checkpoint = Checkpoint(folder)
     settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
     network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
+    teacher = _teacher(run, work)
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
@@ -84,7 +86,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         state = states.newest(network, first_step=_first_step(run, phase))
         save = functools.partial(states.save, network)
         with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
-            trained = _train(run, phase, network, data, settings, work, state, save)
+            trained = _train(run, phase, network, teacher, data, settings, work, state, save)
     dtype, final = written_format(run, phase, checkpoint, trained=True)
     provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
@@ -103,10 +105,28 @@ def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
     child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
 
 
+def _teacher(run: Run, work: Workspace) -> "Teacher | None":
+    """Return the dense base model as a teacher, in the precision of the training; None without one."""
+    from core.model.build import dtype_of, load_model, pick_device
+    from core.model.checkpoint import Checkpoint
+    from core.training.objective import Teacher
+
+    settings = run.settings.training
+    if settings.teacher == "none":
+        return None
+    dense = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
+    return Teacher(
+        model=load_model(dense, dtype=dtype_of(settings.precision), device=pick_device()),
+        weight=settings.distillation_weight,
+        temperature=settings.temperature,
+    )
+
+
 def _train(
     run: Run,
     phase: int,
     network: "PreTrainedModel",
+    teacher: "Teacher | None",
     data: Publication,
     settings: TrainingSettings,
     work: Workspace,
@@ -128,6 +148,7 @@ def _train(
         tensors["trained"],
         run.settings.training,
         starts=tensors.get("starts"),  # none where rows are cut anywhere
+        teacher=teacher,
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,

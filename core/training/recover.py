@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
-from core.model.loss import final_states, loss_gradient
 from core.progress import Progress
 from core.settings.training import TrainingSettings
+from core.training.objective import Teacher, accumulate_gradients
 from core.training.state import TrainingProgress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
 
@@ -26,7 +26,8 @@ class TrainingReport:
     """The outcome of a phase's training.
 
     Attributes:
-        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step.
+        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step; the loss
+            is what is minimized, with a teacher's share in it.
         tokens: Tokens that passed through the model.
         trained_tokens: Those that counted in the loss (prompts do not).
         tokens_per_s: Rate over the whole phase, all attempts included.
@@ -45,6 +46,7 @@ def recover(
     settings: TrainingSettings,
     *,
     starts: Tensor | None = None,
+    teacher: Teacher | None = None,
     first_step: int,
     total_steps: int,
     resume_from: TrainingState | None = None,
@@ -59,6 +61,7 @@ def recover(
         settings: Batch, learning rate and precision.
         starts: (S, T), nonzero where a document begins, which sees nothing before it. None for one document
             a row.
+        teacher: What the model also learns from.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
         resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
@@ -92,7 +95,7 @@ def recover(
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
             positions = None if starts is None else _positions(starts[rows])
-            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings)
+            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings, teacher)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
             _check_finite(step, total_steps, loss, float(norm))
             optimizer.step()
@@ -154,6 +157,7 @@ def _accumulate(
     trained: Tensor,
     positions: Tensor | None,
     settings: TrainingSettings,
+    teacher: Teacher | None,
 ) -> tuple[float, int]:
     """Accumulate the gradients of one global batch; every trained token has the same weight.
 
@@ -166,11 +170,13 @@ def _accumulate(
         rows = slice(first, first + settings.micro_batch)
         ids = input_ids[rows].to(model.device).long()
         places = None if positions is None else positions[rows].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            states = final_states(model, ids, places)
-            loss, gradient = loss_gradient(
-                model, states, ids, scale=1 / max(counted, 1), trained=trained[rows].to(model.device)
-            )
-        states.backward(gradient)
-        total += loss
+        total += accumulate_gradients(
+            model,
+            ids,
+            places,
+            trained[rows].to(model.device),
+            scale=1 / max(counted, 1),
+            autocast=settings.precision == "bfloat16",
+            teacher=teacher,
+        )
     return total / max(counted, 1), counted
