@@ -170,6 +170,7 @@ def _work(step: str, number: int, folder: Path) -> dict[str, int]:
 
 def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
     from core.training.recover import recover
+    from core.training.rows import Rows
 
     batch, length = settings["micro_batch"], settings["sequence_length"]
     training = TrainingSettings(
@@ -179,7 +180,7 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
     def work() -> None:
         model = load_model(Checkpoint(folder), dtype=torch.float32)
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
-        recover(model, ids, torch.ones_like(ids), training, first_step=0, total_steps=2)
+        recover(model, Rows(ids, torch.ones_like(ids)), training, first_step=0, total_steps=2)
 
     return training_footprint(config, training, device="cpu").device_bytes, work
 

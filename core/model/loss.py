@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from core.machine.memory import sent
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,19 +42,25 @@ def final_states(model: "PreTrainedModel", ids: Tensor, positions: Tensor | None
     return states
 
 
-def loss_sum(model: "PreTrainedModel", states: Tensor, ids: Tensor) -> float:
+def loss_sum(
+    model: "PreTrainedModel", states: Tensor, ids: Tensor, *, trained: Tensor | None = None
+) -> float:
     """Return the next-token loss, summed over all predictions, in nats.
 
     Args:
         model: Its output head is used, in the number format of ``states`` or of the caller's autocast.
         states: (B, T, D) hidden states from ``final_states``.
         ids: (B, T) int64 token ids; the first of a sequence is not predicted, the last predicts nothing.
+        trained: (B, T), nonzero where a token is a target; None for all.
 
     Returns:
-        The sum over B * (T - 1) predictions; each is float32 (float64 for float64 states), the sum float64.
+        The sum over B * (T - 1) predictions, or those of targets; each is float32 (float64 for float64
+        states), the sum float64.
     """
-    targets = ids[:, 1:].flatten()
-    rows = states[:, :-1].flatten(0, 1)
+    rows, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    if trained is not None:
+        counts = sent((trained[:, 1:] != 0).flatten().nonzero().squeeze(1), rows.device)
+        rows, targets = rows[counts], targets[counts]
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     with torch.no_grad():
         for part, of_part in _chunks(model, rows, targets):
@@ -89,7 +97,7 @@ def loss_gradient(
     scale: float,
     trained: Tensor | None = None,
     lesson: Lesson | None = None,
-) -> tuple[float, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the summed next-token loss and the gradient of ``scale`` times it with respect to ``states``.
 
     Parameters of the head that require a gradient get theirs added to ``grad``; a frozen head costs nothing.
@@ -99,14 +107,16 @@ def loss_gradient(
         states: (B, T, D) hidden states from ``final_states``; their graph is left to the caller.
         ids: (B, T) int64 token ids.
         scale: Factor on the gradient, such as 1 / predictions.
-        trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing.
+        trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing. If it
+            is in host memory, the host waits for no accelerator.
         lesson: What a teacher adds to the loss of the same positions; None for the next-token loss alone.
 
     Returns:
-        The sum, unscaled, and the (B, T, D) gradient in the format of ``states``.
+        The sum, unscaled: float64, on the device. And the (B, T, D) gradient in the format of ``states``.
     """
     rows, targets = states.detach()[:, :-1], ids[:, 1:]
-    counts = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
+    counted = torch.ones(targets.shape, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
+    counts = tuple(sent(places, rows.device) for places in counted.nonzero(as_tuple=True))
     columns = [rows[counts], targets[counts]]
     if lesson is not None:
         columns.append(lesson.aims[:, :-1][counts])
@@ -121,7 +131,7 @@ def loss_gradient(
         total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
     gradient[:, :-1][counts] = torch.cat(gradients)
-    return total.item(), gradient
+    return total, gradient
 
 
 def chunk_gradient(

@@ -36,6 +36,9 @@ class TrainingSettings:
     """Share of all steps that warm up."""
     decay_share: float = 0.10
     """Share of all steps that decay."""
+    optimizer_state: Literal["reset", "carry"] = "reset"
+    """AdamW's moments at the start of a phase. ``reset`` (the authors): zero. ``carry``: those of the phase
+    before, cut as its weights are; they are stored between the phases (8 bytes a parameter)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
@@ -57,6 +60,15 @@ class TrainingSettings:
     """How often the state of training (12 bytes a parameter) is stored, for a killed task to resume from:
     ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
 
+    held_out_sequences: int = 0
+    """Sequences of the mixture that are set aside: their loss is measured while others are trained on, before
+    the first and after the last step of each phase too. 0 measures none."""
+    eval_every: int = field(default=50, metadata=HOW)
+    """Optimizer steps from one such measurement to the next."""
+    max_loss_rise: float = field(default=0.0, metadata=HOW)
+    """Training stops when for 20 steps in a row the loss has been above this multiple of its median of 100
+    steps; no state is saved of such steps. 0 lets it run; 1.5 is a cautious limit."""
+
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
         refuse(self._problems())
@@ -76,6 +88,11 @@ class TrainingSettings:
         yield from in_range("decay_share", self.decay_share, 0, 1)
         yield from in_range("weight_decay", self.weight_decay, 0, 1)
         yield from in_range("max_grad_norm", self.max_grad_norm, 0, 10**9)
+        yield from in_range("held_out_sequences", self.held_out_sequences, 0, 10**6)
+        yield from in_range("eval_every", self.eval_every, 1, 10**9)
+        yield from in_range("max_loss_rise", self.max_loss_rise, 0, 10**6)
+        if 0 < self.max_loss_rise <= 1:
+            yield f"max_loss_rise={self.max_loss_rise:g} must be above 1, such as 1.5, or 0 for no limit."
         yield from in_range("distillation_weight", self.distillation_weight, 0, 1)
         yield from in_range("temperature", self.temperature, 0.01, 100)
         if not self.distillation_weight:
@@ -111,3 +128,8 @@ class TrainingSettings:
     def total_steps(self) -> int:
         """Optimizer steps over all phases."""
         return parse_count(self.tokens) // (self.sequence_length * self.global_batch)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens of the sequences that are set aside."""
+        return self.held_out_sequences * self.sequence_length

@@ -2,13 +2,14 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.pruning.phases import phase_steps
 from core.quantities import parse_interval
 from core.runs.run import Run
 from core.settings.training import TrainingSettings
+from core.steps.carrying import leave_moments, leaves_moments, moments_before, take_moments
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.storage.interface import join_uri
 from core.storage.publication import Publication, open_publication
@@ -16,12 +17,11 @@ from core.tracking.mlflow import ChildRun
 from core.training.resume import SavedStates, remove_states
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from core.training.objective import Teacher
     from core.training.recover import TrainingReport
-    from core.training.state import TrainingProgress, TrainingState
+    from core.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
@@ -76,22 +76,33 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     checkpoint = Checkpoint(folder)
     settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
     network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
+    belongs_to = {"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()}
+    before = moments_before(run, phase)
+    if before is not None:
+        belongs_to["moments"] = before.digest
     teacher = _teacher(run, work)
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
         every=parse_interval(run.settings.training.save_every),
-        belongs_to={"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()},
+        belongs_to=belongs_to,
     ) as states:
         state = states.newest(network, first_step=_first_step(run, phase))
-        save = functools.partial(states.save, network)
+        optimizer_state: dict[str, Any] = {"save": functools.partial(states.save, network)}
+        if before is not None:
+            optimizer_state["carry"] = functools.partial(
+                take_moments, run, phase, before, network, work.scratch
+            )
+        if leaves_moments(run, phase):
+            optimizer_state["hand_on"] = functools.partial(leave_moments, run, phase, network, work.scratch)
         with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
-            trained = _train(run, phase, network, teacher, data, settings, work, state, save)
+            trained = _train(run, phase, network, teacher, data, settings, work, state, optimizer_state)
     dtype, final = written_format(run, phase, checkpoint, trained=True)
     provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
     return {
         "losses": trained.losses,
+        "series": trained.series,
         "tokens": trained.tokens,
         "trained_tokens": trained.trained_tokens,
         "tokens_per_s": trained.tokens_per_s,
@@ -103,6 +114,8 @@ def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
     losses = report.get("losses", ())
     child.log_series("loss", [(step, loss) for step, loss, _ in losses])
     child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
+    for name, points in report.get("series", {}).items():
+        child.log_series(name, [(step, value) for step, value in points])
 
 
 def _teacher(run: Run, work: Workspace) -> "Teacher | None":
@@ -131,26 +144,30 @@ def _train(
     settings: TrainingSettings,
     work: Workspace,
     state: "TrainingState | None",
-    save: "Callable[[Optimizer, TrainingProgress], None]",
+    optimizer_state: Mapping[str, Any],
 ) -> "TrainingReport":
     import torch
     from safetensors.torch import load_file
 
     from core.data.mixture import slice_name
     from core.training.recover import recover
+    from core.training.rows import Rows
 
-    name = slice_name(phase)
-    tensors = load_file(data.fetch(work.scratch, only=[name]) / name)
+    def rows(phase: int) -> Rows:
+        name = slice_name(phase)
+        tensors = load_file(data.fetch(work.scratch, only=[name]) / name)
+        # Without starts where rows are cut anywhere.
+        return Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
+
     torch.manual_seed(run.settings.seed + phase)
     return recover(
         network,
-        tensors["input_ids"],
-        tensors["trained"],
-        run.settings.training,
-        starts=tensors.get("starts"),  # none where rows are cut anywhere
+        rows(phase),
+        settings,
+        held_out=rows(run.settings.prune.phases + 1) if settings.held_out_sequences else None,
         teacher=teacher,
         first_step=_first_step(run, phase),
         total_steps=run.settings.training.total_steps,
         resume_from=state,
-        save=save,
+        **optimizer_state,
     )

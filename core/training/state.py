@@ -5,7 +5,7 @@ The learning rate and the position in the data follow from the step, so they are
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ STATE = "state.json"
 _FORMAT = 1
 _SHARD_BYTES = 2**28
 _WEIGHT, _RNG = "weight", "rng"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
@@ -39,6 +40,8 @@ class TrainingProgress:
     """Tokens that counted in the loss."""
     seconds: float = 0.0
     """Time these steps took, over all attempts."""
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Name of each other curve, such as ``gradient_norm``, to its (global step, value)."""
 
     @property
     def next_step(self) -> int:
@@ -84,7 +87,7 @@ def write_state(
     try:
         with local_errors(directory):
             directory.mkdir(parents=True)
-            for number, shard in enumerate(_in_shards(_tensors(model, optimizer)), start=1):
+            for number, shard in enumerate(in_shards(_tensors(model, optimizer)), start=1):
                 save_file(shard, directory / _shard_name(number))
                 content["shards"] = number
             content["belongs_to"] = dict(belongs_to)
@@ -97,7 +100,7 @@ def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str
     for name, parameter in model.named_parameters():
         yield f"{_WEIGHT}.{name}", parameter.detach()
         moments = optimizer.state.get(parameter, {})
-        yield from ((f"{moment}.{name}", moments[moment]) for moment in _MOMENTS if moment in moments)
+        yield from ((f"{moment}.{name}", moments[moment]) for moment in MOMENTS if moment in moments)
     yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
 
 
@@ -108,7 +111,7 @@ def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
     return states
 
 
-def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Group tensors into shards of limited size; only one shard at a time is copied off the device."""
     shard: dict[str, Tensor] = {}
     size = 0
@@ -147,6 +150,11 @@ def read_state(directory: Path) -> TrainingState:
                 losses=losses,
                 trained_tokens=int(progress["trained_tokens"]),
                 seconds=float(progress["seconds"]),
+                # Earlier versions kept losses alone.
+                series={
+                    name: [(int(step), float(value)) for step, value in points]
+                    for name, points in progress.get("series", {}).items()
+                },
             ),
             belongs_to=dict(data["belongs_to"]),
         )
@@ -188,7 +196,7 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
         tensor = shard.get_tensor(key)
         if kind == _WEIGHT:
             parameters[name].detach().copy_(tensor)
-        elif kind in _MOMENTS:
+        elif kind in MOMENTS:
             # A copy, as the file will be removed.
             optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
         elif name == "cpu":

@@ -59,7 +59,7 @@ def test_all_gradients_are_autograds(name, trained):
         states = final_states(model, TOKENS)
         total, gradient = loss_gradient(model, states, TOKENS, scale=0.3, trained=trained)
         states.backward(gradient)
-        assert total == pytest.approx(plain(model, trained).item(), rel=1e-13)
+        assert total.item() == pytest.approx(plain(model, trained).item(), rel=1e-13)
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -73,7 +73,7 @@ def test_it_is_transformers_own_loss(name):
     theirs = model(TOKENS, labels=labels).loss.item()
     counted = int(trained[:, 1:].sum())
     ours, _ = loss_gradient(model, final_states(model, TOKENS), TOKENS, scale=1.0, trained=trained)
-    assert ours / counted == pytest.approx(theirs, rel=1e-6)
+    assert ours.item() / counted == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
@@ -138,7 +138,7 @@ def test_losses_of_bfloat16_logits_are_float32():
     expected = cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum").item()
     assert loss_sum(model, states, TOKENS) == pytest.approx(expected, rel=1e-5)
     total, gradient = loss_gradient(model, states, TOKENS, scale=1.0)
-    assert total == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
     assert gradient.dtype == torch.bfloat16
 
 
@@ -253,7 +253,7 @@ def test_a_lesson_and_all_its_gradients_are_autograds(name, weight, temperature)
         total, gradient = loss_gradient(model, states, TOKENS, scale=0.3, trained=trained, lesson=lesson)
         states.backward(gradient)
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    assert total == pytest.approx(expected.item(), rel=1e-12)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
     assert found.keys() == gradients.keys()
     for key, value in gradients.items():
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)

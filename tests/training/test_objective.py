@@ -8,6 +8,7 @@ from core.errors import SettingsError
 from core.settings.recipe import settings_from_dict
 from core.training.objective import Teacher
 from core.training.recover import recover
+from core.training.rows import Rows
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 from tests.support.project import recipe_with
 from tests.support.training import training_settings, weights
@@ -24,9 +25,8 @@ def teacher_of(name="llama", weight=1.0, temperature=1.0, **options):
 def train(model, tokens, teacher, trained=None, starts=None, **changes):
     settings = training_settings(**RATE | {"sequence_length": tokens.shape[1]} | changes)
     trained = torch.ones_like(tokens) if trained is None else trained
-    return recover(
-        model, tokens, trained, settings, starts=starts, teacher=teacher, first_step=0, total_steps=9
-    )
+    rows = Rows(tokens, trained, starts)
+    return recover(model, rows, settings, teacher=teacher, first_step=0, total_steps=9)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])

@@ -12,6 +12,7 @@ from core.errors import CheckpointError, StorageError
 from core.model.build import build_model
 from core.training import state as state_module
 from core.training.recover import recover
+from core.training.rows import Rows
 from core.training.state import TrainingProgress, check_fits, read_state, restore_state, write_state
 from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings, weights
@@ -39,8 +40,7 @@ def train(model, *, resume_from=None, save=None, seed=3, **changes):
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.3).int()
     return recover(
         model,
-        tokens,
-        mask,
+        Rows(tokens, mask),
         settings,
         first_step=FIRST_STEP,
         total_steps=TOTAL_STEPS,
