@@ -64,6 +64,8 @@ ROWS = (
     f"{TAUGHT},training.distillation_weight=0.5",
     f"{TAUGHT},training.distillation_weight=1",
     f"{TAUGHT},training.distillation_weight=1,training.temperature=2",
+    "training.lora_rank=8",
+    "training.optimizer_state=carry",
     "model.dtype_between_phases=same",
     "training.packing=whole",
     "prune.phases=1,prune.steps_per_phase=8",

@@ -126,7 +126,7 @@ def loss_gradient(
         if lesson is None:
             loss, gradient = chunk_gradient(model, part, of_part, scale=scale)
         else:
-            loss, gradient = _chunk_lesson(model, part, of_part, lesson, *aims, scale=scale)
+            loss, gradient = chunk_lesson(model, part, of_part, lesson, *aims, scale=scale)
         gradients.append(gradient)
         total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
@@ -141,9 +141,10 @@ def chunk_gradient(
     return _gradient(model, rows, lambda logits: _cross_entropy(logits, targets), scale)
 
 
-def _chunk_lesson(
+def chunk_lesson(
     model: "PreTrainedModel", rows: Tensor, targets: Tensor, lesson: Lesson, aims: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Return what ``chunk_gradient`` does, of a loss with a teacher's part; ``aims`` are those of (N, D)."""
     with torch.no_grad():
         wanted = _logits(lesson.teacher, aims)
 

@@ -1,5 +1,6 @@
 """The memory that a step will take, estimated before it starts, and settings under which it would fit."""
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from core.pruning.scoring.criteria import CRITERIA, squares_bytes
 from core.pruning.scoring.kept_outputs import choose_outputs
 from core.pruning.scoring.layer_inputs import held_bytes, share_out
 from core.pruning.scoring.measurement import device_memory, state_memory
+from core.training.adapters import add_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,37 +68,52 @@ class Footprint:
 
 
 def training_footprint(
-    config: "PreTrainedConfig", settings: "TrainingSettings", *, device: str, stored_bytes: int = 2
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig | None",
+    settings: "TrainingSettings",
+    *,
+    device: str,
+    stored_bytes: int = 2,
 ) -> Footprint:
     """Estimate recovery training.
 
     Args:
         config: Of the model that is trained.
+        dense: Of its teacher, if it has one.
         settings: ``micro_batch`` is not 0.
         device: Type of the device.
         stored_bytes: Bytes a parameter of the checkpoints.
     """
-    params = model_shape(config).num_params()
+    params, autocast = model_shape(config).num_params(), settings.precision == "bfloat16"
+    trained, weights = params, 4 * params
+    if settings.lora_rank:
+        add_adapters(empty := build_empty(config), settings.lora_rank)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        weights += 4 * trained
+    base_params = 0 if dense is None else model_shape(dense).num_params()
     passes = simulate_training(
         config,
         settings.micro_batch,
         settings.sequence_length,
-        autocast=settings.precision == "bfloat16",
+        autocast=autocast,
         checkpointing=settings.gradient_checkpointing,
         device=device,
         accumulate=settings.micro_batch < settings.global_batch,
+        taught=None if dense is None else (settings.distillation_weight, settings.temperature),
+        lora_rank=settings.lora_rank,
     )
-    gradients = 4 * params
+    gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
     return Footprint(
         parts={
-            "weights": 4 * params,
-            "optimizer": 8 * params,
+            "weights": weights,
+            **({} if dense is None else {"base model": teacher}),
+            "optimizer": 8 * trained,
             "gradients": gradients,
             "activations and logits": max(0, passes.peak - gradients),
             "libraries": LIBRARIES,
         },
-        host_bytes=4 * params,
-        disk_bytes=(2 * stored_bytes + 12) * params,
+        host_bytes=max(4 * params, teacher),
+        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained,
     )
 
 
@@ -213,12 +230,13 @@ def evaluation_footprint(
 
 
 def planned_training(
-    config: "PreTrainedConfig", settings: "TrainingSettings", device: str
+    config: "PreTrainedConfig", dense: "PreTrainedConfig | None", settings: "TrainingSettings", device: str
 ) -> "TrainingSettings":
     """Return the settings with a micro-batch that fits into the free memory; logs what will be taken.
 
     Args:
         config: Of the model that is trained.
+        dense: Of its teacher, if it has one.
         settings: ``micro_batch`` 0 takes the largest divisor of ``global_batch`` that fits, with a fifth of
             the memory to spare, and that still makes training faster.
         device: Type of the device.
@@ -227,11 +245,12 @@ def planned_training(
         OutOfMemoryError: If it cannot fit.
     """
     free = available_bytes(device)
+    footprint = functools.partial(training_footprint, config, dense, device=device)
     if not settings.micro_batch:
         sizes = _micro_batches(settings, device)
         for size in sizes:
             settings = replace(settings, micro_batch=size)
-            if training_footprint(config, settings, device=device).device_bytes <= 0.8 * free:
+            if footprint(settings).device_bytes <= 0.8 * free:
                 break
         log.info("training.micro_batch=0: %d sequences at once", settings.micro_batch)
 
@@ -245,11 +264,9 @@ def planned_training(
             text = f"training.micro_batch={size}"
             if other.gradient_checkpointing != settings.gradient_checkpointing:
                 text += ", training.gradient_checkpointing=true"
-            yield text, training_footprint(config, other, device=device)
+            yield text, footprint(other)
 
-    check_fit(
-        "recover-train", training_footprint(config, settings, device=device), free, device, alternatives()
-    )
+    check_fit("recover-train", footprint(settings), free, device, alternatives())
     return settings
 
 

@@ -19,6 +19,7 @@ from core.training.resume import SavedStates, remove_states
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from core.model.checkpoint import Checkpoint
     from core.training.objective import Teacher
     from core.training.recover import TrainingReport
     from core.training.state import TrainingState
@@ -69,18 +70,27 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     from core.model.checkpoint import Checkpoint, save_model
     from core.steps.footprint import explaining_memory, planned_training
     from core.steps.formats import written_format
+    from core.training.adapters import add_adapters
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     source, data = open_publication(checkpoint_uri), open_publication(data_uri)
     folder = source.fetch(work.scratch / "checkpoint")
     checkpoint = Checkpoint(folder)
-    settings = planned_training(checkpoint.config, run.settings.training, pick_device().type)
+    training, dense = run.settings.training, None
+    if training.teacher == "base":
+        dense = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
+    taught_by = None if dense is None else dense.config
+    settings = planned_training(checkpoint.config, taught_by, training, pick_device().type)
     network = load_model(checkpoint, dtype=torch.float32, device=pick_device())
+    adapters = None
+    if settings.lora_rank:
+        torch.manual_seed(run.settings.seed + phase)
+        adapters = add_adapters(network, settings.lora_rank)
     belongs_to = {"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()}
     before = moments_before(run, phase)
     if before is not None:
         belongs_to["moments"] = before.digest
-    teacher = _teacher(run, work)
+    teacher = None if dense is None else _teacher(dense, settings)
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
@@ -97,6 +107,8 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
             optimizer_state["hand_on"] = functools.partial(leave_moments, run, phase, network, work.scratch)
         with explaining_memory("training.micro_batch=0 or lower, or training.gradient_checkpointing=true"):
             trained = _train(run, phase, network, teacher, data, settings, work, state, optimizer_state)
+    if adapters is not None:
+        adapters.merge_and_unload()
     dtype, final = written_format(run, phase, checkpoint, trained=True)
     provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
@@ -118,16 +130,11 @@ def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_series(name, [(step, value) for step, value in points])
 
 
-def _teacher(run: Run, work: Workspace) -> "Teacher | None":
-    """Return the dense base model as a teacher, in the precision of the training; None without one."""
+def _teacher(dense: "Checkpoint", settings: TrainingSettings) -> "Teacher":
+    """Return the dense base model as a teacher, in the precision of the training."""
     from core.model.build import dtype_of, load_model, pick_device
-    from core.model.checkpoint import Checkpoint
     from core.training.objective import Teacher
 
-    settings = run.settings.training
-    if settings.teacher == "none":
-        return None
-    dense = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
     return Teacher(
         model=load_model(dense, dtype=dtype_of(settings.precision), device=pick_device()),
         weight=settings.distillation_weight,

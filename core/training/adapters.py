@@ -20,8 +20,13 @@ def add_adapters(model: "PreTrainedModel", rank: int) -> "LoraModel":
     A projection W of any size becomes W + 2 B A, where A has ``rank`` rows, drawn from torch's generator, and
     B ``rank`` columns of zeros: at first the model computes what it did.
 
+    Args:
+        model: Its layers may differ in size.
+        rank: Of the adapters.
+
     Returns:
-        What ``merge_adapters`` takes. The model's own methods stay as they are.
+        Its ``merge_and_unload`` adds the adapters to the weights, in their number format, and removes them.
+        The model keeps its own methods.
     """
     from peft import LoraConfig, LoraModel
 
@@ -31,16 +36,5 @@ def add_adapters(model: "PreTrainedModel", rank: int) -> "LoraModel":
         for name, module in model.get_submodule(layers).named_modules()
         if isinstance(module, nn.Linear)
     ]
-    return LoraModel(
-        model, LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=projections), "default"
-    )
-
-
-def merge_adapters(adapters: "LoraModel") -> None:
-    """Add the adapters of a model to its weights, in their number format, and remove them."""
-    adapters.merge_and_unload()
-
-
-def trained_params(model: "PreTrainedModel") -> int:
-    """Return how many parameters are trained, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=projections)
+    return LoraModel(model, config, "default")

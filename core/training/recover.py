@@ -18,7 +18,7 @@ from core.settings.training import TrainingSettings
 from core.training.measures import DivergenceWatch, Measures
 from core.training.objective import Teacher
 from core.training.rows import Rows
-from core.training.state import TrainingProgress, TrainingState, restore_state
+from core.training.state import TrainingProgress, TrainingState, restore_state, trained_parameters
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def recover(
     """Train a pruned model on the phase's slice, in place.
 
     Args:
-        model: Float32 weights, on the device to train on.
+        model: Float32 weights, on the device to train on. Those that require a gradient are trained.
         rows: S packed sequences; S is a multiple of ``settings.global_batch``.
         settings: Batch, learning rate and precision.
         held_out: Rows to measure the loss on, not to train on: before the first step, after the last one, and
@@ -85,11 +85,14 @@ def recover(
     """
     assert settings.precision != "auto", "settled before the run"
     steps = len(rows.input_ids) // settings.global_batch
-    model.train().requires_grad_(True)
+    model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        trained_parameters(model).values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     done = TrainingProgress()
     if resume_from is not None:
