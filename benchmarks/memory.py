@@ -182,7 +182,7 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
         recover(model, Rows(ids, torch.ones_like(ids)), training, first_step=0, total_steps=2)
 
-    return training_footprint(config, training, device="cpu").device_bytes, work
+    return training_footprint(config, None, training, device="cpu").device_bytes, work
 
 
 def _scoring(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:

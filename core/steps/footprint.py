@@ -20,6 +20,7 @@ from core.pruning.scoring.criteria import CRITERIA, squares_bytes
 from core.pruning.scoring.kept_outputs import choose_outputs
 from core.pruning.scoring.layer_inputs import held_bytes, share_out
 from core.pruning.scoring.measurement import device_memory, state_memory
+from core.training.adapters import add_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,38 +67,53 @@ class Footprint:
 
 
 def training_footprint(
-    config: "PreTrainedConfig", settings: "TrainingSettings", *, device: str, stored_bytes: int = 2
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig | None",
+    settings: "TrainingSettings",
+    *,
+    device: str,
+    stored_bytes: int = 2,
 ) -> Footprint:
     """Estimate recovery training.
 
     Args:
         config: Of the model that is trained.
+        dense: Of its teacher, if it has one.
         settings: ``micro_batch`` is not 0.
         device: Type of the device.
         stored_bytes: Bytes a parameter of the checkpoints.
     """
-    params = model_shape(config).num_params()
+    params, autocast = model_shape(config).num_params(), settings.precision == "bfloat16"
+    trained, weights = params, 4 * params
+    if settings.lora_rank:
+        add_adapters(empty := build_empty(config), settings.lora_rank)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        weights += 4 * trained
+    base_params = 0 if dense is None else model_shape(dense).num_params()
     passes = simulate_training(
         config,
         settings.micro_batch,
         settings.sequence_length,
-        autocast=settings.precision == "bfloat16",
+        autocast=autocast,
         checkpointing=settings.gradient_checkpointing,
         device=device,
         accumulate=settings.micro_batch < settings.global_batch,
+        taught=None if dense is None else (settings.distillation_weight, settings.temperature),
+        lora_rank=settings.lora_rank,
     )
-    gradients = 4 * params
+    gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
     carried = 16 if settings.optimizer_state == "carry" else 0  # moments that come, and those that are left
     return Footprint(
         parts={
-            "weights": 4 * params,
-            "optimizer": 8 * params,
+            "weights": weights,
+            **({} if dense is None else {"base model": teacher}),
+            "optimizer": 8 * trained,
             "gradients": gradients,
             "activations and logits": max(0, passes.peak - gradients),
             "libraries": LIBRARIES,
         },
-        host_bytes=4 * params,
-        disk_bytes=(2 * stored_bytes + 12 + carried) * params,
+        host_bytes=max(4 * params, teacher),
+        disk_bytes=stored_bytes * (2 * params + base_params) + (12 + carried) * trained,
     )
 
 

@@ -117,6 +117,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     if training.total_steps:
         needs["recover-train"] = training_footprint(
             smaller,
+            config if training.teacher == "base" else None,
             replace(
                 training,
                 micro_batch=training.micro_batch or 1,

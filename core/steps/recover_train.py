@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
+    from core.model.checkpoint import Checkpoint
     from core.steps.training_plan import TrainingPlan
     from core.training.recover import TrainingReport
     from core.training.state import TrainingProgress
@@ -70,14 +71,23 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     from core.model.checkpoint import Checkpoint, save_model
     from core.steps.formats import written_format
     from core.steps.training_plan import planned_training
+    from core.training.adapters import add_adapters
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     source, data = open_publication(checkpoint_uri), open_publication(data_uri)
     folder = source.fetch(work.scratch / "checkpoint")
     checkpoint = Checkpoint(folder)
-    plan = planned_training(checkpoint.config, run.settings.training, pick_device().type)
+    training, dense = run.settings.training, None
+    if training.teacher == "base":
+        dense = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
+    taught_by = None if dense is None else dense.config
+    plan = planned_training(checkpoint.config, taught_by, training, pick_device().type)
     place = pick_device() if plan.ranks == 1 else "cpu"  # the ranks have the devices
     network = load_model(checkpoint, dtype=torch.float32, device=place)
+    adapters = None
+    if training.lora_rank:
+        torch.manual_seed(run.settings.seed + phase)
+        adapters = add_adapters(network, training.lora_rank)
     belongs_to = {"checkpoint": source.digest, "data": data.digest, "settings": run.settings.digest()}
     before = moments_before(run, phase)
     if before is not None:
@@ -96,7 +106,9 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
         if leaves_moments(run, phase):
             state["hand_on"] = functools.partial(leave_moments, run, phase, network, work.scratch)
         save = functools.partial(states.save, network)
-        trained = _train(run, phase, network, folder, data, plan, work, saving, save, state)
+        trained = _train(run, phase, network, folder, dense, data, plan, work, saving, save, state)
+    if adapters is not None:
+        adapters.merge_and_unload()
     dtype, final = written_format(run, phase, checkpoint, trained=True)
     provenance = provenance_of(run, phase, source.digest, step="recover-train") | final
     save_model(torch.nn.Module.to(network, dtype), work.out, companions=folder, provenance=provenance)
@@ -123,6 +135,7 @@ def _train(
     phase: int,
     network: "PreTrainedModel",
     checkpoint: Path,
+    dense: "Checkpoint | None",
     data: Publication,
     plan: "TrainingPlan",
     work: Workspace,
@@ -136,6 +149,7 @@ def _train(
     from core.data.mixture import slice_name
     from core.model.build import pick_device
     from core.steps.footprint import explaining_memory
+    from core.training.objective import load_teacher
     from core.training.parallel.training import RankJob, recover_by_ranks
     from core.training.recover import recover
     from core.training.rows import read_rows
@@ -156,6 +170,7 @@ def _train(
             device=pick_device().type,
             sharded=plan.sharded,
             checkpoint=checkpoint,
+            base=None if dense is None else dense.directory,
             rows=rows,
             held_out=held_out,
             settings=settings,
@@ -166,13 +181,15 @@ def _train(
             **steps,
         )
         return recover_by_ranks(job, network, **state)
-    torch.manual_seed(run.settings.seed + phase)
     with explaining():
+        teacher = None if dense is None else load_teacher(dense.directory, settings, pick_device())
+        torch.manual_seed(run.settings.seed + phase)
         return recover(
             network,
             read_rows(rows),
             settings,
             held_out=None if held_out is None else read_rows(held_out),
+            teacher=teacher,
             save=save,
             **steps,
             **state,

@@ -41,7 +41,9 @@ class TrainingPlan:
     sharded: bool = False
 
 
-def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", device: str) -> TrainingPlan:
+def planned_training(
+    config: "PreTrainedConfig", dense: "PreTrainedConfig | None", settings: "TrainingSettings", device: str
+) -> TrainingPlan:
     """Choose how to train with the memory that is free; logs what will be taken.
 
     A single rank keeps the optimizer's moments on the device if they fit there, else in host memory. Several
@@ -49,6 +51,7 @@ def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", d
 
     Args:
         config: Of the model that is trained.
+        dense: Of its teacher, if it has one.
         settings: ``micro_batch`` 0 takes the largest divisor of a rank's share of the batch that fits, with a
             fifth of the memory to spare, and that still makes training faster.
         device: Type of the device.
@@ -64,7 +67,10 @@ def planned_training(config: "PreTrainedConfig", settings: "TrainingSettings", d
     wanted = settings.micro_batch or max(1, MOST_TOKENS.get(device, 32768) // settings.sequence_length)
     sizes = [size for size in range(min(wanted, share), 0, -1) if share % size == 0]
 
-    shape, by_settings = model_shape(config), functools.cache(functools.partial(_alone, config, device))
+    shape, by_settings = (
+        model_shape(config),
+        functools.cache(functools.partial(training_footprint, config, dense, device=device)),
+    )
 
     def needed(plan: TrainingPlan) -> Footprint:
         return rank_footprint(by_settings(replace(plan.settings, moments="device")), shape, plan)
@@ -136,10 +142,6 @@ def number_of_ranks(settings: "TrainingSettings", device: str) -> int:
     return ranks
 
 
-def _alone(config: "PreTrainedConfig", device: str, settings: "TrainingSettings") -> Footprint:
-    return training_footprint(config, settings, device=device)
-
-
 def rank_footprint(whole: Footprint, shape: "ModelShape", plan: TrainingPlan) -> Footprint:
     """Return what a rank takes.
 
@@ -171,6 +173,8 @@ def _ways(settings: "TrainingSettings", ranks: int, device: str) -> list[Trainin
     on_device, in_host = (
         TrainingPlan(settings=replace(settings, moments=place), ranks=ranks) for place in ("device", "host")
     )
+    if ranks > 1 and settings.lora_rank:
+        return [on_device]  # what is trained is small
     if ranks > 1:
         sharded = replace(on_device, sharded=True)
         return {"none": [on_device], "full": [sharded], "auto": [on_device, sharded]}[settings.sharding]

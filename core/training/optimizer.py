@@ -1,6 +1,6 @@
 """AdamW for recovery training, whose moments may stay in host memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,18 +8,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from core.settings.training import TrainingSettings
 
 _PART_BYTES = 2**30
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adamw(model: "PreTrainedModel", settings: "TrainingSettings") -> Optimizer:
-    """Return the optimizer of a model's parameters, before its first step."""
+def adamw(parameters: Iterable[Tensor], settings: "TrainingSettings") -> Optimizer:
+    """Return the optimizer of some parameters, before its first step."""
     kind = HostAdamW if settings.moments == "host" else torch.optim.AdamW
-    return kind(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return kind(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def device_of_moments(optimizer: Optimizer, parameter: Tensor) -> torch.device:

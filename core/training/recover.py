@@ -16,10 +16,11 @@ from core.model.loss import final_states, loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
 from core.training.measures import DivergenceWatch, Measures
+from core.training.objective import Teacher
 from core.training.optimizer import adamw
 from core.training.parallel.ranks import ALONE, Ranks
 from core.training.rows import Rows
-from core.training.state import TrainingProgress, TrainingState, restore_state
+from core.training.state import TrainingProgress, TrainingState, restore_state, trained_parameters
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class TrainingReport:
     """The outcome of a phase's training.
 
     Attributes:
-        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step.
+        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step; the loss
+            is what is minimized, with a teacher's share in it.
         series: Name of each other curve to its (global step, value).
         tokens: Tokens that passed through the model.
         trained_tokens: Those that counted in the loss (prompts do not).
@@ -50,6 +52,7 @@ def recover(
     settings: TrainingSettings,
     *,
     held_out: Rows | None = None,
+    teacher: Teacher | None = None,
     first_step: int,
     total_steps: int,
     carry: Callable[[Optimizer], None] | None = None,
@@ -61,11 +64,12 @@ def recover(
     """Train a pruned model on the phase's slice, in place.
 
     Args:
-        model: Float32 weights, on the device to train on.
+        model: Float32 weights, on the device to train on. Those that require a gradient are trained.
         rows: S packed sequences; S is a multiple of ``settings.global_batch``.
         settings: Batch, learning rate and precision.
         held_out: Rows to measure the loss on, not to train on: before the first step, after the last one, and
             in between as the settings say.
+        teacher: What the model also learns from.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
         carry: Gives the optimizer what it starts with; None for moments of zero. Not called if an earlier
@@ -85,10 +89,10 @@ def recover(
     """
     assert settings.precision != "auto", "settled before the run"
     steps = len(rows.input_ids) // settings.global_batch
-    model.train().requires_grad_(True)
+    model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = adamw(model, settings)
+    optimizer = adamw(trained_parameters(model).values(), settings)
     done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
@@ -108,14 +112,13 @@ def recover(
             batch = rows.part(finished * settings.global_batch, settings.global_batch)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             place = f"step {step + 1} of {total_steps}"
-            values = _train_step(model, optimizer, batch, settings, ranks, place)
+            values = _train_step(model, teacher, optimizer, batch, settings, ranks, place)
             measures.add_step(step, values, batch=batch, rate=rate, seconds=time.monotonic() - began)
             finished += 1
             if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
                 measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings)})
             watch.see(step, values["loss"])
-            note = f"step {step + 1} of {total_steps}, loss {values['loss']:.3f}, lr {rate:.2g}"
-            progress.add(batch_tokens, note)
+            progress.add(batch_tokens, f"{place}, loss {values['loss']:.3f}, lr {rate:.2g}")
             # What is saved is from before the loss began to rise.
             if save is not None and finished < steps and not watch.steps_above:
                 save(optimizer, measures.progress(time.monotonic() - started))
@@ -133,6 +136,7 @@ def recover(
 
 def _train_step(
     model: PreTrainedModel,
+    teacher: Teacher | None,
     optimizer: Optimizer,
     batch: Rows,
     settings: TrainingSettings,
@@ -140,7 +144,7 @@ def _train_step(
     place: str,
 ) -> dict[str, float]:
     """Take one optimizer step and return what it has measured; ``place`` says which step, for an error."""
-    measured = _accumulate(model, batch, settings, ranks)
+    measured = _accumulate(model, teacher, batch, settings, ranks)
     limit = settings.max_grad_norm or math.inf
     measured["gradient_norm"] = ranks.clip_gradients(model.parameters(), limit)
     # Here alone the step waits for the device.
@@ -179,7 +183,7 @@ def _set_learning_rate(
 
 
 def _accumulate(
-    model: PreTrainedModel, batch: Rows, settings: TrainingSettings, ranks: Ranks
+    model: PreTrainedModel, teacher: Teacher | None, batch: Rows, settings: TrainingSettings, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of this rank's part of a global batch.
 
@@ -192,8 +196,12 @@ def _accumulate(
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for part in ranks.share(batch).micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
+            # The teacher goes first, as the activations of the model stay.
+            lesson = None if teacher is None else teacher.lesson(part.ids, part.positions)
             states = final_states(model, part.ids, part.positions)
-            loss, gradient = loss_gradient(model, states, part.ids, scale=1 / counted, trained=part.trained)
+            loss, gradient = loss_gradient(
+                model, states, part.ids, scale=1 / counted, trained=part.trained, lesson=lesson
+            )
         states.backward(gradient)
         total += loss
     return {"loss": ranks.total(total) / counted}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -73,12 +74,12 @@ def write_state(
     *,
     belongs_to: Mapping[str, str],
 ) -> TrainingState:
-    """Write the state between two optimizer steps: 12 bytes per parameter.
+    """Write the state between two optimizer steps: 12 bytes per trained parameter.
 
     Args:
         directory: Where it goes; created if missing.
-        model: Its parameters are written, tied ones once.
-        optimizer: AdamW over the model's parameters.
+        model: Its trained parameters are written, tied ones once.
+        optimizer: AdamW over them.
         progress: What has been done.
         belongs_to: The inputs of the training, such as the digest of its data.
 
@@ -109,9 +110,14 @@ def write_progress(
     (directory / STATE).write_text(json.dumps(content | {"belongs_to": dict(belongs_to)}))
 
 
+def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
+    """Return the parameters that are trained, by name, tied ones once: those that require a gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a state by their names in it; sharded ones as they are."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         yield f"{_WEIGHT}.{name}", parameter.detach()
         moments = optimizer.state.get(parameter, {})
         yield from ((f"{moment}.{name}", moments[moment]) for moment in MOMENTS if moment in moments)
@@ -184,7 +190,7 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
         CheckpointError: If it does not, or a shard cannot be read.
     """
     wanted = {f"{_RNG}.{name}": _like(random) for name, random in _random_states(model).items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         like = _like(parameter)
         wanted |= {f"{_WEIGHT}.{name}": like, f"exp_avg.{name}": like, f"exp_avg_sq.{name}": like}
         wanted[f"step.{name}"] = [], _DTYPES[torch.float32]

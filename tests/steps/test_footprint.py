@@ -37,7 +37,7 @@ EVALUATION = EvaluationSettings(perplexity=TextSource(path="texts.txt"), precisi
 
 def training_bytes(**changes):
     settings = dataclasses.replace(TRAINING, **changes)
-    return training_footprint(CONFIG, settings, device="cpu").device_bytes
+    return training_footprint(CONFIG, None, settings, device="cpu").device_bytes
 
 
 @pytest.fixture

@@ -19,12 +19,14 @@ AUTO = dataclasses.replace(TRAINING, moments="auto")
 
 
 def training_bytes(**changes):
-    return training_footprint(CONFIG, dataclasses.replace(TRAINING, **changes), device="cpu").device_bytes
+    return training_footprint(
+        CONFIG, None, dataclasses.replace(TRAINING, **changes), device="cpu"
+    ).device_bytes
 
 
 def rank_parts(**changes):
     plan = dataclasses.replace(TrainingPlan(settings=TRAINING), **changes)
-    whole = training_footprint(CONFIG, plan.settings, device="cuda")
+    whole = training_footprint(CONFIG, None, plan.settings, device="cuda")
     return rank_footprint(whole, model_shape(CONFIG), plan)
 
 
@@ -51,7 +53,7 @@ def gpus(monkeypatch):
 def test_a_step_that_fits_tells_what_it_takes(free, caplog):
     free(64e9)
     with caplog.at_level(logging.INFO):
-        assert planned_training(CONFIG, TRAINING, "cpu").settings == TRAINING
+        assert planned_training(CONFIG, None, TRAINING, "cpu").settings == TRAINING
     assert "recover-train needs about 0.1 GB" in caplog.text
     assert "64.0 GB is free on this machine" in caplog.text
 
@@ -60,13 +62,13 @@ def test_a_step_that_fits_tells_what_it_takes(free, caplog):
 def test_micro_batch_0_takes_the_largest_that_fits(wanted, free):
     free(training_bytes(micro_batch=wanted) / 0.8 + 1)
     auto = dataclasses.replace(TRAINING, micro_batch=0)
-    assert planned_training(CONFIG, auto, "cpu").settings.micro_batch == wanted
+    assert planned_training(CONFIG, None, auto, "cpu").settings.micro_batch == wanted
 
 
 def test_micro_batch_0_takes_no_more_than_helps(free):
     free(64e9)
     auto = dataclasses.replace(TRAINING, micro_batch=0, sequence_length=1024)
-    assert planned_training(CONFIG, auto, "cpu").settings.micro_batch == 4
+    assert planned_training(CONFIG, None, auto, "cpu").settings.micro_batch == 4
 
 
 def test_training_that_cannot_fit_is_refused_with_settings_that_do(free):
@@ -74,42 +76,42 @@ def test_training_that_cannot_fit_is_refused_with_settings_that_do(free):
     big = dataclasses.replace(TRAINING, micro_batch=12, sequence_length=64)
     monstrous = dataclasses.replace(big, global_batch=1200, micro_batch=1200)
     with pytest.raises(OutOfMemoryError, match=r"recover-train needs about .* is free") as caught:
-        planned_training(CONFIG, monstrous, "cpu")
+        planned_training(CONFIG, None, monstrous, "cpu")
     assert "Set training.micro_batch=" in str(caught.value)
     named = int(str(caught.value).partition("training.micro_batch=")[2].partition(":")[0].partition(",")[0])
-    planned_training(CONFIG, dataclasses.replace(monstrous, micro_batch=named), "cpu")
+    planned_training(CONFIG, None, dataclasses.replace(monstrous, micro_batch=named), "cpu")
 
 
 def test_training_that_fits_only_with_checkpointing_is_told_so(free):
     long = dataclasses.replace(TRAINING, sequence_length=16384, global_batch=1, micro_batch=1)
     frugal = dataclasses.replace(long, gradient_checkpointing=True)
-    free(training_footprint(CONFIG, frugal, device="cpu").device_bytes)
+    free(training_footprint(CONFIG, None, frugal, device="cpu").device_bytes)
     told = r"Set training\.micro_batch=1, training\.gradient_checkpointing=true: it takes"
     with pytest.raises(OutOfMemoryError, match=told):
-        planned_training(CONFIG, long, "cpu")
-    assert planned_training(CONFIG, frugal, "cpu").settings == frugal
+        planned_training(CONFIG, None, long, "cpu")
+    assert planned_training(CONFIG, None, frugal, "cpu").settings == frugal
 
 
 def test_training_beyond_any_setting_says_so(free):
     free(10_000)
     with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
-        planned_training(CONFIG, TRAINING, "cpu")
+        planned_training(CONFIG, None, TRAINING, "cpu")
 
 
 def test_a_step_is_refused_where_85_percent_of_its_estimate_is_not_free(free):
     needed = training_bytes()
     free(0.85 * needed + 1)
-    assert planned_training(CONFIG, TRAINING, "cpu").settings == TRAINING
+    assert planned_training(CONFIG, None, TRAINING, "cpu").settings == TRAINING
     free(0.85 * needed - 1)
     with pytest.raises(OutOfMemoryError):
-        planned_training(CONFIG, TRAINING, "cpu")
+        planned_training(CONFIG, None, TRAINING, "cpu")
 
 
 def test_all_gpus_train_and_each_holds_all_weights_if_they_fit(free, gpus, caplog):
     gpus(4)
     caplog.set_level(logging.INFO)
     free(80e9)
-    plan = planned_training(CONFIG, AUTO, "cuda")
+    plan = planned_training(CONFIG, None, AUTO, "cuda")
     assert (plan.ranks, plan.sharded, plan.settings.micro_batch) == (4, False, 3)  # of 12 sequences
     assert "4 ranks, 3 sequences at once on each; each holds all weights: they fit" in caplog.text
 
@@ -126,13 +128,13 @@ def test_weights_are_shared_out_where_they_do_not_fit_whole(free, gpus, caplog):
     ]
     assert sizes[1] < sizes[0]
     free(TOLERANCE * sizes[0] - 1)
-    assert planned_training(CONFIG, settings, "cuda").sharded
+    assert planned_training(CONFIG, None, settings, "cuda").sharded
     assert "shared out (FSDP2): whole, it would take 0.1 GB of 0.1 GB" in caplog.text
     told = dataclasses.replace(settings, sharding="none")
     with pytest.raises(OutOfMemoryError):
-        planned_training(CONFIG, dataclasses.replace(told, micro_batch=3), "cuda")
+        planned_training(CONFIG, None, dataclasses.replace(told, micro_batch=3), "cuda")
     free(80e9)
-    assert planned_training(CONFIG, dataclasses.replace(settings, sharding="full"), "cuda").sharded
+    assert planned_training(CONFIG, None, dataclasses.replace(settings, sharding="full"), "cuda").sharded
 
 
 def test_ranks_share_out_what_grows_with_the_parameters():
@@ -147,17 +149,17 @@ def test_moments_go_to_the_host_where_one_gpu_has_no_room(free, gpus, caplog):
     caplog.set_level(logging.INFO)
     on_device = training_bytes()
     free(TOLERANCE * on_device + 1)
-    assert planned_training(CONFIG, AUTO, "cuda").settings.moments == "device"
+    assert planned_training(CONFIG, None, AUTO, "cuda").settings.moments == "device"
     free(TOLERANCE * on_device - 1, host=64e9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_plan, "_PASSING", 1000)  # as it would be of a large model
-        assert planned_training(CONFIG, AUTO, "cuda").settings.moments == "host"
+        assert planned_training(CONFIG, None, AUTO, "cuda").settings.moments == "host"
         assert "1 ranks, 6 sequences at once on each; the optimizer's moments stay in host" in caplog.text
         with pytest.raises(OutOfMemoryError):
-            planned_training(CONFIG, TRAINING, "cuda")
+            planned_training(CONFIG, None, TRAINING, "cuda")
         free(TOLERANCE * on_device - 1, host=1000)
         with pytest.raises(OutOfMemoryError):
-            planned_training(CONFIG, AUTO, "cuda")
+            planned_training(CONFIG, None, AUTO, "cuda")
 
 
 def test_what_fits_on_no_gpu_names_the_number_that_it_fits_on(free, gpus, monkeypatch):
@@ -169,16 +171,16 @@ def test_what_fits_on_no_gpu_names_the_number_that_it_fits_on(free, gpus, monkey
     free(on_three.device_bytes, host=0)
     told = r"Set cluster\.components\.recover-train\.gpus=3, training\.gradient_checkpointing=true, training"
     with pytest.raises(OutOfMemoryError, match=told):
-        planned_training(CONFIG, dataclasses.replace(AUTO, micro_batch=1), "cuda")
+        planned_training(CONFIG, None, dataclasses.replace(AUTO, micro_batch=1), "cuda")
 
 
 def test_gpus_that_cannot_have_equal_parts_stay_idle(free, gpus, caplog):
     free(80e9)
     gpus(5)
-    assert planned_training(CONFIG, AUTO, "cuda").ranks == 4
+    assert planned_training(CONFIG, None, AUTO, "cuda").ranks == 4
     assert "4 of 5 GPUs train" in caplog.text
     with pytest.raises(SettingsError, match=r"training\.ranks=6, but the task has 5 GPUs"):
-        planned_training(CONFIG, dataclasses.replace(AUTO, ranks=6), "cuda")
+        planned_training(CONFIG, None, dataclasses.replace(AUTO, ranks=6), "cuda")
     with pytest.raises(SettingsError, match=r"ranks=5 must divide global_batch=12"):
         dataclasses.replace(AUTO, ranks=5)
 
@@ -186,8 +188,8 @@ def test_gpus_that_cannot_have_equal_parts_stay_idle(free, gpus, caplog):
 def test_ranks_on_the_cpu_share_its_memory(free):
     free(3 * training_bytes(micro_batch=4))
     three = dataclasses.replace(AUTO, ranks=3)
-    plan = planned_training(CONFIG, three, "cpu")
+    plan = planned_training(CONFIG, None, three, "cpu")
     assert (plan.ranks, plan.settings.micro_batch) == (3, 4)
     free(TOLERANCE * training_bytes(micro_batch=4) * 2)
     with pytest.raises(OutOfMemoryError):
-        planned_training(CONFIG, dataclasses.replace(three, sharding="none"), "cpu")
+        planned_training(CONFIG, None, dataclasses.replace(three, sharding="none"), "cpu")

@@ -48,7 +48,7 @@ def test_a_parameter_is_in_one_part_and_parts_are_small():
 
 def test_moments_of_the_host_are_saved_and_restored_there(tmp_path):
     model = tiny("llama", dtype=torch.float32)
-    optimizer = adamw(model, training_settings(moments="host"))
+    optimizer = adamw(model.parameters(), training_settings(moments="host"))
     model(random_tokens()).logits.sum().backward()
     optimizer.step()
     from core.training.state import TrainingProgress
@@ -56,7 +56,7 @@ def test_moments_of_the_host_are_saved_and_restored_there(tmp_path):
     progress = TrainingProgress(losses=[(0, 1.0, 0.1)])
     state = write_state(tmp_path / "state", model, optimizer, progress, belongs_to={})
     check_fits(read_state(state.directory), model)
-    other = adamw(model, training_settings(moments="host"))
+    other = adamw(model.parameters(), training_settings(moments="host"))
     restore_state(state, model, other)
     for parameter in model.parameters():
         for name, moment in optimizer.state[parameter].items():

@@ -68,6 +68,7 @@ def job_of(folder, uri, ranks, explaining=contextlib.nullcontext):
         device="cpu",
         sharded=True,
         checkpoint=folder.parent / "checkpoint",
+        base=None,
         rows=folder.parent / "rows.safetensors",
         held_out=folder.parent / "held-out.safetensors",
         settings=SETTINGS,

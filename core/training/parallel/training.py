@@ -11,6 +11,8 @@ import torch
 
 from core.model.build import load_model
 from core.settings.training import TrainingSettings
+from core.training.adapters import add_adapters
+from core.training.objective import load_teacher
 from core.training.optimizer import adamw
 from core.training.parallel.launch import run_ranks
 from core.training.parallel.ranks import Ranks
@@ -19,7 +21,13 @@ from core.training.parallel.states import RankStates, write_whole
 from core.training.recover import TrainingReport, recover
 from core.training.resume import SavedStates
 from core.training.rows import read_rows
-from core.training.state import TrainingProgress, TrainingState, restore_state, write_state
+from core.training.state import (
+    TrainingProgress,
+    TrainingState,
+    restore_state,
+    trained_parameters,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -35,6 +43,7 @@ class RankJob:
         device: Type of the device.
         sharded: Whether weights, gradients and moments are shared out.
         checkpoint: Folder of the model.
+        base: Folder of the model that teaches; None without a teacher.
         rows: File of the phase's slice of the mixture.
         held_out: File of the rows to measure the loss on; None for none.
         settings: As for ``recover``, with what a rank takes at once as ``micro_batch``.
@@ -50,6 +59,7 @@ class RankJob:
     device: str
     sharded: bool
     checkpoint: Path
+    base: Path | None
     rows: Path
     held_out: Path | None
     settings: TrainingSettings
@@ -83,7 +93,7 @@ def recover_by_ranks(
     Raises:
         TrainingError: As ``recover``, or if a rank ends before it is done.
     """
-    optimizer = adamw(model, job.settings)
+    optimizer = adamw(trained_parameters(model).values(), job.settings)
     torch.manual_seed(job.seed)
     if resume_from is None and carry is not None:
         carry(optimizer)
@@ -114,11 +124,15 @@ def _train_explained(
 ) -> tuple[TrainingReport, int]:
     device = torch.device(job.device, rank) if job.device == "cuda" else torch.device(job.device)
     model = load_model(job.checkpoint)  # as it is stored: the ranks share the pages of its files
+    if job.settings.lora_rank:
+        torch.manual_seed(job.seed)
+        add_adapters(model, job.settings.lora_rank)
     root = None
     if job.sharded:
         root = shard(model, device, job.ranks, bfloat16=job.settings.precision == "bfloat16")
     else:
         torch.nn.Module.to(model, device, torch.float32)
+    teacher = None if job.base is None else load_teacher(job.base, job.settings, device)
     torch.manual_seed(job.seed)
     files: list[int] = []
 
@@ -141,6 +155,7 @@ def _train_explained(
         read_rows(job.rows),
         job.settings,
         held_out=None if job.held_out is None else read_rows(job.held_out),
+        teacher=teacher,
         first_step=job.first_step,
         total_steps=job.total_steps,
         resume_from=resume_from,
