@@ -150,7 +150,12 @@ def rank_footprint(whole: Footprint, shape: "ModelShape", plan: TrainingPlan) ->
         shape: The model's.
         plan: The plan.
     """
-    parts, host_bytes = dict(whole.parts), whole.host_bytes
+    parts, host_bytes, disk_bytes = dict(whole.parts), whole.host_bytes, whole.disk_bytes
+    if plan.ranks > 1:
+        if plan.settings.optimizer_state == "carry":
+            host_bytes += parts["optimizer"]  # of the process that starts the ranks, as are the weights
+        # What the ranks hand back, and the state that they resume from once it is put together.
+        disk_bytes += 2 * (parts["weights"] + parts["optimizer"])
     if plan.settings.moments == "host":
         host_bytes = max(host_bytes, parts["optimizer"])
         parts["optimizer"] = min(parts["optimizer"], _PASSING)
@@ -165,7 +170,7 @@ def rank_footprint(whole: Footprint, shape: "ModelShape", plan: TrainingPlan) ->
         if bfloat16:  # copies for autocast, which are let go with each layer
             kept = 2 * (shape.num_params() - shape.outside_params)
             parts["activations and logits"] = max(0, parts["activations and logits"] - kept)
-    return replace(whole, parts=parts, host_bytes=host_bytes)
+    return replace(whole, parts=parts, host_bytes=host_bytes, disk_bytes=disk_bytes)
 
 
 def _ways(settings: "TrainingSettings", ranks: int, device: str) -> list[TrainingPlan]:
