@@ -64,6 +64,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings: Of the run. ``auto`` precision counts as bfloat16 on accelerators, else as float32; a
             micro-batch or batch of 0 as 1.
     """
+    from core.model.build import model_shape
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
     from core.steps.prune_footprint import distillation_footprint, repair_footprint
     from core.steps.searching import search_footprint

@@ -99,11 +99,10 @@ class RankStates:
         if self._under_way is not None:
             self._under_way.exception()
         tensors = dict(state_tensors(model, optimizer))
-        if self._states is None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
         writer = dcp.HuggingFaceStorageWriter(
             str(self._folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
         )
+        tensors = _share(tensors)
         saved = {"storage_writer": writer, "process_group": self._group}
         if decision == _SAVE:
             written = dcp.async_save(tensors, **saved)
@@ -143,6 +142,16 @@ def _files(tensors: "Mapping[str, Tensor]") -> dict[str, int]:
         files[name] = 1 + size // (_PART_BYTES * dist.get_world_size())
         size += tensor.nbytes
     return files
+
+
+def _share(tensors: "Mapping[str, Tensor]") -> dict[str, Tensor]:
+    """Return what this rank writes: of tensors that all have whole, each is written, and copied, by one."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return {
+        name: tensor
+        for number, (name, tensor) in enumerate(tensors.items())
+        if isinstance(tensor, DTensor) or rank == (0 if name.startswith("rng.") else number % size)
+    }
 
 
 def merged(directory: Path, to: Path) -> Path:
