@@ -305,7 +305,7 @@ def _draw_accuracy(ax: "Axes", record: RunRecord) -> None:
 
 @_styled()
 def training_figure(record: RunRecord) -> "Figure | None":
-    """Draw training loss and learning rate against the global step; None if nothing was trained."""
+    """Draw losses and learning rate against the global step; None if nothing was trained."""
     points = [point for phase in record.phases for point in phase.losses]
     if not points:
         return None
@@ -322,14 +322,17 @@ def training_figure(record: RunRecord) -> "Figure | None":
             means = [sum(part) / len(part) for part in parts]
             above.plot(steps, means, color=_KEPT, linewidth=1.8, label=f"mean of {window} steps")
         else:
-            above.plot(steps, losses, "o-", color=_KEPT, markersize=3)
-    if many:
-        figure.legend(handles=above.get_lines()[:2], loc="outside upper right", ncols=2)
+            above.plot(steps, losses, "o-", color=_KEPT, markersize=3, label="trained on")
+        if phase.held_out:
+            above.plot(*zip(*phase.held_out, strict=True), "s--", color=_GONE, markersize=3, label="held out")
+    kinds = {line.get_label(): line for line in above.get_lines()}
+    if len(kinds) > 1:
+        figure.legend(handles=list(kinds.values()), loc="outside upper right", ncols=len(kinds))
     steps = [step for step, _, _ in points]
     below.plot(steps, [rate for _, _, rate in points], color=_RATE)
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.set_ylim(bottom=0)
-    above.set_ylabel("training loss")
+    above.set_ylabel("loss" if "held out" in kinds else "training loss")
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step, over all phases")
     _mark_phases((above, below), [p for p in record.phases if p.losses], steps[-1] - steps[0])

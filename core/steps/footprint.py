@@ -103,6 +103,7 @@ def training_footprint(
         lora_rank=settings.lora_rank,
     )
     gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
+    carried = 16 if settings.optimizer_state == "carry" else 0  # moments that come, and those that are left
     return Footprint(
         parts={
             "weights": weights,
@@ -113,7 +114,7 @@ def training_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
-        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained,
+        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained + carried * params,
     )
 
 

@@ -103,9 +103,13 @@ def load_moments(
     """
     parameters = dict(model.named_parameters())
     names = [name.removeprefix("step.") for name in stored if name.startswith("step.")]
+
+    def reader_of(moment: str) -> Callable[[str], Tensor]:
+        return lambda name: stored[f"{moment}.{name}"]
+
     for moment in ("exp_avg", "exp_avg_sq"):
         found = set()
-        for name, before, tensor in cut(names, lambda name, moment=moment: stored[f"{moment}.{name}"]):
+        for name, before, tensor in cut(names, reader_of(moment)):
             found.add(name)
             parameter = parameters.get(name)
             if parameter is None or tensor.shape != parameter.shape:
