@@ -113,7 +113,7 @@ def training_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
-        disk_bytes=stored_bytes * (2 * params + base_params) + (12 + carried) * trained,
+        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained + carried * params,
     )
 
 

@@ -71,7 +71,7 @@ class Measures:
         self.trained_tokens += counted
         flops = step_flops(self._model, batch.input_ids.shape, counted) / seconds
         points = {name: value for name, value in values.items() if name != "loss"} | {
-            "tokens_per_s": tokens / seconds,
+            "step_tokens_per_s": tokens / seconds,
             "peak_memory_bytes": peak_bytes(self._model.device),
             "model_flops_per_s": flops,
         }

@@ -54,12 +54,12 @@ def test_each_step_has_a_point_of_each_curve():
     tokens = random_tokens(rows=12)
     rows = Rows(tokens, some_trained(tokens))
     report = train(tiny("llama", UNEQUAL), rows, first_step=7)
-    names = ("gradient_norm", "tokens_per_s", "peak_memory_bytes", "model_flops_per_s")
+    names = ("gradient_norm", "step_tokens_per_s", "peak_memory_bytes", "model_flops_per_s")
     assert sorted(report.series) == sorted(names), "no utilisation on a CPU, whose peak is not known"
     for points in report.series.values():
         assert [step for step, _ in points] == [7, 8, 9]
         assert all(value > 0 for _, value in points)
-    rates, flops = report.series["tokens_per_s"], report.series["model_flops_per_s"]
+    rates, flops = report.series["step_tokens_per_s"], report.series["model_flops_per_s"]
     for number, ((_, rate), (_, found)) in enumerate(zip(rates, flops, strict=True)):
         counted = rows.part(4 * number, 4).trained_tokens
         a_step = step_flops(tiny("llama", UNEQUAL), (4, 12), counted)
