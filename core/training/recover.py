@@ -122,6 +122,7 @@ def recover(
             # What is saved is from before the loss began to rise.
             if save is not None and finished < steps and not watch.steps_above:
                 save(optimizer, measures.progress(time.monotonic() - started))
+    seconds = time.monotonic() - started
     if hand_on is not None:
         hand_on(optimizer)
     model.eval()
@@ -130,7 +131,7 @@ def recover(
         series=measures.series,
         tokens=tokens,
         trained_tokens=measures.trained_tokens,
-        tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
+        tokens_per_s=tokens / max(seconds, 1e-9),
     )
 
 
