@@ -36,9 +36,9 @@ def rows():
     return Rows(tokens, mask, starts)
 
 
-def train(ranks, family, **changes):
+def train(ranks, family, dtype=torch.float64, **changes):
     """Train a tiny model and return the losses, the norms and the weights."""
-    model = tiny(family, UNEQUAL)
+    model = tiny(family, UNEQUAL, dtype=dtype)
     if ranks.sharded:
         shard(model, CPU, ranks.size, bfloat16=changes.get("precision") == "bfloat16")
     norms = []
@@ -65,7 +65,10 @@ CASES = [
     ("llama", {}),
     ("llama-tied", {"gradient_checkpointing": True}),
     ("gemma2", {"max_grad_norm": 0}),
+    ("llama-tied", {"dtype": torch.float32}),
+    ("llama", {"dtype": torch.float32, "precision": "bfloat16"}),
 ]
+TOLERANCES = [1e-12, 1e-12, 1e-12, 1e-5, 1e-2]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +80,12 @@ def alone():
 def test_losses_norms_and_weights_are_those_of_one_process(alone, size, sharded):
     work = functools.partial(train_all, size=size, sharded=sharded, cases=CASES)
     found = run_ranks(work, size, "cpu", method="forkserver")
-    for got, of_one in zip(found, alone, strict=True):
+    for got, of_one, tolerance in zip(found, alone, TOLERANCES, strict=True):
         (losses, norms, weights, tokens), (expected, wanted_norms, wanted, counted) = got, of_one
-        assert losses == pytest.approx(expected, rel=1e-12)
-        assert norms == pytest.approx(wanted_norms, rel=1e-12)
-        assert weights == pytest.approx(wanted, rel=1e-8, abs=1e-11)
+        assert losses == pytest.approx(expected, rel=tolerance)
+        assert norms == pytest.approx(wanted_norms, rel=10 * tolerance)
+        if (
+            tolerance < 1e-9
+        ):  # Adam's first steps have the size of the learning rate, whatever a gradient's is
+            assert weights == pytest.approx(wanted, rel=1e-8, abs=1e-11)
         assert tokens == counted

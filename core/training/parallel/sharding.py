@@ -61,6 +61,7 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is normalised by the tokens of all ranks
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     # The decoder is called by the model's own head, too, with its forward replaced on the instance
     # (core/model/loss.py): a class of its own lets that pass by, where FSDP2's hooks would not.
