@@ -87,10 +87,11 @@ def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
     open_: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
     deadline = None
     while open_ and (deadline is None or time.monotonic() < deadline):
-        for connection in wait(list(open_), timeout=None if deadline is None else 1.0):
+        ready: list[Any] = wait(list(open_), timeout=None if deadline is None else 1.0)
+        for connection in ready:
             rank = open_[connection]
             try:
-                message = connection.recv()  # type: ignore[union-attr]
+                message = connection.recv()
             except (EOFError, OSError):  # or in the middle of a message
                 del open_[connection]
                 ended.append(rank)
