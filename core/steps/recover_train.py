@@ -19,7 +19,6 @@ from core.training.resume import SavedStates, remove_states
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from core.model.checkpoint import Checkpoint
     from core.training.objective import Teacher
     from core.training.recover import TrainingReport
     from core.training.state import TrainingState
@@ -71,6 +70,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     from core.steps.footprint import explaining_memory, planned_training
     from core.steps.formats import written_format
     from core.training.adapters import add_adapters
+    from core.training.objective import Teacher
 
     warn_if_emulated("training", run.settings.training.precision, pick_device())
     source, data = open_publication(checkpoint_uri), open_publication(data_uri)
@@ -90,7 +90,7 @@ def _compute(run: Run, phase: int, checkpoint_uri: str, data_uri: str, work: Wor
     before = moments_before(run, phase)
     if before is not None:
         belongs_to["moments"] = before.digest
-    teacher = None if dense is None else _teacher(dense, settings)
+    teacher = None if dense is None else Teacher.load(dense, settings, pick_device())
     with SavedStates(
         _states_uri(run, phase),
         work.scratch / "states",
@@ -128,18 +128,6 @@ def _track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
     child.log_series("learning_rate", [(step, rate) for step, _, rate in losses])
     for name, points in report.get("series", {}).items():
         child.log_series(name, [(step, value) for step, value in points])
-
-
-def _teacher(dense: "Checkpoint", settings: TrainingSettings) -> "Teacher":
-    """Return the dense base model as a teacher, in the precision of the training."""
-    from core.model.build import dtype_of, load_model, pick_device
-    from core.training.objective import Teacher
-
-    return Teacher(
-        model=load_model(dense, dtype=dtype_of(settings.precision), device=pick_device()),
-        weight=settings.distillation_weight,
-        temperature=settings.temperature,
-    )
 
 
 def _train(

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from core.model.build import dtype_of, load_model
+from core.model.checkpoint import Checkpoint
 from core.model.loss import Lesson, final_states
+from core.settings.training import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +28,15 @@ class Teacher:
     model: "PreTrainedModel"
     weight: float
     temperature: float
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, settings: TrainingSettings, device: torch.device) -> "Teacher":
+        """Load a teacher in the precision of a training."""
+        return cls(
+            model=load_model(checkpoint, dtype=dtype_of(settings.precision), device=device),
+            weight=settings.distillation_weight,
+            temperature=settings.temperature,
+        )
 
     @torch.no_grad()
     def lesson(self, ids: Tensor, positions: Tensor | None) -> Lesson:
