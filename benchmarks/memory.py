@@ -178,7 +178,7 @@ def _work(step: str, number: int, folder: Path) -> dict[str, int]:
 
 def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
     from core.training.adapters import add_adapters
-    from core.training.objective import Teacher
+    from core.training.objective import load_teacher
     from core.training.recover import recover
     from core.training.rows import Rows
 
@@ -193,7 +193,7 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
         model = load_model(Checkpoint(folder), dtype=torch.float32)
         if training.lora_rank:
             add_adapters(model, training.lora_rank)
-        teacher = Teacher.load(Checkpoint(folder), training, model.device) if taught else None
+        teacher = load_teacher(folder, training, model.device) if taught else None
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
         rows = Rows(ids, torch.ones_like(ids))
         recover(model, rows, training, teacher=teacher, first_step=0, total_steps=2)

@@ -59,6 +59,15 @@ class TrainingSettings:
     precision: Precision = "auto"
     """Arithmetic of the forward and backward pass (autocast); weights and optimizer state stay float32.
     ``auto``: see ``calibration.precision``."""
+    ranks: int = field(default=0, metadata=HOW)
+    """Processes that train together, one a GPU; their number divides ``global_batch``. 0 takes as many as the
+    task has GPUs, and 1 on a CPU."""
+    sharding: Literal["auto", "none", "full"] = field(default="auto", metadata=HOW)
+    """What each of several ranks holds. ``none``: all weights, gradients and moments; ``full``: its part of
+    them (FSDP2); ``auto``: all of them if they fit."""
+    moments: Literal["auto", "device", "host"] = field(default="auto", metadata=HOW)
+    """Where a single rank keeps AdamW's moments, 8 bytes a parameter: on the GPU, or in host memory, from
+    where they pass through the GPU at each step. ``auto``: on the GPU if they fit."""
     gradient_checkpointing: bool = field(default=False, metadata=HOW)
     """Recompute activations in the backward pass: less memory, about a third slower."""
     save_every: str = field(default="10min", metadata=HOW)
@@ -114,6 +123,12 @@ class TrainingSettings:
                     yield f"{name}={value:g} needs a teacher. Set teacher to base, or leave {name} out."
         if self.warmup_share + self.decay_share > 1:
             yield "warmup_share + decay_share exceed 1. Lower one of them."
+        yield from in_range("ranks", self.ranks, 0, 1024)
+        if self.ranks and self.global_batch % self.ranks:
+            yield (
+                f"ranks={self.ranks} must divide global_batch={self.global_batch}: all train on equal parts. "
+                "Change one."
+            )
         if self.micro_batch and self.global_batch % self.micro_batch:
             yield (
                 f"global_batch={self.global_batch} must be a multiple of micro_batch={self.micro_batch}. "

@@ -42,15 +42,17 @@ class Measures:
         trained_tokens: Tokens that counted in the loss.
     """
 
-    def __init__(self, model: PreTrainedModel, done: TrainingProgress, *, precision: str) -> None:
-        """Go on where an earlier attempt has stopped."""
+    def __init__(
+        self, model: PreTrainedModel, done: TrainingProgress, *, precision: str, ranks: int = 1
+    ) -> None:
+        """Go on where an earlier attempt has stopped; ``ranks`` accelerators do the work."""
         self.losses = list(done.losses)
         self.series = {name: list(points) for name, points in done.series.items()}
         self.trained_tokens = done.trained_tokens
         self._model = model
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
         known = [flops for part, flops in _BFLOAT16_FLOPS.items() if part in name]
-        self._peak_flops = known[0] if known and precision == "bfloat16" else None
+        self._peak_flops = ranks * known[0] if known and precision == "bfloat16" else None
 
     def add_step(
         self, step: int, values: Mapping[str, float], *, batch: Rows, rate: float, seconds: float

@@ -17,6 +17,8 @@ from core.progress import Progress
 from core.settings.training import TrainingSettings
 from core.training.measures import DivergenceWatch, Measures
 from core.training.objective import Teacher
+from core.training.optimizer import adamw
+from core.training.parallel.ranks import ALONE, Ranks
 from core.training.rows import Rows
 from core.training.state import TrainingProgress, TrainingState, restore_state, trained_parameters
 from core.training.wsd import wsd_learning_rate
@@ -57,6 +59,7 @@ def recover(
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
     hand_on: Callable[[Optimizer], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
 
@@ -75,6 +78,7 @@ def recover(
             stopped.
         save: Called between steps; decides by itself whether to write the state.
         hand_on: Called when all steps are done.
+        ranks: Who trains together. All are given the same, and report the same losses.
 
     Returns:
         Curves and rates.
@@ -88,19 +92,15 @@ def recover(
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        trained_parameters(model).values(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = adamw(trained_parameters(model).values(), settings)
     done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
-        log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+        if done.losses:
+            log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
     elif carry is not None:
         carry(optimizer)
-    measures = Measures(model, done, precision=settings.precision)
+    measures = Measures(model, done, precision=settings.precision, ranks=ranks.size)
     watch = DivergenceWatch(settings.max_loss_rise, done.losses)
     batch_tokens = settings.global_batch * rows.input_ids.shape[1]
     tokens, started = steps * batch_tokens, time.monotonic() - done.seconds
@@ -112,7 +112,7 @@ def recover(
             batch = rows.part(finished * settings.global_batch, settings.global_batch)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             place = f"step {step + 1} of {total_steps}"
-            values = _train_step(model, teacher, optimizer, batch, settings, place)
+            values = _train_step(model, teacher, optimizer, batch, settings, ranks, place)
             measures.add_step(step, values, batch=batch, rate=rate, seconds=time.monotonic() - began)
             finished += 1
             if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
@@ -122,6 +122,7 @@ def recover(
             # What is saved is from before the loss began to rise.
             if save is not None and finished < steps and not watch.steps_above:
                 save(optimizer, measures.progress(time.monotonic() - started))
+    seconds = time.monotonic() - started
     if hand_on is not None:
         hand_on(optimizer)
     model.eval()
@@ -130,7 +131,7 @@ def recover(
         series=measures.series,
         tokens=tokens,
         trained_tokens=measures.trained_tokens,
-        tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
+        tokens_per_s=tokens / max(seconds, 1e-9),
     )
 
 
@@ -140,12 +141,13 @@ def _train_step(
     optimizer: Optimizer,
     batch: Rows,
     settings: TrainingSettings,
+    ranks: Ranks,
     place: str,
 ) -> dict[str, float]:
     """Take one optimizer step and return what it has measured; ``place`` says which step, for an error."""
-    measured = _accumulate(model, teacher, batch, settings)
+    measured = _accumulate(model, teacher, batch, settings, ranks)
     limit = settings.max_grad_norm or math.inf
-    measured["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    measured["gradient_norm"] = ranks.clip_gradients(model.parameters(), limit)
     # Here alone the step waits for the device.
     numbers = torch.stack([value.double() for value in measured.values()]).tolist()
     values = dict(zip(measured, numbers, strict=True))
@@ -182,16 +184,18 @@ def _set_learning_rate(
 
 
 def _accumulate(
-    model: PreTrainedModel, teacher: Teacher | None, batch: Rows, settings: TrainingSettings
+    model: PreTrainedModel, teacher: Teacher | None, batch: Rows, settings: TrainingSettings, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Accumulate the gradients of one global batch; every trained token has the same weight.
+    """Accumulate the gradients of this rank's part of a global batch.
+
+    Every trained token of the global batch has the same weight.
 
     Returns:
         Name of each curve to its value, on the device: ``loss`` is the mean over the trained tokens.
     """
     counted = max(batch.trained_tokens, 1)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for part in batch.micro_batches(settings.micro_batch, model.device):
+    for part in ranks.share(batch).micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
             # The teacher goes first, as the activations of the model stay.
             lesson = None if teacher is None else teacher.lesson(part.ids, part.positions)
@@ -201,7 +205,7 @@ def _accumulate(
             )
         states.backward(gradient)
         total += loss
-    return {"loss": total / counted}
+    return {"loss": ranks.total(total) / counted}
 
 
 @torch.no_grad()
