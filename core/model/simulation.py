@@ -5,6 +5,7 @@ that are alive are counted. So no formula a family has to be kept in step with t
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,14 +101,14 @@ def _add_adapters(model: "PreTrainedModel", rank: int) -> None:
     model.requires_grad_(False)
     for module in model.get_submodule(family_of(model.config).layers).modules():
         if isinstance(module, nn.Linear):
-            module.adapter = nn.ParameterList(
-                [torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank)]
-            )
-            module.register_forward_hook(_adapted)
+            a = nn.Parameter(torch.zeros(rank, module.in_features))
+            b = nn.Parameter(torch.zeros(module.out_features, rank))
+            module.register_parameter("lora_a", a)
+            module.register_parameter("lora_b", b)
+            module.register_forward_hook(functools.partial(_adapted, a, b))
 
 
-def _adapted(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    a, b = module.adapter
+def _adapted(a: Tensor, b: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b) * 2
 
 

@@ -84,7 +84,8 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
 
 def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
     results, texts = tmp_path / "results.jsonl", wide / "texts.jsonl"
-    rows = ("training.teacher=none", "training.teacher=base", "prune.phases=1,training.packing=whole")
+    rows = ("training.teacher=none", "training.teacher=base", "training.optimizer_state=carry")
+    rows += ("prune.phases=1,training.packing=whole",)
     small = (
         f"calibration.source={{path: {texts}}}",
         "calibration.sequences=6",
@@ -108,13 +109,13 @@ def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
 
     measured, last = run()
     perplexity = {(row["row"], row["seed"]): row["perplexity"]["manual"] for row in measured}
-    assert len(measured) == 7 == len(set(perplexity.values()))
+    assert len(measured) == 9 == len(set(perplexity.values()))
     dense = load_model(wide / "base")
     windows = write_windows(wide)
     assert last["dense_ppl"]["manual"] == pytest.approx(plain_perplexity(dense, windows), rel=1e-4)
     params = sum(p.numel() for p in dense.parameters())
     assert all(row["params"] == pytest.approx(0.8 * params, rel=0.02) for row in measured if row["row"])
-    assert [len(row.get("losses", ())) for row in measured] == [0, 4, 4, 4, 4, 4, 4]
+    assert [len(row.get("losses", ())) for row in measured] == [0, *[4] * 8]
     means = {row: (perplexity[row, 0] + perplexity[row, 1]) / 2 for row in rows}
     assert {row: of["manual"]["mean"] for row, of in last["ppl"].items()} == pytest.approx(means, abs=1e-3)
     assert last["best"] == {"manual": min(means, key=means.__getitem__)}

@@ -16,7 +16,7 @@ RANK = 2
 
 @pytest.fixture
 def recovered(project, tmp_path):
-    """Calls prepare-data and recover-train, by default on the base model itself; returns what is published."""
+    """Calls prepare-data and recover-train, by default on the base model itself; returns the result."""
     from core.steps.prepare_data import run_prepare_data
     from core.steps.recover_train import run_recover_train
 
