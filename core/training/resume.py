@@ -86,7 +86,7 @@ class SavedStates:
         return None
 
     def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
-        from core.training.parallel.states import merged
+        from core.training.parallel.parts import merged
         from core.training.state import STATE, check_fits, read_state
 
         published, folder = open_publication(_place(self._uri, step)), self._folder / "fetched"

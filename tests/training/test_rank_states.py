@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import shutil
@@ -10,19 +11,21 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from core.errors import TrainingError
+from core.errors import CheckpointError, TrainingError
 from core.model.build import load_model
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
 from core.quantities import Interval
 from core.storage.store import open_store
+from core.training.parallel.parts import merged
 from core.training.parallel.ranks import Ranks
 from core.training.parallel.training import RankJob, recover_by_ranks
 from core.training.recover import recover
 from core.training.resume import SavedStates
 from core.training.rows import read_rows
+from core.training.state import STATE
 from tests.support.models import random_tokens, tiny
 from tests.support.training import training_settings, weights
 from tests.training.test_ranks import forkserver  # noqa: F401
@@ -130,6 +133,42 @@ def test_a_rank_that_is_killed_is_one_error_and_one_or_four_ranks_resume(folder,
         assert_same_curves(report, expected[0])
         for found, wanted in zip(tensors, expected[1:], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
+
+
+def test_parts_that_are_missing_or_twice_make_no_state(tmp_path):
+    """As torch names the files and writes their headers; the real ones are read by the test above."""
+
+    def put(number, offset, rows):
+        (tmp_path / "state").mkdir(exist_ok=True)
+        info = {"weight.w": {"saved_offsets": [offset, 0]}, "step.w": {"saved_offsets": []}}
+        tensors = {
+            "weight.w": torch.arange(rows * 2.0).reshape(rows, 2) + 10 * offset,
+            "step.w": torch.ones(()),
+        }
+        if number > 1:
+            del info["step.w"], tensors["step.w"]
+        path = tmp_path / "state" / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(info)})
+        return path
+
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / STATE).write_text("{}")
+    put(1, 0, 2), put(2, 2, 1)
+    folder = merged(tmp_path / "state", tmp_path / "whole")
+    whole = load_file(folder / "state-00001.safetensors")
+    assert whole["weight.w"].tolist() == [[0, 1], [2, 3], [20, 21]]
+    assert whole["step.w"] == 1
+    assert json.loads((folder / STATE).read_text()) == {"shards": 1}
+    assert merged(folder, tmp_path / "unused") == folder
+    put(2, 3, 1)
+    with pytest.raises(CheckpointError, match=r"parts of weight\.w are missing"):
+        merged(tmp_path / "state", tmp_path / "with-a-gap")
+    put(2, 1, 2)
+    with pytest.raises(CheckpointError, match=r"or there twice"):
+        merged(tmp_path / "state", tmp_path / "with-a-row-twice")
+    put(2, 2, 1).write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match=r"holds no whole state"):
+        merged(tmp_path / "state", tmp_path / "damaged")
 
 
 def assert_same_curves(report, expected):
