@@ -127,7 +127,8 @@ class ClusterSettings:
     gpus: int = 1
     """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
     again or runs the model to decide, prune-step where it repairs or distills, publish where it measures
-    speed). A task uses one of them."""
+    speed). recover-train trains on all of them (``training.ranks``), the other tasks use one:
+    ``components.recover-train.gpus`` gives it more."""
     gpu_type: str = "nvidia.com/gpu"
     """Resource name of an accelerator."""
     gpu_node_selector: dict[str, str] = field(default_factory=dict)
