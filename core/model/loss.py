@@ -8,7 +8,8 @@ time, and only for positions whose next token counts. The model's own code compu
 states, because some families scale or cap them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,8 +69,34 @@ def loss_sum(
     return total.item()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a teacher expects at the positions of a batch, and how much that counts beside the next token.
+
+    The loss becomes (1 - weight) * next-token loss + weight * t^2 * divergence, where both models' logits are
+    divided by the temperature t for the divergence. t^2 keeps its gradient's size (Hinton et al., 2015).
+
+    Attributes:
+        teacher: A model of the same vocabulary on the same device; its output head is used.
+        aims: (B, T, D of the teacher) its hidden states, without a graph.
+        weight: In (0, 1]; at 1 the next token does not count.
+        temperature: t, positive.
+    """
+
+    teacher: "PreTrainedModel"
+    aims: Tensor
+    weight: float
+    temperature: float
+
+
 def loss_gradient(
-    model: "PreTrainedModel", states: Tensor, ids: Tensor, *, scale: float, trained: Tensor | None = None
+    model: "PreTrainedModel",
+    states: Tensor,
+    ids: Tensor,
+    *,
+    scale: float,
+    trained: Tensor | None = None,
+    lesson: Lesson | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed next-token loss and the gradient of ``scale`` times it with respect to ``states``.
 
@@ -82,6 +109,7 @@ def loss_gradient(
         scale: Factor on the gradient, such as 1 / predictions.
         trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing. If it
             is in host memory, the host waits for no accelerator.
+        lesson: What a teacher adds to the loss of the same positions; None for the next-token loss alone.
 
     Returns:
         The sum, unscaled: float64, on the device. And the (B, T, D) gradient in the format of ``states``.
@@ -89,14 +117,18 @@ def loss_gradient(
     rows, targets = states.detach()[:, :-1], ids[:, 1:]
     counted = torch.ones(targets.shape, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
     counts = tuple(sent(places, rows.device) for places in counted.nonzero(as_tuple=True))
-    rows, targets = rows[counts], targets[counts]
+    columns = [rows[counts], targets[counts]]
+    if lesson is not None:
+        columns.append(lesson.aims[:, :-1][counts])
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     gradients = []
-    with torch.enable_grad():
-        for part, of_part in _chunks(model, rows, targets):
+    for part, of_part, *aims in _chunks(model, *columns):
+        if lesson is None:
             loss, gradient = chunk_gradient(model, part, of_part, scale=scale)
-            gradients.append(gradient)
-            total += loss
+        else:
+            loss, gradient = chunk_lesson(model, part, of_part, lesson, *aims, scale=scale)
+        gradients.append(gradient)
+        total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
     gradient[:, :-1][counts] = torch.cat(gradients)
     return total, gradient
@@ -106,13 +138,24 @@ def chunk_gradient(
     model: "PreTrainedModel", rows: Tensor, targets: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of (N, D) states with (N,) targets, and ``scale`` times its (N, D) gradient."""
-    rows = rows.detach().requires_grad_()
-    logits = _logits(model, rows)
-    loss, gradient = _cross_entropy(logits.detach(), targets)
-    with torch.autocast(logits.device.type, enabled=False):
-        logits.backward(gradient.mul_(scale).to(logits.dtype))
-    assert rows.grad is not None
-    return loss, rows.grad
+    return _gradient(model, rows, lambda logits: _cross_entropy(logits, targets), scale)
+
+
+def chunk_lesson(
+    model: "PreTrainedModel", rows: Tensor, targets: Tensor, lesson: Lesson, aims: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what ``chunk_gradient`` does, of a loss with a teacher's part; ``aims`` are those of (N, D)."""
+    with torch.no_grad():
+        wanted = _logits(lesson.teacher, aims)
+
+    def mixed(logits: Tensor) -> tuple[Tensor, Tensor]:
+        divergence, gradient = _divergence(logits, wanted, lesson.temperature)
+        if lesson.weight == 1:
+            return divergence, gradient
+        loss, of_loss = _cross_entropy(logits, targets)
+        return loss.lerp(divergence, lesson.weight), of_loss.lerp_(gradient, lesson.weight)
+
+    return _gradient(model, rows, mixed, scale)
 
 
 def divergence_sum(
@@ -158,14 +201,21 @@ def chunk_divergence(
     """Return the summed divergence of (N, D) states, and ``scale`` times its (N, D) gradient."""
     with torch.no_grad():
         wanted = _logits(teacher, aims)
+    return _gradient(model, rows, lambda logits: _divergence(logits, wanted), scale)
+
+
+def _gradient(
+    model: "PreTrainedModel", rows: Tensor, loss_of: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Go back through the head with what ``loss_of`` returns for the logits: a sum and its gradient."""
     rows = rows.detach().requires_grad_()
     with torch.enable_grad():
         logits = _logits(model, rows)
-    divergence, gradient = _divergence(logits.detach(), wanted)
+    loss, gradient = loss_of(logits.detach())
     with torch.autocast(logits.device.type, enabled=False):
         logits.backward(gradient.mul_(scale).to(logits.dtype))
     assert rows.grad is not None
-    return divergence, rows.grad
+    return loss, rows.grad
 
 
 def chunk_positions(vocabulary: int, device: str) -> int:
@@ -173,10 +223,10 @@ def chunk_positions(vocabulary: int, device: str) -> int:
     return max(1, _CHUNK_LOGITS.get(device, 2**24) // vocabulary)
 
 
-def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty pair if there are none."""
+def _chunks(model: "PreTrainedModel", rows: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty chunk for none."""
     size = chunk_positions(int(model.config.vocab_size), rows.device.type)
-    yield from zip(rows.split(size), targets.split(size), strict=True)
+    yield from zip(*(column.split(size) for column in (rows, *columns)), strict=True)
 
 
 def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
@@ -209,10 +259,15 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence of (N, V) logits from the teacher's, and its gradient: q - p."""
+def _divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of (N, V) logits from the teacher's, and its gradient.
+
+    At a temperature t: t^2 * divergence of the logits / t, whose gradient is t * (q - p).
+    """
+    if temperature != 1:
+        wanted, logits = _wide(wanted) / temperature, _wide(logits) / temperature
     expected, found = _wide(wanted).log_softmax(dim=-1), _wide(logits).log_softmax(dim=-1)
     p = expected.exp()
     # Of the difference, as equal logits are to give exactly 0.
     divergence = torch.linalg.vecdot(p, expected.sub_(found)).double().sum()
-    return divergence, found.exp_().sub_(p)
+    return temperature**2 * divergence, found.exp_().sub_(p).mul_(temperature)

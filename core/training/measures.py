@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
@@ -42,15 +42,17 @@ class Measures:
         trained_tokens: Tokens that counted in the loss.
     """
 
-    def __init__(self, model: PreTrainedModel, done: TrainingProgress, *, precision: str) -> None:
-        """Go on where an earlier attempt has stopped."""
+    def __init__(
+        self, model: PreTrainedModel, done: TrainingProgress, *, precision: str, ranks: int = 1
+    ) -> None:
+        """Go on where an earlier attempt has stopped; ``ranks`` accelerators do the work."""
         self.losses = list(done.losses)
         self.series = {name: list(points) for name, points in done.series.items()}
         self.trained_tokens = done.trained_tokens
         self._model = model
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
         known = [flops for part, flops in _BFLOAT16_FLOPS.items() if part in name]
-        self._peak_flops = known[0] if known and precision == "bfloat16" else None
+        self._peak_flops = ranks * known[0] if known and precision == "bfloat16" else None
 
     def add_step(
         self, step: int, values: Mapping[str, float], *, batch: Rows, rate: float, seconds: float
@@ -92,8 +94,9 @@ class Measures:
 def step_flops(model: PreTrainedModel, batch: Sequence[int], counted: int) -> int:
     """Return the floating-point operations of the products in one forward and backward pass.
 
-    6 a weight and token, and 12 * T for each of a head's dimensions in attention, masked or not. The output
-    head counts at trained positions, and what gradient checkpointing computes again does not.
+    6 a weight and token (4 if it is frozen), and 12 * T for each of a head's dimensions in attention, masked
+    or not. The output head counts at trained positions; what gradient checkpointing computes again, and a
+    teacher, do not.
 
     Args:
         model: Has been built; nothing is run.
@@ -104,11 +107,16 @@ def step_flops(model: PreTrainedModel, batch: Sequence[int], counted: int) -> in
     a_token = attention = 0
     for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.Linear):
-            a_token += module.weight.numel()
-            if name.endswith("self_attn.o_proj"):
+            a_token += _passes(module.weight) * module.weight.numel()
+            if name.removesuffix(".base_layer").endswith("self_attn.o_proj"):  # beneath an adapter
                 attention += module.in_features  # H * A
-    head = model.get_output_embeddings().weight.numel()
-    return 6 * (a_token * sequences * length + head * counted) + 12 * attention * sequences * length**2
+    head = model.get_output_embeddings().weight
+    of_head = _passes(head) * head.numel() * counted
+    return a_token * sequences * length + of_head + 12 * attention * sequences * length**2
+
+
+def _passes(weight: Tensor) -> int:
+    return 6 if weight.requires_grad else 4
 
 
 class DivergenceWatch:

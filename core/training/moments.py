@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.interface import local_errors
+from core.training.optimizer import device_of_moments
 from core.training.state import MOMENTS, in_shards
 
 _FORMAT = "1"
@@ -116,7 +117,8 @@ def load_moments(
                 raise CheckpointError(f"{_OTHERS}: {name} differs. {_AGAIN}")
             if before:
                 state = optimizer.state[parameter]
-                state[moment] = tensor.to(parameter.device, parameter.dtype, copy=True)
+                device = device_of_moments(optimizer, parameter)
+                state[moment] = tensor.to(device, parameter.dtype, copy=True)
                 state["step"] = stored[f"step.{before}"].to(parameter.device, copy=True)
         if lacking := sorted(parameters.keys() - found):
             raise CheckpointError(f"{_OTHERS}: {', '.join(lacking[:3])} are not there. {_AGAIN}")

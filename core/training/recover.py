@@ -16,8 +16,11 @@ from core.model.loss import final_states, loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
 from core.training.measures import DivergenceWatch, Measures
+from core.training.objective import Teacher
+from core.training.optimizer import adamw
+from core.training.parallel.ranks import ALONE, Ranks
 from core.training.rows import Rows
-from core.training.state import TrainingProgress, TrainingState, restore_state
+from core.training.state import TrainingProgress, TrainingState, restore_state, trained_parameters
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,8 @@ class TrainingReport:
     """The outcome of a phase's training.
 
     Attributes:
-        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step.
+        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step; the loss
+            is what is minimized, with a teacher's share in it.
         series: Name of each other curve to its (global step, value).
         tokens: Tokens that passed through the model.
         trained_tokens: Those that counted in the loss (prompts do not).
@@ -48,21 +52,24 @@ def recover(
     settings: TrainingSettings,
     *,
     held_out: Rows | None = None,
+    teacher: Teacher | None = None,
     first_step: int,
     total_steps: int,
     carry: Callable[[Optimizer], None] | None = None,
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
     hand_on: Callable[[Optimizer], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
 
     Args:
-        model: Float32 weights, on the device to train on.
+        model: Float32 weights, on the device to train on. Those that require a gradient are trained.
         rows: S packed sequences; S is a multiple of ``settings.global_batch``.
         settings: Batch, learning rate and precision.
         held_out: Rows to measure the loss on, not to train on: before the first step, after the last one, and
             in between as the settings say.
+        teacher: What the model also learns from.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
         carry: Gives the optimizer what it starts with; None for moments of zero. Not called if an earlier
@@ -71,6 +78,7 @@ def recover(
             stopped.
         save: Called between steps; decides by itself whether to write the state.
         hand_on: Called when all steps are done.
+        ranks: Who trains together. All are given the same, and report the same losses.
 
     Returns:
         Curves and rates.
@@ -81,19 +89,18 @@ def recover(
     """
     assert settings.precision != "auto", "settled before the run"
     steps = len(rows.input_ids) // settings.global_batch
-    model.train().requires_grad_(True)
+    model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = adamw(trained_parameters(model).values(), settings)
     done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
-        log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+        if done.losses:
+            log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
     elif carry is not None:
         carry(optimizer)
-    measures = Measures(model, done, precision=settings.precision)
+    measures = Measures(model, done, precision=settings.precision, ranks=ranks.size)
     watch = DivergenceWatch(settings.max_loss_rise, done.losses)
     batch_tokens = settings.global_batch * rows.input_ids.shape[1]
     tokens, started = steps * batch_tokens, time.monotonic() - done.seconds
@@ -104,14 +111,14 @@ def recover(
             began, step = time.monotonic(), first_step + finished
             batch = rows.part(finished * settings.global_batch, settings.global_batch)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
-            values = _train_step(model, optimizer, batch, settings, f"step {step + 1} of {total_steps}")
+            place = f"step {step + 1} of {total_steps}"
+            values = _train_step(model, teacher, optimizer, batch, settings, ranks, place)
             measures.add_step(step, values, batch=batch, rate=rate, seconds=time.monotonic() - began)
             finished += 1
             if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
                 measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings)})
             watch.see(step, values["loss"])
-            note = f"step {step + 1} of {total_steps}, loss {values['loss']:.3f}, lr {rate:.2g}"
-            progress.add(batch_tokens, note)
+            progress.add(batch_tokens, f"{place}, loss {values['loss']:.3f}, lr {rate:.2g}")
             # What is saved is from before the loss began to rise.
             if save is not None and finished < steps and not watch.steps_above:
                 save(optimizer, measures.progress(time.monotonic() - started))
@@ -129,12 +136,18 @@ def recover(
 
 
 def _train_step(
-    model: PreTrainedModel, optimizer: Optimizer, batch: Rows, settings: TrainingSettings, place: str
+    model: PreTrainedModel,
+    teacher: Teacher | None,
+    optimizer: Optimizer,
+    batch: Rows,
+    settings: TrainingSettings,
+    ranks: Ranks,
+    place: str,
 ) -> dict[str, float]:
     """Take one optimizer step and return what it has measured; ``place`` says which step, for an error."""
-    measured = _accumulate(model, batch, settings)
+    measured = _accumulate(model, teacher, batch, settings, ranks)
     limit = settings.max_grad_norm or math.inf
-    measured["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    measured["gradient_norm"] = ranks.clip_gradients(model.parameters(), limit)
     # Here alone the step waits for the device.
     numbers = torch.stack([value.double() for value in measured.values()]).tolist()
     values = dict(zip(measured, numbers, strict=True))
@@ -170,21 +183,29 @@ def _set_learning_rate(
     return rate
 
 
-def _accumulate(model: PreTrainedModel, batch: Rows, settings: TrainingSettings) -> dict[str, Tensor]:
-    """Accumulate the gradients of one global batch; every trained token has the same weight.
+def _accumulate(
+    model: PreTrainedModel, teacher: Teacher | None, batch: Rows, settings: TrainingSettings, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of this rank's part of a global batch.
+
+    Every trained token of the global batch has the same weight.
 
     Returns:
         Name of each curve to its value, on the device: ``loss`` is the mean over the trained tokens.
     """
     counted = max(batch.trained_tokens, 1)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for part in batch.micro_batches(settings.micro_batch, model.device):
+    for part in ranks.share(batch).micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
+            # The teacher goes first, as the activations of the model stay.
+            lesson = None if teacher is None else teacher.lesson(part.ids, part.positions)
             states = final_states(model, part.ids, part.positions)
-            loss, gradient = loss_gradient(model, states, part.ids, scale=1 / counted, trained=part.trained)
+            loss, gradient = loss_gradient(
+                model, states, part.ids, scale=1 / counted, trained=part.trained, lesson=lesson
+            )
         states.backward(gradient)
         total += loss
-    return {"loss": total / counted}
+    return {"loss": ranks.total(total) / counted}
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """Packed sequences on their way into a model."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from core.machine.memory import sent
@@ -42,6 +44,12 @@ class Rows(NamedTuple):
         if self.starts is not None:
             positions = sent(positions_of(self.starts), device).split(size)
         yield from map(MicroBatch, ids, positions, self.trained.split(size))
+
+
+def read_rows(file: Path) -> Rows:
+    """Read a slice of the mixture; it has no starts where rows are cut anywhere."""
+    tensors = load_file(file)
+    return Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
 
 
 class MicroBatch(NamedTuple):

@@ -199,13 +199,21 @@ DAMAGES = {
     "another shape": rewrite(lambda t: t.update({first("exp_avg.", t): torch.zeros(3, 5)})),
     "another number format": rewrite(lambda t: t.update({n: x.double() for n, x in t.items() if x.dim()})),
     "a random state of another size": rewrite(lambda t: t.update({"rng.cpu": t["rng.cpu"][:-1]})),
-    "a random state of another kind": rewrite(lambda t: t.update({"rng.cuda": t["rng.cpu"].clone()})),
+    "a random state of another kind": rewrite(lambda t: t.update({"rng.xpu": t["rng.cpu"].clone()})),
     "a pickle in place of the tensors": lambda state: torch.save(
         {}, state.directory / "state-00001.safetensors"
     ),
     "a part is cut short": truncate,
     "a part is gone": lambda state: (state.directory / "state-00001.safetensors").unlink(),
 }
+
+
+def test_a_state_of_a_gpu_is_resumed_without_one(tmp_path):
+    model = unequal("llama")(0)
+    state = state_after(2, model, tmp_path / "state")
+    rewrite(lambda t: t.update({"rng.cuda": torch.zeros(16, dtype=torch.uint8)}))(state)
+    check_fits(state, model)
+    assert train(unequal("llama")(1), resume_from=state).losses == train(unequal("llama")(0)).losses
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
