@@ -75,6 +75,14 @@ SHAPES = {
         ),
         ("SmolLM2-360M, 8 layers", dict(micro_batch=2, sequence_length=256, precision="float32")),
         ("Qwen2.5-0.5B, 4 layers", dict(micro_batch=2, sequence_length=512, precision="bfloat16")),
+        (
+            "SmolLM2-135M, 10 layers",
+            dict(micro_batch=4, sequence_length=128, precision="float32", teacher="base", temperature=2.0),
+        ),
+        (
+            "SmolLM2-135M, 10 layers",
+            dict(micro_batch=4, sequence_length=256, precision="float32", lora_rank=8),
+        ),
     ],
     "scoring": [
         ("SmolLM2-135M, 10 layers", dict(sequences=64, sequence_length=64, precision="float32")),
@@ -169,19 +177,29 @@ def _work(step: str, number: int, folder: Path) -> dict[str, int]:
 
 
 def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:
+    from core.training.adapters import add_adapters
+    from core.training.objective import load_teacher
     from core.training.recover import recover
+    from core.training.rows import Rows
 
     batch, length = settings["micro_batch"], settings["sequence_length"]
     training = TrainingSettings(
         tokens=str(4 * batch * length), sources=(TextSource(path="x"),), global_batch=2 * batch, **settings
     )
 
+    taught = training.teacher == "base"
+
     def work() -> None:
         model = load_model(Checkpoint(folder), dtype=torch.float32)
+        if training.lora_rank:
+            add_adapters(model, training.lora_rank)
+        teacher = load_teacher(folder, training, model.device) if taught else None
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
-        recover(model, ids, torch.ones_like(ids), training, first_step=0, total_steps=2)
+        rows = Rows(ids, torch.ones_like(ids))
+        recover(model, rows, training, teacher=teacher, first_step=0, total_steps=2)
 
-    return training_footprint(config, training, device="cpu").device_bytes, work
+    dense = config if taught else None
+    return training_footprint(config, dense, training, device="cpu").device_bytes, work
 
 
 def _scoring(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int, Any]:

@@ -94,7 +94,10 @@ class Parts(Protocol):
 
 
 def slice_name(phase: int) -> str:
-    """Return the path of a phase's slice below the data directory; phases count from 1."""
+    """Return the path of a phase's slice below the data directory; phases count from 1.
+
+    What is held out follows the last phase.
+    """
     return f"slices/phase-{phase:02d}.safetensors"
 
 

@@ -1,9 +1,11 @@
-"""Free memory."""
+"""Free memory, used memory, and the way from the host to an accelerator."""
 
+import resource
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from core.machine.control_groups import PROC, control_groups
 
@@ -24,6 +26,21 @@ def available_bytes(device: str | torch.device = "cpu", proc: Path = PROC) -> in
     return min(
         [free, *(left for group in control_groups("memory", proc) if (left := _left(group)) is not None)]
     )
+
+
+def peak_bytes(device: str | torch.device = "cpu") -> int:
+    """Return the most memory that was taken at once: of an accelerator by PyTorch, of the host by us."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; what goes from the host to an accelerator arrives while both work on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # out of other memory it would wait for all that the GPU has to do
+    return tensor.to(device, non_blocking=True)
 
 
 def _left(group: Path) -> int | None:

@@ -89,7 +89,7 @@ class LayerwiseModel:
         with torch.enable_grad(), replaced(self.layers, [*passes, lambda *_, **__: last]):
             states = final_states(self.model, ids)
         loss, gradient = loss_gradient(self.model, states, ids, scale=1 / predictions)
-        return loss / predictions, torch.autograd.grad(states, last, gradient)[0]
+        return loss.item() / predictions, torch.autograd.grad(states, last, gradient)[0]
 
 
 @contextlib.contextmanager

@@ -8,13 +8,16 @@ time, and only for positions whose next token counts. The model's own code compu
 states, because some families scale or cap them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from core.machine.memory import sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,19 +42,25 @@ def final_states(model: "PreTrainedModel", ids: Tensor, positions: Tensor | None
     return states
 
 
-def loss_sum(model: "PreTrainedModel", states: Tensor, ids: Tensor) -> float:
+def loss_sum(
+    model: "PreTrainedModel", states: Tensor, ids: Tensor, *, trained: Tensor | None = None
+) -> float:
     """Return the next-token loss, summed over all predictions, in nats.
 
     Args:
         model: Its output head is used, in the number format of ``states`` or of the caller's autocast.
         states: (B, T, D) hidden states from ``final_states``.
         ids: (B, T) int64 token ids; the first of a sequence is not predicted, the last predicts nothing.
+        trained: (B, T), nonzero where a token is a target; None for all.
 
     Returns:
-        The sum over B * (T - 1) predictions; each is float32 (float64 for float64 states), the sum float64.
+        The sum over B * (T - 1) predictions, or those of targets; each is float32 (float64 for float64
+        states), the sum float64.
     """
-    targets = ids[:, 1:].flatten()
-    rows = states[:, :-1].flatten(0, 1)
+    rows, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    if trained is not None:
+        counts = sent((trained[:, 1:] != 0).flatten().nonzero().squeeze(1), rows.device)
+        rows, targets = rows[counts], targets[counts]
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     with torch.no_grad():
         for part, of_part in _chunks(model, rows, targets):
@@ -60,9 +69,35 @@ def loss_sum(model: "PreTrainedModel", states: Tensor, ids: Tensor) -> float:
     return total.item()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a teacher expects at the positions of a batch, and how much that counts beside the next token.
+
+    The loss becomes (1 - weight) * next-token loss + weight * t^2 * divergence, where both models' logits are
+    divided by the temperature t for the divergence. t^2 keeps its gradient's size (Hinton et al., 2015).
+
+    Attributes:
+        teacher: A model of the same vocabulary on the same device; its output head is used.
+        aims: (B, T, D of the teacher) its hidden states, without a graph.
+        weight: In (0, 1]; at 1 the next token does not count.
+        temperature: t, positive.
+    """
+
+    teacher: "PreTrainedModel"
+    aims: Tensor
+    weight: float
+    temperature: float
+
+
 def loss_gradient(
-    model: "PreTrainedModel", states: Tensor, ids: Tensor, *, scale: float, trained: Tensor | None = None
-) -> tuple[float, Tensor]:
+    model: "PreTrainedModel",
+    states: Tensor,
+    ids: Tensor,
+    *,
+    scale: float,
+    trained: Tensor | None = None,
+    lesson: Lesson | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the summed next-token loss and the gradient of ``scale`` times it with respect to ``states``.
 
     Parameters of the head that require a gradient get theirs added to ``grad``; a frozen head costs nothing.
@@ -72,37 +107,55 @@ def loss_gradient(
         states: (B, T, D) hidden states from ``final_states``; their graph is left to the caller.
         ids: (B, T) int64 token ids.
         scale: Factor on the gradient, such as 1 / predictions.
-        trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing.
+        trained: (B, T), nonzero where a token is a target; None for all. Other positions cost nothing. If it
+            is in host memory, the host waits for no accelerator.
+        lesson: What a teacher adds to the loss of the same positions; None for the next-token loss alone.
 
     Returns:
-        The sum, unscaled, and the (B, T, D) gradient in the format of ``states``.
+        The sum, unscaled: float64, on the device. And the (B, T, D) gradient in the format of ``states``.
     """
     rows, targets = states.detach()[:, :-1], ids[:, 1:]
-    counts = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
-    rows, targets = rows[counts], targets[counts]
+    counted = torch.ones(targets.shape, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
+    counts = tuple(sent(places, rows.device) for places in counted.nonzero(as_tuple=True))
+    columns = [rows[counts], targets[counts]]
+    if lesson is not None:
+        columns.append(lesson.aims[:, :-1][counts])
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     gradients = []
-    with torch.enable_grad():
-        for part, of_part in _chunks(model, rows, targets):
+    for part, of_part, *aims in _chunks(model, *columns):
+        if lesson is None:
             loss, gradient = chunk_gradient(model, part, of_part, scale=scale)
-            gradients.append(gradient)
-            total += loss
+        else:
+            loss, gradient = chunk_lesson(model, part, of_part, lesson, *aims, scale=scale)
+        gradients.append(gradient)
+        total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
     gradient[:, :-1][counts] = torch.cat(gradients)
-    return total.item(), gradient
+    return total, gradient
 
 
 def chunk_gradient(
     model: "PreTrainedModel", rows: Tensor, targets: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of (N, D) states with (N,) targets, and ``scale`` times its (N, D) gradient."""
-    rows = rows.detach().requires_grad_()
-    logits = _logits(model, rows)
-    loss, gradient = _cross_entropy(logits.detach(), targets)
-    with torch.autocast(logits.device.type, enabled=False):
-        logits.backward(gradient.mul_(scale).to(logits.dtype))
-    assert rows.grad is not None
-    return loss, rows.grad
+    return _gradient(model, rows, lambda logits: _cross_entropy(logits, targets), scale)
+
+
+def chunk_lesson(
+    model: "PreTrainedModel", rows: Tensor, targets: Tensor, lesson: Lesson, aims: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return what ``chunk_gradient`` does, of a loss with a teacher's part; ``aims`` are those of (N, D)."""
+    with torch.no_grad():
+        wanted = _logits(lesson.teacher, aims)
+
+    def mixed(logits: Tensor) -> tuple[Tensor, Tensor]:
+        divergence, gradient = _divergence(logits, wanted, lesson.temperature)
+        if lesson.weight == 1:
+            return divergence, gradient
+        loss, of_loss = _cross_entropy(logits, targets)
+        return loss.lerp(divergence, lesson.weight), of_loss.lerp_(gradient, lesson.weight)
+
+    return _gradient(model, rows, mixed, scale)
 
 
 def divergence_sum(
@@ -148,14 +201,21 @@ def chunk_divergence(
     """Return the summed divergence of (N, D) states, and ``scale`` times its (N, D) gradient."""
     with torch.no_grad():
         wanted = _logits(teacher, aims)
+    return _gradient(model, rows, lambda logits: _divergence(logits, wanted), scale)
+
+
+def _gradient(
+    model: "PreTrainedModel", rows: Tensor, loss_of: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Go back through the head with what ``loss_of`` returns for the logits: a sum and its gradient."""
     rows = rows.detach().requires_grad_()
     with torch.enable_grad():
         logits = _logits(model, rows)
-    divergence, gradient = _divergence(logits.detach(), wanted)
+    loss, gradient = loss_of(logits.detach())
     with torch.autocast(logits.device.type, enabled=False):
         logits.backward(gradient.mul_(scale).to(logits.dtype))
     assert rows.grad is not None
-    return divergence, rows.grad
+    return loss, rows.grad
 
 
 def chunk_positions(vocabulary: int, device: str) -> int:
@@ -163,10 +223,10 @@ def chunk_positions(vocabulary: int, device: str) -> int:
     return max(1, _CHUNK_LOGITS.get(device, 2**24) // vocabulary)
 
 
-def _chunks(model: "PreTrainedModel", rows: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty pair if there are none."""
+def _chunks(model: "PreTrainedModel", rows: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield (N, D) states and what belongs to each, such as (N,) targets; an empty chunk for none."""
     size = chunk_positions(int(model.config.vocab_size), rows.device.type)
-    yield from zip(rows.split(size), targets.split(size), strict=True)
+    yield from zip(*(column.split(size) for column in (rows, *columns)), strict=True)
 
 
 def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
@@ -199,10 +259,15 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence of (N, V) logits from the teacher's, and its gradient: q - p."""
+def _divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence of (N, V) logits from the teacher's, and its gradient.
+
+    At a temperature t: t^2 * divergence of the logits / t, whose gradient is t * (q - p).
+    """
+    if temperature != 1:
+        wanted, logits = _wide(wanted) / temperature, _wide(logits) / temperature
     expected, found = _wide(wanted).log_softmax(dim=-1), _wide(logits).log_softmax(dim=-1)
     p = expected.exp()
     # Of the difference, as equal logits are to give exactly 0.
     divergence = torch.linalg.vecdot(p, expected.sub_(found)).double().sum()
-    return divergence, found.exp_().sub_(p)
+    return temperature**2 * divergence, found.exp_().sub_(p).mul_(temperature)

@@ -5,21 +5,24 @@ that are alive are counted. So no formula a family has to be kept in step with t
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from core.model.build import build_model
+from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen
-from core.model.loss import chunk_divergence, chunk_gradient, chunk_positions, final_states
+from core.model.loss import Lesson, chunk_gradient, chunk_lesson, chunk_positions, final_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +50,8 @@ def simulate_training(
     checkpointing: bool,
     device: str,
     accumulate: bool = False,
-    distills: bool = False,
+    taught: tuple[float, float] | None = None,
+    lora_rank: int = 0,
 ) -> PassMemory:
     """Return what a forward and backward pass of training takes, loss included.
 
@@ -59,29 +63,53 @@ def simulate_training(
         checkpointing: Whether activations are recomputed in the backward pass.
         device: Type of the device, by which logits are shared out.
         accumulate: Whether gradients of another micro-batch are there already.
-        distills: Whether the loss is the divergence from a teacher, whose hidden states are counted too.
+        taught: Weight and temperature of a ``Lesson``, if the loss holds one; the teacher's hidden states are
+            counted too.
+        lora_rank: If not 0, adapters of that rank are trained, and the weights are frozen.
     """
     with _fake_model(config, torch.float32) as (model, counter):
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        if lora_rank:
+            _add_adapters(model, lora_rank)
         weights = counter.live
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if accumulate:
-            for parameter in model.parameters():
+            for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
         before = counter.live
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
             kept = counter.live - before
             rows = states.detach()[:, :-1].flatten(0, 1)
-            aims = rows.clone() if distills else None
+            lesson = None
+            if taught is not None:
+                lesson = Lesson(teacher=model, aims=rows.clone(), weight=taught[0], temperature=taught[1])
             for part in rows.split(chunk_positions(config.vocab_size, device))[:2]:
-                if aims is not None:
-                    chunk_divergence(model, part, model, aims[: len(part)], scale=1.0)
+                targets = torch.zeros(len(part), dtype=torch.long)
+                if lesson is not None:
+                    chunk_lesson(model, part, targets, lesson, lesson.aims[: len(part)], scale=1.0)
                 else:
-                    chunk_gradient(model, part, torch.zeros(len(part), dtype=torch.long), scale=1.0)
+                    chunk_gradient(model, part, targets, scale=1.0)
         states.backward(torch.ones_like(states))
         return PassMemory(kept=kept, peak=counter.peak - weights)
+
+
+def _add_adapters(model: "PreTrainedModel", rank: int) -> None:
+    """Freeze a model, and let its projections do what peft's adapters do, which cannot be of fake tensors."""
+    model.requires_grad_(False)
+    for module in model.get_submodule(family_of(model.config).layers).modules():
+        if isinstance(module, nn.Linear):
+            a = nn.Parameter(torch.zeros(rank, module.in_features))
+            b = nn.Parameter(torch.zeros(module.out_features, rank))
+            module.register_parameter("lora_a", a)
+            module.register_parameter("lora_b", b)
+            module.register_forward_hook(functools.partial(_adapted, a, b))
+
+
+def _adapted(a: Tensor, b: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b) * 2
 
 
 def simulate_inference(config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int) -> PassMemory:

@@ -1,7 +1,7 @@
 """Physical removal of groups from a layer's tensors, a model in memory, or a checkpoint on disk."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,44 @@ def output_biases(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return {name: weight.new_zeros(len(weight)) for name, weight in biases.items() if name not in tensors}
 
 
+def prune_tensors(
+    family: Family,
+    shapes: Sequence[LayerShape],
+    layers: Sequence[LayerPlan],
+    names: Collection[str],
+    take: Callable[[str], Tensor],
+    *,
+    biased: bool = False,
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Cut tensors that lie as a model's parameters do, one decoder layer at a time.
+
+    Args:
+        family: Of the model.
+        shapes: Present sizes of each layer.
+        layers: What stays.
+        names: Of parameters, in any order; those that are missing stay missing.
+        take: Returns the tensor of a name; called once for each that stays.
+        biased: As in ``prune_model``.
+
+    Yields:
+        Name afterwards, name before ("" for a new bias), and what is left of the tensor.
+    """
+    inside = set()
+    place = 0
+    for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
+        prefix, after = f"{family.layers}.{index}.", f"{family.layers}.{place}."
+        own = [name for name in names if name.startswith(prefix)]
+        inside.update(own)
+        if not plan.stays:
+            continue
+        tensors = {name.removeprefix(prefix): take(name) for name in own}
+        added = output_biases(family, tensors) if biased else {}
+        for name, tensor in prune_layer(family, shape, tensors | added, plan).items():
+            yield after + name, "" if name in added else prefix + name, tensor
+        place += 1
+    yield from ((name, name, take(name)) for name in names if name not in inside)
+
+
 def prune_model(
     model: "PreTrainedModel", layers: tuple[LayerPlan, ...], *, biased: bool = False
 ) -> "PreTrainedModel":
@@ -70,18 +108,9 @@ def prune_model(
 
     family = family_of(model.config)
     shapes = layer_shapes(model.config)
-    state = dict(model.state_dict())
-    place = 0
-    for index, (shape, plan) in enumerate(zip(shapes, layers, strict=True)):
-        prefix, after = f"{family.layers}.{index}.", f"{family.layers}.{place}."
-        own = [name for name in state if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): state.pop(name) for name in own}
-        if not plan.stays:
-            continue
-        if biased:
-            tensors |= output_biases(family, tensors)
-        state |= {after + name: t for name, t in prune_layer(family, shape, tensors, plan).items()}
-        place += 1
+    whole = model.state_dict()
+    left = prune_tensors(family, shapes, layers, whole, whole.__getitem__, biased=biased)
+    state = {name: tensor for name, _, tensor in left}
     config = config_after(model.config, layers)
     if biased:
         config = with_output_biases(config)

@@ -7,7 +7,7 @@ Importing matplotlib takes half a second, so only the first figure does it.
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -305,7 +305,7 @@ def _draw_accuracy(ax: "Axes", record: RunRecord) -> None:
 
 @_styled()
 def training_figure(record: RunRecord) -> "Figure | None":
-    """Draw training loss and learning rate against the global step; None if nothing was trained."""
+    """Draw losses and learning rate against the global step; None if nothing was trained."""
     points = [point for phase in record.phases for point in phase.losses]
     if not points:
         return None
@@ -322,14 +322,17 @@ def training_figure(record: RunRecord) -> "Figure | None":
             means = [sum(part) / len(part) for part in parts]
             above.plot(steps, means, color=_KEPT, linewidth=1.8, label=f"mean of {window} steps")
         else:
-            above.plot(steps, losses, "o-", color=_KEPT, markersize=3)
-    if many:
-        figure.legend(handles=above.get_lines()[:2], loc="outside upper right", ncols=2)
+            above.plot(steps, losses, "o-", color=_KEPT, markersize=3, label="trained on")
+        if phase.held_out:
+            above.plot(*zip(*phase.held_out, strict=True), "s--", color=_GONE, markersize=3, label="held out")
+    kinds = {line.get_label(): line for line in above.get_lines()}
+    if len(kinds) > 1:
+        figure.legend(handles=list(kinds.values()), loc="outside upper right", ncols=len(kinds))
     steps = [step for step, _, _ in points]
     below.plot(steps, [rate for _, _, rate in points], color=_RATE)
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.set_ylim(bottom=0)
-    above.set_ylabel("training loss")
+    above.set_ylabel("loss" if "held out" in kinds else "training loss")
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step, over all phases")
     _mark_phases((above, below), [p for p in record.phases if p.losses], steps[-1] - steps[0])
@@ -347,6 +350,31 @@ def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: in
             text = f"phase {phase.phase}" if len(phases) <= _FEW_PHASES else str(phase.phase)
             axes[0].text(start, 1.02, text, transform=axes[0].get_xaxis_transform(), color=_DENSE, fontsize=8)
             last = start
+
+
+@_styled()
+def comparison_figure(lines: Mapping[str, Sequence[tuple[str, float, float]]], *, x: str, y: str) -> "Figure":
+    """Draw lines of (label, mean, standard deviation); the x axis is numeric if all labels are numbers."""
+    figure, plain = _figure(4.2), {ord("$"): r"\$"}
+    ax = figure.subplots()
+    labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
+    numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
+    places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
+    for i, (name, points) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": _TASK_COLOURS[i % 8], "marker": _TASK_MARKERS[i % 8], "capsize": 3}
+        across, means, spreads = zip(*((places[label], *rest) for label, *rest in points), strict=True)
+        ax.errorbar(across, means, yerr=spreads, label=name.translate(plain), **style)
+    if not numeric or len(labels) <= 12:
+        ax.set_xticks(list(places.values()), [label.translate(plain) for label in labels])
+    values = [mean for points in lines.values() for _, mean, _ in points]
+    if max(values) > 10 * min(values) > 0:
+        ax.set_yscale("log")
+    ax.set_xlabel(x.translate(plain))
+    ax.set_title(y.translate(plain))
+    ax.grid(True)
+    if len(lines) > 1:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
 def _sparse(items: Sequence[int], most: int) -> list[int]:

@@ -70,6 +70,8 @@ class PhaseRecord:
     """Training tokens of this phase."""
     losses: tuple[tuple[int, float, float], ...] = ()
     """(global step, training loss, learning rate), in order."""
+    held_out: tuple[tuple[int, float], ...] = ()
+    """(global step, loss on the part of the mixture that is set aside), in order."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step name to wall-clock seconds."""
 

@@ -26,7 +26,8 @@ _UNIFORM = _ONE_STEP | {"amplitude": 0.0}
 
 FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     "adapt-pruner": {},
-    # arXiv 2305.11627, without its LoRA: the same share of the groups of every layer but the first and last.
+    # arXiv 2305.11627: the same share of the groups of every layer but the first and last. Its LoRA is
+    # training.lora_rank.
     "llm-pruner": _UNIFORM | {"criterion": "taylor_l1", "repair": "none"},
     # arXiv 2312.11983: one ranking of all groups of the model, and biases for what is lost on average.
     "flap": _ONE_STEP | {"criterion": "standardised_fluctuation", "amplitude": 0.0, "repair": "bias"},

@@ -44,10 +44,10 @@ class PruneSettings:
     half of ``width_multiple`` MLP channels."""
     method: MethodName = "adapt-pruner"
     """The pruning method. ``adapt-pruner`` follows all settings. The others are systems that it is compared
-    with, at the same size and on the same texts: ``llm-pruner`` (without LoRA), ``flap``, ``minitron``
-    (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt`` (MLPs), ``grail``,
-    ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one step a phase, and
-    decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
+    with, at the same size and on the same texts: ``llm-pruner`` (its LoRA is ``training.lora_rank``),
+    ``flap``, ``minitron`` (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt``
+    (MLPs), ``grail``, ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one
+    step a phase, and decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"

@@ -66,6 +66,11 @@ class Settings:
                 "prune.criterion=taylor_per_microbatch needs calibration.micro_batch: with 0 the free memory "
                 "would change the scores. Set it, or take taylor_l1."
             )
+        if self.training.optimizer_state == "carry" and self.prune.method == "slicegpt":
+            problems.append(
+                "training.optimizer_state=carry does not go with prune.method=slicegpt, whose new bases the "
+                "squares of gradients do not follow. Leave it at reset."
+            )
         refuse(problems)
 
     def to_dict(self) -> dict[str, Any]:

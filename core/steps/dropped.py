@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable
 
 from core.pruning.phases import phase_steps
 from core.runs.run import Run
-from core.storage.layout import REPORT
+from core.steps.carrying import leaves_moments
+from core.storage.layout import MOMENTS, REPORT
 from core.storage.publication import MANIFEST, Publication, find_publication, open_publication
 from core.storage.store import open_store
 from core.storage.transfer import in_parallel
@@ -17,9 +18,17 @@ log = logging.getLogger(__name__)
 
 
 def drop_checkpoints(run: Run) -> None:
-    """Remove the checkpoints that ``storage.keep`` does not ask for and that no step will read."""
+    """Remove the checkpoints that ``storage.keep`` does not ask for and that no step will read.
+
+    Also the optimizer's moments of phases whose next phase has trained.
+    """
     keys = _keys(run)
-    wanted = _to_compute(run, keys, dropped=()) | _to_measure(run, keys)
+    for phase in range(1, len(run.phase_params)):
+        moments, reader = run.phase_uri(phase, MOMENTS), run.phase_uri(phase + 1, "recovered")
+        if _is_published(run, moments, keys) and _is_published(run, reader, keys):
+            open_publication(moments).delete()
+            log.info("%s are not read any more, and removed", _key(run, moments))
+    wanted = _to_compute(run, keys, dropped=())[0] | _to_measure(run, keys)
     gone = [uri for uri in _checkpoint_uris(run, _phases_to_drop(run)) if uri not in wanted]
     there = [uri for uri in gone if _holds_weights(run, uri, keys)]
     for published in in_parallel(find_publication, there):
@@ -40,26 +49,26 @@ def withdraw_dropped(run: Run) -> None:
     keys = _keys(run)
     phases = range(1, len(run.phase_params) + 1)
     uris = [uri for uri in _checkpoint_uris(run, phases) if _is_published(run, uri, keys)]
-    dropped = {
-        published.uri: published
-        for published in in_parallel(open_publication, uris)
-        if not _is_whole(run, published, keys)
-    }
+    found = {published.uri: published for published in in_parallel(open_publication, uris)}
+    dropped = {uri: each for uri, each in found.items() if not _is_whole(run, each, keys)}
     measured = run.settings.measured_digest()
     to_measure = {
         uri
         for uri in _to_measure(run, keys) & dropped.keys()
         if dropped[uri].manifest.metadata.get("measured", measured) == measured
     }
-    for uri in _to_compute(run, keys, dropped=dropped, again=to_measure) & dropped.keys():
+    wanted, trained_again = _to_compute(run, keys, dropped=dropped, again=to_measure)
+    for uri in (wanted & dropped.keys()) | (trained_again & found.keys()):
         log.info("%s was dropped, and is needed again", _key(run, uri))
-        dropped[uri].delete()
+        found[uri].delete()
 
 
 def _to_compute(
     run: Run, keys: Collection[str], *, dropped: Collection[str], again: Collection[str] = ()
-) -> set[str]:
-    """Return the checkpoints that are read by what is yet to be computed.
+) -> tuple[set[str], set[str]]:
+    """Return the checkpoints that are read by what is yet to be computed, and those that are trained again.
+
+    Phases are trained again for their moments, which the next phase starts with and which are gone.
 
     Args:
         run: The run.
@@ -67,23 +76,28 @@ def _to_compute(
         dropped: Checkpoints of which only the manifest is left.
         again: Checkpoints that are wanted for another reason.
     """
-    wanted = set(again)
+    wanted, trained_again = set(again), set[str]()
 
     def is_made(uri: str) -> bool:
-        return not _is_published(run, uri, keys) or (uri in wanted and uri in dropped)
+        is_gone = uri in trained_again or (uri in wanted and uri in dropped)
+        return is_gone or not _is_published(run, uri, keys)
 
     result_is_read = not _is_published(run, run.uri("final"), keys)
     steps = phase_steps(run.settings.training.total_steps, len(run.phase_params))
+    moments_are_read = False
     for phase in range(len(run.phase_params), 0, -1):
         pruned, recovered = (run.phase_uri(phase, step) for step in ("pruned", "recovered"))
         if result_is_read:
             wanted.add(recovered if steps[phase - 1] else pruned)
-
-        if steps[phase - 1] and is_made(recovered):
+        moments = run.phase_uri(phase, MOMENTS)
+        if moments_are_read and leaves_moments(run, phase) and not _is_published(run, moments, keys):
+            trained_again.add(recovered)
+        moments_are_read = bool(steps[phase - 1]) and is_made(recovered)
+        if moments_are_read:
             wanted.add(pruned)
         decisions = [run.phase_uri(phase, step) for step in ("calibrated", "scored")]
         result_is_read = any(map(is_made, [*decisions, pruned]))
-    return wanted
+    return wanted, trained_again
 
 
 def _to_measure(run: Run, keys: Collection[str]) -> set[str]:

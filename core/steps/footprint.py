@@ -20,6 +20,7 @@ from core.pruning.scoring.criteria import CRITERIA, squares_bytes
 from core.pruning.scoring.kept_outputs import choose_outputs
 from core.pruning.scoring.layer_inputs import held_bytes, share_out
 from core.pruning.scoring.measurement import device_memory, state_memory
+from core.training.adapters import add_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = 100_000_000
 """What torch's libraries take for themselves during the work: threads, kernels, packed weights."""
-_TOLERANCE = 0.85
+TOLERANCE = 0.85
 """A step is refused if this share of its estimate is not free."""
 MOST_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens at once beyond which training gets no faster."""
@@ -61,42 +62,58 @@ class Footprint:
 
     def __str__(self) -> str:
         """Return the sum and its larger parts."""
-        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size >= 10**7)
-        return f"{_gb(self.device_bytes)} ({parts})"
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts.items() if size >= 10**7)
+        return f"{gigabytes(self.device_bytes)} ({parts})"
 
 
 def training_footprint(
-    config: "PreTrainedConfig", settings: "TrainingSettings", *, device: str, stored_bytes: int = 2
+    config: "PreTrainedConfig",
+    dense: "PreTrainedConfig | None",
+    settings: "TrainingSettings",
+    *,
+    device: str,
+    stored_bytes: int = 2,
 ) -> Footprint:
     """Estimate recovery training.
 
     Args:
         config: Of the model that is trained.
+        dense: Of its teacher, if it has one.
         settings: ``micro_batch`` is not 0.
         device: Type of the device.
         stored_bytes: Bytes a parameter of the checkpoints.
     """
-    params = model_shape(config).num_params()
+    params, autocast = model_shape(config).num_params(), settings.precision == "bfloat16"
+    trained, weights = params, 4 * params
+    if settings.lora_rank:
+        add_adapters(empty := build_empty(config), settings.lora_rank)
+        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        weights += 4 * trained
+    base_params = 0 if dense is None else model_shape(dense).num_params()
     passes = simulate_training(
         config,
         settings.micro_batch,
         settings.sequence_length,
-        autocast=settings.precision == "bfloat16",
+        autocast=autocast,
         checkpointing=settings.gradient_checkpointing,
         device=device,
         accumulate=settings.micro_batch < settings.global_batch,
+        taught=None if dense is None else (settings.distillation_weight, settings.temperature),
+        lora_rank=settings.lora_rank,
     )
-    gradients = 4 * params
+    gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
+    carried = 16 if settings.optimizer_state == "carry" else 0  # moments that come, and those that are left
     return Footprint(
         parts={
-            "weights": 4 * params,
-            "optimizer": 8 * params,
+            "weights": weights,
+            **({} if dense is None else {"base model": teacher}),
+            "optimizer": 8 * trained,
             "gradients": gradients,
             "activations and logits": max(0, passes.peak - gradients),
             "libraries": LIBRARIES,
         },
-        host_bytes=4 * params,
-        disk_bytes=(2 * stored_bytes + 12) * params,
+        host_bytes=max(4 * params, teacher),
+        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained + carried * params,
     )
 
 
@@ -212,47 +229,6 @@ def evaluation_footprint(
     )
 
 
-def planned_training(
-    config: "PreTrainedConfig", settings: "TrainingSettings", device: str
-) -> "TrainingSettings":
-    """Return the settings with a micro-batch that fits into the free memory; logs what will be taken.
-
-    Args:
-        config: Of the model that is trained.
-        settings: ``micro_batch`` 0 takes the largest divisor of ``global_batch`` that fits, with a fifth of
-            the memory to spare, and that still makes training faster.
-        device: Type of the device.
-
-    Raises:
-        OutOfMemoryError: If it cannot fit.
-    """
-    free = available_bytes(device)
-    if not settings.micro_batch:
-        sizes = _micro_batches(settings, device)
-        for size in sizes:
-            settings = replace(settings, micro_batch=size)
-            if training_footprint(config, settings, device=device).device_bytes <= 0.8 * free:
-                break
-        log.info("training.micro_batch=0: %d sequences at once", settings.micro_batch)
-
-    def alternatives() -> "Iterator[tuple[str, Footprint]]":
-        smaller = [size for size in _micro_batches(settings, device) if size < settings.micro_batch]
-        tried = [(size, settings.gradient_checkpointing) for size in smaller]
-        if not settings.gradient_checkpointing:
-            tried += [(size, True) for size in (settings.micro_batch, *smaller)]
-        for size, checkpointing in tried:
-            other = replace(settings, micro_batch=size, gradient_checkpointing=checkpointing)
-            text = f"training.micro_batch={size}"
-            if other.gradient_checkpointing != settings.gradient_checkpointing:
-                text += ", training.gradient_checkpointing=true"
-            yield text, training_footprint(config, other, device=device)
-
-    check_fit(
-        "recover-train", training_footprint(config, settings, device=device), free, device, alternatives()
-    )
-    return settings
-
-
 def planned_evaluation(
     config: "PreTrainedConfig", settings: "EvaluationSettings", device: str
 ) -> "EvaluationSettings":
@@ -320,16 +296,16 @@ def check_fit(
         OutOfMemoryError: If it cannot fit.
     """
     where = "the GPU" if device != "cpu" else "this machine"
-    log.info("memory: %s needs about %s; %s is free on %s", step, needed, _gb(free), where)
-    if needed.device_bytes * _TOLERANCE <= free:
+    log.info("memory: %s needs about %s; %s is free on %s", step, needed, gigabytes(free), where)
+    if needed.device_bytes * TOLERANCE <= free:
         return
     for text, other in alternatives:
         if other.device_bytes <= free:
-            way = f"Set {text}: it takes about {_gb(other.device_bytes)}, and the same run resumes"
+            way = f"Set {text}: it takes about {gigabytes(other.device_bytes)}, and the same run resumes"
             break
     else:
         way = "No setting makes it fit: take a machine with more memory, or end what else uses it"
-    raise OutOfMemoryError(f"{step} needs about {needed} on {where}, where {_gb(free)} is free. {way}.")
+    raise OutOfMemoryError(f"{step} needs about {needed} on {where}, where {gigabytes(free)} is free. {way}.")
 
 
 @contextmanager
@@ -354,12 +330,6 @@ def explaining_memory(settings: str) -> Iterator[None]:
         ) from error
 
 
-def _micro_batches(settings: "TrainingSettings", device: str) -> list[int]:
-    """Return the micro-batches that are worth trying, largest first."""
-    most = max(1, MOST_TOKENS.get(device, 32768) // settings.sequence_length)
-    batch = settings.global_batch
-    return [size for size in range(min(most, batch), 0, -1) if batch % size == 0]
-
-
-def _gb(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """Return a size as text."""
     return f"{size / 1e9:.1f} GB"

@@ -64,9 +64,11 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings: Of the run. ``auto`` precision counts as bfloat16 on accelerators, else as float32; a
             micro-batch or batch of 0 as 1.
     """
+    from core.model.build import model_shape
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
     from core.steps.prune_footprint import distillation_footprint, repair_footprint
     from core.steps.searching import search_footprint
+    from core.steps.training_plan import TrainingPlan, rank_footprint
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
@@ -115,16 +117,23 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             needs.get("prune-step", distilled), distilled, key=lambda need: need.device_bytes
         )
     if training.total_steps:
-        needs["recover-train"] = training_footprint(
+        alone = replace(
+            training,
+            micro_batch=training.micro_batch or 1,
+            precision=settled(training.precision, "recover-train"),
+        )
+        whole = training_footprint(
             smaller,
-            replace(
-                training,
-                micro_batch=training.micro_batch or 1,
-                precision=settled(training.precision, "recover-train"),
-            ),
+            config if training.teacher == "base" else None,
+            alone,
             device=on("recover-train")[0],
             stored_bytes=stored_bytes,
         )
+        gpus = settings.cluster.gpus_of("recover-train", gpu_task=True)
+        ranks = (training.ranks or gpus) if gpus else 1
+        sharded = ranks > 1 and training.sharding != "none" and not training.lora_rank
+        plan = TrainingPlan(settings=alone, ranks=ranks, sharded=sharded)  # the least that a GPU needs
+        needs["recover-train"] = rank_footprint(whole, model_shape(smaller), plan)
     needs["evaluate"] = evaluation_footprint(
         config,
         replace(
@@ -159,11 +168,17 @@ def shortages(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") 
 def summary_line(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") -> str:
     """Return one line that says what each task takes, and where."""
     parts = [
-        f"{component} {footprint.device_bytes / 1e9:.1f} GB"
-        + (" on its GPU" if settings.cluster.gpus_of(component, gpu_task=True) else "")
+        f"{component} {footprint.device_bytes / 1e9:.1f} GB" + _where(component, settings)
         for component, footprint in needs.items()
     ]
     return "estimated memory: " + ", ".join(parts)
+
+
+def _where(component: "ComponentName", settings: "Settings") -> str:
+    gpus = settings.cluster.gpus_of(component, gpu_task=True)
+    if component == "recover-train" and gpus > 1:
+        return f" on each of its {gpus} GPUs"
+    return " on its GPU" if gpus else ""
 
 
 def _after_first_phase(config: "PreTrainedConfig", settings: "Settings") -> "PreTrainedConfig":

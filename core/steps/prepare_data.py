@@ -1,5 +1,6 @@
 """The step that tokenizes and packs all texts of a run: prepare-data."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,8 @@ from core.storage.interface import join_uri
 from core.storage.layout import CALIBRATION_POOL, HELD_OUT
 from core.storage.publication import open_publication
 from core.training.resume import remove_states
+
+log = logging.getLogger(__name__)
 
 
 def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
@@ -56,18 +59,26 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
         }
         if training.total_steps:
             steps = phase_steps(training.total_steps, settings.prune.phases)
+            sequences = [count * training.global_batch for count in steps]
+            if training.held_out_sequences:
+                sequences.append(training.held_out_sequences)
             mixture = write_slices(
                 training.sources,
                 tokenizer,
                 sequence_length=training.sequence_length,
-                sequences=[count * training.global_batch for count in steps],
+                sequences=sequences,
                 packing=training.packing,
                 seed=settings.seed,
                 directory=work.out,
                 processes=usable_cores(),
                 parts=SavedParts(parts_uri, work.scratch / "parts"),
             )
-            report["training_tokens"] = mixture.tokens
+            if training.held_out_sequences and any(source.passes > 1 for source in mixture.sources):
+                log.warning(
+                    "a source is read more than once: what is held out of it may be trained on. Name more "
+                    "text, or lower training.tokens"
+                )
+            report["training_tokens"] = mixture.tokens - training.held_out_tokens
             report["padding"] = mixture.padding
             report["malformed"] = sum(source.malformed for source in mixture.sources)
             report["sources"] = [asdict(source) for source in mixture.sources]

@@ -106,7 +106,7 @@ def distillation_footprint(
         checkpointing=False,
         device=device,
         accumulate=micro_batch < batch,
-        distills=True,
+        taught=(1.0, 1.0),
     )
     gradients, teacher = 4 * params, of_dense * (2 if autocast else 4)
     return Footprint(

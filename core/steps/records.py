@@ -89,6 +89,7 @@ def _phase_record(
         else None,
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
+        held_out=tuple((int(s), float(x)) for s, x in trained.get("series", {}).get("held_out_loss", ())),
         seconds=seconds,
     )
 

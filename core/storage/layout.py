@@ -16,6 +16,9 @@ STEPS = {
 }
 """Folder of a phase to the step that publishes it, in their order."""
 
+MOMENTS = "moments"
+"""Folder of a phase for the optimizer's state at its end, until the next phase has trained."""
+
 REPORT = "report.json"
 """A step's figures, beside its result."""
 
@@ -35,7 +38,7 @@ _MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
 _ALONE = re.compile(r"(jobs|precisions|revisions)/[^/]+")
 _OF_A_RUN = (
     rf"runs/[^/]+/(?:data|final|(?:held-out|report){_MEASURED}"
-    rf"|phases/[0-9]{{2,}}/(?:{'|'.join(STEPS)}){_MEASURED}?)"
+    rf"|phases/[0-9]{{2,}}/(?:{MOMENTS}|(?:{'|'.join(STEPS)}){_MEASURED}?))"
 )
 _PUBLICATION = re.compile(rf"({_OF_A_RUN})/.+")
 _PLACE = re.compile(rf"(.*)/({_OF_A_RUN}|bases/[^/]+)/.+")

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
-from core.model.loss import final_states, loss_gradient
+from core.model.loss import final_states, loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
-from core.training.state import TrainingProgress, TrainingState, restore_state
+from core.training.measures import DivergenceWatch, Measures
+from core.training.objective import Teacher
+from core.training.optimizer import adamw
+from core.training.parallel.ranks import ALONE, Ranks
+from core.training.rows import Rows
+from core.training.state import TrainingProgress, TrainingState, restore_state, trained_parameters
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
@@ -26,13 +31,16 @@ class TrainingReport:
     """The outcome of a phase's training.
 
     Attributes:
-        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step.
+        losses: (global step, loss in nats per trained token, learning rate) of each optimizer step; the loss
+            is what is minimized, with a teacher's share in it.
+        series: Name of each other curve to its (global step, value).
         tokens: Tokens that passed through the model.
         trained_tokens: Those that counted in the loss (prompts do not).
         tokens_per_s: Rate over the whole phase, all attempts included.
     """
 
     losses: tuple[tuple[int, float, float], ...]
+    series: Mapping[str, Sequence[tuple[int, float]]]
     tokens: int
     trained_tokens: int
     tokens_per_s: float
@@ -40,89 +48,122 @@ class TrainingReport:
 
 def recover(
     model: PreTrainedModel,
-    input_ids: Tensor,
-    trained: Tensor,
+    rows: Rows,
     settings: TrainingSettings,
     *,
-    starts: Tensor | None = None,
+    held_out: Rows | None = None,
+    teacher: Teacher | None = None,
     first_step: int,
     total_steps: int,
+    carry: Callable[[Optimizer], None] | None = None,
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
+    hand_on: Callable[[Optimizer], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
 
     Args:
-        model: Float32 weights, on the device to train on.
-        input_ids: (S, T) packed token ids; S is a multiple of ``settings.global_batch``.
-        trained: (S, T), 1 where a token counts in the loss, 0 on prompts.
+        model: Float32 weights, on the device to train on. Those that require a gradient are trained.
+        rows: S packed sequences; S is a multiple of ``settings.global_batch``.
         settings: Batch, learning rate and precision.
-        starts: (S, T), nonzero where a document begins, which sees nothing before it. None for one document
-            a row.
+        held_out: Rows to measure the loss on, not to train on: before the first step, after the last one, and
+            in between as the settings say.
+        teacher: What the model also learns from.
         first_step: Global step at which this phase starts.
         total_steps: Steps of all phases together.
+        carry: Gives the optimizer what it starts with; None for moments of zero. Not called if an earlier
+            attempt is resumed.
         resume_from: State of an earlier attempt, which fits the model: training continues as if it had never
             stopped.
         save: Called between steps; decides by itself whether to write the state.
+        hand_on: Called when all steps are done.
+        ranks: Who trains together. All are given the same, and report the same losses.
 
     Returns:
-        Losses and rates.
+        Curves and rates.
 
     Raises:
-        TrainingError: If the loss or the gradient norm is not finite. That step changes nothing.
+        TrainingError: If the loss or the gradient norm is not finite: that step changes nothing. If the loss
+            has stayed above the settings' limit: no state is saved of such steps.
     """
     assert settings.precision != "auto", "settled before the run"
-    steps = len(input_ids) // settings.global_batch
-    model.train().requires_grad_(True)
+    steps = len(rows.input_ids) // settings.global_batch
+    model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = adamw(trained_parameters(model).values(), settings)
     done = TrainingProgress()
     if resume_from is not None:
         done = restore_state(resume_from, model, optimizer)
-        log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
-    losses, trained_tokens = list(done.losses), done.trained_tokens
-    batch_tokens = settings.global_batch * input_ids.shape[1]
+        if done.losses:
+            log.info("resumed at step %d of %d", first_step + len(done.losses), total_steps)
+    elif carry is not None:
+        carry(optimizer)
+    measures = Measures(model, done, precision=settings.precision, ranks=ranks.size)
+    watch = DivergenceWatch(settings.max_loss_rise, done.losses)
+    batch_tokens = settings.global_batch * rows.input_ids.shape[1]
     tokens, started = steps * batch_tokens, time.monotonic() - done.seconds
-    with Progress("training", tokens, "tokens", done=len(losses) * batch_tokens) as progress:
-        while len(losses) < steps:
-            step = first_step + len(losses)
+    if held_out is not None and not done.losses:
+        measures.add(first_step, {"held_out_loss": held_out_loss(model, held_out, settings)})
+    with Progress("training", tokens, "tokens", done=len(done.losses) * batch_tokens) as progress:
+        while (finished := len(measures.losses)) < steps:
+            began, step = time.monotonic(), first_step + finished
+            batch = rows.part(finished * settings.global_batch, settings.global_batch)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
-            rows = slice(len(losses) * settings.global_batch, (len(losses) + 1) * settings.global_batch)
-            positions = None if starts is None else _positions(starts[rows])
-            loss, counted = _accumulate(model, input_ids[rows], trained[rows], positions, settings)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
-            _check_finite(step, total_steps, loss, float(norm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append((step, loss, rate))
-            trained_tokens += counted
-            progress.add(batch_tokens, f"step {step + 1} of {total_steps}, loss {loss:.3f}, lr {rate:.2g}")
-            if save is not None and len(losses) < steps:
-                seconds = time.monotonic() - started
-                save(
-                    optimizer,
-                    TrainingProgress(losses=losses, trained_tokens=trained_tokens, seconds=seconds),
-                )
+            place = f"step {step + 1} of {total_steps}"
+            values = _train_step(model, teacher, optimizer, batch, settings, ranks, place)
+            measures.add_step(step, values, batch=batch, rate=rate, seconds=time.monotonic() - began)
+            finished += 1
+            if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
+                measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings)})
+            watch.see(step, values["loss"])
+            progress.add(batch_tokens, f"{place}, loss {values['loss']:.3f}, lr {rate:.2g}")
+            # What is saved is from before the loss began to rise.
+            if save is not None and finished < steps and not watch.steps_above:
+                save(optimizer, measures.progress(time.monotonic() - started))
+    seconds = time.monotonic() - started
+    if hand_on is not None:
+        hand_on(optimizer)
     model.eval()
     return TrainingReport(
-        losses=tuple(losses),
+        losses=tuple(measures.losses),
+        series=measures.series,
         tokens=tokens,
-        trained_tokens=trained_tokens,
-        tokens_per_s=tokens / max(time.monotonic() - started, 1e-9),
+        trained_tokens=measures.trained_tokens,
+        tokens_per_s=tokens / max(seconds, 1e-9),
     )
 
 
-def _check_finite(step: int, total_steps: int, loss: float, norm: float) -> None:
+def _train_step(
+    model: PreTrainedModel,
+    teacher: Teacher | None,
+    optimizer: Optimizer,
+    batch: Rows,
+    settings: TrainingSettings,
+    ranks: Ranks,
+    place: str,
+) -> dict[str, float]:
+    """Take one optimizer step and return what it has measured; ``place`` says which step, for an error."""
+    measured = _accumulate(model, teacher, batch, settings, ranks)
+    limit = settings.max_grad_norm or math.inf
+    measured["gradient_norm"] = ranks.clip_gradients(model.parameters(), limit)
+    # Here alone the step waits for the device.
+    numbers = torch.stack([value.double() for value in measured.values()]).tolist()
+    values = dict(zip(measured, numbers, strict=True))
+    _check_finite(place, values["loss"], values["gradient_norm"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return values
+
+
+def _check_finite(place: str, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     found = f"the loss is {loss}" if not math.isfinite(loss) else f"the l2 norm of the gradients is {norm}"
     raise TrainingError(
-        f"training has stopped at step {step + 1} of {total_steps}: {found}. Lower training.learning_rate, "
-        "or set training.precision to float32, which makes it another run. Rerunning this one resumes from "
-        "the last saved state."
+        f"training has stopped at {place}: {found}. Lower training.learning_rate, or set training.precision "
+        "to float32, which makes it another run. Rerunning this one resumes from the last saved state."
     )
 
 
@@ -142,35 +183,43 @@ def _set_learning_rate(
     return rate
 
 
-def _positions(starts: Tensor) -> Tensor:
-    """Return (B, T) int64 positions that start again from 0 where ``starts`` is not 0."""
-    index = torch.arange(starts.shape[1]).expand(starts.shape)
-    return index - torch.where(starts != 0, index, 0).cummax(dim=1).values
-
-
 def _accumulate(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    trained: Tensor,
-    positions: Tensor | None,
-    settings: TrainingSettings,
-) -> tuple[float, int]:
-    """Accumulate the gradients of one global batch; every trained token has the same weight.
+    model: PreTrainedModel, teacher: Teacher | None, batch: Rows, settings: TrainingSettings, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of this rank's part of a global batch.
+
+    Every trained token of the global batch has the same weight.
 
     Returns:
-        The mean loss over the batch's trained tokens, and their number.
+        Name of each curve to its value, on the device: ``loss`` is the mean over the trained tokens.
     """
-    counted = int(trained[:, 1:].sum())
-    total = 0.0
-    for first in range(0, len(input_ids), settings.micro_batch):
-        rows = slice(first, first + settings.micro_batch)
-        ids = input_ids[rows].to(model.device).long()
-        places = None if positions is None else positions[rows].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            states = final_states(model, ids, places)
+    counted = max(batch.trained_tokens, 1)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for part in ranks.share(batch).micro_batches(settings.micro_batch, model.device):
+        with _autocast(model, settings):
+            # The teacher goes first, as the activations of the model stay.
+            lesson = None if teacher is None else teacher.lesson(part.ids, part.positions)
+            states = final_states(model, part.ids, part.positions)
             loss, gradient = loss_gradient(
-                model, states, ids, scale=1 / max(counted, 1), trained=trained[rows].to(model.device)
+                model, states, part.ids, scale=1 / counted, trained=part.trained, lesson=lesson
             )
         states.backward(gradient)
         total += loss
-    return total / max(counted, 1), counted
+    return {"loss": ranks.total(total) / counted}
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, rows: Rows, settings: TrainingSettings) -> float:
+    """Return the mean loss over the trained tokens of rows; the model goes on training afterwards."""
+    model.eval()
+    total = 0.0
+    for part in rows.micro_batches(settings.micro_batch, model.device):
+        with _autocast(model, settings):
+            states = final_states(model, part.ids, part.positions)
+            total += loss_sum(model, states, part.ids, trained=part.trained)
+    model.train()
+    return total / max(rows.trained_tokens, 1)
+
+
+def _autocast(model: PreTrainedModel, settings: TrainingSettings) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")

@@ -7,7 +7,7 @@ stays until a newer one is published.
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ class SavedStates:
             belongs_to: The inputs of the training. A state with other inputs is not used.
         """
         self._uri, self._folder = uri, folder
-        self._every, self._belongs_to = every, dict(belongs_to)
+        self._every, self.belongs_to = every, dict(belongs_to)
         self._last = (0, time.monotonic())
         self._publisher = ThreadPoolExecutor(1, "training-state")
         self._under_way: Future[None] | None = None
@@ -81,20 +81,21 @@ class SavedStates:
                 remove_states(self._uri, steps=range(step, step + 1))
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
-                self._last = (len(state.progress.losses), time.monotonic())
+                self.resume(state.progress)
                 return state
         return None
 
     def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
+        from core.training.parallel.parts import merged
         from core.training.state import STATE, check_fits, read_state
 
         published, folder = open_publication(_place(self._uri, step)), self._folder / "fetched"
         state = read_state(published.fetch(folder, only=[STATE]))
         progress = state.progress
         steps = progress.losses[0][0], progress.next_step
-        if state.belongs_to != self._belongs_to or steps != (first_step, step):
+        if state.belongs_to != self.belongs_to or steps != (first_step, step):
             raise CheckpointError(f"{published.uri} belongs to another training.")
-        published.fetch(folder)
+        state = read_state(merged(published.fetch(folder), self._folder / "merged"))
         check_fits(state, model)
         return state
 
@@ -105,24 +106,41 @@ class SavedStates:
         """
         from core.training.state import write_state
 
-        now, done = time.monotonic(), len(progress.losses)
-        if not self._every.is_over(done - self._last[0], now - self._last[1]):
+        folder = self._folder / "saved"
+        if not self.start(progress):
             return
-        if self._under_way is not None and not self._under_way.done():
-            return
-        self._last = (done, now)
-        folder, step = self._folder / "saved", progress.next_step
         try:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            write_state(folder, model, optimizer, progress, belongs_to=self._belongs_to)
+            write_state(folder, model, optimizer, progress, belongs_to=self.belongs_to)
         except StorageError as error:
-            log.warning(_NOT_SAVED, step, error)
+            log.warning(_NOT_SAVED, progress.next_step, error)
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            self._under_way = self._publisher.submit(self._publish, folder, step, now)
+            self.publish(progress)
 
-    def _publish(self, folder: Path, step: int, started: float) -> None:
+    def resume(self, progress: "TrainingProgress") -> None:
+        """Count from here when the next state is due."""
+        self._last = (len(progress.losses), time.monotonic())
+
+    def start(self, progress: "TrainingProgress") -> bool:
+        """Return whether a state is due and the previous one is published; then there is room for it."""
+        now, done = time.monotonic(), len(progress.losses)
+        if not self._every.is_over(done - self._last[0], now - self._last[1]):
+            return False
+        if self._under_way is not None and not self._under_way.done():
+            return False
+        self._last = (done, now)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return True
+
+    def publish(self, progress: "TrainingProgress", complete: Callable[[], None] = lambda: None) -> None:
+        """Publish the state in ``saved`` while training continues, once ``complete`` has returned there."""
+        self._under_way = self._publisher.submit(
+            self._publish, self._folder / "saved", progress.next_step, time.monotonic(), complete
+        )
+
+    def _publish(self, folder: Path, step: int, started: float, complete: Callable[[], None]) -> None:
         try:
+            complete()
             size = publish(folder, _place(self._uri, step)).manifest.total_bytes
         except Exception as error:  # no failure may end hours of training
             log.warning(_NOT_SAVED, step, error, exc_info=not isinstance(error, AdaptPrunerError))

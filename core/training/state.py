@@ -5,7 +5,7 @@ The learning rate and the position in the data follow from the step, so they are
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.interface import local_errors
+from core.training.optimizer import device_of_moments
 from core.untrusted import parse_object
 
 STATE = "state.json"
@@ -25,7 +28,8 @@ STATE = "state.json"
 _FORMAT = 1
 _SHARD_BYTES = 2**28
 _WEIGHT, _RNG = "weight", "rng"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}
 
 
@@ -39,6 +43,8 @@ class TrainingProgress:
     """Tokens that counted in the loss."""
     seconds: float = 0.0
     """Time these steps took, over all attempts."""
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Name of each other curve, such as ``gradient_norm``, to its (global step, value)."""
 
     @property
     def next_step(self) -> int:
@@ -67,37 +73,54 @@ def write_state(
     progress: TrainingProgress,
     *,
     belongs_to: Mapping[str, str],
-) -> None:
-    """Write the state between two optimizer steps: 12 bytes per parameter.
+) -> TrainingState:
+    """Write the state between two optimizer steps: 12 bytes per trained parameter.
 
     Args:
         directory: Where it goes; created if missing.
-        model: Its parameters are written, tied ones once.
-        optimizer: AdamW over the model's parameters.
+        model: Its trained parameters are written, tied ones once.
+        optimizer: AdamW over them.
         progress: What has been done.
         belongs_to: The inputs of the training, such as the digest of its data.
+
+    Returns:
+        What has been written.
 
     Raises:
         StorageError: If the folder cannot be written.
     """
-    content = {"format": _FORMAT, "shards": 0, "progress": asdict(progress)}
+    shards = 0
     try:
         with local_errors(directory):
             directory.mkdir(parents=True)
-            for number, shard in enumerate(_in_shards(_tensors(model, optimizer)), start=1):
-                save_file(shard, directory / _shard_name(number))
-                content["shards"] = number
-            content["belongs_to"] = dict(belongs_to)
-            (directory / STATE).write_text(json.dumps(content))
+            for number, shard in enumerate(in_shards(state_tensors(model, optimizer)), start=1):
+                save_file(shard, directory / shard_name(number))
+                shards = number
+            write_progress(directory, progress, shards, belongs_to)
     except SafetensorError as error:
         raise StorageError(f"{directory} cannot be written: {error}. Free space.") from error
+    return TrainingState(directory=directory, shards=shards, progress=progress, belongs_to=dict(belongs_to))
 
 
-def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
+def write_progress(
+    directory: Path, progress: TrainingProgress, shards: int, belongs_to: Mapping[str, str]
+) -> None:
+    """Write ``state.json``, the small part of a state."""
+    content = {"format": _FORMAT, "shards": shards, "progress": asdict(progress)}
+    (directory / STATE).write_text(json.dumps(content | {"belongs_to": dict(belongs_to)}))
+
+
+def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
+    """Return the parameters that are trained, by name, tied ones once: those that require a gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state by their names in it; sharded ones as they are."""
+    for name, parameter in trained_parameters(model).items():
         yield f"{_WEIGHT}.{name}", parameter.detach()
         moments = optimizer.state.get(parameter, {})
-        yield from ((f"{moment}.{name}", moments[moment]) for moment in _MOMENTS if moment in moments)
+        yield from ((f"{moment}.{name}", moments[moment]) for moment in MOMENTS if moment in moments)
     yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
 
 
@@ -108,7 +131,7 @@ def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
     return states
 
 
-def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Group tensors into shards of limited size; only one shard at a time is copied off the device."""
     shard: dict[str, Tensor] = {}
     size = 0
@@ -121,7 +144,8 @@ def _in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tens
     yield shard
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """Return the name of a file with tensors, of which the first has the number 1."""
     return f"state-{number:05d}.safetensors"
 
 
@@ -147,6 +171,11 @@ def read_state(directory: Path) -> TrainingState:
                 losses=losses,
                 trained_tokens=int(progress["trained_tokens"]),
                 seconds=float(progress["seconds"]),
+                # Earlier versions kept losses alone.
+                series={
+                    name: [(int(step), float(value)) for step, value in points]
+                    for name, points in progress.get("series", {}).items()
+                },
             ),
             belongs_to=dict(data["belongs_to"]),
         )
@@ -161,12 +190,14 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
         CheckpointError: If it does not, or a shard cannot be read.
     """
     wanted = {f"{_RNG}.{name}": _like(random) for name, random in _random_states(model).items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         like = _like(parameter)
         wanted |= {f"{_WEIGHT}.{name}": like, f"exp_avg.{name}": like, f"exp_avg_sq.{name}": like}
         wanted[f"step.{name}"] = [], _DTYPES[torch.float32]
     found = {}
     for name, shard in _stored(state):
+        if name == f"{_RNG}.cuda" and name not in wanted:
+            continue  # the process that starts ranks has no GPU, nor need the next machine
         tensor = shard.get_slice(name)
         found[name] = tensor.get_shape(), tensor.get_dtype()
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -187,15 +218,24 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
         kind, _, name = key.partition(".")
         tensor = shard.get_tensor(key)
         if kind == _WEIGHT:
-            parameters[name].detach().copy_(tensor)
-        elif kind in _MOMENTS:
+            parameters[name].detach().copy_(_part_of(tensor, parameters[name]))
+        elif kind in MOMENTS:
             # A copy, as the file will be removed.
-            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
+            parameter = parameters[name]
+            device = parameter.device if kind == "step" else device_of_moments(optimizer, parameter)
+            optimizer.state[parameter][kind] = _part_of(tensor.to(device, copy=True), parameter)
         elif name == "cpu":
             torch.set_rng_state(tensor)
-        else:
+        elif model.device.type == "cuda":
             torch.cuda.set_rng_state(tensor, model.device)
     return state.progress
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return what a rank holds of a tensor that all have whole, if the parameter is sharded over ranks."""
+    if not isinstance(parameter, DTensor) or not tensor.dim():  # a count of steps has none
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _like(tensor: Tensor) -> tuple[list[int], str]:
@@ -205,7 +245,7 @@ def _like(tensor: Tensor) -> tuple[list[int], str]:
 def _stored(state: TrainingState) -> Iterator[tuple[str, Any]]:
     """Yield the name of each tensor with the open file that holds it."""
     for number in range(1, state.shards + 1):
-        path = state.directory / _shard_name(number)
+        path = state.directory / shard_name(number)
         try:
             with safe_open(path, framework="pt") as shard:
                 names = shard.keys()

@@ -4,7 +4,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.model import loss as module
-from core.model.loss import divergence_gradient, divergence_sum, final_states, loss_gradient, loss_sum
+from core.model.loss import (
+    Lesson,
+    divergence_gradient,
+    divergence_sum,
+    final_states,
+    loss_gradient,
+    loss_sum,
+)
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 
 TOKENS = random_tokens(rows=5)
@@ -52,7 +59,7 @@ def test_all_gradients_are_autograds(name, trained):
         states = final_states(model, TOKENS)
         total, gradient = loss_gradient(model, states, TOKENS, scale=0.3, trained=trained)
         states.backward(gradient)
-        assert total == pytest.approx(plain(model, trained).item(), rel=1e-13)
+        assert total.item() == pytest.approx(plain(model, trained).item(), rel=1e-13)
     found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -66,7 +73,7 @@ def test_it_is_transformers_own_loss(name):
     theirs = model(TOKENS, labels=labels).loss.item()
     counted = int(trained[:, 1:].sum())
     ours, _ = loss_gradient(model, final_states(model, TOKENS), TOKENS, scale=1.0, trained=trained)
-    assert ours / counted == pytest.approx(theirs, rel=1e-6)
+    assert ours.item() / counted == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
@@ -131,7 +138,7 @@ def test_losses_of_bfloat16_logits_are_float32():
     expected = cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum").item()
     assert loss_sum(model, states, TOKENS) == pytest.approx(expected, rel=1e-5)
     total, gradient = loss_gradient(model, states, TOKENS, scale=1.0)
-    assert total == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
     assert gradient.dtype == torch.bfloat16
 
 
@@ -219,3 +226,55 @@ def test_no_certainty_of_either_model_breaks_the_divergence():
     expected = (p * (wanted.double().log_softmax(-1) - logits.double().log_softmax(-1))).sum()
     assert divergence.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient.double(), q - p, rtol=1e-5, atol=1e-6)
+
+
+def plain_lesson(model, teacher, trained, weight, temperature):
+    """By autograd on all logits at once: a mean of two sums, weighted."""
+    with torch.no_grad():
+        p = (teacher(TOKENS).logits / temperature).softmax(dim=-1)
+    q = (model(TOKENS).logits / temperature).softmax(dim=-1)
+    each = (p * (p.log() - q.log())).sum(dim=-1)[:, :-1]
+    divergence = temperature**2 * each[trained[:, 1:] == 1].sum()
+    return (1 - weight) * plain(model, trained) + weight * divergence
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (1.0, 3.0), (0.3, 1.0), (0.7, 0.6)])
+@pytest.mark.usefixtures("chunks")
+def test_a_lesson_and_all_its_gradients_are_autograds(name, weight, temperature):
+    (model, teacher), trained = pair(name), some_trained()
+    with Float64Throughout():
+        expected = plain_lesson(model, teacher, trained, weight, temperature)
+        (0.3 * expected).backward()
+        gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        states, aims = final_states(model, TOKENS), final_states(teacher, TOKENS).detach()
+        lesson = Lesson(teacher=teacher, aims=aims, weight=weight, temperature=temperature)
+        total, gradient = loss_gradient(model, states, TOKENS, scale=0.3, trained=trained, lesson=lesson)
+        states.backward(gradient)
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert found.keys() == gradients.keys()
+    for key, value in gradients.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_lesson_takes_the_logits_of_both_models_a_chunk_at_a_time_where_tokens_are_trained(
+    temperature, monkeypatch
+):
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", {"cpu": 7 * VOCABULARY})
+    (model, teacher), trained, read = pair("llama"), some_trained(), {"model": [], "teacher": []}
+    for name, of in (("model", model), ("teacher", teacher)):
+        of.lm_head.register_forward_pre_hook(
+            lambda _, inputs, name=name: read[name].append(inputs[0].shape[:-1].numel())
+        )
+    states, aims = final_states(model, TOKENS), final_states(teacher, TOKENS).detach()
+    lesson = Lesson(teacher=teacher, aims=aims, weight=0.5, temperature=temperature)
+    with LargestLogits() as logits:
+        loss_gradient(model, states, TOKENS, scale=1.0, trained=trained, lesson=lesson)
+    assert logits.most <= max(7, model.config.hidden_size)
+    assert read["model"] == read["teacher"]  # one pass over the logits of each
+    assert max(read["model"]) == 7
+    assert sum(read["model"]) == int(trained[:, 1:].sum())

@@ -3,6 +3,7 @@ import torch
 
 from core.model.loss import final_states
 from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
+from core.training.adapters import add_adapters
 from tests.support.models import CONFIGS, tiny
 
 B, T = 3, 11
@@ -34,6 +35,28 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves(name, autocast):
     simulated = simulate_training(model.config, B, T, autocast=autocast, checkpointing=False, device="cpu")
     # Among fake tensors transformers repeats keys and values for their query heads; else SDPA does without.
     assert simulated.kept == pytest.approx(saved_bytes(model, autocast=autocast), rel=0.12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+def test_what_a_forward_pass_with_adapters_keeps_is_what_autograd_saves(name, autocast):
+    model = tiny(name, dtype=torch.float32).train()
+    simulated = simulate_training(
+        model.config, B, T, autocast=autocast, checkpointing=False, device="cpu", lora_rank=4
+    )
+    add_adapters(model, 4)
+    assert simulated.kept == pytest.approx(saved_bytes(model, autocast=autocast), rel=0.15)
+
+
+def test_a_teacher_takes_more_and_adapters_take_less_than_all_gradients():
+    def peak(**options):
+        found = simulate_training(
+            CONFIGS["llama"](), B, T, autocast=False, checkpointing=False, device="cpu", **options
+        )
+        return found.peak
+
+    assert peak(lora_rank=2) < peak(lora_rank=8) < peak() < peak(taught=(1.0, 1.0))
+    assert peak(taught=(1.0, 1.0)) < peak(taught=(0.5, 2.0))
 
 
 def test_the_peak_of_training_holds_all_gradients():

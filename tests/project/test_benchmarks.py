@@ -1,16 +1,19 @@
-"""The programs in benchmarks/: all can be started; the comparison of methods resumes and computes right."""
+"""The programs in benchmarks/: all can be started; the comparisons resume and compute right."""
 
 import json
 import runpy
 import sys
 
 import pytest
+import torch
 
+from core.model.build import load_model, load_tokenizer
 from tests.conftest import tokenizer_of
 from tests.support.project import ROOT, make_project
 
 PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
 METHODS = ROOT / "benchmarks" / "methods.py"
+RECOVERY = ROOT / "benchmarks" / "recovery.py"
 ROWS = (
     "method=adapt-pruner",
     "criterion=activation_l2,steps_per_phase=2,distill_steps=2,distill_batch_tokens=48",
@@ -77,3 +80,65 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     assert again[-1] | unlike == row | unlike
     timed = {"seconds_20": 0, "peak_gb_20": 0}
     assert same | timed == last | timed
+
+
+def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
+    results, texts = tmp_path / "results.jsonl", wide / "texts.jsonl"
+    rows = ("training.teacher=none", "training.teacher=base", "training.optimizer_state=carry")
+    rows += ("prune.phases=1,training.packing=whole",)
+    small = (
+        f"calibration.source={{path: {texts}}}",
+        "calibration.sequences=6",
+        "calibration.sequence_length=24",
+        "prune.steps_per_phase=1",
+        f"training.sources=[{{path: {texts}}}]",
+        "training.tokens=512",
+        "training.sequence_length=32",
+        "training.global_batch=4",
+        "prune.phases=2",
+    )
+    command = ["recovery.py", "--model", wide / "base", "--measure-on", f"manual={wide / 'held-out.txt'}"]
+    command += ["--windows", 1, "--seeds", 2, "--results", results, "--rows", *rows]
+    command += [part for setting in small for part in ("--set", setting)]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+
+    def run():
+        runpy.run_path(str(RECOVERY), run_name="__main__")
+        found = [json.loads(line) for line in results.read_text().splitlines()]
+        return found, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    measured, last = run()
+    perplexity = {(row["row"], row["seed"]): row["perplexity"]["manual"] for row in measured}
+    assert len(measured) == 9 == len(set(perplexity.values()))
+    dense = load_model(wide / "base")
+    windows = write_windows(wide)
+    assert last["dense_ppl"]["manual"] == pytest.approx(plain_perplexity(dense, windows), rel=1e-4)
+    params = sum(p.numel() for p in dense.parameters())
+    assert all(row["params"] == pytest.approx(0.8 * params, rel=0.02) for row in measured if row["row"])
+    assert [len(row.get("losses", ())) for row in measured] == [0, *[4] * 8]
+    means = {row: (perplexity[row, 0] + perplexity[row, 1]) / 2 for row in rows}
+    assert {row: of["manual"]["mean"] for row, of in last["ppl"].items()} == pytest.approx(means, abs=1e-3)
+    assert last["best"] == {"manual": min(means, key=means.__getitem__)}
+    first, second = (perplexity[rows[1], seed] / perplexity[rows[0], seed] for seed in (0, 1))
+    assert last["ratios"][rows[1]]["manual"]["mean"] == pytest.approx((first + second) / 2, abs=1e-3)
+
+    # A stopped run measures what is missing alone; rows under other settings are left alone, and left out.
+    row, other = measured.pop(4), {**measured[-1], "common": [], "perplexity": {"manual": 0.0}}
+    results.write_text("".join(json.dumps(row) + "\n" for row in [*measured, other]))
+    again, same = run()
+    assert again[:-1] == [*measured, other]
+    unlike = {"seconds": 0, "training_s": 0, "peak_gb": 0}
+    assert again[-1] | unlike == row | unlike
+    timed = {"seconds": 0, "peak_gb": 0}
+    assert same | timed == last | timed
+
+
+def write_windows(project):
+    """The first 512 tokens of the held-out text, by the tokenizer itself."""
+    text = (project / "held-out.txt").read_text()
+    return torch.tensor(load_tokenizer(project / "base")(text)["input_ids"][:512])[None]
+
+
+def plain_perplexity(model, windows):
+    with torch.no_grad():
+        return model(windows, labels=windows).loss.exp().item()

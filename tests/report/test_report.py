@@ -153,6 +153,20 @@ def test_the_pictures_are_there_and_are_well_formed(html):
     assert {"training loss", "learning rate", "phase 2"} <= texts[3]
 
 
+def test_the_loss_of_what_is_held_out_stands_beside_that_of_what_is_trained_on(page):
+    record = make_record()
+    assert "held out" not in page.text
+    phases = [
+        dataclasses.replace(phase, held_out=tuple((step, loss + 1) for step, loss, _ in phase.losses[::4]))
+        for phase in record.phases
+    ]
+    record = dataclasses.replace(record, phases=tuple(phases))
+    above = figures.training_figure(record).axes[0]
+    drawn = [line.get_xydata().tolist() for line in above.get_lines() if line.get_label() == "held out"]
+    assert drawn == [[list(point) for point in phase.held_out] for phase in phases if phase.held_out]
+    assert "held out" in Page(build_report(record)).text
+
+
 def test_the_page_loads_nothing_from_elsewhere(html, page):
     for tag, attributes in page.elements:
         assert tag not in ("script", "link", "iframe", "object", "embed", "img", "base")

@@ -210,6 +210,14 @@ def test_the_components_are_those_of_the_pipeline(plain):
     assert set(COMPONENTS) == files - {"--init--", "decorator", "runtime"}
 
 
+def test_recover_train_alone_may_have_several_gpus(tmp_path):
+    pods = compiled(tmp_path, {"components": {"recover-train": {"gpus": 4}}})
+    counts = {name: piece(pod, "container.resources.accelerator.resourceCount") for name, pod in pods.items()}
+    assert counts["recover-train"] == "4"
+    assert set(counts.values()) == {"4", "1", None}
+    assert [name for name, count in counts.items() if count == "4"] == ["recover-train"]
+
+
 def test_gpu_tasks_alone_go_to_the_gpu_nodes(tmp_path):
     cluster = {"node_selector": {"a": "b"}, "gpu_node_selector": {"c": "d"}, "gpu_tolerations": TAINTS}
     pods = compiled(tmp_path, {**cluster, "components": {"prune-step": {"gpus": 1}, "evaluate": {"gpus": 0}}})

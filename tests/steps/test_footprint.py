@@ -1,5 +1,4 @@
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from core.steps.footprint import (
     evaluation_footprint,
     explaining_memory,
     planned_evaluation,
-    planned_training,
     scoring_footprint,
     training_footprint,
 )
@@ -39,7 +37,7 @@ EVALUATION = EvaluationSettings(perplexity=TextSource(path="texts.txt"), precisi
 
 def training_bytes(**changes):
     settings = dataclasses.replace(TRAINING, **changes)
-    return training_footprint(CONFIG, settings, device="cpu").device_bytes
+    return training_footprint(CONFIG, None, settings, device="cpu").device_bytes
 
 
 @pytest.fixture
@@ -50,54 +48,6 @@ def free(monkeypatch):
         monkeypatch.setattr(footprint, "available_bytes", lambda device="cpu": int(size))
 
     return set_free
-
-
-def test_a_step_that_fits_tells_what_it_takes(free, caplog):
-    free(64e9)
-    with caplog.at_level(logging.INFO):
-        assert planned_training(CONFIG, TRAINING, "cpu") == TRAINING
-    assert "recover-train needs about 0.1 GB" in caplog.text
-    assert "64.0 GB is free on this machine" in caplog.text
-
-
-@pytest.mark.parametrize("wanted", [1, 2, 3, 6])
-def test_micro_batch_0_takes_the_largest_that_fits(wanted, free):
-    free(training_bytes(micro_batch=wanted) / 0.8 + 1)
-    auto = dataclasses.replace(TRAINING, micro_batch=0)
-    assert planned_training(CONFIG, auto, "cpu").micro_batch == wanted
-
-
-def test_micro_batch_0_takes_no_more_than_helps(free):
-    free(64e9)
-    auto = dataclasses.replace(TRAINING, micro_batch=0, sequence_length=1024)
-    assert planned_training(CONFIG, auto, "cpu").micro_batch == 4
-
-
-def test_training_that_cannot_fit_is_refused_with_settings_that_do(free):
-    free(training_bytes(micro_batch=2))
-    big = dataclasses.replace(TRAINING, micro_batch=12, sequence_length=64)
-    monstrous = dataclasses.replace(big, global_batch=1200, micro_batch=1200)
-    with pytest.raises(OutOfMemoryError, match=r"recover-train needs about .* is free") as caught:
-        planned_training(CONFIG, monstrous, "cpu")
-    assert "Set training.micro_batch=" in str(caught.value)
-    named = int(str(caught.value).partition("training.micro_batch=")[2].partition(":")[0].partition(",")[0])
-    planned_training(CONFIG, dataclasses.replace(monstrous, micro_batch=named), "cpu")
-
-
-def test_training_that_fits_only_with_checkpointing_is_told_so(free):
-    long = dataclasses.replace(TRAINING, sequence_length=16384, global_batch=1, micro_batch=1)
-    frugal = dataclasses.replace(long, gradient_checkpointing=True)
-    free(training_footprint(CONFIG, frugal, device="cpu").device_bytes)
-    told = r"Set training\.micro_batch=1, training\.gradient_checkpointing=true: it takes"
-    with pytest.raises(OutOfMemoryError, match=told):
-        planned_training(CONFIG, long, "cpu")
-    assert planned_training(CONFIG, frugal, "cpu") == frugal
-
-
-def test_training_beyond_any_setting_says_so(free):
-    free(10_000)
-    with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
-        planned_training(CONFIG, TRAINING, "cpu")
 
 
 def test_a_measurement_that_cannot_fit_is_refused_with_settings_that_do(free):
@@ -188,15 +138,6 @@ def test_parts_add_up_and_only_the_larger_ones_are_named():
     found = Footprint(parts={"weights": 3 * 10**9, "logits": 10**7, "rest": 10**7 - 1})
     assert found.device_bytes == 3_019_999_999
     assert str(found) == "3.0 GB (weights 3.0 GB, logits 0.0 GB)"
-
-
-def test_a_step_is_refused_where_85_percent_of_its_estimate_is_not_free(free):
-    needed = training_bytes()
-    free(0.85 * needed + 1)
-    assert planned_training(CONFIG, TRAINING, "cpu") == TRAINING
-    free(0.85 * needed - 1)
-    with pytest.raises(OutOfMemoryError):
-        planned_training(CONFIG, TRAINING, "cpu")
 
 
 def test_criteria_of_products_hold_a_square_matrix_of_the_widest_projection():

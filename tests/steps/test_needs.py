@@ -50,6 +50,12 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     needs = needs_of_tasks(config, on_gpu)
     assert list(needs) == ["calibrate", "prune-step", "recover-train", "evaluate"]
     assert "recover-train 0.1 GB on its GPU" in summary_line(needs, on_gpu)
+    own = {"gpus": 1, "components": {"recover-train": {"gpus": 4}}}
+    several = needs_of_tasks(config, on_four := settings_with(evaluation__tasks=["arc_easy"], cluster=own))
+    assert "recover-train 0.1 GB on each of its 4 GPUs" in summary_line(several, on_four)
+    assert "evaluate 0.1 GB on its GPU" in summary_line(several, on_four)
+    weights = [of["recover-train"].parts["weights"] for of in (needs, several)]
+    assert weights[0] == pytest.approx(4 * weights[1], abs=4)
     in_pods = needs_of_tasks(config, on_cpu)
     assert "GPU" not in summary_line(in_pods, on_cpu)
     logits = [of["evaluate"].parts["activations, then logits"] for of in (needs, in_pods)]

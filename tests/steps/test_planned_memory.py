@@ -27,7 +27,7 @@ def test_training_holds_what_a_step_leaves_behind_and_its_widest_moment(micro_ba
     model(tokens, labels=tokens).loss.backward()
     optimizer.step()
     settings = dataclasses.replace(TRAINING, micro_batch=micro_batch)
-    found = training_footprint(model.config, settings, device="cpu", stored_bytes=2)
+    found = training_footprint(model.config, None, settings, device="cpu", stored_bytes=2)
     weights = held(model.parameters())
     moments = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
     assert (found.parts["weights"], found.parts["optimizer"]) == (weights, held(moments))

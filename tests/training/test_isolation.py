@@ -8,6 +8,7 @@ from core.data.packing import Tokenized
 from core.data.whole_packing import pack_whole
 from core.model.loss import final_states, loss_gradient
 from core.training import recover as training
+from core.training.rows import Rows, positions_of
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 from tests.support.training import training_settings, weights
 
@@ -45,7 +46,7 @@ def ways_of_attention(model):
 def test_a_packed_row_gives_each_document_the_logits_that_it_has_alone(name, layers):
     model = tiny(name, layers)
     (ids, _, starts), documents = rows_of(SIZES)
-    positions = training._positions(starts)
+    positions = positions_of(starts)
     for way in ways_of_attention(model):
         model.set_attn_implementation(way)
         with torch.no_grad(), Float64Throughout():
@@ -65,7 +66,7 @@ def test_loss_and_gradients_of_packed_rows_are_the_sums_of_those_alone(name):
     (ids, trained, starts), documents = rows_of(SIZES)
     total = 0.0
     with Float64Throughout():
-        states = final_states(packed, ids.long(), training._positions(starts))
+        states = final_states(packed, ids.long(), positions_of(starts))
         loss, gradient = loss_gradient(packed, states, ids.long(), scale=1.0, trained=trained)
         states.backward(gradient)
         for document in (document for row in documents for document in row):
@@ -73,8 +74,8 @@ def test_loss_and_gradients_of_packed_rows_are_the_sums_of_those_alone(name):
             states = final_states(apart, tokens)
             of_one, gradient = loss_gradient(apart, states, tokens, scale=1.0, trained=mask)
             states.backward(gradient)
-            total += of_one
-    assert loss == pytest.approx(total, rel=1e-12)
+            total += of_one.item()
+    assert loss.item() == pytest.approx(total, rel=1e-12)
     for (name, ours), theirs in zip(packed.named_parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -93,7 +94,7 @@ def test_training_on_packed_rows_is_training_on_their_documents():
         (models[1], padded, len(parts), None),
     ):
         settings = training_settings(sequence_length=LENGTH, global_batch=batch, micro_batch=1)
-        report = training.recover(model, *tensors, settings, starts=begins, first_step=0, total_steps=9)
+        report = training.recover(model, Rows(*tensors, begins), settings, first_step=0, total_steps=9)
         assert report.trained_tokens == sum(int(document.trained[1:].sum()) for document in parts)
     torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-7, atol=1e-9)
 
@@ -106,10 +107,8 @@ def test_rows_of_one_document_give_what_rows_without_documents_give():
     for model, begins in zip(models, (None, starts), strict=True):
         training.recover(
             model,
-            tokens,
-            torch.ones_like(tokens),
+            Rows(tokens, torch.ones_like(tokens), begins),
             training_settings(),
-            starts=begins,
             first_step=0,
             total_steps=9,
         )

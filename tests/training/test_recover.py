@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from core.errors import TrainingError
 from core.training.recover import recover
+from core.training.rows import Rows
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings, weights
 
@@ -16,8 +17,7 @@ def train(model, tokens, mask=None, first_step=0, total_steps=100, **changes):
     mask = torch.ones_like(tokens) if mask is None else mask
     return recover(
         model,
-        tokens,
-        mask,
+        Rows(tokens, mask),
         training_settings(**RATES | changes),
         first_step=first_step,
         total_steps=total_steps,
@@ -137,8 +137,7 @@ def test_a_step_that_is_not_finite_is_an_error_and_changes_nothing(what, found, 
     with pytest.raises(TrainingError, match=rf"stopped at step 3 of 100: {found}.* Lower training\."):
         recover(
             model,
-            tokens,
-            torch.ones_like(tokens),
+            Rows(tokens, torch.ones_like(tokens)),
             training_settings(**RATES, max_grad_norm=limit),
             first_step=0,
             total_steps=100,

@@ -13,6 +13,7 @@ from core.storage.publication import open_publication, publish
 from core.storage.store import open_store
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
+from core.training.rows import Rows
 from tests.support.evidence import note
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.publications import behind
@@ -65,8 +66,7 @@ def attempt(uri, folder, *, every=ALWAYS, stop=None, seed=0, settled=False, at_s
         torch.manual_seed(3)
         report = recover(
             model,
-            tokens,
-            torch.ones_like(tokens),
+            Rows(tokens, torch.ones_like(tokens)),
             training_settings(),
             first_step=FIRST_STEP,
             total_steps=30,

@@ -12,6 +12,7 @@ from core.errors import CheckpointError, StorageError
 from core.model.build import build_model
 from core.training import state as state_module
 from core.training.recover import recover
+from core.training.rows import Rows
 from core.training.state import TrainingProgress, check_fits, read_state, restore_state, write_state
 from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings, weights
@@ -39,8 +40,7 @@ def train(model, *, resume_from=None, save=None, seed=3, **changes):
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) > 0.3).int()
     return recover(
         model,
-        tokens,
-        mask,
+        Rows(tokens, mask),
         settings,
         first_step=FIRST_STEP,
         total_steps=TOTAL_STEPS,
@@ -199,13 +199,21 @@ DAMAGES = {
     "another shape": rewrite(lambda t: t.update({first("exp_avg.", t): torch.zeros(3, 5)})),
     "another number format": rewrite(lambda t: t.update({n: x.double() for n, x in t.items() if x.dim()})),
     "a random state of another size": rewrite(lambda t: t.update({"rng.cpu": t["rng.cpu"][:-1]})),
-    "a random state of another kind": rewrite(lambda t: t.update({"rng.cuda": t["rng.cpu"].clone()})),
+    "a random state of another kind": rewrite(lambda t: t.update({"rng.xpu": t["rng.cpu"].clone()})),
     "a pickle in place of the tensors": lambda state: torch.save(
         {}, state.directory / "state-00001.safetensors"
     ),
     "a part is cut short": truncate,
     "a part is gone": lambda state: (state.directory / "state-00001.safetensors").unlink(),
 }
+
+
+def test_a_state_of_a_gpu_is_resumed_without_one(tmp_path):
+    model = unequal("llama")(0)
+    state = state_after(2, model, tmp_path / "state")
+    rewrite(lambda t: t.update({"rng.cuda": torch.zeros(16, dtype=torch.uint8)}))(state)
+    check_fits(state, model)
+    assert train(unequal("llama")(1), resume_from=state).losses == train(unequal("llama")(0)).losses
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

@@ -95,6 +95,8 @@ def pruned(project, tmp_path_factory):
         "prune.phases": 1,
         "training.tokens": str(TRAINING_STEPS * 6 * 32),
         "training.save_every": "1 steps",
+        "training.held_out_sequences": 4,
+        "training.eval_every": 3,
         "storage.store": str(folder / "store"),
     }
     with contextlib.chdir(project):
@@ -144,6 +146,9 @@ def assert_equal_results(job, expected):
     for report in reports:
         assert report.pop("seconds") > 0
         assert report.pop("tokens_per_s") > 0
+        of_machine = [name for name in report["series"] if name not in ("gradient_norm", "held_out_loss")]
+        lengths = {len(report["series"].pop(name)) for name in of_machine}
+        assert lengths == {TRAINING_STEPS}
     assert reports[0] == reports[1]
     assert len(reports[0]["losses"]) == TRAINING_STEPS
 

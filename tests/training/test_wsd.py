@@ -5,6 +5,7 @@ from core.pruning.phases import phase_steps
 from core.settings.texts import TextSource
 from core.settings.training import TrainingSettings
 from core.training.recover import recover
+from core.training.rows import Rows
 from core.training.wsd import wsd_learning_rate
 from tests.support.models import random_tokens, tiny
 
@@ -34,7 +35,9 @@ def test_phases_joined_equal_the_unsplit_curve(phases):
     for steps in phase_steps(total, phases):
         part = tokens[len(joined) : len(joined) + steps]
         first = joined[-1][0] + 1 if joined else 0
-        report = recover(model, part, torch.ones_like(part), settings, first_step=first, total_steps=total)
+        report = recover(
+            model, Rows(part, torch.ones_like(part)), settings, first_step=first, total_steps=total
+        )
         joined += [(step, rate) for step, _, rate in report.losses]
     assert [step for step, _ in joined] == list(range(40))
     pieces = [1e-5, 2e-5, *[2e-5] * 34, 1.55e-5, 1.1e-5, 6.5e-6, 2e-6]

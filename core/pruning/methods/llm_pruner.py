@@ -1,6 +1,6 @@
 """LLM-Pruner (arXiv 2305.11627): the first and last layers stay whole, all others lose the same share.
 
-Its recovery by LoRA is not part of this: all methods are trained alike.
+Its recovery by LoRA is ``training.lora_rank``, which any method may be trained with.
 """
 
 _FIRST, _LAST = 4, 2

@@ -1,0 +1,1 @@
+"""Training by several processes (ranks), one a GPU: started, kept in step, and ended together."""

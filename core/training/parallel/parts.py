@@ -1,0 +1,68 @@
+"""The parts of a training state that ranks have written, put together.
+
+They are safetensors files of torch.distributed.checkpoint, which say where in its tensor each part belongs.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.errors import CheckpointError
+from core.storage.interface import local_errors
+from core.training.state import STATE, in_shards, shard_name
+from core.untrusted import foreign_errors, parse_object
+
+_PARTS = "shard-*.safetensors"  # torch's name for them
+
+
+def merged(directory: Path, to: Path) -> Path:
+    """Put the parts of a state that ranks have written together, in the files that one process writes.
+
+    Args:
+        directory: The state; it may be the store's own folder and stays as it is.
+        to: Where the files go.
+
+    Returns:
+        The folder of the state to use: that of a state by one process is ``directory``.
+
+    Raises:
+        CheckpointError: If the parts do not make whole tensors.
+    """
+    parts = sorted(directory.glob(_PARTS))
+    if not parts:
+        return directory
+    with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
+        stored = dcp.HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
+        files = {path: safe_open(path, framework="pt") for path in parts}
+    places: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
+    for index, info in stored.items():
+        places.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(info.relative_path)))
+
+    def wholes() -> Iterator[tuple[str, Tensor]]:
+        for name, found in sorted(places.items()):
+            yield name, _whole(name, [(offset, files[path].get_tensor(name)) for offset, path in found])
+
+    content = parse_object((directory / STATE).read_bytes())
+    with local_errors(to):
+        to.mkdir(parents=True)
+        for number, shard in enumerate(in_shards(wholes()), start=1):
+            save_file(shard, to / shard_name(number))
+        (to / STATE).write_text(json.dumps(content | {"shards": number}))
+    return to
+
+
+def _whole(name: str, parts: list[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+    """Put a tensor together from its parts, each with the place of its first element."""
+    ends = [[o + s for o, s in zip(offset, part.shape, strict=True)] for offset, part in parts]
+    whole = torch.empty([max(sizes) for sizes in zip(*ends, strict=True)], dtype=parts[0][1].dtype)
+    for (offset, part), end in zip(parts, ends, strict=True):
+        whole[tuple(slice(*span) for span in zip(offset, end, strict=True))] = part
+    if sum(part.numel() for _, part in parts) != whole.numel():
+        raise CheckpointError(f"parts of {name} are missing in a training state, or there twice.")
+    return whole

@@ -1,0 +1,69 @@
+"""Packed sequences on their way into a model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.machine.memory import sent
+
+
+class Rows(NamedTuple):
+    """Packed sequences, as a slice of the mixture holds them: in host memory."""
+
+    input_ids: Tensor
+    """(S, T) token ids."""
+    trained: Tensor
+    """(S, T), 1 where a token counts in the loss, 0 on prompts."""
+    starts: Tensor | None = None
+    """(S, T), nonzero where a document begins, which sees nothing before it. None for one document a row."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss: the first of a row has nothing before it."""
+        return int(self.trained[:, 1:].sum())
+
+    def part(self, first: int, count: int) -> "Rows":
+        """Return some rows of them."""
+        rows = slice(first, first + count)
+        starts = None if self.starts is None else self.starts[rows]
+        return Rows(self.input_ids[rows], self.trained[rows], starts)
+
+    def micro_batches(self, size: int, device: torch.device) -> "Iterator[MicroBatch]":
+        """Yield what passes through a model at once, whose copy to an accelerator takes no time of the host.
+
+        Args:
+            size: Sequences.
+            device: Where the model is.
+        """
+        ids = sent(self.input_ids, device).long().split(size)
+        positions: tuple[Tensor | None, ...] = (None,) * len(ids)
+        if self.starts is not None:
+            positions = sent(positions_of(self.starts), device).split(size)
+        yield from map(MicroBatch, ids, positions, self.trained.split(size))
+
+
+def read_rows(file: Path) -> Rows:
+    """Read a slice of the mixture; it has no starts where rows are cut anywhere."""
+    tensors = load_file(file)
+    return Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
+
+
+class MicroBatch(NamedTuple):
+    """Sequences that pass through a model at once."""
+
+    ids: Tensor
+    """(B, T) int64 token ids, on the model's device."""
+    positions: Tensor | None
+    """(B, T) int64 positions, there; None for one document a row."""
+    trained: Tensor
+    """(B, T) as in ``Rows``, in host memory, where it is looked up what is a target."""
+
+
+def positions_of(starts: Tensor) -> Tensor:
+    """Return (B, T) int64 positions that start again from 0 where ``starts`` is not 0."""
+    index = torch.arange(starts.shape[1]).expand(starts.shape)
+    return index - torch.where(starts != 0, index, 0).cummax(dim=1).values
