@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.data.mixture import write_calibration_pool, write_perplexity_windows
+from core.data.samples import write_calibration_pool, write_perplexity_windows
 from core.errors import TargetError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity

@@ -10,6 +10,7 @@ from pipelines.commands.benchmark import benchmark
 from pipelines.commands.clean import clean
 from pipelines.commands.compile import compile_
 from pipelines.commands.evaluate import evaluate
+from pipelines.commands.experiment import experiment
 from pipelines.commands.export import export
 from pipelines.commands.generate import generate
 from pipelines.commands.inspect import inspect
@@ -21,7 +22,7 @@ from pipelines.commands.sensitivity import sensitivity
 from pipelines.commands.submit import submit
 
 _GROUPS = {
-    "Run a recipe": (run, compile_, submit, schedule),
+    "Run a recipe": (run, compile_, submit, schedule, experiment),
     "Examine a model": (inspect, generate, evaluate, sensitivity, benchmark),
     "Share a model": (export, push),
     "Look after a store": (runs, clean),
@@ -50,7 +51,7 @@ class _Commands(click.Group):
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2 if isinstance(error, SettingsError) else 1)
         except KeyboardInterrupt:
-            click.echo("error: interrupted; repeat the command to resume run or push.", err=True)
+            click.echo("error: interrupted; repeat the command to resume run, experiment or push.", err=True)
             ctx.exit(130)
 
 

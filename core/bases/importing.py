@@ -20,7 +20,7 @@ import torch
 
 from core.bases.licence import LEGAL, card_facts, gguf_facts
 from core.bases.resolution import current_base
-from core.data.texts import locate
+from core.data.locations import locate
 from core.errors import CheckpointError
 from core.model.build import build_model, check_fit
 from core.model.checkpoint import PROVENANCE, Checkpoint, save_model

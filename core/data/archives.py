@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ def check_compressed(file: Path) -> None:
     limit = max(_FREE_BYTES, _MAX_RATIO * file.stat().st_size)
     unpacked = 0
     try:
-        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(kind) or _zstandard().open
-        with opener(file, "rb") as stream:
+        with _opener(kind)(file, "rb") as stream:
             while unpacked <= limit and (chunk := stream.read(_CHUNK_BYTES)):
                 unpacked += len(chunk)
     except (OSError, EOFError, lzma.LZMAError, ValueError, ImportError):
@@ -50,7 +50,19 @@ def check_compressed(file: Path) -> None:
         )
 
 
-def _zstandard() -> Any:
-    import zstandard
+def unpacked(file: Path, folder: Path) -> Path:
+    """Return a file as it is, or, if it is compressed, unpacked in a folder."""
+    if file.suffix not in _MAGIC:
+        return file
+    target = folder / f"{len(list(folder.iterdir()))}{Path(file.stem).suffix}"
+    with _opener(file.suffix)(file, "rb") as stream, target.open("wb") as out:
+        shutil.copyfileobj(stream, out, _CHUNK_BYTES)
+    return target
 
-    return zstandard
+
+def _opener(kind: str) -> Any:
+    if kind == ".zst":
+        import zstandard
+
+        return zstandard.open
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[kind]

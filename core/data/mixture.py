@@ -1,27 +1,25 @@
-"""The token files of a run: training slices, the calibration pool and the windows for perplexity."""
+"""The training slices of a run: sources in their shares, packed into rows, one file a phase."""
 
+import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.data.files import save_sequences, writing_rows
-from core.data.packing import (
-    Tokenized,
-    end_id,
-    opening_ids,
-    pack,
-    pack_whole,
-    tokenize_conversations,
-    tokenize_documents,
-)
-from core.data.texts import iter_conversations, iter_documents
-from core.errors import DataError
+from core.data.drawing import Draw, mix
+from core.data.files import writing_rows
+from core.data.packing import body_length, end_id, opening_ids, pack
+from core.data.position import Position
+from core.data.rows import open_rows
+from core.data.whole_packing import Waiting, pack_whole
+from core.data.workers import Reader, Workers
+from core.errors import StorageError
 from core.progress import Progress
 from core.settings.texts import TextSource
 
@@ -30,9 +28,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BATCH_DOCUMENTS = 256
 _HELD_ROWS = 128
 """Documents for so many rows are chosen from: then 1 to 2 % of rows of 512 tokens are padding."""
+_PARALLEL_TOKENS = 4_000_000
+"""Fewer are tokenized sooner than processes start."""
+_FETCHED_BYTES = 32
+"""Bytes of a hub data set that are fetched for each token, at most; a token of English has 4 or 5."""
+_LEAST_FETCHED_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class SourceReport:
     """Documents or conversations drawn from it, repetitions included."""
     passes: int
     """How many times it was read, the last one perhaps in part; 0 if it was never drawn from."""
+    malformed: int
+    """Malformed rows that were left out, repetitions included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,25 @@ class MixtureReport:
         return self.sequence_length * sum(self.sequences)
 
 
+class Parts(Protocol):
+    """Keeps rows that are packed, for another attempt to go on from."""
+
+    def position(self) -> Position | None:
+        """Return where an earlier attempt stands; None if there is none."""
+
+    def rows(self) -> Iterator[bytes]:
+        """Return the rows that it has kept."""
+
+    def discard(self) -> None:
+        """Remove what is kept: it belongs to other texts."""
+
+    def add(self, row: bytes) -> bool:
+        """Take a row; return whether it is time to keep those that came since the last time."""
+
+    def keep(self, position: Position) -> None:
+        """Keep the rows that came since the last time."""
+
+
 def slice_name(phase: int) -> str:
     """Return the path of a phase's slice below the data directory; phases count from 1.
 
@@ -87,11 +110,14 @@ def write_slices(
     packing: Literal["whole", "cut"],
     seed: int,
     directory: Path,
+    processes: int = 1,
+    parts: Parts | None = None,
 ) -> MixtureReport:
     """Mix, tokenize and pack the sources, and cut the stream of rows into one file a phase (eq. 11).
 
     The next document always comes from the source that is furthest behind its share of the tokens. A source
-    that is used up is read again in another order. Equal inputs and seeds give equal bytes.
+    that is used up is read again in another order. Equal inputs and seeds give equal bytes, whatever the
+    number of processes, and whether or not an earlier attempt was interrupted.
 
     Args:
         sources: The mixture; ``weight`` gives the shares.
@@ -103,38 +129,42 @@ def write_slices(
         directory: Gets ``slices/phase-01.safetensors`` and so on: ``input_ids`` (S, T) int32, ``trained``
             (S, T) uint8, which is 0 for the tokens of prompts, and, if documents are whole, ``starts`` (S, T)
             uint8, which is 1 where one begins.
+        processes: How many may tokenize at once; few tokens are left to this one.
+        parts: Keeps what is done.
 
     Raises:
-        DataError: If a source cannot be read or is empty.
+        DataError: If a source cannot be read, is empty, or has too many malformed rows.
         StorageError: If a file cannot be written.
     """
-    weights = sum(source.weight for source in sources)
-    whole = packing == "whole"
+    weights, whole = sum(source.weight for source in sources), packing == "whole"
+    shares, tokens = [source.weight / weights for source in sources], sequence_length * sum(sequences)
     opening = opening_ids(tokenizer) if whole else []
-    draws = [_Draw(source, source.weight / weights, tokenizer, seed, opening) for source in sources]
-    stream: Iterator[Any] = pack(_mix(draws), sequence_length)
-    if whole:
-        _body_length(sequence_length, opening)
-        held = min(_HELD_ROWS, sum(sequences))
-        stream = pack_whole(
-            _mix(draws), sequence_length, opening=opening, padding=end_id(tokenizer), held=held
-        )
+    body_length(sequence_length, opening)
     columns = {"input_ids": np.int32, "trained": np.uint8} | ({"starts": np.uint8} if whole else {})
-    padding = 0
-    for phase, wanted in enumerate(sequences, start=1):
-        with (
-            Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
-            writing_rows(directory / slice_name(phase), columns, (wanted, sequence_length)) as write,
-        ):
-            for row in islice(stream, wanted):
-                write(row)
-                padding += row.padding if whole else 0
-                progress.add(sequence_length)
+    _check_space(directory, tokens * sum(np.dtype(kind).itemsize for kind in columns.values()))
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for source, share in zip(sources, shares, strict=True):
+            most_bytes = max(_LEAST_FETCHED_BYTES, int(share * tokens * _FETCHED_BYTES))
+            rows = stack.enter_context(open_rows(source, seed=seed, most_bytes=most_bytes))
+            readers.append(Reader(source=source, rows=rows, tokenizer=tokenizer, opening=opening))
+        started = processes if processes > 1 and tokens >= _PARALLEL_TOKENS else 0
+        workers = stack.enter_context(Workers(readers, started))
+        held = min(_HELD_ROWS, sum(sequences))
+        mixture = _Mixture(readers, workers, shares, seed, sequence_length, packing, held, parts)
+        for phase, wanted in enumerate(sequences, start=1):
+            with (
+                Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
+                writing_rows(directory / slice_name(phase), columns, (wanted, sequence_length)) as write,
+            ):
+                for row in islice(mixture.rows, wanted):
+                    write(row)
+                    progress.add(sequence_length)
     report = MixtureReport(
-        sources=tuple(draw.report() for draw in draws),
+        sources=tuple(_source_report(draw) for draw in mixture.draws),
         sequence_length=sequence_length,
         sequences=tuple(sequences),
-        padding=padding / max(sequence_length * sum(sequences), 1),
+        padding=mixture.padding / max(tokens, 1),
     )
     log.info(
         "mixture: %d sequences of %d tokens, %.2f %% of them padding",
@@ -145,193 +175,107 @@ def write_slices(
     return report
 
 
-def write_calibration_pool(
-    source: TextSource,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    sequence_length: int,
-    packing: bool,
-    documents: int,
-    at_least: int,
-    seed: int,
-    path: Path,
-) -> int:
-    """Write the sequences that calibration draws from: one window of each document that is long enough.
-
-    With ``packing``, shorter documents are joined to further sequences. No document is in two of them, so
-    drawing rows without replacement takes no document twice. Each row opens with what the tokenizer puts
-    before a text, such as a begin-of-text token.
-
-    Args:
-        source: The calibration corpus.
-        tokenizer: The base model's.
-        sequence_length: T.
-        packing: Whether documents that are too short are joined or left out.
-        documents: Most documents to tokenize.
-        at_least: Rows that the caller needs.
-        seed: Of the shuffle and of the places of the windows.
-        path: A safetensors file with ``input_ids`` (P, T) int32.
-
-    Returns:
-        P, the rows written.
-
-    Raises:
-        DataError: If the corpus gives fewer than ``at_least`` rows.
-        StorageError: If the file cannot be written.
-    """
-    opening = opening_ids(tokenizer)
-    length, rng = _body_length(sequence_length, opening), np.random.default_rng(seed)
-    # A text's end token belongs between documents, not into a window; a conversation's are its own.
-    end_tokens = 1 if source.format == "text" else 0
-    rows: list[NDArray[np.int32]] = []
-    joined = np.empty(0, np.int32)
-    read = 0
-    for ids, _ in islice(_without_opening(source, tokenizer, seed), documents):
-        read += 1
-        body = ids[: len(ids) - end_tokens]
-        if len(body) >= length:
-            start = int(rng.integers(len(body) - length + 1))
-            rows.append(body[start : start + length].copy())
-        elif packing:
-            joined = np.concatenate([joined, ids])
-            if len(joined) >= length:
-                rows.append(joined[:length])
-                # The rest of the document is dropped: in the next row it would be drawn a second time.
-                joined = np.empty(0, np.int32)
-    if len(rows) < max(at_least, 1):
-        size, needed = f"{sequence_length:,} tokens", f"{max(at_least, 1):,} are needed"
-        if packing:
-            found = f"{read:,} documents fill only {len(rows):,} calibration sequences of {size}"
-        else:
-            found = f"only {len(rows):,} of {read:,} documents have the {size} of a calibration sequence"
-        advice = "" if packing else "set calibration.packing=true to join short documents, "
-        raise DataError(
-            f"{source.path}: {found}, but {needed}. Lower calibration.sequences or "
-            f"calibration.sequence_length, {advice}raise calibration.pool_documents, or name a larger corpus."
+def _check_space(directory: Path, needed: int) -> None:
+    """Raise a ``StorageError`` if the slices do not fit where they are to be written."""
+    place = next(folder for folder in (directory, *directory.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise StorageError(
+            f"the training slices take {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left. Set "
+            "TMPDIR to a larger folder (a pod: more ephemeral storage), or lower training.tokens."
         )
-    save_sequences(path, _open_rows(rows, opening))
-    log.info(
-        "calibration pool: %d sequences of %d tokens from %d documents", len(rows), sequence_length, read
+
+
+def _source_report(draw: Draw) -> SourceReport:
+    drawn = draw.drawn
+    return SourceReport(
+        path=draw.source.path,
+        share=draw.share,
+        tokens=drawn.tokens,
+        trained_tokens=drawn.trained_tokens,
+        documents=drawn.documents,
+        passes=draw.passes,
+        malformed=drawn.malformed,
     )
-    return len(rows)
 
 
-def write_perplexity_windows(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, path: Path
-) -> int:
-    """Write the windows for perplexity: the documents in file order, joined with end tokens and cut.
-
-    Each window opens with what the tokenizer puts before a text. The file holds ``input_ids`` (W, T) int32,
-    where T is ``length`` and W is ``windows``, or as many as the text fills.
-
-    Returns:
-        W.
-
-    Raises:
-        DataError: If the text does not fill one window.
-        StorageError: If the file cannot be written.
-    """
-    opening = opening_ids(tokenizer)
-    stream = pack(_without_opening(source, tokenizer, None), _body_length(length, opening))
-    rows = [window.ids for window in islice(stream, windows)]
-    if not rows:
-        raise DataError(
-            f"{source.path} does not fill one window of {length:,} tokens. "
-            "Name a longer text, or lower evaluation.perplexity_length in a recipe."
-        )
-    save_sequences(path, _open_rows(rows, opening))
-    log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)
-    return len(rows)
-
-
-class _Draw:
-    """An endless stream of one source's documents, and counts of what was drawn from it."""
+class _Mixture:
+    """The stream of packed rows; goes on where an earlier attempt was interrupted."""
 
     def __init__(
         self,
-        source: TextSource,
-        share: float,
-        tokenizer: "PreTrainedTokenizerBase",
+        readers: Sequence[Reader],
+        workers: Workers,
+        shares: Sequence[float],
         seed: int,
-        opening: Sequence[int],
+        length: int,
+        packing: str,
+        held: int,
+        parts: Parts | None,
     ) -> None:
-        self.source, self.share = source, share
-        self.tokens = self.trained_tokens = self.documents = self.passes = 0
-        self._stream = self._endless(tokenizer, seed, opening)
+        self._held = held
+        self._sizes = tuple(len(reader.rows) for reader in readers)
+        self._parts, self._length, self._whole = parts, length, packing == "whole"
+        position = parts.position() if parts is not None else None
+        if parts is not None and position is not None and position.source_rows != self._sizes:
+            log.warning("the texts have changed since they were prepared in part: starting over")
+            parts.discard()
+            position = None
+        self._done = position.rows if position else 0
+        self.padding = position.padding if position else 0
+        self._waiting = Waiting(position.waiting, position.unread) if position else Waiting()
+        self._rest = list(position.unread) if position and not self._whole else []
+        self.draws = [
+            Draw(
+                reader.source,
+                number,
+                workers,
+                rows=len(reader.rows),
+                seed=seed,
+                share=shares[number],
+                drawn=position.drawn[number] if position else None,
+            )
+            for number, reader in enumerate(readers)
+        ]
+        self.rows = self._rows(readers[0])
 
-    def take(self) -> Tokenized:
-        document = next(self._stream)
-        self.tokens += len(document.ids)
-        self.trained_tokens += int(document.trained.sum())
-        self.documents += 1
-        return document
+    def _rows(self, any_reader: Reader) -> Iterator[Sequence[Any]]:
+        if self._done:
+            assert self._parts is not None
+            log.info("%d sequences were packed by an earlier attempt", self._done)
+            for row in self._parts.rows():
+                yield self._unpacked(row)
+        documents = mix(self.draws)
+        stream: Iterator[Any] = pack(documents, self._length, rest=self._rest)
+        if self._whole:
+            opening, padding = any_reader.opening, end_id(any_reader.tokenizer)
+            stream = pack_whole(
+                documents,
+                self._length,
+                opening=opening,
+                padding=padding,
+                held=self._held,
+                waiting=self._waiting,
+            )
+        for row in stream:
+            self._done += 1
+            self.padding += row.padding if self._whole else 0
+            arrays = row[:3] if self._whole else row[:2]
+            if self._parts is not None and self._parts.add(b"".join(array.tobytes() for array in arrays)):
+                self._parts.keep(self._position())
+            yield arrays
 
-    def report(self) -> SourceReport:
-        return SourceReport(
-            path=self.source.path,
-            share=self.share,
-            tokens=self.tokens,
-            trained_tokens=self.trained_tokens,
-            documents=self.documents,
-            passes=self.passes,
+    def _unpacked(self, row: bytes) -> list[NDArray[Any]]:
+        """Return the arrays of a row that was kept: the ids, and one or two of bytes."""
+        ids = np.frombuffer(row, np.int32, self._length)
+        return [ids, *np.frombuffer(row, np.uint8, offset=ids.nbytes).reshape(-1, self._length)]
+
+    def _position(self) -> Position:
+        return Position(
+            rows=self._done,
+            padding=self.padding,
+            source_rows=self._sizes,
+            drawn=tuple(draw.drawn for draw in self.draws),
+            waiting=tuple(self._waiting),
+            unread=tuple(self._waiting.unread if self._whole else self._rest),
         )
-
-    def _endless(
-        self, tokenizer: "PreTrainedTokenizerBase", seed: int, opening: Sequence[int]
-    ) -> Iterator[Tokenized]:
-        for done in count():
-            empty = True
-            for document in _tokenized(self.source, tokenizer, seed + done, opening):
-                empty = False
-                self.passes = done + 1
-                yield document
-            if empty:
-                is_text = self.source.format == "text"
-                kind = "documents" if is_text else "replies that the chat template writes"
-                raise DataError(
-                    f"{self.source.path} holds no {kind}. Check its field and format, or leave it out."
-                )
-            log.info("%s: all documents taken, starting over (pass %d)", self.source.path, done + 2)
-
-
-def _mix(draws: Sequence[_Draw]) -> Iterator[Tokenized]:
-    total = 0
-    while True:
-        # Counting tokens, not documents: the sources' documents differ in length by orders of magnitude.
-        furthest_behind = max(draws, key=lambda draw: (draw.share * total - draw.tokens, draw.share))
-        document = furthest_behind.take()
-        total += len(document.ids)
-        yield document
-
-
-def _tokenized(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None, opening: Sequence[int] = ()
-) -> Iterator[Tokenized]:
-    if source.format == "text":
-        documents = iter_documents(source, seed)
-        while texts := list(islice(documents, _BATCH_DOCUMENTS)):
-            yield from tokenize_documents(texts, tokenizer)
-    else:
-        conversations = iter_conversations(source, seed)
-        while batch := list(islice(conversations, _BATCH_DOCUMENTS)):
-            yield from tokenize_conversations(batch, tokenizer, opening)
-
-
-def _without_opening(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", seed: int | None
-) -> Iterator[Tokenized]:
-    opening = opening_ids(tokenizer)
-    for document in _tokenized(source, tokenizer, seed):
-        opened = document.ids[: len(opening)].tolist() == opening
-        skipped = len(opening) if opened else 0
-        yield Tokenized(document.ids[skipped:], document.trained[skipped:])
-
-
-def _body_length(length: int, opening: Sequence[int]) -> int:
-    if length <= len(opening):
-        raise DataError(f"sequences of {length} tokens leave no room for text. Raise the sequence length.")
-    return length - len(opening)
-
-
-def _open_rows(rows: Sequence[NDArray[np.int32]], opening: Sequence[int]) -> list[NDArray[np.int32]]:
-    return [np.concatenate([np.array(opening, np.int32), row]) for row in rows]

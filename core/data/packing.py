@@ -1,15 +1,14 @@
-"""Turn documents and conversations into token ids with a mask of what is trained, and pack them.
+"""Turn documents and conversations into token ids with a mask of what is trained, and join them.
 
 A conversation trains the assistant's replies and their end tokens only. A reply is located in the rendered
 text, not in the tokens: the rendering of the turns before it, with the generation prompt, gives its start, a
 mark behind every reply its end. This holds for templates that change a reply once another turn follows, too.
 """
 
-import bisect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -42,19 +41,8 @@ class Tokenized(NamedTuple):
     """(T,) token ids."""
     trained: NDArray[np.uint8]
     """(T,), 1 where the token is a target of the loss."""
-
-
-class PackedRow(NamedTuple):
-    """A row of whole documents, then padding."""
-
-    ids: NDArray[np.int32]
-    """(T,) token ids."""
-    trained: NDArray[np.uint8]
-    """(T,), 1 where the token is a target of the loss: never the first of a document, nor padding."""
-    starts: NDArray[np.uint8]
-    """(T,), 1 where a document begins."""
-    padding: int
-    """Tokens of padding."""
+    divisible: bool = False
+    """Whether it is a piece of a plain text, which may as well be cut elsewhere."""
 
 
 def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -78,6 +66,17 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return []
 
 
+def body_length(length: int, opening: Sequence[int]) -> int:
+    """Return the tokens of a sequence beside its opening.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if length <= len(opening):
+        raise DataError(f"sequences of {length} tokens leave no room for text. Raise the sequence length.")
+    return length - len(opening)
+
+
 def tokenize_documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[Tokenized]:
     """Tokenize documents; all tokens and the end token are trained, an opening begin-of-text token is not."""
     opening, end = opening_ids(tokenizer), end_id(tokenizer)
@@ -85,7 +84,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase
     tokenized = []
     for ids in batch["input_ids"]:
         whole = np.array([*ids, end], dtype=np.int32)
-        tokenized.append(_opened(whole, np.ones(len(whole), np.uint8), opening))
+        tokenized.append(opened(whole, np.ones(len(whole), np.uint8), opening))
     return tokenized
 
 
@@ -93,17 +92,19 @@ def tokenize_conversations(
     conversations: Iterable[Sequence[Message]],
     tokenizer: "PreTrainedTokenizerBase",
     opening: Sequence[int] = (),
-) -> list[Tokenized]:
+) -> list[Tokenized | None]:
     """Tokenize conversations as the tokenizer's chat template writes them; only replies are trained.
 
-    Without a chat template, ``PLAIN_TEMPLATE`` is used. Turns after the last reply are left out, and so are
-    conversations that the template refuses or in which no reply can be located.
+    Without a chat template, ``PLAIN_TEMPLATE`` is used. Turns after the last reply are left out.
 
     Args:
         conversations: Their turns.
         tokenizer: The base model's.
         opening: Ids to put before each conversation where the template does not write them, such as a
             begin-of-text token.
+
+    Returns:
+        None for those that the template refuses or in which no reply can be located.
 
     Raises:
         DataError: If the tokenizer is not a fast one, or has no end token.
@@ -117,13 +118,14 @@ def tokenize_conversations(
 
     with foreign_errors(failed):  # it is a program, though in a sandbox
         rendered = [_render_replies(turns, tokenizer, template) for turns in conversations]
-    found = [conversation for conversation in rendered if conversation is not None and conversation[1]]
-    if len(found) < len(rendered):
-        log.debug("%d of %d conversations left out", len(rendered) - len(found), len(rendered))
+    found = [
+        (n, *conversation) for n, conversation in enumerate(rendered) if conversation and conversation[1]
+    ]
+    tokenized: list[Tokenized | None] = [None] * len(rendered)
     if not found:
-        return []
+        return tokenized
     batch = tokenizer(
-        [text for text, _ in found],
+        [text for _, text, _ in found],
         add_special_tokens=False,
         return_attention_mask=False,
         return_offsets_mapping=True,
@@ -131,23 +133,31 @@ def tokenize_conversations(
     )
     added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     specials = np.array([*added, *tokenizer.all_special_ids], dtype=np.int32)
-    tokenized = []
-    for (text, spans), ids, offsets in zip(found, batch["input_ids"], batch["offset_mapping"], strict=True):
+    for (number, text, spans), ids, offsets in zip(
+        found, batch["input_ids"], batch["offset_mapping"], strict=True
+    ):
         whole = np.array(ids, dtype=np.int32)
         trained = _trained_tokens(text, spans, np.array(offsets), np.isin(whole, specials))
         if not np.isin(whole[trained.nonzero()[0][-1:]], specials).any():
             whole, trained = np.append(whole, np.int32(end_id(tokenizer))), np.append(trained, np.uint8(1))
         if opening and whole[: len(opening)].tolist() != list(opening):
-            whole, trained = _opened(whole, trained, opening)
-        tokenized.append(Tokenized(whole, trained))
+            whole, trained, _ = opened(whole, trained, opening)
+        tokenized[number] = Tokenized(whole, trained)
     return tokenized
 
 
-def _opened(ids: NDArray[np.int32], trained: NDArray[np.uint8], opening: Sequence[int]) -> Tokenized:
+def opened(
+    ids: NDArray[np.int32],
+    trained: NDArray[np.uint8],
+    opening: Sequence[int],
+    *,
+    divisible: bool = False,
+) -> Tokenized:
     """Put ids that are not trained before a text."""
     return Tokenized(
         np.concatenate([np.array(opening, np.int32), ids]),
         np.concatenate([np.zeros(len(opening), np.uint8), trained]),
+        divisible,
     )
 
 
@@ -236,14 +246,22 @@ def _trained_tokens(
     return trained
 
 
-def pack(stream: Iterable[Tokenized], sequence_length: int) -> Iterator[Tokenized]:
+def pack(
+    stream: Iterable[Tokenized], sequence_length: int, *, rest: list[Tokenized] | None = None
+) -> Iterator[Tokenized]:
     """Join documents and cut them into sequences of T tokens, wherever that cuts a document.
 
     A last rest of fewer than T tokens is left out.
+
+    Args:
+        stream: Documents.
+        sequence_length: T.
+        rest: What comes before the stream. Whenever a sequence is given out, it holds what is left of its
+            last document: with that and the rest of the stream, another call goes on.
     """
     ids, trained = np.empty(sequence_length, np.int32), np.empty(sequence_length, np.uint8)
-    filled = 0
-    for document in stream:
+    filled, rest = 0, [] if rest is None else rest
+    for document in chain(list(rest), stream):
         taken = 0
         while taken < len(document.ids):
             count = min(sequence_length - filled, len(document.ids) - taken)
@@ -251,95 +269,7 @@ def pack(stream: Iterable[Tokenized], sequence_length: int) -> Iterator[Tokenize
             trained[filled : filled + count] = document.trained[taken : taken + count]
             taken, filled = taken + count, filled + count
             if filled == sequence_length:
+                rest[:] = [Tokenized(document.ids[taken:], document.trained[taken:])]
                 yield Tokenized(ids, trained)
                 ids, trained = np.empty(sequence_length, np.int32), np.empty(sequence_length, np.uint8)
                 filled = 0
-
-
-def pack_whole(
-    stream: Iterable[Tokenized], sequence_length: int, *, opening: Sequence[int], padding: int, held: int
-) -> Iterator[PackedRow]:
-    """Pack whole documents into rows of T tokens; only one that is longer than a row is cut into several.
-
-    A row takes the documents that wait longest, in their order, and once the next one does not fit, the
-    longest ones that do. So no document waits for more than ``held`` rows.
-
-    Args:
-        stream: Documents, opened already.
-        sequence_length: T.
-        opening: Ids that every piece of a cut document opens with; fewer than T.
-        padding: The id that fills what is left of a row.
-        held: Documents for so many rows are held in memory, to choose from.
-    """
-    pieces = (piece for document in stream for piece in _pieces(document, sequence_length, opening))
-    waiting = _Waiting()
-    while True:
-        while waiting.tokens < held * sequence_length and (piece := next(pieces, None)) is not None:
-            waiting.add(piece)
-        if not waiting.tokens:
-            return
-        yield _row(_fitting(waiting, sequence_length), sequence_length, padding)
-
-
-def _pieces(document: Tokenized, length: int, opening: Sequence[int]) -> Iterator[Tokenized]:
-    """Cut a document that is longer than a row into pieces that are not; each opens as the document does."""
-    if len(document.ids):
-        yield Tokenized(document.ids[:length], document.trained[:length])
-    step = length - len(opening)
-    for start in range(length, len(document.ids), step):
-        yield _opened(document.ids[start : start + step], document.trained[start : start + step], opening)
-
-
-class _Waiting:
-    """Pieces that wait for a row: in the order in which they came, and by length."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._pieces: dict[int, Tokenized] = {}
-        self._lengths: list[tuple[int, int]] = []  # (length, -number): the oldest of equal ones comes last
-        self._numbers = count()
-
-    def add(self, piece: Tokenized) -> None:
-        number = next(self._numbers)
-        self._pieces[number] = piece
-        bisect.insort(self._lengths, (len(piece.ids), -number))
-        self.tokens += len(piece.ids)
-
-    def take_oldest(self, room: int) -> Tokenized | None:
-        """Take the piece that has waited longest, if it fits."""
-        oldest = next(iter(self._pieces), None)
-        if oldest is None or len(self._pieces[oldest].ids) > room:
-            return None
-        return self._take(bisect.bisect_left(self._lengths, (len(self._pieces[oldest].ids), -oldest)))
-
-    def take_longest(self, room: int) -> Tokenized | None:
-        """Take the longest piece that fits."""
-        place = bisect.bisect_right(self._lengths, (room, 0)) - 1
-        return None if place < 0 else self._take(place)
-
-    def _take(self, place: int) -> Tokenized:
-        length, number = self._lengths.pop(place)
-        self.tokens -= length
-        return self._pieces.pop(-number)
-
-
-def _fitting(waiting: _Waiting, room: int) -> list[Tokenized]:
-    taken = []
-    for take in (waiting.take_oldest, waiting.take_longest):
-        while (piece := take(room)) is not None:
-            taken.append(piece)
-            room -= len(piece.ids)
-    return taken
-
-
-def _row(pieces: Sequence[Tokenized], length: int, padding: int) -> PackedRow:
-    ids, trained = np.full(length, padding, np.int32), np.zeros(length, np.uint8)
-    starts = np.zeros(length, np.uint8)
-    filled = 0
-    for piece in pieces:
-        end = filled + len(piece.ids)
-        ids[filled:end], trained[filled:end] = piece
-        trained[filled] = 0  # nothing stands before it
-        starts[filled] = 1
-        filled = end
-    return PackedRow(ids, trained, starts, length - filled)

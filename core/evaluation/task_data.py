@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from core.data.texts import locate
+from core.data.locations import locate
 from core.errors import DataError
 from core.settings.evaluation import EvaluationSettings
 

@@ -7,7 +7,7 @@ Importing matplotlib takes half a second, so only the first figure does it.
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -350,6 +350,31 @@ def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: in
             text = f"phase {phase.phase}" if len(phases) <= _FEW_PHASES else str(phase.phase)
             axes[0].text(start, 1.02, text, transform=axes[0].get_xaxis_transform(), color=_DENSE, fontsize=8)
             last = start
+
+
+@_styled()
+def comparison_figure(lines: Mapping[str, Sequence[tuple[str, float, float]]], *, x: str, y: str) -> "Figure":
+    """Draw lines of (label, mean, standard deviation); the x axis is numeric if all labels are numbers."""
+    figure, plain = _figure(4.2), {ord("$"): r"\$"}
+    ax = figure.subplots()
+    labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
+    numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
+    places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
+    for i, (name, points) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": _TASK_COLOURS[i % 8], "marker": _TASK_MARKERS[i % 8], "capsize": 3}
+        across, means, spreads = zip(*((places[label], *rest) for label, *rest in points), strict=True)
+        ax.errorbar(across, means, yerr=spreads, label=name.translate(plain), **style)
+    if not numeric or len(labels) <= 12:
+        ax.set_xticks(list(places.values()), [label.translate(plain) for label in labels])
+    values = [mean for points in lines.values() for _, mean, _ in points]
+    if max(values) > 10 * min(values) > 0:
+        ax.set_yscale("log")
+    ax.set_xlabel(x.translate(plain))
+    ax.set_title(y.translate(plain))
+    ax.grid(True)
+    if len(lines) > 1:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
 def _sparse(items: Sequence[int], most: int) -> list[int]:

@@ -79,9 +79,13 @@ class Settings:
 
     def digest(self) -> str:
         """Return a hash of the settings that change the result; see ``core.settings.identity``."""
+        also: dict[str, Any] = {}
         if self.prune.criterion == "taylor_per_microbatch":  # which takes absolute values in each micro-batch
-            return digest_of_kind(self, "result", micro_batch=self.calibration.micro_batch)
-        return digest_of_kind(self, "result")
+            also["micro_batch"] = self.calibration.micro_batch
+        training = self.training
+        if training.packing == "whole" and any(source.is_plain_text for source in training.sources):
+            also["plain_texts"] = "cut to fill"  # earlier versions left padding
+        return digest_of_kind(self, "result", **also)
 
     def measured_digest(self) -> str:
         """Return a short hash of the settings of what is measured; it is part of published names."""

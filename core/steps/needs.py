@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.data.texts import locate
+from core.data.locations import locate
 from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address, is_head, registry_address

@@ -2,13 +2,18 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.machine.cores import usable_cores
 from core.runs.run import Run
 from core.steps.frame import Workspace, compute_once
+from core.steps.parts import SavedParts
+from core.storage.interface import join_uri
 from core.storage.layout import CALIBRATION_POOL, HELD_OUT
 from core.storage.publication import open_publication
+from core.training.resume import remove_states
 
 log = logging.getLogger(__name__)
 
@@ -16,16 +21,20 @@ log = logging.getLogger(__name__)
 def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     """Tokenize and pack the training mixture in slices, the calibration pool and the text for perplexity.
 
+    A task that was killed and is started again goes on after the last rows that are in the store.
+
     Returns:
         URI of the data.
     """
-    from core.data.mixture import write_calibration_pool, write_perplexity_windows, write_slices
+    from core.data.mixture import write_slices
+    from core.data.samples import write_calibration_pool, write_perplexity_windows
     from core.model.build import load_tokenizer
     from core.model.checkpoint import is_companion
     from core.pruning.phases import phase_steps
 
     this = Run.load(run)
-    settings = this.settings
+    settings, uri = this.settings, this.uri("data")
+    parts_uri = join_uri(uri, "_resume")
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
 
     def tokenizer_in(folder: Path) -> Any:
@@ -61,6 +70,8 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 packing=training.packing,
                 seed=settings.seed,
                 directory=work.out,
+                processes=usable_cores(),
+                parts=SavedParts(parts_uri, work.scratch / "parts"),
             )
             if training.held_out_sequences and any(source.passes > 1 for source in mixture.sources):
                 log.warning(
@@ -69,6 +80,8 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 )
             report["training_tokens"] = mixture.tokens - training.held_out_tokens
             report["padding"] = mixture.padding
+            report["malformed"] = sum(source.malformed for source in mixture.sources)
+            report["sources"] = [asdict(source) for source in mixture.sources]
         return report
 
     def hold_out(work: Workspace) -> dict[str, Any]:
@@ -86,6 +99,6 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
         # Apart from what is trained on: another text to measure on makes nothing else again. First, as it is
         # quick: what is wrong with it shows before hours of tokenizing.
         compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
-    uri = this.uri("data")
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
+    remove_states(parts_uri)
     return uri

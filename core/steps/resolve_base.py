@@ -34,7 +34,7 @@ def run_resolve_base(
     job: str,
     accelerated: Collection[str] = (),
 ) -> tuple[dict[str, str], str, str]:
-    """Pin the base model's revision, plan the sizes of all phases and open the run.
+    """Pin the revisions of the base model and of hub data sets, plan the sizes of all phases, open the run.
 
     Args:
         base_model: ``model.base``.
@@ -59,6 +59,7 @@ def run_resolve_base(
     """
     from core.bases.importing import import_base
     from core.model.checkpoint import Checkpoint
+    from core.steps.revisions import settle_revisions
     from core.steps.settled import settle_precision
 
     own = {"base_model": base_model, "revision": revision, "target": target, "method": method}
@@ -68,6 +69,7 @@ def run_resolve_base(
         base = Checkpoint(open_publication(base_uri).fetch(scratch, only=["config.json"]))
     dense, phase_params = _sizes_of_phases(settings, base)
     settings, chosen = settle_precision(settings, commit, accelerated=accelerated)
+    settings = settle_revisions(settings, commit)
     run = Run(
         store=settings.storage.store,
         key=Run.key_of(commit, settings),

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.data.mixture import write_calibration_pool, write_perplexity_windows
+from core.data.samples import write_calibration_pool, write_perplexity_windows
 from core.errors import DataError
 from core.machine.precision import choose_precision, resolved
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device

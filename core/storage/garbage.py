@@ -108,7 +108,7 @@ def clean(
             log.warning("spared: %s", error)
         finally:
             release_lease(store, run, owner.job)
-    rest = _Search(store=store, patience_s=patience_s).below("bases/", "jobs/", "precisions/")
+    rest = _Search(store=store, patience_s=patience_s).below("bases/", "jobs/", "precisions/", "revisions/")
     return removed + _remove_if(store, [piece for piece in rest.garbage if not piece.run], wanted[""])
 
 
@@ -142,7 +142,8 @@ class _Search:
             for file in (*self.store.stored(prefix), *_unfinished(self.store, prefix)):
                 places[folder_of(file.key)].append(file)
         pointers = places.pop("jobs", [])
-        self._look_at_precisions(places.pop("precisions", []))
+        for notes in ("precisions", "revisions"):
+            self._look_at_notes(notes, places.pop(notes, []))
         self.found.foreign.extend(file.key for file in places.pop("", []))
         for place, files in sorted(places.items()):
             if place.startswith("runs/"):
@@ -193,9 +194,10 @@ class _Search:
         for file in files:
             if _is_unfinished(file):
                 loose.append((_INTERRUPTED, file))
-            elif file.key.startswith(f"{place}/_resume/") and place.endswith("/recovered"):
+            elif file.key.startswith(f"{place}/_resume/") and place.endswith(("/recovered", "/data")):
                 if manifest or done:
-                    loose.append(("a training state of a phase that is published", file))
+                    what = "prepared data" if place.endswith("/data") else "a training state of a phase"
+                    loose.append((f"{what} that is published", file))
             elif manifest is None:
                 loose.append(("half published: there is no manifest", file))
             elif file.key not in claimed and file.key != f"{place}/{MANIFEST}":
@@ -205,10 +207,10 @@ class _Search:
         else:
             self.found.spared[place] = "it was written to less than a day ago"
 
-    def _look_at_precisions(self, files: list[StoredFile]) -> None:
+    def _look_at_notes(self, place: str, files: list[StoredFile]) -> None:
         """Spare what recipes have begun with: their runs would change."""
         loose = [(_INTERRUPTED, file) for file in files if _is_unfinished(file)]
-        self._add("precisions", [pair for pair in loose if _is_old(pair[1], self.patience_s)])
+        self._add(place, [pair for pair in loose if _is_old(pair[1], self.patience_s)])
 
     def _look_at_pointers(self, files: list[StoredFile]) -> None:
         """Find what points to runs that are done or that nobody works on."""

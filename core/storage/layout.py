@@ -1,5 +1,6 @@
 """The layout of a store; files it does not know are not ours."""
 
+import hashlib
 import re
 import shlex
 
@@ -34,7 +35,7 @@ REPORT_FORMAT = 1
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
 _MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
-_ALONE = re.compile(r"(jobs|precisions)/[^/]+")
+_ALONE = re.compile(r"(jobs|precisions|revisions)/[^/]+")
 _OF_A_RUN = (
     rf"runs/[^/]+/(?:data|final|(?:held-out|report){_MEASURED}"
     rf"|phases/[0-9]{{2,}}/(?:{MOMENTS}|(?:{'|'.join(STEPS)}){_MEASURED}?))"
@@ -53,8 +54,21 @@ def precisions_of(digest: str) -> str:
     return f"precisions/{digest}.json"
 
 
+def revision_of(digest: str, data_set: str) -> str:
+    """Return the key of the file that says which revision of a data set a recipe began with.
+
+    Args:
+        digest: Of the recipe.
+        data_set: Its id, and the revision that the recipe asks for.
+    """
+    return f"revisions/{digest}-{hashlib.sha256(data_set.encode()).hexdigest()[:8]}.json"
+
+
 def folder_of(key: str) -> str:
-    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, ``jobs``, ``precisions`` or ""."""
+    """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, or one of the folders of notes.
+
+    Those are ``jobs``, ``precisions`` and ``revisions``. It is "" if the key is not part of the layout.
+    """
     try:
         check_key(key)
     except StorageError:

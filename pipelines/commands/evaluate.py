@@ -86,7 +86,7 @@ def evaluation_table(directory: Path, settings: "EvaluationSettings") -> "Table"
     from rich.table import Table
     from safetensors.torch import load_file
 
-    from core.data.mixture import write_perplexity_windows
+    from core.data.samples import write_perplexity_windows
     from core.evaluation.benchmarks import evaluate_tasks
     from core.evaluation.perplexity import perplexity
     from core.machine.precision import choose_precision, resolved, warn_if_emulated

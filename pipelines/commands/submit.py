@@ -56,7 +56,7 @@ def submit(
     adapt-pruner, unless that version exists. A run with the settings of an earlier one ends at once, or
     resumes it.
     """
-    timeout_s, poll_s = _seconds("timeout", timeout), _seconds("every", every)
+    timeout_s, poll_s = seconds_of("timeout", timeout), seconds_of("every", every)
     if not poll_s:
         raise SettingsError([f"--every={every} leaves no pause between requests. Give a time such as 10s."])
     if timeout_s and not wait:
@@ -105,7 +105,8 @@ def _follow(
         click.get_current_context().exit(130)
 
 
-def _seconds(option: str, text: str) -> float:
+def seconds_of(option: str, text: str) -> float:
+    """Read the time that an option gives."""
     from core.quantities import parse_interval
 
     try:

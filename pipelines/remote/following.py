@@ -119,8 +119,7 @@ def follow(
     """
     stuck_since = None
     while True:
-        run, manifest = _ask(client, run_id, poll_s)
-        progress = _progress(run, None if manifest is None else read_workflow(manifest, tasks))
+        progress = ask(client, run_id, tasks, poll_s)
         show(progress)
         if progress.state in ENDED:
             return progress
@@ -131,6 +130,22 @@ def follow(
         if until is not None and now >= until:
             raise ClusterError(f"--timeout is over; the run continues: {client.link('runs', run_id)}")
         time.sleep(poll_s if until is None else min(poll_s, until - now))
+
+
+def ask(client: Client, run_id: str, tasks: Mapping[str, str], poll_s: float) -> Progress:
+    """Return where a run is now.
+
+    Args:
+        client: The connection.
+        run_id: Which run.
+        tasks: As in ``Package``.
+        poll_s: Pause before the second try, if the first meets a passing error.
+
+    Raises:
+        ClusterError: If the cluster cannot be reached. The run continues then.
+    """
+    run, manifest = _ask(client, run_id, poll_s)
+    return _progress(run, None if manifest is None else read_workflow(manifest, tasks))
 
 
 def _ask(client: Client, run_id: str, poll_s: float) -> tuple[Any, dict[str, Any] | None]:

@@ -11,14 +11,16 @@ import urllib.request
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
 
 from core.bases.importing import import_base
-from core.data.mixture import write_calibration_pool
-from core.data.texts import iter_conversations, iter_documents, read_rows
+from core.data.rows import open_rows, stream_rows
+from core.data.samples import write_calibration_pool
+from core.data.texts import iter_conversations, iter_documents
 from core.errors import AdaptPrunerError
 from core.model.build import load_model, load_tokenizer
 from core.settings.model import ModelSettings
@@ -57,7 +59,8 @@ def datasets():
                     "data/train-00000-of-00002.jsonl": json_lines(ROWS[:25]),
                     "data/train-00001-of-00002.jsonl": json_lines(ROWS[25:40]),
                     "data/test-00000-of-00001.jsonl": json_lines(ROWS[40:]),
-                }
+                },
+                "old": {"train.jsonl": json_lines(ROWS[:9])},
             }
         ),
         "team/columns": Repository(branches={"main": {"train.parquet": parquet(ROWS)}}),
@@ -83,15 +86,24 @@ def datasets():
 
 
 def rows(path, *, seed=None, **source):
-    return list(read_rows(TextSource(path=path, **source), seed=seed))
+    """All rows in the order of the files, or fetched and in random order."""
+    if seed is None:
+        return list(stream_rows(TextSource(path=path, **source)))
+    with open_rows(TextSource(path=path, **source), seed=seed) as fetched:
+        return fetched.read(np.random.default_rng(seed).permutation(len(fetched)))
 
 
-def documents(path, *, seed=None, **source):
-    return list(iter_documents(TextSource(path=path, **source), seed))
+def few(path, most):
+    with open_rows(TextSource(path=path), most_rows=most) as fetched:
+        return fetched.read(range(len(fetched)))
+
+
+def documents(path, **source):
+    return list(iter_documents(TextSource(path=path, **source)))
 
 
 def conversations(path):
-    return list(iter_conversations(TextSource(path=path, format="chat", field="messages"), None))
+    return list(iter_conversations(TextSource(path=path, format="chat", field="messages")))
 
 
 def pool(path, *, tokenizer, to):
@@ -175,7 +187,7 @@ def seen(project, tmp_path_factory):
             branches={"main": {**main, "model.safetensors": main["model.safetensors"][:-9]}}
         ),
     }
-    store = str(folder / "store")
+    store, old = str(folder / "store"), datasets()["team/lines"].commit("old")
     cases = [
         ("ordered", "rows", ["team/lines"], {}),
         ("test split", "rows", ["team/lines"], {"split": "test"}),
@@ -183,7 +195,10 @@ def seen(project, tmp_path_factory):
         ("seed 1 again", "rows", ["team/lines"], {"seed": 1}),
         ("seed 2", "rows", ["team/lines"], {"seed": 2}),
         ("parquet", "documents", ["team/columns"], {}),
-        ("parquet shuffled", "documents", ["team/columns"], {"seed": 1}),
+        ("parquet shuffled", "rows", ["team/columns"], {"seed": 1}),
+        ("few", "few", ["team/lines", 30], {}),
+        ("pinned", "rows", ["team/lines"], {"revision": old}),
+        ("no revision", "rows", ["team/lines"], {"revision": "v9"}),
         ("slice", "rows", ["team/lines"], {"split": "train[10:30]"}),
         ("subset", "documents", ["team/tongues"], {"subset": "de"}),
         ("no subset", "documents", ["team/tongues"], {}),
@@ -264,7 +279,19 @@ def test_the_seed_alone_decides_the_order(value):
     assert orders[1] == [row["text"] for row in value("seed 1 again")]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert len({tuple(order) for order in orders}) == 3
-    assert sorted(value("parquet shuffled")) == sorted(value("parquet")) != value("parquet shuffled")
+    shuffled = [row["text"] for row in value("parquet shuffled")]
+    assert sorted(shuffled) == sorted(value("parquet")) != shuffled
+
+
+def test_no_more_is_fetched_than_will_do_and_of_several_files(value):
+    numbers = [ROWS.index(row) for row in value("few")]
+    assert len(set(numbers)) == 30
+    assert {number < 25 for number in numbers} == {True, False}
+
+
+def test_the_revision_is_read_that_a_source_names(value, refusal):
+    assert value("pinned") == ROWS[:9]
+    assert "v9" in refusal("no revision")[1]
 
 
 def test_a_stream_is_not_stored(seen):

@@ -6,9 +6,12 @@ from pathlib import Path
 import datasets
 import pytest
 
-from core.data.texts import iter_conversations, iter_documents, locate, merge_paragraphs, read_rows
+from core.data.locations import locate
+from core.data.rows import merge_paragraphs, stream_rows
+from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError
 from core.settings.texts import TextSource
+from tests.support.texts import drawn
 
 TEXTS = [f"document {n}: " + "word " * (n % 7) + "end" for n in range(40)]
 
@@ -62,7 +65,7 @@ def test_locate_tells_files_folders_and_hub_ids_apart(tmp_path):
 def test_a_package_path_is_found_without_importing_the_package(package):
     assert locate("package:fragile_texts/inner/a.jsonl") == package / "inner" / "a.jsonl"
     assert locate("package:fragile_texts") == package
-    assert list(iter_documents(TextSource(path="package:fragile_texts/inner"), None)) == ["inside"]
+    assert list(iter_documents(TextSource(path="package:fragile_texts/inner"))) == ["inside"]
 
 
 @pytest.mark.parametrize(
@@ -83,14 +86,14 @@ def test_a_wrong_package_path_is_an_error_that_says_what_is_missing(package, pat
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.json", "b.jsonl.gz", "saved"])
 def test_every_format_gives_the_same_documents_in_file_order(folder, name):
     source = TextSource(path=str(folder / name))
-    assert list(iter_documents(source, None)) == TEXTS
-    assert [row["number"] for row in read_rows(source, seed=None)] == list(range(40))
+    assert list(iter_documents(source)) == TEXTS
+    assert [row["number"] for row in stream_rows(source)] == list(range(40))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "saved"])
-def test_the_seed_alone_decides_the_order(folder, name):
+def test_the_seed_alone_decides_the_order(folder, name, tokenizer):
     source = TextSource(path=str(folder / name))
-    orders = [list(iter_documents(source, seed)) for seed in (1, 1, 2)]
+    orders = [drawn(source, tokenizer, seed=seed) for seed in (1, 1, 2)]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in [*orders, TEXTS]}) == 3
     assert sorted(orders[2]) == sorted(TEXTS)
@@ -99,33 +102,33 @@ def test_the_seed_alone_decides_the_order(folder, name):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_slices_of_a_file_are_disjoint_and_cover_it(folder, split):
     source = str(folder / "a.jsonl")
-    head = list(iter_documents(TextSource(path=source, split=f"{split}[:90%]"), None))
-    tail = list(iter_documents(TextSource(path=source, split=f"{split}[90%:]"), None))
+    head = list(iter_documents(TextSource(path=source, split=f"{split}[:90%]")))
+    tail = list(iter_documents(TextSource(path=source, split=f"{split}[90%:]")))
     assert (head, tail) == (TEXTS[:36], TEXTS[36:])
 
 
-def test_slices_of_a_text_file_are_disjoint_and_cover_it(tmp_path):
+def test_slices_of_a_text_file_are_disjoint_and_cover_it(tmp_path, tokenizer):
     file = tmp_path / "a.txt"
     paragraphs = [f"{n} " + "many words " * 190 for n in range(20)]
     file.write_text("\n\n".join(paragraphs))
     whole = [paragraph.strip() for paragraph in paragraphs]
-    assert list(iter_documents(TextSource(path=str(file)), None)) == whole
-    assert list(iter_documents(TextSource(path=str(file), split="train[:25%]"), None)) == whole[:5]
-    assert list(iter_documents(TextSource(path=str(file), split="train[-15:]"), None)) == whole[5:]
-    assert sorted(iter_documents(TextSource(path=str(file)), 3)) == sorted(whole)
+    assert list(iter_documents(TextSource(path=str(file)))) == whole
+    assert list(iter_documents(TextSource(path=str(file), split="train[:25%]"))) == whole[:5]
+    assert list(iter_documents(TextSource(path=str(file), split="train[-15:]"))) == whole[5:]
+    assert sorted(drawn(TextSource(path=str(file)), tokenizer, seed=3)) == sorted(whole)
 
 
 def test_a_slice_that_is_none_is_an_error(folder):
     for name in ("a.jsonl", "a.csv"):
         with pytest.raises(DataError, match=r"train\[:x\]"):
-            list(read_rows(TextSource(path=str(folder / name), split="train[:x]"), seed=None))
+            list(stream_rows(TextSource(path=str(folder / name), split="train[:x]")))
 
 
 def test_a_file_that_changed_under_its_name_is_read_anew(tmp_path):
     for name in ("a.jsonl", "a.txt"):
         for text in ("first", "other"):
             (tmp_path / name).write_text(json.dumps({"text": text}) if name == "a.jsonl" else text)
-            assert list(iter_documents(TextSource(path=str(tmp_path / name)), None)) == [text]
+            assert list(iter_documents(TextSource(path=str(tmp_path / name)))) == [text]
 
 
 def test_merged_paragraphs_lose_no_words_and_break_where_the_text_does():
@@ -154,10 +157,10 @@ def test_text_without_blank_lines_is_cut_at_line_ends_and_one_line_at_sentences(
 def test_a_text_folder_ends_documents_with_files_and_an_empty_text_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.txt").write_text("two\n")
-    assert list(iter_documents(TextSource(path=str(tmp_path)), None)) == ["one", "two"]
+    assert list(iter_documents(TextSource(path=str(tmp_path)))) == ["one", "two"]
     (tmp_path / "c.txt").write_text("\n \n")
     with pytest.raises(DataError, match="no data"):
-        next(iter_documents(TextSource(path=str(tmp_path / "c.txt")), None))
+        next(iter_documents(TextSource(path=str(tmp_path / "c.txt"))))
 
 
 def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
@@ -167,7 +170,7 @@ def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
     write_rows(tmp_path / "validation" / "x.jsonl", [{"text": "val"}])
 
     def read(split: str) -> list[str]:
-        return list(iter_documents(TextSource(path=str(tmp_path), split=split), None))
+        return list(iter_documents(TextSource(path=str(tmp_path), split=split)))
 
     assert read("train") == ["train-00000-of-00002", "train-00001-of-00002"]
     assert read("train_sft") == ["train_sft-0"]
@@ -178,37 +181,37 @@ def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
 
 def test_a_folder_of_several_kinds_and_one_without_data_are_errors(folder, tmp_path):
     with pytest.raises(DataError, match=r"holds .*csv.*parquet"):
-        list(read_rows(TextSource(path=str(folder)), seed=None))
+        list(stream_rows(TextSource(path=str(folder))))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no .*parquet"):
-        list(read_rows(TextSource(path=str(tmp_path / "empty")), seed=None))
+        list(stream_rows(TextSource(path=str(tmp_path / "empty"))))
     (tmp_path / "a.bin").touch()
     with pytest.raises(DataError, match=r"\.bin files"):
-        list(read_rows(TextSource(path=str(tmp_path / "a.bin")), seed=None))
+        list(stream_rows(TextSource(path=str(tmp_path / "a.bin"))))
 
 
 def test_a_corrupt_file_is_a_one_line_error(tmp_path):
     for name in ("a.parquet", "a.arrow", "a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(b"\xff\xfe{ no such format" * 100)
         with pytest.raises(DataError, match=name) as caught:
-            list(read_rows(TextSource(path=str(tmp_path / name)), seed=None))
+            list(iter_documents(TextSource(path=str(tmp_path / name))))
         assert "\n" not in str(caught.value)
 
 
 def test_empty_and_repeated_documents_are_left_out(tmp_path):
     texts = ["a", "", "b", "a", " \n", None, "c", "b"]
     source = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    assert list(iter_documents(source, None)) == ["a", "b", "c"]
+    assert list(iter_documents(source)) == ["a", "b", "c"]
 
 
 def test_a_missing_or_unfit_column_is_an_error_that_lists_the_columns(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"passage": "a", "title": "b", "words": ["c"]}])
     with pytest.raises(DataError, match="no column text, but passage, title, words"):
-        next(iter_documents(source, None))
+        next(iter_documents(source))
     with pytest.raises(DataError, match="column words holds list, not text"):
-        next(iter_documents(TextSource(path=source.path, field="words"), None))
+        next(iter_documents(TextSource(path=source.path, field="words")))
     with pytest.raises(DataError, match="column title holds str, not a list of messages"):
-        next(iter_conversations(TextSource(path=source.path, format="chat", field="title"), None))
+        next(iter_conversations(TextSource(path=source.path, format="chat", field="title")))
 
 
 def test_conversations_of_every_layout_become_roles_and_contents(tmp_path):
@@ -221,7 +224,7 @@ def test_conversations_of_every_layout_become_roles_and_contents(tmp_path):
     parts = [{**m, "content": [{"type": "text", "value": m["content"]}], "loss": 0.5} for m in wanted]
     for number, messages in enumerate([wanted, sharegpt, parts]):
         path = write_rows(tmp_path / f"{number}.jsonl", [{"m": messages}]).path
-        assert list(iter_conversations(TextSource(path=path, format="chat", field="m"), None)) == [wanted]
+        assert list(iter_conversations(TextSource(path=path, format="chat", field="m"))) == [wanted]
 
 
 def test_instructions_join_the_prompt_columns_that_hold_something(tmp_path):
@@ -236,7 +239,7 @@ def test_instructions_join_the_prompt_columns_that_hold_something(tmp_path):
         prompt_fields=("instruction", "input"),
         response_field="output",
     )
-    found = list(iter_conversations(source, None))
+    found = list(iter_conversations(source))
     assert [[m["content"] for m in messages] for messages in found] == [
         ["Add.\n\n1 2", "3"],
         ["Greet.", "Hello."],
@@ -254,13 +257,13 @@ def test_an_unknown_layout_or_role_is_an_error_that_names_what_is_there(tmp_path
     ]:
         path = write_rows(tmp_path / "a.jsonl", [{"id": 1, "m": [message]}]).path
         with pytest.raises(DataError, match=says):
-            next(iter_conversations(TextSource(path=path, format="chat", field="m"), None))
+            next(iter_conversations(TextSource(path=path, format="chat", field="m")))
 
 
 def test_what_is_neither_here_nor_a_hub_id_is_refused_without_asking_the_hub():
     for path in ("data/gone.jsonl", "/no/such/folder", "./gone", "s3://bucket/a", "gone.txt"):
         with pytest.raises(DataError, match="not a file or folder here"):
-            next(read_rows(TextSource(path=path), seed=None))
+            next(stream_rows(TextSource(path=path)))
 
 
 def test_an_unreachable_hub_is_a_one_line_error_with_advice(monkeypatch):
@@ -268,5 +271,5 @@ def test_an_unreachable_hub_is_a_one_line_error_with_advice(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for split in ("train", "train[:10%]"):
         with pytest.raises(DataError, match=r"no-owner/no-data cannot be read: .*network") as caught:
-            next(read_rows(TextSource(path="no-owner/no-data", split=split), seed=0))
+            next(stream_rows(TextSource(path="no-owner/no-data", split=split)))
         assert "\n" not in str(caught.value)

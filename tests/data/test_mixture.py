@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
 from core.data.files import writing_rows
-from core.data.mixture import slice_name, write_calibration_pool, write_perplexity_windows, write_slices
+from core.data.mixture import slice_name, write_slices
 from core.data.packing import PLAIN_TEMPLATE
-from core.data.texts import iter_documents
+from core.data.samples import write_calibration_pool, write_perplexity_windows
 from core.errors import DataError, StorageError
 from core.settings.texts import TextSource
+from tests.support.texts import drawn
 
 
 @pytest.fixture(autouse=True)
@@ -326,8 +327,8 @@ def test_packing_joins_short_documents_and_leaves_none_in_two_sequences(tmp_path
     settings = {"sequence_length": 30, "documents": 80, "seed": 3}
     windows = pool(source, tokenizer, tmp_path, **settings).tolist()
     rows = pool(source, tokenizer, tmp_path, packing=True, **settings)
-    drawn = [tokenizer.encode(text) for text in iter_documents(source, 3)][:80]
-    expected = plain_packing(drawn, tokenizer.eos_token_id, 30)
+    texts_drawn = [tokenizer.encode(text) for text in drawn(source, tokenizer, seed=3)][:80]
+    expected = plain_packing(texts_drawn, tokenizer.eos_token_id, 30)
     assert sum(row is None for row in expected) == len(windows) >= 5
     assert len(rows) >= len(windows) + 10
     long = iter(windows)  # a long document gives the same window, packing or not

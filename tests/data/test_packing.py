@@ -1,4 +1,5 @@
 import math
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ from core.data.packing import (
     Tokenized,
     opening_ids,
     pack,
-    pack_whole,
     tokenize_conversations,
     tokenize_documents,
 )
+from core.data.whole_packing import Waiting, pack_whole
 from core.errors import DataError
 
 # As SmolLM2-135M-Instruct ships it.
@@ -165,7 +166,8 @@ def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
     tokenized = tokenize_conversations(
         [[], [user], [reply], [user, {**reply, "content": " "}], [user, reply]], tokenizer
     )
-    assert [trained_text(tokenizer, t) for t in tokenized] == [reply["content"] + "<|im_end|>"]
+    assert tokenized[:-1] == [None] * 4
+    assert trained_text(tokenizer, tokenized[-1]) == reply["content"] + "<|im_end|>"
     (greeted,) = tokenize_conversations([[reply, *TWO_TURNS[2:], user]], tokenizer)
     assert trained_text(tokenizer, greeted) == TWO_TURNS[3]["content"] + "<|im_end|>"
     assert user["content"] not in tokenizer.decode(greeted.ids)
@@ -174,7 +176,7 @@ def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
 @pytest.mark.parametrize("turn", ["m.role + ' ' + m.content[:-1]", "m.content|length|string + m.content"])
 def test_a_template_that_rewrites_replies_gives_nothing_rather_than_a_wrong_mask(tokenizer, turn):
     tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
-    assert tokenize_conversations([TWO_TURNS], tokenizer) == []
+    assert tokenize_conversations([TWO_TURNS], tokenizer) == [None]
 
 
 def test_a_template_that_writes_todays_date_gives_the_same_tokens_every_day(tokenizer):
@@ -298,3 +300,46 @@ def test_no_more_is_read_ahead_than_is_held():
 def test_less_than_two_percent_of_rows_of_conversations_is_padding(length):
     rows = pack_whole(random_documents(like_conversations(4000)), length, opening=[], padding=0, held=128)
     assert sum(row.padding for row in list(rows)[:-128]) < 0.02 * 4000 * 200
+
+
+@pytest.mark.parametrize("opening", [[], [7], [7, 8]], ids=len)
+def test_pieces_of_plain_text_are_cut_to_fill_rows_and_nothing_else_is(opening):
+    """Of each document the parts stand in their order, lose nothing and repeat nothing."""
+    length, sizes = 64, [*like_conversations(120), 3, 64, 65, 200]
+    rng = np.random.default_rng(4)
+    documents = [
+        document._replace(divisible=bool(rng.random() < 0.3))
+        for document in random_documents([max(size, 4) for size in sizes], opening=opening)
+    ]
+    rows = list(pack_whole(iter(documents), length, opening=opening, padding=9, held=6))
+    parts = [part for row in rows for part in parts_of(row)[0]]
+    for document in documents:
+        body = document.ids[len(opening) :]
+        own = [part for part in parts if len(part.ids) > len(opening) and part.ids[len(opening)] in body]
+        assert all(part.ids[: len(opening)].tolist() == opening for part in own)
+        found = np.concatenate([part.ids[len(opening) :] for part in own])
+        # Pieces that were cut first of a long document may be given out in another order than they stand in.
+        assert np.array_equal(np.sort(found), body)
+        if not document.divisible:
+            assert len(own) == -(-len(body) // (length - len(opening)))
+    full = rows[: len(rows) // 2]
+    assert sum(row.padding for row in full) / (len(full) * length) < 0.04  # gaps of less than 8 stay
+
+
+def test_packing_goes_on_from_what_is_left():
+    sizes = [*like_conversations(200), 900, 2]
+    documents = [
+        document._replace(divisible=n % 3 == 0) for n, document in enumerate(random_documents(sizes))
+    ]
+    for cut in (1, 17, 100):
+        stream, waiting, rest = iter(documents), Waiting(), []
+        whole = list(pack_whole(iter(documents), 128, opening=[7], padding=9, held=5))
+        head = list(islice(pack_whole(stream, 128, opening=[7], padding=9, held=5, waiting=waiting), cut))
+        left = Waiting(list(waiting), list(waiting.unread))
+        tail = list(pack_whole(stream, 128, opening=[7], padding=9, held=5, waiting=left))
+        assert [row.ids.tolist() for row in head + tail] == [row.ids.tolist() for row in whole]
+        assert [row.starts.tolist() for row in head + tail] == [row.starts.tolist() for row in whole]
+        stream = iter(documents)
+        head = list(islice(pack(stream, 128, rest=rest), cut))
+        tail = list(pack(stream, 128, rest=list(rest)))
+        assert [row.ids.tolist() for row in head + tail] == [row.ids.tolist() for row in pack(documents, 128)]

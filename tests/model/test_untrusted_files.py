@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from core.bases.importing import import_base
-from core.data.texts import read_rows
+from core.data.rows import stream_rows
 from core.errors import AdaptPrunerError, CheckpointError, SettingsError
 from core.export.hub_files import checkpoint_files
 from core.export.padded import export_padded
@@ -221,7 +221,7 @@ ROWS = "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(50)).encod
 
 
 def rows(path):
-    return lambda: [row["text"] for row in read_rows(TextSource(path=str(path)), seed=None)]
+    return lambda: [row["text"] for row in stream_rows(TextSource(path=str(path)))]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])

@@ -19,7 +19,7 @@ LAYERS = [
     {"core.pruning", "core.runs", "core.training"},
     {"core.bases", "core.evaluation"},
     {"core.export", "core.report"},
-    {"core.steps"},
+    {"core.experiments", "core.steps"},
     {"components"},
     {"pipelines"},
 ]

@@ -1,0 +1,406 @@
+"""The rows of a text source, in any order, in memory that does not grow with the source.
+
+Texts and JSON are read in place, as lines whose places are listed in a file; what is in another format is
+first written as such lines to a scratch folder, or is the memory-mapped table of the ``datasets`` library.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.data.archives import check_compressed, unpacked
+from core.data.json_lists import elements
+from core.data.locations import data_files, is_hub_id, locate
+from core.errors import DataError, full_disk
+from core.settings.texts import TextSource
+from core.untrusted import parse_json
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+_TEXT_DOCUMENT_CHARS = 2_000
+_SENTENCES = re.compile(rf".{{{_TEXT_DOCUMENT_CHARS},}}?[.!?]\s|.+", re.DOTALL)
+Numbers = Sequence[int] | NDArray[np.int64]
+
+_OF_MESSAGES = ("role", "content", "from", "value")
+_BLOCK_BYTES = 2**24
+_HEAD_ROWS = 1_000
+"""So many rows name the columns of lines."""
+_OPEN_SHARDS = 16
+_TURN_ROWS = 64
+
+
+class RowError(ValueError):
+    """What is wrong with a row, as the end of a sentence."""
+
+
+class Rows(Protocol):
+    """Rows within reach; worker processes get them pickled."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the rows are pieces of plain texts, which may as well be cut elsewhere."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns; none if no row could be read."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def read(self, numbers: Numbers) -> list[Any]:
+        """Return the rows of these numbers; in place of one that cannot be read, a ``RowError``."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Rows that are lines of JSON."""
+
+    files: tuple[str, ...]
+    places: str
+    """A file of (R, 2) int64: where each row begins, in the files joined, and its bytes."""
+    divisible: bool = False
+    """See ``Rows``."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return os.path.getsize(self.places) // 16
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the first rows."""
+        head = self.read(range(min(len(self), _HEAD_ROWS)))
+        return tuple(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
+
+    def read(self, numbers: Numbers) -> list[Any]:
+        """Return the rows of these numbers."""
+        places = np.memmap(self.places, np.int64, "r").reshape(-1, 2)[np.asarray(numbers, np.int64)]
+        starts = np.cumsum([0, *map(os.path.getsize, self.files)])
+        rows: list[Any] = []
+        with contextlib.ExitStack() as stack:
+            opened: dict[int, Any] = {}
+            for begin, size in places.tolist():
+                file = int(np.searchsorted(starts, begin, side="right")) - 1
+                if file not in opened:
+                    opened[file] = stack.enter_context(open(self.files[file], "rb"))
+                rows.append(_parsed(os.pread(opened[file].fileno(), size, begin - int(starts[file]))))
+        return rows
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        return RowError(f"it is not valid JSON ({' '.join(str(error).split())[:80].rstrip('.')})")
+    if isinstance(row, str):
+        return {"text": row}
+    return row if isinstance(row, dict) else RowError(f"it is {type(row).__name__}, not an object of columns")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a memory-mapped table."""
+
+    data: "datasets.Dataset"
+    divisible: bool = False
+    """See ``Rows``."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.data)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(self.data.column_names)
+
+    def read(self, numbers: Numbers) -> list[Any]:
+        """Return the rows of these numbers."""
+        columns = self.data[list(map(int, numbers))]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@contextlib.contextmanager
+def open_rows(
+    source: TextSource, *, seed: int = 0, most_rows: int | None = None, most_bytes: int | None = None
+) -> Iterator[Rows]:
+    """Open a source; what it needs on disk is kept until the block ends.
+
+    Of a hub data set the rows come over the network once, in full, or, if it holds more than is asked for,
+    as many as that, from up to 16 of its files in turn.
+
+    Args:
+        source: The source.
+        seed: Chooses the files of a hub data set that is not read in full.
+        most_rows: Rows that will do of a hub data set; None for all.
+        most_bytes: Bytes of text that will do; None for all.
+
+    Raises:
+        DataError: If there is no such data set, if it cannot be read, lacks a column, or is empty.
+    """
+    location = locate(source.path)
+    with tempfile.TemporaryDirectory() as scratch:
+        with reading(source):
+            if location is not None:
+                rows = _local(source, location, Path(scratch))
+            elif "[" in source.split:
+                rows = Table(_hub(source, streaming=False))
+            else:
+                stream = _hub(source, streaming=True)
+                rows = _fetched(source, stream, Path(scratch), seed, most_rows, most_bytes)
+            if not len(rows):
+                raise DataError(f"{source.path} holds no data. Check the path and split={source.split}.")
+            check_columns(source, rows.columns)
+        yield rows
+
+
+def stream_rows(source: TextSource) -> Iterator[Any]:
+    """Yield the rows in the order of the files; a hub data set is not read further than needed.
+
+    Raises:
+        DataError: As ``open_rows``.
+    """
+    if locate(source.path) is None and "[" not in source.split:
+        with reading(source):
+            for number, row in enumerate(_hub(source, streaming=True)):
+                if not number:
+                    check_columns(source, tuple(row))
+                yield row
+        return
+    with open_rows(source) as rows:
+        for start in range(0, len(rows), _TURN_ROWS):
+            with reading(source):
+                read = rows.read(range(start, min(start + _TURN_ROWS, len(rows))))
+            yield from read
+
+
+def check_columns(source: TextSource, columns: Sequence[str]) -> None:
+    """Raise a ``DataError`` if a column that the source names is not there."""
+    for name in source.columns if columns else ():
+        if name not in columns:
+            raise DataError(
+                f"{source.path} has no column {name}, but {', '.join(columns)}. Name one of them in the "
+                "recipe."
+            )
+
+
+@contextlib.contextmanager
+def reading(source: TextSource) -> Iterator[None]:
+    """Turn whatever ``datasets`` raises into one line; its errors have no common base class."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if full := full_disk(error):
+            raise full from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        place, advice = "local data", f"Check that the files are complete, and split={source.split}."
+        if locate(source.path) is None:
+            place = "Hugging Face data set"
+            advice = (
+                f"Check the id, subset={source.subset or '(none)'}, split={source.split}, the network and "
+                "(for a private or gated set) HF_TOKEN, or name a local file."
+            )
+        raise DataError(f"{place} {source.path} cannot be read: {reason.rstrip('.!')}. {advice}") from error
+
+
+def _hub(source: TextSource, *, streaming: bool) -> Any:
+    import datasets
+
+    if not is_hub_id(source.path):
+        raise DataError(
+            f"{source.path} is not a file or folder here, nor a Hugging Face data set id. Correct the path."
+        )
+    if not streaming:
+        log.info("%s: downloading all of it: the slice %s cannot be streamed", source.path, source.split)
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(
+        source.path,
+        source.subset or None,
+        split=source.split,
+        revision=source.revision or None,
+        streaming=streaming,
+    )
+
+
+def _fetched(
+    source: TextSource,
+    stream: "datasets.IterableDataset",
+    scratch: Path,
+    seed: int,
+    most_rows: int | None,
+    most_bytes: int | None,
+) -> Lines:
+    """Write the columns in use of a stream as lines."""
+
+    def wanted() -> Iterator[dict[str, Any]]:
+        size = 0
+        for number, row in enumerate(_in_turn(stream, seed)):
+            if not number:
+                check_columns(source, tuple(row))
+            if number == most_rows or (most_bytes is not None and size >= most_bytes):
+                log.info("%s: %d rows will do, the rest is not fetched", source.path, number)
+                return
+            kept = {name: _without_notes(row[name]) for name in source.columns}
+            size += sum(len(str(value)) for value in kept.values())
+            yield kept
+
+    file = scratch / "rows.jsonl"
+    _write_lines(file, wanted())
+    return _lines([file], scratch, "train")
+
+
+def _in_turn(stream: "datasets.IterableDataset", seed: int) -> Iterator[dict[str, Any]]:
+    """Yield all rows, some from each of the open files in turn; files are opened in random order."""
+    shards = stream.num_shards
+    if shards == 1:
+        yield from stream
+        return
+    order = iter(np.random.default_rng(seed).permutation(shards).tolist())
+    opened: list[Iterator[Any]] = []
+    while True:
+        for number in itertools.islice(order, _OPEN_SHARDS - len(opened)):
+            opened.append(iter(stream.shard(num_shards=shards, index=number)))
+        if not opened:
+            return
+        for shard in list(opened):
+            rows = list(itertools.islice(shard, _TURN_ROWS))
+            if len(rows) < _TURN_ROWS:
+                opened.remove(shard)
+            yield from rows
+
+
+def _without_notes(value: Any) -> Any:
+    """Return messages without what a data set notes of each of them."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in m.items() if k in _OF_MESSAGES} if isinstance(m, dict) else m for m in value]
+
+
+def _local(source: TextSource, location: Path, scratch: Path) -> Rows:
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind, files = data_files(source, location)
+    for file in files:
+        check_compressed(file)
+    _, bracket, rest = source.split.partition("[")
+    split = f"train{bracket}{rest}"  # the file builders call everything they read "train"
+    plain = [unpacked(file, scratch) for file in files] if kind in ("json", "text") else files
+    if kind == "text":
+        lines = scratch / "texts.jsonl"
+        _write_lines(lines, _text_rows(plain))
+        return dataclasses.replace(_lines([lines], scratch, split), divisible=True)
+    if kind == "json":
+        starts = [_start(file) for file in plain]
+        found = list(zip(plain, starts, strict=True))
+        if not any(_is_one_object(file, start) for file, start in found):
+            lists = [_list_as_lines(file, scratch) if start[:1] == b"[" else file for file, start in found]
+            return _lines(lists, scratch, split)
+    return Table(datasets.load_dataset(kind, data_files=[str(file) for file in files], split=split))
+
+
+def _start(file: Path) -> bytes:
+    """Return the first line of a file, without the space around it, or as much as fits into a block."""
+    with file.open("rb") as opened:
+        for line in iter(lambda: opened.readline(_BLOCK_BYTES), b""):
+            if start := line.removeprefix(b"\xef\xbb\xbf").strip():
+                return start
+    return b""
+
+
+def _is_one_object(file: Path, start: bytes) -> bool:
+    """Return whether a file is one JSON object in many lines, not an object a line."""
+    if file.suffix != ".json" or not start.startswith(b"{") or len(start) == _BLOCK_BYTES:
+        return False
+    return isinstance(_parsed(start), RowError)
+
+
+def _list_as_lines(file: Path, scratch: Path) -> Path:
+    lines = scratch / f"{len(list(scratch.iterdir()))}.jsonl"
+    with file.open(encoding="utf-8-sig") as opened:
+        _write_lines(lines, elements(opened))
+    return lines
+
+
+def _write_lines(file: Path, rows: Iterable[Any]) -> None:
+    with file.open("w") as out:
+        for row in rows:
+            out.write(json.dumps(row, default=str) + "\n")
+
+
+def _lines(files: Sequence[Path], scratch: Path, split: str) -> Lines:
+    """List where the rows of a split begin."""
+    import datasets
+
+    places, base = scratch / "places", 0
+    with places.open("wb") as out:
+        for file in files:
+            for found in _places(file):
+                np.add(found, [base, 0]).tofile(out)
+            base += file.stat().st_size
+    if "[" in split and (count := places.stat().st_size // 16):
+        whole = np.memmap(places, np.int64, "r").reshape(-1, 2)
+        with (scratch / "sliced").open("wb") as out:
+            for part in datasets.ReadInstruction.from_spec(split).to_absolute({"train": count}):
+                whole[part.from_ : part.to].tofile(out)
+        places = scratch / "sliced"
+    return Lines(tuple(map(str, files)), str(places))
+
+
+def _places(file: Path) -> Iterator[NDArray[np.int64]]:
+    """Yield (n, 2) starts and sizes of the lines of a file that hold something."""
+    start = position = 0
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position
+            position += len(block)
+            if len(ends):
+                starts = np.concatenate([[start], ends[:-1] + 1])
+                found = np.stack([starts, ends - starts], axis=1)
+                yield found[found[:, 1] > 1]  # neither empty nor a lone carriage return
+                start = int(ends[-1]) + 1
+    if position - start > 1:
+        yield np.array([[start, position - start]])
+
+
+def _text_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for document in merge_paragraphs(lines):
+                yield {"text": document}
+
+
+def merge_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Cut a plain text into documents at the first blank line after about 2,000 characters.
+
+    Text without blank lines is cut at line ends, and a very long line at sentence ends.
+    """
+    document = ""
+    for line in lines:
+        # Some corpora keep a whole article in one line.
+        pieces = _SENTENCES.findall(line) if len(line) > 4 * _TEXT_DOCUMENT_CHARS else [line]
+        for piece in pieces:
+            document += piece
+            may_end = not line.strip() or len(pieces) > 1 or len(document) >= 4 * _TEXT_DOCUMENT_CHARS
+            if may_end and len(document) >= _TEXT_DOCUMENT_CHARS:
+                yield document.strip()
+                document = ""
+    if document.strip():
+        yield document.strip()

@@ -1,0 +1,231 @@
+"""What the runs of an experiment have come to: found in the store by their settings, and made a table.
+
+Nothing but the store is asked, so it does not matter where a run was computed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import StorageError
+from core.experiments.definition import Cell, Experiment
+from core.machine.precision import SECTIONS
+from core.report.tables import DENSE, ResultTable, Row, figures_of
+from core.runs.overview import RunOverview, list_runs
+from core.runs.record import RunRecord, public_path
+from core.runs.run import Run
+from core.settings.schema import Settings
+from core.storage.interface import Store
+from core.storage.layout import RECORD
+from core.storage.publication import open_publication
+from core.storage.store import open_store
+from core.storage.transfer import in_parallel
+
+SENSITIVITY = "sensitivity.json"
+
+_Sample = tuple[Mapping[str, str], Mapping[str, float]]
+"""Labels, and the figures of one repetition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A cell's run as the store has it."""
+
+    state: str
+    """``done``, ``running``, ``interrupted``, ..., with the phase; ``not started`` if there is no run."""
+    run: Run | None = None
+    record: RunRecord | None = None
+    """What it measured; None until it is done."""
+
+
+NOT_STARTED = Found(state="not started")
+
+
+def found_runs(cells: Sequence[Cell]) -> dict[str, Found]:
+    """Return the key of each cell to what its store holds of it.
+
+    Raises:
+        StorageError: If a store is not there, or cannot be read.
+    """
+    stores = {cell.settings.storage.store: cell.settings for cell in cells}
+    found: dict[str, Found] = {}
+    for uri, settings in stores.items():
+        store = _opened(settings)
+        found |= find_runs([cell for cell in cells if cell.settings.storage.store == uri], store)
+    return found
+
+
+def _opened(settings: Settings) -> Store:
+    """Open the store of a cell.
+
+    Raises:
+        StorageError: If it is a folder that does not exist.
+    """
+    store = open_store(settings.storage.store)
+    folder = store.local_path("")
+    if folder is not None and not folder.is_dir():
+        raise StorageError(
+            f"storage.store={settings.storage.store} is not there, so there is nothing to collect. Run the "
+            "experiment first, or name its store with --set storage.store=..."
+        )
+    return store
+
+
+def find_runs(cells: Sequence[Cell], store: Store, *, revision: str = "") -> dict[str, Found]:
+    """Return the key of each cell to what a store holds of it.
+
+    A run belongs to a cell if it was started with equal settings from the same base model. Of several, which
+    began at different revisions of it, the last active one counts.
+
+    Args:
+        cells: Cells whose runs are in ``store``.
+        store: The store.
+        revision: Only runs that began at this revision of the base model count; "" takes any.
+
+    Raises:
+        StorageError: If the store cannot be read.
+    """
+    overviews = list_runs(store)
+    loaded = in_parallel(lambda overview: _loaded(store, overview.key), overviews)
+    known: dict[tuple[str, ...], tuple[RunOverview, Run]] = {}
+    for overview, run in zip(overviews, loaded, strict=True):
+        if run is not None and revision in ("", run.revision):
+            known.setdefault(_identity(run.settings), (overview, run))
+    precisions = {tuple(_precisions(run.settings).items()) for _, run in known.values()}
+    found = {}
+    for cell in cells:
+        settled = (_with_precisions(cell.settings, dict(each)) for each in precisions)
+        match = next((s for s in settled if _identity(s) in known), None)
+        found[cell.key] = _found(*known[_identity(match)], match) if match else NOT_STARTED
+    return found
+
+
+def table_of(
+    experiment: Experiment, found: Mapping[str, Found], folder: Path, failed: Mapping[str, str]
+) -> ResultTable:
+    """Return the table of an experiment, with a row for each combination of labels, done or not.
+
+    Args:
+        experiment: The experiment.
+        found: The key of each cell to what there is of it.
+        folder: The experiment's output folder, with the studies of single layers.
+        failed: The key of each cell that has just failed, to the reason.
+    """
+    labels = list(dict.fromkeys(tuple(cell.labels.items()) for cell in experiment.cells))
+    samples = list(_dense(experiment, found, folder))
+    rows = [
+        _row(experiment, dict(place), samples) for place in dict.fromkeys(_place(each) for each in samples)
+    ]
+    samples = []
+    for cell in experiment.cells:
+        samples += _samples(experiment, cell, found[cell.key], folder)
+    places = dict.fromkeys(map(_place, samples))
+    for own in labels:
+        inner = [place for place in places if set(own) <= set(place)] or [own]
+        rows += [_row(experiment, dict(place), samples) for place in inner]
+    missing = [
+        f"{cell.name}: {failed.get(cell.key) or found[cell.key].state}"
+        for cell in experiment.cells
+        if found[cell.key].record is None
+    ]
+    done = len(experiment.cells) - len(missing)
+    return ResultTable(
+        title=experiment.title,
+        subtitle=f"Base model {experiment.base}; {done} of {len(experiment.cells)} runs are done",
+        labels=(*experiment.axes, *(["layer"] if experiment.sensitivity else [])),
+        metrics=experiment.metrics,
+        rows=tuple(rows),
+        notes=(*experiment.notes, *missing),
+        picture=experiment.picture,
+    )
+
+
+def _loaded(store: Store, key: str) -> Run | None:
+    try:
+        return Run.load({"store": store.uri, "key": key})
+    except StorageError:
+        return None  # damaged: ``adapt-pruner runs`` shows it
+
+
+def _precisions(settings: Settings) -> dict[str, str]:
+    return {name: getattr(settings, name).precision for name in SECTIONS}
+
+
+def _with_precisions(settings: Settings, precisions: Mapping[str, str]) -> Settings:
+    """Return settings with the number formats that a run has settled on where they say ``auto``."""
+    chosen = {
+        name: dataclasses.replace(getattr(settings, name), precision=value)
+        for name, value in precisions.items()
+        if getattr(settings, name).precision == "auto"
+    }
+    return dataclasses.replace(settings, **chosen)
+
+
+def _identity(settings: Settings) -> tuple[str, ...]:
+    return settings.model.base, settings.model.revision, settings.digest()
+
+
+def _found(overview: RunOverview, run: Run, settings: Settings) -> Found:
+    run = dataclasses.replace(run, settings=settings)  # what is measured may differ from the run's last start
+    if not run.is_complete():
+        state = "measured under other settings" if overview.state == "done" else overview.state
+        return Found(state=f"{state}, phase {overview.phase} of {overview.phases}", run=run)
+    record = RunRecord.from_dict(open_publication(run.report_uri()).read_json(RECORD))
+    return Found(state="done", run=run, record=record)
+
+
+def _dense(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> Iterator[_Sample]:
+    """Yield the figures of the base models; each run has measured its own."""
+    axis = experiment.axes[0]
+    if experiment.sensitivity:
+        for path in sorted(folder.glob(f"{DENSE}-*/{SENSITIVITY}")):
+            yield from _layers({axis: DENSE}, path)
+        return
+    records = {each.record.revision: each.record for each in found.values() if each.record}
+    for record in records.values():
+        name = f"{DENSE} {public_path(record.base)}" if len(records) > 1 else DENSE
+        figures = figures_of(record, record.phases[0])
+        yield {axis: name}, {name: figures[name] for name in figures if name not in ("tokens", "seconds")}
+
+
+def _samples(experiment: Experiment, cell: Cell, found: Found, folder: Path) -> Iterator[_Sample]:
+    if found.record is None:
+        return
+    if experiment.sensitivity:
+        if (path := folder / cell.key / SENSITIVITY).is_file():
+            yield from _layers(cell.labels, path)
+    else:
+        yield cell.labels, figures_of(found.record, found.record.phases[-1])
+
+
+def _layers(labels: Mapping[str, str], path: Path) -> Iterator[_Sample]:
+    """Yield what a study has measured with each layer pruned alone."""
+    for layer in json.loads(path.read_text())["layers"]:
+        figures = {"perplexity": layer["perplexity"], "loss_increase": layer["loss_increase"]}
+        yield (
+            {**labels, "layer": str(layer["layer"])},
+            {name: value for name, value in figures.items() if value is not None},
+        )
+
+
+def _place(sample: _Sample) -> tuple[tuple[str, str], ...]:
+    return tuple(sample[0].items())
+
+
+def _row(experiment: Experiment, labels: Mapping[str, str], samples: Sequence[_Sample]) -> Row:
+    own = [figures for place, figures in samples if place == labels]
+    asked = sum(cell.labels.items() <= labels.items() for cell in experiment.cells)
+    published: dict[str, float] = {}
+    for place, figures in experiment.published:
+        if place.items() <= labels.items():
+            published |= figures
+    return Row(
+        labels=labels,
+        measured={
+            metric: [figures[metric] for figures in own if metric in figures] for metric in experiment.metrics
+        },
+        published=published,
+        repetitions=(len(own), asked or len(own)),
+    )

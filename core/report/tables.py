@@ -1,0 +1,234 @@
+"""A table of results: figures by what was varied, as Markdown, CSV, JSON and a page with a picture.
+
+Whoever has runs to set side by side makes the rows; nothing here knows where they come from.
+"""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.quantities import parse_count
+from core.report.figures import comparison_figure, inline_svg
+from core.report.summary import escaped
+from core.report.templates import render
+from core.runs.record import (
+    PhaseRecord,
+    RunRecord,
+    accuracies,
+    count_text,
+    headline_metric,
+    perplexity_text,
+    seconds_text,
+)
+
+_COUNTS = ("params", "tokens")
+_TITLES = {"params": "parameters", "accuracy": "mean accuracy"}
+DENSE = "dense"
+"""The label of the base model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured in one place of the table."""
+
+    labels: Mapping[str, str]
+    """Name of a label's column to the label; a column that does not apply is left out."""
+    measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Metric to its value in each repetition that is done."""
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Metric to what others have published for it."""
+    repetitions: tuple[int, int] = (1, 1)
+    """How many are done, and how many were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Which columns a picture shows."""
+
+    x: str
+    """Name of a label's column."""
+    y: str
+    """A metric."""
+    by: str = ""
+    """Name of the label's column that has a line for each label; "" draws one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultTable:
+    """Rows, and how to show them."""
+
+    title: str
+    subtitle: str = ""
+    labels: tuple[str, ...]
+    """Names of the labels' columns."""
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    """Sentences below it."""
+    picture: Picture | None = None
+
+    def columns(self) -> dict[str, list[str]]:
+        """Return header to one text a row: labels, repetitions, each metric, beside it what was published."""
+        rows = self.rows
+        found = {name: [row.labels.get(name, "") for row in rows] for name in self.labels}
+        if any(row.repetitions != (1, 1) for row in rows):
+            found["done"] = [f"{done} of {asked}" for done, asked in (row.repetitions for row in rows)]
+        for metric in self.metrics:
+            found[_header(metric)] = [value_text(metric, row.measured.get(metric, ())) for row in rows]
+            if any(metric in row.published for row in rows):
+                published = [row.published.get(metric) for row in rows]
+                texts = ["-" if value is None else value_text(metric, [value]) for value in published]
+                found[f"{_header(metric)}, published"] = texts
+        return found
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        columns = self.columns()
+        sides = [":---" if name in self.labels else "---:" for name in columns]
+        rows = [
+            map(escaped, columns),
+            sides,
+            *(map(escaped, row) for row in zip(*columns.values(), strict=True)),
+        ]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        notes = "\n".join(f"* {escaped(note)}" for note in self.notes)
+        parts = (f"# {escaped(self.title)}", escaped(self.subtitle), table, notes)
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def csv(self) -> str:
+        """Return the table as numbers: of each metric mean, standard deviation and what was published."""
+        names = [f"{metric}{end}" for metric in self.metrics for end in ("", "_spread", "_published")]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*self.labels, "done", "asked", *names])
+        for row in self.rows:
+            summaries = [_summary(row, metric) for metric in self.metrics]
+            numbers = [each[key] for each in summaries for key in ("mean", "spread", "published")]
+            writer.writerow([*(row.labels.get(name, "") for name in self.labels), *row.repetitions, *numbers])
+        return text.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON holds it, with the value of each repetition."""
+        rows = [
+            {
+                "labels": dict(row.labels),
+                "done": row.repetitions[0],
+                "asked": row.repetitions[1],
+                "metrics": {metric: _summary(row, metric) for metric in self.metrics},
+            }
+            for row in self.rows
+        ]
+        return {"title": self.title, "subtitle": self.subtitle, "rows": rows, "notes": list(self.notes)}
+
+    def html(self) -> str:
+        """Return the table and its picture as one page that loads nothing from elsewhere."""
+        lines, svg = self._lines(), ""
+        if self.picture and lines:
+            figure = comparison_figure(lines, x=self.picture.x, y=_header(self.picture.y))
+            label = f"{_header(self.picture.y)} against {self.picture.x}"
+            svg = inline_svg(figure, name="comparison", label=label.replace('"', "'"))
+        values = {"title": self.title, "subtitle": self.subtitle, "notes": self.notes}
+        return render("table.html", **values, columns=self.columns(), picture=svg)
+
+    def write(self, folder: Path) -> None:
+        """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.html``."""
+        (folder / "table.md").write_text(self.markdown())
+        (folder / "table.csv").write_text(self.csv())
+        (folder / "table.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (folder / "table.html").write_text(self.html())
+
+    def _lines(self) -> dict[str, list[tuple[str, float, float]]]:
+        """Return line to points of label, mean and standard deviation; what was published has its own."""
+        lines: dict[str, list[tuple[str, float, float]]] = {}
+        if (picture := self.picture) is None:
+            return lines
+        shown = 1.0 if _is_plain(picture.y) else 100.0
+        for row in self.rows:
+            name, summary = row.labels.get(picture.by, ""), _summary(row, picture.y)
+            for line, value in ((name, summary["mean"]), (f"{name} (published)", summary["published"])):
+                if value is not None and picture.x in row.labels:
+                    spread = 0.0 if line != name else summary["spread"] or 0.0
+                    points = lines.setdefault(line.strip(), [])
+                    points.append((row.labels[picture.x], shown * value, shown * spread))
+        return lines
+
+
+def figures_of(record: RunRecord, phase: PhaseRecord) -> dict[str, float]:
+    """Return the metrics of a phase: sizes, perplexities, each task's headline metric, their mean, time.
+
+    Tokens and seconds are those of the run up to the phase. What was not measured is left out.
+    """
+    before = [each for each in record.phases if each.phase <= phase.phase]
+    distilled = sum(each.distillation.tokens for each in before if each.distillation)
+    found = {
+        "params": float(phase.params),
+        "perplexity": phase.perplexity,
+        "perplexity_pruned": phase.perplexity_pruned,
+        "tokens": float(sum(each.tokens for each in before) + distilled),
+        "seconds": sum(sum(each.seconds.values()) for each in before),
+    }
+    if right := accuracies(phase):
+        found["accuracy"] = statistics.fmean(right.values())
+    best = {task: headline_metric(metrics) for task, metrics in phase.tasks.items()}
+    found |= {task: metric[1] for task, metric in best.items() if metric is not None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def published_value(metric: str, text: str) -> float:
+    """Read a figure as papers print it: 6.66B parameters, a perplexity, an accuracy in percent.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if metric in _COUNTS:
+        return float(parse_count(text))
+    return float(text) / (1 if _is_plain(metric) else 100)
+
+
+def value_text(metric: str, values: Sequence[float]) -> str:
+    """Write the mean of a metric, and the standard deviation where there is one; a dash for no value."""
+    if not values:
+        return "-"
+    mean, spread = statistics.fmean(values), _spread(values)
+    if metric in _COUNTS:
+        return count_text(round(mean))
+    if metric == "seconds":
+        return seconds_text(mean)
+    if not _is_plain(metric):
+        return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+    decimals = 2 if mean < 99.995 else 0  # as the mean has
+    return perplexity_text(mean) + (f" ± {spread:,.{decimals}f}" if spread is not None else "")
+
+
+def _is_plain(metric: str) -> bool:
+    """Return whether a metric is shown as it is, and not in percent."""
+    return metric in (*_COUNTS, "seconds") or "perplexity" in metric or "wikitext" in metric
+
+
+def _header(metric: str) -> str:
+    title = _TITLES.get(metric, metric.replace("perplexity_", "perplexity, "))
+    return title if _is_plain(metric) else f"{title}, %"
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """Return the standard deviation; None of fewer than two values, or of infinite ones."""
+    finite = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) if finite else None
+
+
+def _summary(row: Row, metric: str) -> dict[str, Any]:
+    """Return what JSON holds of a metric; None for what there is not."""
+    values = row.measured.get(metric, ())
+    mean = statistics.fmean(values) if values else math.nan
+    return {
+        "mean": mean if math.isfinite(mean) else None,
+        "spread": _spread(values),
+        "values": [value if math.isfinite(value) else None for value in values],
+        "published": row.published.get(metric),
+    }

@@ -1,0 +1,64 @@
+"""Tables of results: what a cell says, and where what was published stands."""
+
+import math
+
+import pytest
+
+from core.report.tables import Picture, ResultTable, Row, published_value, value_text
+
+
+def table(*rows, **more):
+    return ResultTable(title="t", labels=("method",), metrics=("perplexity", "arc_easy"), rows=rows, **more)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "text"),
+    [
+        ("params", [107_991_360.0, 107_991_360.0], "108.0M"),
+        ("perplexity", [20.0, 22.0], "21.00 ± 1.41"),
+        ("perplexity", [120.0, 122.0], "121 ± 1"),
+        ("wikitext", [20.0], "20.00"),
+        ("arc_easy", [0.5, 0.52], "51.0 ± 1.4"),
+        ("seconds", [61.0], "1 min 01 s"),
+        ("perplexity", [20.0, math.inf], "infinite"),
+        ("perplexity", [], "-"),
+    ],
+)
+def test_a_cell_is_mean_and_standard_deviation_in_the_unit_of_its_metric(metric, values, text):
+    assert value_text(metric, values) == text
+
+
+def test_published_figures_are_read_as_papers_print_them():
+    assert published_value("params", "6.66B") == 6_660_000_000
+    assert published_value("mmlu", "25.35") == pytest.approx(0.2535)
+    assert published_value("wikitext", "12.5") == 12.5
+    with pytest.raises(ValueError, match="could not convert"):
+        published_value("mmlu", "a quarter")
+
+
+def test_a_column_of_published_figures_stands_beside_the_metric_that_has_some():
+    found = table(Row(labels={"method": "a"}, published={"arc_easy": 0.25}), Row(labels={"method": "b"}))
+    assert found.columns() == {
+        "method": ["a", "b"],
+        "perplexity": ["-", "-"],
+        "arc_easy, %": ["-", "-"],
+        "arc_easy, %, published": ["25.0", "-"],
+    }
+
+
+def test_labels_cannot_break_out_of_markdown_or_html():
+    label = "a|b\n<script>alert(1)</script>$"
+    row = Row(labels={"method": label}, measured={"perplexity": [2.0]})
+    found = table(row, picture=Picture(x="method", y="perplexity"), notes=(label,))
+    lines = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert "\\|" in lines[2]
+    assert "<script>" not in found.markdown() + found.html()
+
+
+def test_nothing_that_is_not_finite_goes_into_json_or_the_picture():
+    row = Row(labels={"method": "a"}, measured={"perplexity": [math.inf, 2.0]}, repetitions=(2, 2))
+    found = table(row, picture=Picture(x="method", y="perplexity"))
+    metric = found.to_dict()["rows"][0]["metrics"]["perplexity"]
+    assert metric == {"mean": None, "spread": None, "values": [None, 2.0], "published": None}
+    assert "<svg" not in found.html()
