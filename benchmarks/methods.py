@@ -135,6 +135,7 @@ class Study:
             remeasure=lambda left, step: self.statistics(left, settings, seed, step),
             tokens=self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
             keep_bytes=KEEP_BYTES,
+            seed=seed,
         )
         if settings.distill_steps:
             model = copy.deepcopy(model).requires_grad_(True)

@@ -26,6 +26,7 @@ from core.errors import SettingsError
 from core.scratch import scratch_folder
 from core.settings.cluster import ComponentName
 from core.settings.parameters import compiled_settings, parameters_of
+from core.settings.prune import decides_on_model
 from core.settings.schema import Settings
 from pipelines.cluster import PHASE_OF_NESTED, configure
 from pipelines.ir import (
@@ -103,7 +104,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     prune = settings.prune
     phase_pipeline = _build_phase(
         place,
-        gpu_scoring=prune.steps_per_phase != 1 or prune.widths == "search",
+        gpu_scoring=prune.steps_per_phase != 1 or decides_on_model(prune),
         gpu_pruning=prune.repair != "none" or prune.distill_steps > 0,
     )
 

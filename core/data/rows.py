@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from core.data.archives import check_compressed, unpacked
 from core.data.json_lists import elements
 from core.data.locations import data_files, is_hub_id, locate
+from core.data.plain_text import merge_paragraphs
 from core.errors import DataError, full_disk
 from core.settings.texts import TextSource
 from core.untrusted import parse_json
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TEXT_DOCUMENT_CHARS = 2_000
-_SENTENCES = re.compile(rf".{{{_TEXT_DOCUMENT_CHARS},}}?[.!?]\s|.+", re.DOTALL)
 Numbers = Sequence[int] | NDArray[np.int64]
 
 _OF_MESSAGES = ("role", "content", "from", "value")
@@ -385,22 +383,3 @@ def _text_rows(files: Iterable[Path]) -> Iterator[dict[str, str]]:
         with file.open(encoding="utf-8") as lines:
             for document in merge_paragraphs(lines):
                 yield {"text": document}
-
-
-def merge_paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Cut a plain text into documents at the first blank line after about 2,000 characters.
-
-    Text without blank lines is cut at line ends, and a very long line at sentence ends.
-    """
-    document = ""
-    for line in lines:
-        # Some corpora keep a whole article in one line.
-        pieces = _SENTENCES.findall(line) if len(line) > 4 * _TEXT_DOCUMENT_CHARS else [line]
-        for piece in pieces:
-            document += piece
-            may_end = not line.strip() or len(pieces) > 1 or len(document) >= 4 * _TEXT_DOCUMENT_CHARS
-            if may_end and len(document) >= _TEXT_DOCUMENT_CHARS:
-                yield document.strip()
-                document = ""
-    if document.strip():
-        yield document.strip()

@@ -5,11 +5,13 @@ built with the config's global sizes, then each layer is rebuilt from its own vi
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -122,14 +124,21 @@ def load_model(
         CheckpointError: If a file is missing or corrupt, or weights and config do not fit.
         UnsupportedModelError: If the model's family is not supported.
     """
-    from transformers.initialization import no_init_weights
-
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     check_fit(checkpoint)
     with checkpoint.weights() as reader:
         state = {name: (tensor := reader.tensor(name)).to(dtype or tensor.dtype) for name in reader.names()}
+    return model_of(checkpoint.config, state, dtype=dtype or checkpoint.dtype, device=device)
+
+
+def model_of(
+    config: PreTrainedConfig, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: str | torch.device
+) -> "PreTrainedModel":
+    """Return the model, for evaluation, of a config and of tensors by name; tied ones may be left out."""
+    from transformers.initialization import no_init_weights
+
     with no_init_weights():
-        model = build_model(checkpoint.config, dtype=dtype or checkpoint.dtype)
+        model = build_model(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert not unexpected, "the names have been compared"
     assert set(missing) <= _tied_names(model), "the names have been compared"

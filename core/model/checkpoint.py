@@ -333,13 +333,16 @@ def save_model(
     """
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
-    family = family_of(config)
+    parts = model_parts(model)
+    write_checkpoint(directory, config, parts, len(parts), companions=companions, provenance=provenance)
+
+
+def model_parts(model: Any) -> list[dict[str, Tensor]]:
+    """Return a model's tensors by name, less tied ones: of each decoder layer, then of the rest."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     parts = []
     for index in range(model.config.num_hidden_layers):
-        prefix = f"{family.layers}.{index}."
+        prefix = f"{family_of(model.config).layers}.{index}."
         parts.append({name: rest.pop(name) for name in list(rest) if name.startswith(prefix)})
-    write_checkpoint(
-        directory, config, [*parts, rest], len(parts) + 1, companions=companions, provenance=provenance
-    )
+    return [*parts, rest]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from core.redaction import without_password
 from core.report.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
-from core.report.templates import render
+from core.report.templates import listed, render
 from core.runs.record import (
     PhaseRecord,
     RunRecord,
@@ -61,6 +61,7 @@ def build_report(record: RunRecord) -> str:
         phases=_phase_columns(record, {} if apart else tasks) if record.phases else {},
         has_tasks=bool(tasks),
         repairs=_repair_columns(record.phases),
+        repair_title=_repair_title(record),
         distilled=record.distilled_tokens > 0,
         benchmarks=columns if apart else {},
         speed_columns=_speed_columns,
@@ -156,6 +157,8 @@ def _headline(record: RunRecord) -> list[_Card]:
         phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
         tokens = count_text(sum(phase.tokens for phase in record.phases)) if record.trained else ""
         text = f"{phases}, {tokens} training tokens" if tokens else f"{phases}, no training"
+        if masks := record.mask_tokens:
+            text += f", {count_text(masks)} tokens of masks"
         if distilled := record.distilled_tokens:
             text += f", {count_text(distilled)} tokens of distillation"
         items.append(("Time", (seconds_text(seconds),), text))
@@ -230,14 +233,25 @@ def _phase_columns(record: RunRecord, tasks: Mapping[str, str]) -> dict[str, lis
     return _without_empty(columns)
 
 
+def _repair_title(record: RunRecord) -> str:
+    done = {
+        "masks": record.mask_tokens,
+        "repair": any(phase.repair_s for phase in record.phases),
+        "distillation": record.distilled_tokens,
+    }
+    return listed(name for name, value in done.items() if value).capitalize()
+
+
 def _repair_columns(phases: Sequence[PhaseRecord]) -> dict[str, list[str]]:
-    """Return what repair and distillation cost and brought; {} if there was neither."""
-    phases = [phase for phase in phases if phase.repair_s or phase.distillation]
+    """Return what masks, repair and distillation cost and brought; {} if there was none."""
+    phases = [phase for phase in phases if phase.mask_s or phase.repair_s or phase.distillation]
     if not phases:
         return {}
     found = [phase.distillation for phase in phases]
     columns = {
         "phase": _names(phases),
+        "masks": [seconds_text(phase.mask_s) if phase.mask_s else "-" for phase in phases],
+        "tokens\nof masks": [count_text(phase.mask_tokens) if phase.mask_tokens else "-" for phase in phases],
         "cut and\nrepair": [seconds_text(phase.repair_s) if phase.repair_s else "-" for phase in phases],
         "distillation": [seconds_text(each.seconds) if each else "-" for each in found],
         "distilled\ntokens": [count_text(each.tokens) if each else "-" for each in found],

@@ -34,6 +34,7 @@ def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
             f"{task}, {metric}",
             *(score_text(phase.tasks.get(task, {}), metric, unit=" %") for phase in phases),
         )
+    yield "tokens of masks", *(f"{phase.mask_tokens:,}" if phase.mask_tokens else "-" for phase in phases)
     distilled = [phase.distillation for phase in phases]
     yield "divergence before distillation", *(f"{each.before:.3f}" if each else "-" for each in distilled)
     yield "divergence after distillation", *(f"{each.after:.3f}" if each else "-" for each in distilled)

@@ -62,6 +62,10 @@ class PhaseRecord:
     """Perplexity at the end of the phase."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Task to metric to value."""
+    mask_s: float = 0.0
+    """Seconds in which masks were learnt before the cut (``sheared-llama``); 0 if none were."""
+    mask_tokens: int = 0
+    """Tokens that they were learnt on, repetitions counted."""
     repair_s: float = 0.0
     """Seconds of the cut with its repair; 0 without one."""
     distillation: DistillationRecord | None = None
@@ -132,6 +136,11 @@ class RunRecord:
     """Id of the MLflow parent run; empty without tracking."""
     speed: tuple[SpeedRecord, ...] = ()
     """The result against the base model, in each runtime; empty if it was not measured."""
+
+    @property
+    def mask_tokens(self) -> int:
+        """Tokens that masks were learnt on, in all phases."""
+        return sum(phase.mask_tokens for phase in self.phases)
 
     @property
     def distilled_tokens(self) -> int:

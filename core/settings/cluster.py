@@ -126,8 +126,8 @@ class ClusterSettings:
     """Variables of all tasks, such as HTTPS_PROXY or AWS_CA_BUNDLE; they can be read in the pipeline."""
     gpus: int = 1
     """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
-    again or searches widths, prune-step where it repairs or distills, publish where it measures speed).
-    recover-train trains on all of them (``training.ranks``), the other tasks use one:
+    again or runs the model to decide, prune-step where it repairs or distills, publish where it measures
+    speed). recover-train trains on all of them (``training.ranks``), the other tasks use one:
     ``components.recover-train.gpus`` gives it more."""
     gpu_type: str = "nvidia.com/gpu"
     """Resource name of an accelerator."""

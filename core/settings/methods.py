@@ -13,12 +13,14 @@ MethodName = Literal[
     "llm-pruner",
     "flap",
     "minitron",
+    "minitron-depth",
     "magnitude",
     "random",
     "shortgpt",
     "modegpt",
     "grail",
     "slicegpt",
+    "sheared-llama",
 ]
 
 _ONE_STEP = {"steps_per_phase": 1, "widths": "similarity"}
@@ -31,8 +33,10 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     "llm-pruner": _UNIFORM | {"criterion": "taylor_l1", "repair": "none"},
     # arXiv 2312.11983: one ranking of all groups of the model, and biases for what is lost on average.
     "flap": _ONE_STEP | {"criterion": "standardised_fluctuation", "amplitude": 0.0, "repair": "bias"},
-    # arXiv 2407.14679: width only. The hidden size and the number of layers stay.
+    # arXiv 2407.14679, widths: the hidden size and the number of layers stay.
     "minitron": _UNIFORM | {"criterion": "activation_l2", "repair": "none"},
+    # The same paper's depth: a block of layers by the loss without it, and channels for the exact size.
+    "minitron-depth": _UNIFORM | {"criterion": "activation_l2", "repair": "none", "attention_unit": "none"},
     "magnitude": _UNIFORM | {"criterion": "magnitude_l2", "repair": "none"},
     "random": _UNIFORM | {"criterion": "random", "repair": "none"},
     # arXiv 2403.03853: whole layers, and channels for the exact size.
@@ -59,6 +63,8 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     # arXiv 2401.15024: no groups go, but columns of the hidden size, in a basis of their own for each block.
     "slicegpt": _UNIFORM
     | {"criterion": "magnitude_l2", "repair": "none", "attention_unit": "none", "profile": "free"},
+    # arXiv 2310.06694: masks that are learnt beside the weights, to a uniform shape. No score is read.
+    "sheared-llama": _UNIFORM | {"criterion": "magnitude_l2", "repair": "none"},
 }
 """Settings of the section ``prune`` that a method decides; another value is refused."""
 
@@ -67,6 +73,12 @@ PREFERRED: Mapping[MethodName, Mapping[str, Any]] = {
     "grail": {"repair_ridge": 1e-3},  # that of its published code
 }
 """Defaults of the section ``prune`` that differ under a method."""
+
+WHOLE_LAYERS: frozenset[MethodName] = frozenset({"shortgpt", "minitron-depth"})
+"""Methods under which layers go as a whole."""
+
+OF_THE_MODEL: frozenset[MethodName] = frozenset({"minitron-depth", "slicegpt", "sheared-llama"})
+"""Methods for which score-layers opens the model: statistics alone do not decide."""
 
 ATTENTION: Mapping[MethodName, Literal["query_head"]] = {"minitron": "query_head"}
 """What ``attention_unit: auto`` means under a method; ``kv_group`` under all others but adapt-pruner."""

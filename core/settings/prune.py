@@ -7,13 +7,15 @@ from typing import Any, Literal
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
 from core.settings.identity import formerly
-from core.settings.methods import FIXED, PREFERRED, MethodName
+from core.settings.methods import FIXED, OF_THE_MODEL, PREFERRED, MethodName
 
 WIDTH_MULTIPLE = 32
 """MLP widths are multiples of this by default: llama.cpp quantizes weights in blocks of 32."""
 
 PORTABLE_WIDTH = 256
 """MLP widths of the portable profile are multiples of this: the DeciLM format allows no others."""
+
+_RIDGE = 0.1
 
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
@@ -45,9 +47,10 @@ class PruneSettings:
     method: MethodName = "adapt-pruner"
     """The pruning method. ``adapt-pruner`` follows all settings. The others are systems that it is compared
     with, at the same size and on the same texts: ``llm-pruner`` (its LoRA is ``training.lora_rank``),
-    ``flap``, ``minitron`` (width), ``magnitude``, ``random``, ``shortgpt`` (whole layers), ``modegpt``
-    (MLPs), ``grail``, ``slicegpt`` (eight columns of the hidden size at a time, in one phase). They take one
-    step a phase, and decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
+    ``flap``, ``minitron`` (width), ``minitron-depth`` and ``shortgpt`` (whole layers), ``magnitude``,
+    ``random``, ``modegpt`` (MLPs), ``grail``, ``slicegpt`` (eight columns of the hidden size at a time, in
+    one phase), ``sheared-llama`` (masks that are learnt beside the weights). They take one step a phase, and
+    decide ``criterion``, ``widths``, ``amplitude`` and ``repair`` themselves."""
     phases: int = 20
     """N_P, the number of prune-and-train phases; fixed when the pipeline is compiled."""
     phase_sizes: Literal["geometric", "linear"] = "geometric"
@@ -76,9 +79,9 @@ class PruneSettings:
     what those that went contributed, in closed form, layer after layer; ``ridge_to_zero``: with a ridge that
     pulls to zero instead of to the weights as they were (GRAIL, MoDeGPT). ``bias``: o_proj and down_proj get
     biases that make up for the mean of what went (FLAP). ``none`` (the paper): nothing."""
-    repair_ridge: float = 0.1
+    repair_ridge: float = 0.0
     """Strength of the ridge of a repair, as a share of the mean square of the activations that the repaired
-    weights read. Where it is not set, it is 0.001 for ``grail`` and 0.0001 for ``modegpt``."""
+    weights read. 0 takes the method's own: 0.001 for ``grail``, 0.0001 for ``modegpt``, else 0.1."""
     repair_tokens: str = "128k"
     """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``) is computed from, in
     sequences of ``calibration.sequence_length``; at most what the corpus holds."""
@@ -86,16 +89,21 @@ class PruneSettings:
     """Updates right after a cut and its repair that teach what is left to expect what the dense base model
     expects (Kullback-Leibler divergence). 0 (the paper): none."""
     distill_rate: float = 1e-4
-    """Largest learning rate of these updates."""
+    """Largest learning rate of these updates, and that of the weights beside the masks of
+    ``sheared-llama``."""
     distill_batch_tokens: str = "1k"
-    """Tokens of the calibration corpus that each update takes, in sequences of
+    """Tokens of the calibration corpus that each update (or each of ``mask_steps``) takes, in sequences of
     ``calibration.sequence_length``; none twice before the corpus is used up."""
+    mask_steps: int = 100
+    """Updates in which ``sheared-llama`` learns masks and weights before it cuts."""
+    mask_rate: float = 1.0
+    """Learning rate of these masks, and of the multipliers that pull them to the size."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
     the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
-    ``none`` for ``modegpt`` and ``shortgpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the
-    paper): KV heads with their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV
-    head, at the MLP's sparsity. ``none``: nothing."""
+    ``none`` for ``minitron-depth``, ``modegpt``, ``shortgpt`` and ``slicegpt``, ``kv_group`` for the other
+    compared methods). ``kv_group`` (the paper): KV heads with their query heads, at the MLP's sparsity.
+    ``query_head``: one query head of every KV head, at the MLP's sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
     """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
     llama.cpp quantize every layer; 1 gets closest to the target."""
@@ -125,9 +133,12 @@ class PruneSettings:
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 1000)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
-        yield from in_range("repair_ridge", self.repair_ridge, 1e-4, 1e4)
+        if self.repair_ridge:
+            yield from in_range("repair_ridge", self.repair_ridge, 1e-4, 1e4)
         yield from in_range("distill_steps", self.distill_steps, 0, 10**6)
         yield from in_range("distill_rate", self.distill_rate, 1e-9, 1)
+        yield from in_range("mask_steps", self.mask_steps, 1, 10**6)
+        yield from in_range("mask_rate", self.mask_rate, 1e-6, 10)
         for name, instead in (
             ("repair_tokens", "repair to none"),
             ("distill_batch_tokens", "distill_steps to 0"),
@@ -186,8 +197,18 @@ class PruneSettings:
         }
         return replace(self, **FIXED[self.method], **preferred)
 
+    @property
+    def ridge(self) -> float:
+        """The strength of the ridge of a repair as it applies."""
+        return self.applied().repair_ridge or _RIDGE
+
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
         if is_share(self.target):
             return round(base_params * float(self.target.strip(" %")) / 100)
         return parse_count(self.target)
+
+
+def decides_on_model(settings: PruneSettings) -> bool:
+    """Return whether score-layers opens the model, since statistics alone do not decide a step."""
+    return settings.method in OF_THE_MODEL or settings.widths == "search"

@@ -1,6 +1,7 @@
 """Checkpoints of phases that a run does not keep: they go when nothing reads them any more.
 
-A checkpoint that was dropped leaves its manifest and the report of its step.
+So do the models that a method has made, beside its plans. What was dropped leaves its manifest, the report of
+its step, and the plan.
 """
 
 import logging
@@ -9,12 +10,16 @@ from collections.abc import Collection, Iterable
 from core.pruning.phases import phase_steps
 from core.runs.run import Run
 from core.steps.carrying import leaves_moments
-from core.storage.layout import MOMENTS, REPORT
+from core.storage.layout import MOMENTS, PLAN, REPORT
 from core.storage.publication import MANIFEST, Publication, find_publication, open_publication
 from core.storage.store import open_store
 from core.storage.transfer import in_parallel
 
 log = logging.getLogger(__name__)
+
+_STAY = (REPORT, PLAN)
+_STEPS = ("scored", "pruned", "recovered")
+"""What publishes checkpoints; score-layers does so under some methods."""
 
 
 def drop_checkpoints(run: Run) -> None:
@@ -29,12 +34,12 @@ def drop_checkpoints(run: Run) -> None:
             open_publication(moments).delete()
             log.info("%s are not read any more, and removed", _key(run, moments))
     wanted = _to_compute(run, keys, dropped=())[0] | _to_measure(run, keys)
-    gone = [uri for uri in _checkpoint_uris(run, _phases_to_drop(run)) if uri not in wanted]
+    gone = [uri for uri in _uris(run, _phases_to_drop(run)) if uri not in wanted]
     there = [uri for uri in gone if _holds_weights(run, uri, keys)]
     for published in in_parallel(find_publication, there):
         if published is not None:
-            # The step's report stays: a run that is measured again shows it.
-            published.delete(keep_manifest=True, keep=[REPORT])
+            # Report and plan stay: a run that is measured again shows them.
+            published.delete(keep_manifest=True, keep=_STAY)
             log.info("%s is not read any more, and dropped", _key(run, published.uri))
 
 
@@ -48,7 +53,7 @@ def withdraw_dropped(run: Run) -> None:
         return
     keys = _keys(run)
     phases = range(1, len(run.phase_params) + 1)
-    uris = [uri for uri in _checkpoint_uris(run, phases) if _is_published(run, uri, keys)]
+    uris = [uri for uri in _uris(run, phases) if _is_published(run, uri, keys)]
     found = {published.uri: published for published in in_parallel(open_publication, uris)}
     dropped = {uri: each for uri, each in found.items() if not _is_whole(run, each, keys)}
     measured = run.settings.measured_digest()
@@ -86,7 +91,7 @@ def _to_compute(
     steps = phase_steps(run.settings.training.total_steps, len(run.phase_params))
     moments_are_read = False
     for phase in range(len(run.phase_params), 0, -1):
-        pruned, recovered = (run.phase_uri(phase, step) for step in ("pruned", "recovered"))
+        scored, pruned, recovered = (run.phase_uri(phase, step) for step in _STEPS)
         if result_is_read:
             wanted.add(recovered if steps[phase - 1] else pruned)
         moments = run.phase_uri(phase, MOMENTS)
@@ -95,8 +100,9 @@ def _to_compute(
         moments_are_read = bool(steps[phase - 1]) and is_made(recovered)
         if moments_are_read:
             wanted.add(pruned)
-        decisions = [run.phase_uri(phase, step) for step in ("calibrated", "scored")]
-        result_is_read = any(map(is_made, [*decisions, pruned]))
+        if is_made(pruned):
+            wanted.add(scored)
+        result_is_read = any(map(is_made, [run.phase_uri(phase, "calibrated"), scored, pruned]))
     return wanted, trained_again
 
 
@@ -104,7 +110,7 @@ def _to_measure(run: Run, keys: Collection[str]) -> set[str]:
     """Return the checkpoints that are read by evaluations yet to be made."""
     phases = range(1, len(run.phase_params) + 1)
     left = [phase for phase in phases if not _is_published(run, run.measured_uri(phase), keys)]
-    return set(_checkpoint_uris(run, left))
+    return set(_uris(run, left, ("pruned", "recovered")))
 
 
 def _keys(run: Run) -> set[str]:
@@ -118,8 +124,8 @@ def _is_published(run: Run, uri: str, keys: Collection[str]) -> bool:
 def _holds_weights(run: Run, uri: str, keys: Collection[str]) -> bool:
     """Return whether a publication is there that has not been dropped before."""
     place = f"{_key(run, uri)}/"
-    files = [key for key in keys if key.startswith(place) and not key.endswith((MANIFEST, f"/{REPORT}"))]
-    return _is_published(run, uri, keys) and bool(files)
+    names = {key.rpartition("/")[2] for key in keys if key.startswith(place)}
+    return _is_published(run, uri, keys) and bool(names - {MANIFEST, *_STAY})
 
 
 def _is_whole(run: Run, published: Publication, keys: Collection[str]) -> bool:
@@ -127,8 +133,8 @@ def _is_whole(run: Run, published: Publication, keys: Collection[str]) -> bool:
     return all(f"{place}/{manifest.key(entry)}" in keys for entry in manifest.files)
 
 
-def _checkpoint_uris(run: Run, phases: Iterable[int]) -> list[str]:
-    return [run.phase_uri(phase, step) for phase in phases for step in ("pruned", "recovered")]
+def _uris(run: Run, phases: Iterable[int], steps: Iterable[str] = _STEPS) -> list[str]:
+    return [run.phase_uri(phase, step) for phase in phases for step in steps]
 
 
 def _key(run: Run, uri: str) -> str:

@@ -1,8 +1,10 @@
 """A phase's checkpoint measured on calibration draws: by calibrate, and between the steps of a phase."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.quantities import parse_count
 from core.runs.run import Run
 from core.storage.layout import CALIBRATION_POOL
 from core.storage.publication import Publication
@@ -10,8 +12,15 @@ from core.storage.publication import Publication
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from core.model.checkpoint import Checkpoint
+    from core.model.layerwise import LayerwiseModel
     from core.pruning.plan import LayerPlan
     from core.pruning.scoring.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+REPAIR_DRAW = 999
+"""Number of the repair's draw within a phase, after those of its steps."""
 
 
 def draw(
@@ -38,6 +47,30 @@ def draw(
     number = (phase - 1) * 1000 + step  # prune.steps_per_phase is at most 1000
     wanted = min(sequences, len(pool)) if or_all else sequences
     return draw_calibration(pool, sequences=wanted, seed=run.settings.seed, step=number)
+
+
+def opened_for_repair(
+    run: Run, phase: int, checkpoint: "Checkpoint", data: Publication, scratch: Path, *, what: str
+) -> "tuple[LayerwiseModel, Tensor]":
+    """Return a checkpoint, opened, and the calibration tokens that a repair or a slice is computed from.
+
+    Raises:
+        OutOfMemoryError: If ``what`` is computed would not fit into the memory.
+    """
+    from core.model.build import dtype_of, pick_device
+    from core.pruning.scoring.measurement import is_streamed
+    from core.pruning.surgery import open_pruned
+    from core.steps.prune_footprint import check_repair
+
+    prune, calibration = run.settings.prune.applied(), run.settings.calibration
+    sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
+    tokens = draw(run, phase, REPAIR_DRAW, data, scratch, sequences=sequences, or_all=True)
+    dtype, device = dtype_of(calibration.precision), pick_device()
+    check_repair(checkpoint.config, calibration, prune, device.type, what=what)
+    streamed = is_streamed(checkpoint, calibration, dtype)
+    model = open_pruned(checkpoint, dtype=dtype, device=device, streamed=streamed)
+    log.info("%s takes %s tokens", what, f"{tokens.numel():,}")
+    return model, tokens
 
 
 class PhaseMeasurement:

@@ -12,6 +12,7 @@ from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address, is_head, registry_address
 from core.settings.calibration import Precision
+from core.settings.prune import decides_on_model
 from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             micro-batch or batch of 0 as 1.
     """
     from core.model.build import model_shape
+    from core.steps.deciding import search_footprint
     from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
-    from core.steps.prune_footprint import distillation_footprint, repair_footprint
-    from core.steps.searching import search_footprint
+    from core.steps.prune_footprint import distillation_footprint, masks_footprint, repair_footprint
     from core.steps.training_plan import TrainingPlan, rank_footprint
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
@@ -92,11 +93,23 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
     measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
     kind = on("prune-step")[0]
-    if prune.widths == "search":
+    decided = replace(calibration, precision=settled(calibration.precision, "score-layers"))
+    deciding = on("score-layers")[0]
+    if prune.method == "sheared-llama":
+        decided = replace(decided, micro_batch=calibration.micro_batch or 1)
+        needs["score-layers"] = masks_footprint(
+            config, decided, prune, device=deciding, stored_bytes=stored_bytes
+        )
+    elif prune.method == "slicegpt":
+        pod = parse_bytes(settings.cluster.of("score-layers").memory)
+        needs["score-layers"] = repair_footprint(
+            config, decided, prune, device=deciding, free_bytes=pod - _PROCESS_BYTES
+        )
+    elif decides_on_model(prune):
         needs["score-layers"] = search_footprint(
             config,
-            replace(calibration, precision=settled(calibration.precision, "score-layers")),
-            device=on("score-layers")[0],
+            decided,
+            device=deciding,
             batch=calibration.micro_batch or 1,
             stored_bytes=stored_bytes,
         )

@@ -1,7 +1,7 @@
-"""The memory that prune-step will take: the repair of a cut, then its distillation."""
+"""The memory that cutting will take: masks that are learnt before, the repair, the distillation after it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,52 @@ def distillation_footprint(
     )
 
 
+def masks_footprint(
+    config: "PreTrainedConfig",
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    *,
+    device: str,
+    stored_bytes: int = 2,
+) -> Footprint:
+    """Estimate the learning of masks beside the weights.
+
+    Args:
+        config: Of the model before the cut.
+        calibration: Number format, and the sequences at once: ``micro_batch`` is not 0.
+        prune: Tokens of an update.
+        device: Type of the device.
+        stored_bytes: Bytes a parameter of the checkpoint.
+    """
+    shape, autocast = model_shape(config), calibration.precision == "bfloat16"
+    params, batch = shape.num_params(), distill_batch(calibration, prune)
+    micro_batch, length = min(calibration.micro_batch, batch), calibration.sequence_length
+    passes = simulate_training(
+        config,
+        micro_batch,
+        length,
+        autocast=autocast,
+        checkpointing=False,
+        device=device,
+        accumulate=micro_batch < batch,
+    )
+    gradients = 4 * params
+    masked = sum(layer.mlp_width + layer.query_heads * head_dim(config) for layer in shape.layers)
+    return Footprint(
+        parts={
+            "weights": 4 * params,
+            "optimizer": 8 * params,
+            "gradients": gradients,
+            "activations and logits": max(0, passes.peak - gradients),
+            # Of each input that a mask multiplies, what it was before; the masks themselves are small.
+            "masked activations": micro_batch * length * masked * (2 if autocast else 4),
+            "libraries": LIBRARIES,
+        },
+        host_bytes=4 * params,
+        disk_bytes=(stored_bytes + 4) * params,
+    )
+
+
 def distill_batch(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
     """Return the sequences of an update."""
     return -(-parse_count(prune.distill_batch_tokens) // calibration.sequence_length)
@@ -133,8 +179,10 @@ def check_repair(
     calibration: "CalibrationSettings",
     prune: "PruneSettings",
     device: str,
+    *,
+    what: str = "the repair",
 ) -> None:
-    """Log what a cut with its repair will take.
+    """Log what a cut with its repair will take, or ``what`` else takes as much.
 
     Raises:
         OutOfMemoryError: If it cannot fit.
@@ -151,9 +199,7 @@ def check_repair(
             replace(calibration, weights="streamed", micro_batch=1, state_memory="0"),
         ),
     )
-    check_fit(
-        "the repair", footprint(calibration), free, device, ((text, footprint(s)) for text, s in others)
-    )
+    check_fit(what, footprint(calibration), free, device, ((text, footprint(s)) for text, s in others))
 
 
 def planned_distillation(
@@ -176,25 +222,41 @@ def planned_distillation(
     Raises:
         OutOfMemoryError: If it cannot fit.
     """
-    free, batch = available_bytes(device), distill_batch(calibration, prune)
-    most = max(1, min(batch, MOST_TOKENS.get(device, 32768) // calibration.sequence_length))
 
     def footprint(size: int) -> Footprint:
         return distillation_footprint(
             config, dense, replace(calibration, micro_batch=size), prune, device=device
         )
 
+    return _planned("the distillation", calibration, prune, device, footprint)
+
+
+def planned_masks(
+    config: "PreTrainedConfig", calibration: "CalibrationSettings", prune: "PruneSettings", device: str
+) -> int:
+    """Return how many sequences pass through a model at once whose masks are learnt; see above."""
+
+    def footprint(size: int) -> Footprint:
+        return masks_footprint(config, replace(calibration, micro_batch=size), prune, device=device)
+
+    return _planned("the learning of masks", calibration, prune, device, footprint)
+
+
+def _planned(
+    what: str,
+    calibration: "CalibrationSettings",
+    prune: "PruneSettings",
+    device: str,
+    footprint: Callable[[int], Footprint],
+) -> int:
+    free, batch = available_bytes(device), distill_batch(calibration, prune)
+    most = max(1, min(batch, MOST_TOKENS.get(device, 32768) // calibration.sequence_length))
     sizes = sorted({-(-batch // 2**halvings) for halvings in range(batch.bit_length() + 1)}, reverse=True)
     sizes = [size for size in sizes if size <= most] or [1]
     chosen = min(calibration.micro_batch, batch)
     if not chosen:
         fitting = (size for size in sizes if footprint(size).device_bytes <= 0.8 * free)
         chosen = next(fitting, 1)
-
-    def alternatives() -> "Iterator[tuple[str, Footprint]]":
-        for size in sizes:
-            if size < chosen:
-                yield f"calibration.micro_batch={size}", footprint(size)
-
-    check_fit("the distillation", footprint(chosen), free, device, alternatives())
+    others = ((f"calibration.micro_batch={size}", footprint(size)) for size in sizes if size < chosen)
+    check_fit(what, footprint(chosen), free, device, others)
     return chosen

@@ -62,7 +62,8 @@ def _phase_record(
 ) -> PhaseRecord:
     target_params = run.phase_params[phase - 1] if phase else run.dense.num_params()
     seconds = {step: report["seconds"] for step, report in reports.items() if report}
-    cut, trained, measured = reports.get("pruned", {}), reports.get("recovered", {}), reports["evaluated"]
+    decided, cut = reports.get("scored", {}), reports.get("pruned", {})
+    trained, measured = reports.get("recovered", {}), reports["evaluated"]
     return PhaseRecord(
         phase=phase,
         params=plan.get("params_after", target_params),
@@ -78,6 +79,8 @@ def _phase_record(
         else None,
         perplexity=measured.get("perplexity"),
         tasks=measured.get("tasks", {}),
+        mask_s=decided.get("mask_s", 0.0),
+        mask_tokens=decided.get("mask_tokens", 0),
         repair_s=cut.get("repair_s", 0.0),
         distillation=DistillationRecord(
             seconds=cut["distill_s"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import TargetError, UnsupportedModelError
 from core.runs.run import Run
 from core.scratch import scratch_folder
+from core.settings.methods import WHOLE_LAYERS
 from core.settings.parameters import settings_of_run
 from core.settings.schema import Settings
 from core.steps.frame import tracker_of
@@ -124,7 +125,7 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
         log.info("the signal between layers is sliced to %d columns", config.sliced_hidden_size)
         return dense, (target_params,)
     whole = shape_under(prune, dense, base.config)
-    least = whole.with_layers(whole.layers[:1]) if prune.method == "shortgpt" else whole
+    least = whole.with_layers(whole.layers[:1]) if prune.method in WHOLE_LAYERS else whole
     sizing = sizing_for(prune, least, least)
     smallest_params(sizing, target_params)
     if prune.profile == "portable":

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
+from core.steps.deciding import open_for_decision
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
 from core.steps.measuring import PhaseMeasurement
-from core.steps.searching import open_search
 from core.storage.layout import PLAN, STATISTICS
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
@@ -25,8 +25,8 @@ def run_score_layers(
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
     The statistics are those that calibrate has published. With several steps a phase, the checkpoint is
-    opened once, and cut and measured again for each step after the first. Where the widths are searched, it
-    is opened for that.
+    opened once, and cut and measured again for each step after the first. Where statistics do not decide, it
+    is opened for that. If the method makes a model of its own, that is published beside the plan.
     """
     this = Run.load(run)
 
@@ -35,6 +35,7 @@ def run_score_layers(
         from core.pruning.methods.method import decision_of
         from core.pruning.planning import plan_phase, settings_for, shape_under
         from core.pruning.scoring.statistics import Statistics
+        from core.steps.footprint import explaining_memory
         from core.storage.hashing import file_sha256
 
         source, data = open_publication(checkpoint_uri), open_publication(data_uri)
@@ -53,22 +54,22 @@ def run_score_layers(
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
         prune = settings_for(this.settings.prune, checkpoint.family)
         dense = shape_under(prune, this.dense, checkpoint.config)
-        if prune.widths == "search":
-            decide = open_search(this, phase, source, data, work.scratch)
-        else:
-            decide = decision_of(prune, checkpoint.config)
-        decided = plan_phase(
-            Statistics.load(statistics),
-            dense=dense,
-            current=dense.with_layers(checkpoint.layers),
-            sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
-            target_params=this.phase_params[phase - 1],
-            settings=prune,
-            checkpoint=source.digest,
-            statistics_digest=file_sha256(statistics),
-            remeasure=remeasure,
-            decide=decide,
-        )
+        figures: dict[str, Any] = {}
+        with explaining_memory("calibration.micro_batch=1"):
+            decided = plan_phase(
+                Statistics.load(statistics),
+                dense=dense,
+                current=dense.with_layers(checkpoint.layers),
+                sparsity=before.get("sparsity", (0.0,) * len(checkpoint.layers)),
+                target_params=this.phase_params[phase - 1],
+                settings=prune,
+                checkpoint=source.digest,
+                statistics_digest=file_sha256(statistics),
+                remeasure=remeasure,
+                decide=decision_of(
+                    prune, lambda: open_for_decision(this, phase, source, data, work, figures)
+                ),
+            )
         decided.save(work.out / PLAN)
         left, whole = (
             sum(map(this.dense.attention_params, layers)) for layers in (decided.after, this.dense.layers)
@@ -83,9 +84,11 @@ def run_score_layers(
             "params": decided.params_after,
             "target_params": decided.target_params,
             "attention_removed": 1 - left / whole,
+            **figures,
         }
 
-    def track(child: ChildRun, _: dict[str, Any], published: Publication) -> None:
+    def track(child: ChildRun, report: dict[str, Any], published: Publication) -> None:
+        child.log_series("mask_loss", list(enumerate(report.get("mask_losses", ()), start=1)))
         decided = published.read_json(PLAN)
         for name in ("importance", "sparsity"):
             child.log_series(name, enumerate(decided[name]))

@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from core.data.locations import locate
-from core.data.rows import merge_paragraphs, stream_rows
+from core.data.plain_text import merge_paragraphs
+from core.data.rows import stream_rows
 from core.data.texts import iter_conversations, iter_documents
 from core.errors import DataError
 from core.settings.texts import TextSource

@@ -11,21 +11,28 @@ from core.errors import SettingsError, TargetError
 from core.model.build import build_model, model_shape
 from core.model.config import layer_shapes
 from core.model.families import family_of
+from core.model.layerwise import LayerwiseModel
 from core.pruning.methods.llm_pruner import whole_layers
 from core.pruning.methods.method import decision_of
+from core.pruning.methods.minitron import layers_to_go
+from core.pruning.methods.opened import OpenedModel
 from core.pruning.methods.pruned import pruned_model
+from core.pruning.plan import LayerPlan
 from core.pruning.planning import StepRequest, settings_for, shape_under
 from core.pruning.scoring.calibration import measure
+from core.pruning.surgery import prune_model
 from core.pruning.widths.importance import shares
 from core.settings.methods import MethodName
 from core.settings.prune import PruneSettings
-from tests.support.models import SIZES, random_tokens, tiny
+from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
 
 METHODS = [name for name in get_args(MethodName) if name not in ("adapt-pruner", "slicegpt")]
 TOKENS = random_tokens(rows=6)
 
 
 def prune(model, method, share, *, target_params=None, multiple=1, tokens=TOKENS, **others):
+    if method == "sheared-llama":
+        others = {"mask_steps": 3, "mask_rate": 1.0, "distill_batch_tokens": "24"} | others
     settings = PruneSettings(method=method, width_multiple=multiple, **others)
 
     def statistics(model, step=0):
@@ -175,13 +182,19 @@ def test_minitron_keeps_as_many_heads_in_each_group_and_ranks_them_there():
     assert lost >= 3
 
 
+def opened_model(model):
+    return OpenedModel(
+        model=LayerwiseModel(model), tokens=TOKENS, micro_batch=4, autocast=False, seed=0, remake=None
+    )
+
+
 def step_for(model, method, share, similarities=None, **others):
     settings = settings_for(PruneSettings(method=method, width_multiple=1, **others), family_of(model.config))
     dense = shape_under(settings, model_shape(model.config), model.config)
     found = measure(model, TOKENS, criterion=settings.criterion, micro_batch=4)
     if similarities is not None:
         found = replace(found, similarities=torch.tensor(similarities))
-    step = decision_of(settings, model.config)(
+    step = decision_of(settings, lambda: opened_model(model))(
         StepRequest(
             statistics=found,
             dense=dense,
@@ -268,7 +281,10 @@ def test_modegpt_gives_each_layer_its_share_of_channels_and_leaves_attention_who
 def test_a_method_decides_its_settings_and_refuses_others():
     applied = PruneSettings(method="grail").applied()
     assert (applied.criterion, applied.repair, applied.repair_ridge) == ("wanda_sp", "ridge_to_zero", 1e-3)
-    assert PruneSettings(method="grail", repair_ridge=0.3).applied().repair_ridge == 0.3
+    for ridge in (0.3, 0.1):
+        assert PruneSettings(method="grail", repair_ridge=ridge).ridge == ridge
+    ridges = {method: PruneSettings(method=method).ridge for method in ("grail", "modegpt", "adapt-pruner")}
+    assert ridges == {"grail": 1e-3, "modegpt": 1e-4, "adapt-pruner": 0.1}
     assert PruneSettings(method="flap", repair="bias").applied() == PruneSettings(method="flap").applied()
     assert PruneSettings().applied() == PruneSettings()
     for method in METHODS:
@@ -331,5 +347,68 @@ def test_shortgpt_takes_what_whole_layers_leave_to_remove_from_the_mlps_of_the_o
     assert [share == 1 for share in step.sparsity] == [not plan.stays for plan in step.layers]
     for index, plan in enumerate(step.layers):
         if plan.stays:
+            best = found.scores[index].mlp_channels.argsort(descending=True)[: len(plan.mlp_channels)]
+            assert list(plan.mlp_channels) == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3", "gemma3"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_minitron_takes_the_adjacent_layers_without_which_the_loss_is_lowest(count, family):
+    """Against every such model, built by itself and measured by transformers' own loss."""
+    model = tiny(family)
+    shape, measured = model_shape(model.config), {}
+    for first in range(3 - count + 1):
+        block = range(first, first + count)
+        shallow = prune_model(model, without(block, shape.layers))
+        measured[block] = shallow(TOKENS, labels=TOKENS).loss.item()
+    gone = min(measured, key=measured.get)
+    assert len(measured) == 4 - count
+    target = shape.num_params() - count * shape.layer_num_params(shape.layers[0])
+    smaller = prune(model, "minitron-depth", 0, target_params=target)
+    expected = prune_model(model, without(gone, shape.layers))
+    assert smaller.config.num_hidden_layers == 3 - count
+    assert torch.equal(smaller(TOKENS).logits, expected(TOKENS).logits)
+
+
+def without(gone, layers):
+    return tuple(
+        LayerPlan(
+            query_heads=tuple(range(layer.query_heads * stays)),
+            kv_heads=tuple(range(layer.kv_heads * stays)),
+            mlp_channels=tuple(range(layer.mlp_width * stays)),
+        )
+        for index, layer in enumerate(layers)
+        for stays in [index not in gone]
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_minitron_counts_layers_so_that_any_block_of_them_may_go(order):
+    shape = model_shape(tiny("llama", UNEQUAL[::order]).config)
+    sizes = [shape.layer_num_params(layer) for layer in shape.layers][::order]
+    assert sizes[2] < sizes[1] < sizes[0]
+    whole = shape.num_params()
+    for least, count in [
+        (whole - sizes[0] + 1, 0),
+        (whole - sizes[0], 1),
+        (whole - sizes[0] - sizes[1] + 1, 1),
+        (whole - sizes[0] - sizes[1], 2),
+        (0, 2),
+    ]:
+        assert layers_to_go(shape, least) == count
+
+
+def test_minitron_takes_what_whole_layers_leave_to_remove_from_the_mlps_of_the_others():
+    model = deep(8)
+    dense, found, step = step_for(model, "minitron-depth", 0.7)
+    gone = [index for index, plan in enumerate(step.layers) if not plan.stays]
+    assert len(gone) == int(0.3 * dense.num_params() / dense.layer_num_params(dense.layers[0])) == 2
+    assert gone[1] - gone[0] == 1
+    assert [share == 1 for share in step.sparsity] == [not plan.stays for plan in step.layers]
+    widths = [len(plan.mlp_channels) for plan in step.layers if plan.stays]
+    assert max(widths) - min(widths) <= 1
+    assert max(widths) < 40
+    for index, plan in enumerate(step.layers):
+        if plan.stays:  # by Minitron's own score
             best = found.scores[index].mlp_channels.argsort(descending=True)[: len(plan.mlp_channels)]
             assert list(plan.mlp_channels) == sorted(best.tolist())

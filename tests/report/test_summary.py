@@ -69,10 +69,15 @@ def test_a_phase_stands_beside_the_dense_model():
 
 def test_a_distillation_stands_among_the_measures():
     distillation = DistillationRecord(seconds=9.0, tokens=98_304, before=0.7512, after=0.5218)
-    _, rows = shown(build_phase_summary(record(DENSE, dataclasses.replace(PHASE, distillation=distillation))))
+    _, rows = shown(
+        build_phase_summary(
+            record(DENSE, dataclasses.replace(PHASE, distillation=distillation, mask_tokens=4096))
+        )
+    )
     assert ("divergence before distillation", "-", "0.751") in rows
     assert ("divergence after distillation", "-", "0.522") in rows
     assert ("tokens of distillation", "-", "98,304") in rows
+    assert ("tokens of masks", "-", "4,096") in rows
 
 
 def test_the_dense_model_stands_alone():

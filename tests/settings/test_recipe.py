@@ -616,6 +616,7 @@ NO_RESULT = {
     ("name",),
     ("model", "base"),
     ("model", "revision"),
+    ("calibration", "source", "max_malformed"),
     *(("calibration", name) for name in ("micro_batch", "weights", "state_memory")),
     *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every")),
 }
@@ -651,7 +652,10 @@ def test_exactly_what_is_measured_changes_the_digest_of_that():
     changed = {name for name, other in found.items() if other.measured_digest() != settings.measured_digest()}
     evaluation = {name for name in found if name[0] == "evaluation"}
     assert ("evaluation", "batch_size") in evaluation
-    assert changed == evaluation - {("evaluation", "batch_size")}
+    assert changed == evaluation - {
+        ("evaluation", "batch_size"),
+        ("evaluation", "perplexity", "max_malformed"),
+    }
 
 
 def test_the_split_into_micro_batches_counts_where_each_is_scored_apart():
@@ -690,6 +694,28 @@ def test_a_setting_that_older_versions_did_not_have_keeps_the_key_of_what_they_d
     del stored["prune"]["repair"], stored["training"]["packing"], stored["model"]["dtype_between_phases"]
     assert settings_from_dict(with_former(Settings, stored)) == older
     assert "repair" not in stored["prune"]
+
+
+def test_whole_plain_texts_and_pinned_data_sets_have_new_keys_and_nothing_else_of_the_mixture():
+    def digest(packing="whole", **source):
+        training = {"tokens": "10k", "sequence_length": 10, "global_batch": 2, "micro_batch": 2}
+        training |= {"packing": packing, "sources": [source]}
+        recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}, "training": training}
+        return settings_from_dict(recipe).digest()
+
+    def earlier(packing, **source):
+        counted = {"global_batch": 2, "sequence_length": 10, "sources": [source], "tokens": "10k"}
+        counted |= {"packing": packing} if packing == "whole" else {}
+        former = {"model": {"dtype_between_phases": "float32"}, "prune": {"repair": "ridge"}}
+        settings = {"calibration": {"source": {"path": "p"}}, "training": counted} | former
+        text = json.dumps({"algorithm": 1, "settings": settings}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    for packing in ("whole", "cut"):
+        for path in ("a.jsonl", "team/data"):
+            assert digest(packing, path=path) == earlier(packing, path=path)
+        assert (digest(packing, path="a.txt") == earlier(packing, path="a.txt")) == (packing == "cut")
+    assert digest(path="team/data", revision="c0ffee") != digest(path="team/data")
 
 
 def test_another_version_of_the_algorithm_changes_every_key(monkeypatch):

@@ -13,6 +13,7 @@ from core.model.build import load_model
 from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.runs.run import Run
+from core.settings.methods import WHOLE_LAYERS
 from core.storage.layout import CALIBRATION_POOL, STATISTICS
 from tests.conftest import tokenizer_of
 from tests.support.project import CHANNEL_PARAMS, make_project, recipe_with, rewrite_base, run_all
@@ -30,13 +31,14 @@ def projects(tokenizer_definition, tmp_path_factory):
 
 
 QUICK = ("flap", "grail", "shortgpt")
+SLOW = ("llm-pruner", "minitron", "minitron-depth", "magnitude", "random", "modegpt", "sheared-llama")
 
 
 @pytest.mark.parametrize(
     ("method", "family"),
     [
         pytest.param(method, family, marks=[] if method in QUICK else pytest.mark.slow)
-        for method in (*QUICK, "llm-pruner", "minitron", "magnitude", "random", "modegpt")
+        for method in (*QUICK, *SLOW)
         for family in ("llama", "qwen2")
     ],
 )
@@ -48,7 +50,8 @@ def test_a_run_of_two_phases_ends_at_the_size_in_a_model_that_transformers_loads
     changes = {"prune.method": method, "prune.amplitude": 0.02, "storage.store": str(tmp_path / "store")}
     base = load_model(projects[family] / "base")
     wanted = 0.84 * sum(p.numel() for p in base.parameters())
-    if method == "shortgpt":  # so that a layer goes in each phase
+    changes |= {"prune.mask_steps": 3, "prune.mask_rate": 1.0} if method == "sheared-llama" else {}
+    if method in WHOLE_LAYERS:  # so that a layer goes in each phase
         layer = sum(p.numel() for p in base.model.layers[0].parameters())
         wanted = sum(p.numel() for p in base.parameters()) - round(2.3 * layer)
         changes["prune.target"] = str(wanted)
@@ -71,7 +74,7 @@ def test_a_run_of_two_phases_ends_at_the_size_in_a_model_that_transformers_loads
     record = json.loads((Path(final) / "record.json").read_text())
     assert [phase["params"] for phase in record["phases"]][2] == params
     layers = [[size["mlp_width"] for size in phase["layers"]] for phase in record["phases"]]
-    if method == "shortgpt":
+    if method in WHOLE_LAYERS:
         assert [sum(width == 0 for width in phase) for phase in layers] == [0, 1, 2]
         assert model.config.num_hidden_layers == 1
     assert [width for width in layers[2] if width] == [

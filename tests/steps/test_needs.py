@@ -19,6 +19,9 @@ def settings_with(**changes):
     )
 
 
+NO_AMPLITUDE = {"prune__amplitude": 0.02}
+
+
 @pytest.fixture
 def config(project):
     return Checkpoint(project / "base").config
@@ -83,8 +86,21 @@ def test_score_layers_needs_a_model_where_widths_are_searched(config):
         return needs_of_tasks(config, settings_with(cluster={"gpus": 0}, prune__steps_per_phase=1, **changes))
 
     assert "score-layers" not in needs()
+    params = model_shape(config).num_params()
     found = needs(prune__widths="search")["score-layers"]
-    assert found.parts["weights"] == 4 * model_shape(config).num_params()
+    assert found.parts["weights"] == 4 * params
+    assert needs(**NO_AMPLITUDE, prune__method="minitron-depth")["score-layers"] == found
+
+
+def test_score_layers_needs_what_a_method_does_with_the_model(config):
+    def need(method):
+        changes = NO_AMPLITUDE | {"cluster": {"gpus": 0}, "prune__phases": 1, "prune__method": method}
+        return needs_of_tasks(config, settings_with(**changes))["score-layers"]
+
+    params = model_shape(config).num_params()
+    assert need("sheared-llama").parts["optimizer"] == 8 * params
+    assert need("slicegpt").parts["sums"] > 0
+    assert need("slicegpt").parts["weights"] == 4 * params
 
 
 def test_training_is_sized_by_what_the_first_phase_leaves(config):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from core.errors import OutOfMemoryError
-from core.model.build import model_shape
-from core.model.config import config_with_layers
+from core.model.build import build_model, model_shape
+from core.model.config import config_with_layers, layer_shapes
+from core.model.loss import final_states
+from core.pruning.methods.sheared_llama import masked
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 from core.steps import prune_footprint
@@ -15,7 +17,9 @@ from core.steps.prune_footprint import (
     check_repair,
     distill_batch,
     distillation_footprint,
+    masks_footprint,
     planned_distillation,
+    planned_masks,
     repair_footprint,
 )
 from tests.support.models import CONFIGS, UNEQUAL
@@ -85,6 +89,47 @@ def test_a_distillation_that_cannot_fit_is_refused_with_a_setting_that_does(free
     free(10_000)
     with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
         planned_distillation(SMALLER, DENSE, CALIBRATION, PRUNE, "cpu")
+
+
+def test_learning_masks_holds_a_model_with_its_moments_and_what_masks_multiply():
+    def need(micro_batch, **changes):
+        calibration = dataclasses.replace(CALIBRATION, micro_batch=micro_batch, **changes)
+        return masks_footprint(SMALLER, calibration, PRUNE, device="cpu")
+
+    params = model_shape(SMALLER).num_params()
+    parts = need(2).parts
+    assert (parts["weights"], parts["optimizer"], parts["gradients"]) == (4 * params, 8 * params, 4 * params)
+    model = build_model(SMALLER).requires_grad_(True)
+    masks = {
+        (index, path): torch.rand(getattr(layer, size), requires_grad=True)
+        for index, layer in enumerate(layer_shapes(SMALLER))
+        for path, size in (("self_attn.o_proj", "kv_heads"), ("mlp.down_proj", "mlp_width"))
+    }
+    ids, kept = torch.zeros(2, 32, dtype=torch.long), {}
+    for name, given in (("masked", masks), ("whole", {})):
+        seen = {}
+
+        def keep(tensor, seen=seen):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with masked(model, given), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = final_states(model, ids)
+        kept[name] = sum(storage.nbytes() for storage in seen.values())
+        del states
+    columns = 4 * sum(layer.mlp_width + 10 * layer.query_heads for layer in layer_shapes(SMALLER))
+    assert kept["masked"] - kept["whole"] - columns == parts["masked activations"]
+    assert need(2, precision="bfloat16").parts["masked activations"] == parts["masked activations"] / 2
+    assert need(12) == need(1000)
+
+
+def test_learning_masks_takes_the_largest_micro_batch_that_fits_or_is_refused(free):
+    needed = masks_footprint(DENSE, dataclasses.replace(CALIBRATION, micro_batch=3), PRUNE, device="cpu")
+    free(needed.device_bytes / 0.8 + 1)
+    assert planned_masks(DENSE, CALIBRATION, PRUNE, "cpu") == 3
+    free(10_000)
+    with pytest.raises(OutOfMemoryError, match=r"the learning of masks needs about .* No setting makes it"):
+        planned_masks(DENSE, CALIBRATION, PRUNE, "cpu")
 
 
 def test_a_repair_tells_what_it_takes_and_is_refused_with_settings_that_take_less(free, caplog):

@@ -271,7 +271,7 @@ def test_what_a_cut_leaves_is_repaired_on_the_calibration_corpus(calibrated, pro
     base = load_model(project / "base")
     cut, found = prune_model(base, plan.layers).state_dict(), load_model(Path(uri)).state_dict()
     cut = {name: tensor.clone() for name, tensor in cut.items()}
-    repair = Repair(LayerwiseModel(base), pool, ridge=run.settings.prune.repair_ridge)
+    repair = Repair(LayerwiseModel(base), pool, ridge=run.settings.prune.ridge)
     changed = set()
     for index, layer in enumerate(plan.layers):
         for name, change in repair.layer(index, layer).items():
@@ -303,7 +303,7 @@ def logged(uri):
     client, found = connect(uri), {}
     experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
     for run in client.search_runs([experiment], max_results=1000):
-        names = set(run.data.metrics) - {"seconds", "tokens_per_s", "repair_s", "distill_s"}
+        names = set(run.data.metrics) - {"seconds", "tokens_per_s", "repair_s", "distill_s", "mask_s"}
         histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
         curves = {name: [(point.step, point.value) for point in curve] for name, curve in histories.items()}
         files = [file.path for file in client.list_artifacts(run.info.run_id)]

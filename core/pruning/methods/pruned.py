@@ -1,26 +1,27 @@
 """A phase without files: a model in memory planned, cut and repaired as score-layers and prune-step do it."""
 
-import math
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from core.model.build import model_shape
+from core.model.build import model_of, model_shape
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel
 from core.pruning.methods.method import decision_of
-from core.pruning.methods.slicegpt import slice_model
+from core.pruning.methods.opened import OpenedModel, Parts
 from core.pruning.plan import LayerPlan
 from core.pruning.planning import plan_phase, settings_for, shape_under
 from core.pruning.repair import Repair
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import prune_model
-from core.pruning.widths.search import SEARCH_TOKENS, WidthSearch
 from core.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_MICRO_BATCH = 8
 
 
 def pruned_model(
@@ -32,6 +33,7 @@ def pruned_model(
     remeasure: Callable[["PreTrainedModel", int], Statistics],
     tokens: Tensor,
     keep_bytes: int = 0,
+    seed: int = 0,
 ) -> "PreTrainedModel":
     """Return what a method leaves of a model in one phase.
 
@@ -42,20 +44,30 @@ def pruned_model(
         target_params: Parameters that stay.
         remeasure: Takes what is left between two steps, and the next step's number (from 1); returns its
             statistics.
-        tokens: (S, T) int64 token ids that the repair is computed from; widths are searched on the last.
+        tokens: (S, T) int64 token ids that the repair is computed from, and whatever else a method needs.
         keep_bytes: See ``Repair``.
+        seed: Of the masks of ``sheared-llama``.
 
     Raises:
         TargetError: If the target cannot be reached.
     """
-    if settings.method == "slicegpt":
-        return slice_model(model, tokens, target_params=target_params)
     settings = settings_for(settings, family_of(model.config))
     dense = shape_under(settings, model_shape(model.config), model.config)
-    left, decide = [model], decision_of(settings, model.config)
-    if settings.widths == "search":
-        searched_on = tokens[-math.ceil(SEARCH_TOKENS / tokens.shape[1]) :]
-        decide = WidthSearch(model, searched_on, batch_size=8).step
+    left, whole = [model], [model]
+
+    def remake(config: "PreTrainedConfig", parts: Parts) -> None:
+        tensors = {name: tensor.to(model.dtype) for part in parts for name, tensor in part.items()}
+        whole[0] = model_of(config, tensors, dtype=model.dtype, device=model.device)
+
+    def opened() -> OpenedModel:
+        return OpenedModel(
+            model=LayerwiseModel(copy.deepcopy(model)),
+            tokens=tokens,
+            micro_batch=_MICRO_BATCH,
+            autocast=False,
+            seed=seed,
+            remake=remake,
+        )
 
     def cut(layers: tuple[LayerPlan, ...], step: int) -> Statistics:
         left[0] = prune_model(left[0], layers)
@@ -71,9 +83,9 @@ def pruned_model(
         checkpoint="",
         statistics_digest="",
         remeasure=cut,
-        decide=decide,
+        decide=decision_of(settings, opened),
     )
-    return repaired_model(model, plan.layers, settings=settings, tokens=tokens, keep_bytes=keep_bytes)
+    return repaired_model(whole[0], plan.layers, settings=settings, tokens=tokens, keep_bytes=keep_bytes)
 
 
 def repaired_model(
@@ -95,7 +107,7 @@ def repaired_model(
         LayerwiseModel(model),
         tokens,
         kind=settings.repair,
-        ridge=settings.repair_ridge,
+        ridge=settings.ridge,
         keep_bytes=keep_bytes,
     )
     try:

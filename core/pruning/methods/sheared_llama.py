@@ -1,6 +1,7 @@
 """Sheared-LLaMA (Xia et al., arXiv 2310.06694): masks of groups are learnt beside the weights, to a shape.
 
-Every KV head with its query heads, and every MLP channel, has a hard-concrete mask z (Louizos et al.):
+Every attention unit (a KV head with its query heads, or a query head), and every MLP channel, has a
+hard-concrete mask z (Louizos et al.):
 
     z = clamp(s (HIGH - LOW) + LOW, 0, 1),   s = sigmoid((log u - log(1 - u) + a) / BETA),   u uniform
 
@@ -8,24 +9,32 @@ with a learnt logit a. A Lagrangian, its multipliers by gradient ascent, pulls t
 that are not 0 to that of the target shape, in each layer and for each kind. In the end the highest logits of
 each layer stay, exactly as many as the shape has, and what is left of their masks goes into the weights.
 
-Left out: masks of layers and of the hidden size. Our choice: the logits start at ``START``.
+Left out: masks of layers and of the hidden size, and batches that are shared out among domains by their loss,
+as there is one calibration corpus. Our choice: the logits start at ``START``, and the shape is uniform.
 """
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import TrainingError
+from core.model.checkpoint import model_parts
 from core.model.config import layer_shapes
 from core.model.families import family_of
+from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
+from core.progress import Progress
+from core.pruning.methods.opened import OpenedModel
 from core.pruning.plan import LayerPlan, select_groups
+from core.pruning.planning import DecideStep, Step, StepRequest, plan_step
 from core.pruning.scoring.statistics import LayerScores
-from core.pruning.surgery import prune_model
+from core.quantities import parse_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,9 +44,70 @@ START = 2.5
 """All masks are open at first: 98 % are not 0."""
 RAMP = 0.2
 """Share of the steps in which the target goes from the dense shape to the one that is asked for."""
+_MAX_GRAD_NORM = 1.0
 
 Masks = Mapping[tuple[int, str], Tensor]
 """A value for each group, by the number of the layer and the projection that reads its outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTraining:
+    """How masks and weights are learnt.
+
+    Attributes:
+        steps: Updates.
+        batch: Sequences an update.
+        micro_batch: Sequences that pass through the model at once.
+        rate: Learning rate of the weights.
+        mask_rate: Learning rate of the logits, and of the multipliers.
+        autocast: Whether products are bfloat16.
+        seed: Of the masks that are drawn.
+    """
+
+    steps: int
+    batch: int
+    micro_batch: int
+    rate: float
+    mask_rate: float
+    autocast: bool
+    seed: int
+
+
+def masking_decision(opened: OpenedModel) -> DecideStep:
+    """Return what decides a step by masks that are learnt on an opened model, beside its weights."""
+
+    def decide(given: StepRequest) -> Step:
+        step, settings, model = plan_step(given), given.settings, opened.model.model
+        if step.shape == given.current:
+            return step
+        batch = -(-parse_count(settings.distill_batch_tokens) // opened.tokens.shape[1])
+        training = MaskTraining(
+            steps=settings.mask_steps,
+            batch=batch,
+            micro_batch=opened.micro_batch or batch,
+            rate=settings.distill_rate,
+            mask_rate=settings.mask_rate,
+            autocast=opened.autocast,
+            seed=opened.seed,
+        )
+        started = time.monotonic()
+        logits, losses = learn_masks(model, opened.tokens, step.shape.layers, training)
+        plans = tuple(
+            select_groups(_scores(index, now, logits), now, after)
+            for index, (now, after) in enumerate(zip(given.current.layers, step.shape.layers, strict=True))
+        )
+        with torch.no_grad():
+            for (index, path), columns in _columns(model, final_masks(model, logits, plans)).items():
+                _projection(model, index, path).weight.mul_(columns)
+        opened.remake(model.config, model_parts(model))
+        opened.figures.update(
+            mask_s=time.monotonic() - started,
+            mask_tokens=len(losses) * batch * opened.tokens.shape[1],
+            mask_losses=losses,
+        )
+        return replace(step, layers=plans)
+
+    return decide
 
 
 def sampled(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -56,113 +126,115 @@ def _stretched(share: Tensor) -> Tensor:
     return (share * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def domain_weights(weights: Tensor, losses: Tensor, references: Tensor) -> Tensor:
-    """Return the shares of domains in the next batches: more of those whose loss is above its reference."""
-    raised = weights * (losses - references).clamp(min=0).exp()
-    return raised / raised.sum()
+def learn_masks(
+    model: "PreTrainedModel", tokens: Tensor, shape: Sequence[LayerShape], training: MaskTraining
+) -> tuple[Masks, list[float]]:
+    """Train the weights of a model, in place, and masks of its groups.
 
-
-def sheared_model(
-    model: "PreTrainedModel",
-    tokens: Tensor,
-    shape: Sequence[LayerShape],
-    *,
-    steps: int,
-    batch: int,
-    rate: float = 1e-4,
-    mask_rate: float = 1.0,
-    seed: int = 0,
-) -> tuple["PreTrainedModel", tuple[LayerPlan, ...]]:
-    """Return what stays of a model, and which groups these are.
+    AdamW without weight decay, at constant rates; the norm of the weights' gradient is at most 1.
 
     Args:
-        model: Its weights are trained.
+        model: Float32 weights.
         tokens: (S, T) token ids, taken in turn.
-        shape: Sizes of each layer to reach: fewer KV heads with as many query heads each, narrower MLPs.
-        steps: Updates.
-        batch: Sequences an update.
-        rate: Learning rate of the weights.
-        mask_rate: Learning rate of the logits, and of the multipliers.
-        seed: Of the masks that are drawn.
+        shape: Sizes of each layer to reach: fewer KV heads with as many query heads each, or fewer query
+            heads each, and narrower MLPs.
+        training: How.
+
+    Returns:
+        The logits, and the loss of each step under the masks that were drawn for it, in nats a token.
 
     Raises:
-        TrainingError: If the loss is not finite.
+        TrainingError: If a loss or the gradient norm is not finite.
     """
-    logits = learn_masks(
-        model, tokens, shape, steps=steps, batch=batch, rate=rate, mask_rate=mask_rate, seed=seed
+    generator = torch.Generator().manual_seed(training.seed)
+    logits, targets = _open_masks(model, shape)
+    # A multiplier of the gap and one of its square for each layer and kind.
+    multipliers = torch.zeros(2, len(logits), dtype=model.dtype, device=model.device, requires_grad=True)
+    weights = list(model.requires_grad_(True).train().parameters())
+    learner = torch.optim.AdamW(
+        [
+            {"params": weights, "lr": training.rate},
+            {"params": list(logits.values()), "lr": training.mask_rate},
+        ],
+        weight_decay=0.0,
     )
-    plans = tuple(
-        select_groups(_scores(index, now, logits), now, after)
-        for index, (now, after) in enumerate(zip(layer_shapes(model.config), shape, strict=True))
-    )
-    masks = final_masks(logits, plans)
-    with torch.no_grad():
-        for (index, path), columns in _columns(model, masks).items():
-            _projection(model, index, path).weight.mul_(columns)
-    return prune_model(model, plans), plans
+    opponent = torch.optim.AdamW([multipliers], lr=training.mask_rate, weight_decay=0.0, maximize=True)
+    steps, a_step, losses = training.steps, training.batch * tokens.shape[1], list[float]()
+    with Progress("masks", steps * a_step, "tokens") as progress:
+        for step in range(steps):
+            ramp = min(1.0, (step + 1) / max(1, round(RAMP * steps)))
+            gaps = torch.stack([kept_share(a) - (1 - ramp * (1 - targets[key])) for key, a in logits.items()])
+            drawn = {key: sampled(a, generator) for key, a in logits.items()}
+            rows = torch.arange(step * training.batch, (step + 1) * training.batch) % len(tokens)
+            loss, gradients = _gradients(model, tokens[rows], drawn, training)
+            norm = float(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"learning masks has stopped at step {step + 1} of {steps}: the loss is {loss}, the norm "
+                    f"of its gradient {norm}. Lower prune.distill_rate (it is {training.rate:g}), or set "
+                    "calibration.precision to float32; either makes it another run."
+                )
+            penalty = (multipliers[0] * gaps + multipliers[1] * gaps.square()).sum()
+            torch.autograd.backward([penalty, *drawn.values()], [None, *gradients])
+            for optimizer in (learner, opponent):
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss)
+            progress.add(a_step, f"step {step + 1} of {steps}, loss {loss:.3f}")
+    model.eval()
+    return {key: a.detach() for key, a in logits.items()}, losses
 
 
-def learn_masks(
-    model: "PreTrainedModel",
-    tokens: Tensor,
-    shape: Sequence[LayerShape],
-    *,
-    steps: int,
-    batch: int,
-    rate: float,
-    mask_rate: float,
-    seed: int,
-) -> Masks:
-    """Train weights and masks; returns the logits. Arguments are those of ``sheared_model``."""
-    generator = torch.Generator().manual_seed(seed)
+def _open_masks(
+    model: "PreTrainedModel", shape: Sequence[LayerShape]
+) -> tuple[dict[tuple[int, str], Tensor], dict[tuple[int, str], float]]:
+    """Return logits for the groups of each layer and kind that loses some, and the share that stays."""
     logits: dict[tuple[int, str], Tensor] = {}
     targets: dict[tuple[int, str], float] = {}
     for index, (now, after) in enumerate(zip(layer_shapes(model.config), shape, strict=True)):
-        for path, count, kept in (
-            ("self_attn.o_proj", now.kv_heads, after.kv_heads),
-            ("mlp.down_proj", now.mlp_width, after.mlp_width),
+        heads = (now.kv_heads, after.kv_heads)
+        if after.kv_heads == now.kv_heads:
+            heads = (now.query_heads, after.query_heads)
+        for path, (count, kept) in (
+            ("self_attn.o_proj", heads),
+            ("mlp.down_proj", (now.mlp_width, after.mlp_width)),
         ):
             if kept < count:
                 logits[index, path] = torch.full(
                     (count,), START, dtype=model.dtype, device=model.device, requires_grad=True
                 )
                 targets[index, path] = kept / count
-    # A multiplier of the gap and one of its square for each layer and kind.
-    multipliers = torch.zeros(2, len(logits), dtype=model.dtype, device=model.device, requires_grad=True)
-    model.requires_grad_(True).train()
-    learner = torch.optim.AdamW(
-        [
-            {"params": list(model.parameters()), "lr": rate},
-            {"params": list(logits.values()), "lr": mask_rate, "weight_decay": 0.0},
-        ]
-    )
-    opponent = torch.optim.AdamW([multipliers], lr=mask_rate, weight_decay=0.0, maximize=True)
-    for step in range(steps):
-        rows = torch.arange(step * batch, (step + 1) * batch) % len(tokens)
-        ids = tokens[rows].to(model.device)
-        ramp = min(1.0, (step + 1) / max(1, round(RAMP * steps)))
-        gaps = torch.stack([kept_share(a) - (1 - ramp * (1 - targets[key])) for key, a in logits.items()])
-        masks = {key: sampled(a, generator) for key, a in logits.items()}
-        with masked(model, masks):
-            loss = model(ids, labels=ids, use_cache=False).loss
-        if not bool(loss.isfinite()):
-            raise TrainingError(f"the loss is not finite in step {step + 1}. Lower the learning rate.")
-        (loss + (multipliers[0] * gaps + multipliers[1] * gaps.square()).sum()).backward()
-        for optimizer in (learner, opponent):
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
-    return {key: a.detach() for key, a in logits.items()}
+    return logits, targets
 
 
-def final_masks(logits: Masks, plans: Sequence[LayerPlan]) -> Masks:
+def _gradients(
+    model: "PreTrainedModel", ids: Tensor, drawn: Masks, training: MaskTraining
+) -> tuple[float, list[Tensor]]:
+    """Return the mean loss under drawn masks, and its gradients by them; the weights get theirs added."""
+    masks = {key: mask.detach().requires_grad_() for key, mask in drawn.items()}
+    predictions, total = ids.shape[0] * (ids.shape[1] - 1), 0.0
+    for part in ids.to(model.device, torch.long).split(training.micro_batch):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=training.autocast):
+            with masked(model, masks):
+                states = final_states(model, part)
+            of_part, gradient = loss_gradient(model, states, part, scale=1 / predictions)
+        states.backward(gradient)
+        total += of_part.item() / predictions
+    gradients = [mask.grad for mask in masks.values() if mask.grad is not None]
+    assert len(gradients) == len(masks), "each layer reads its masks"
+    return total, gradients
+
+
+def final_masks(model: "PreTrainedModel", logits: Masks, plans: Sequence[LayerPlan]) -> Masks:
     """Return the masks in the end: 0 for groups that go, and without chance for those that stay."""
     masks = {}
     for (index, path), a in logits.items():
-        kept = plans[index].kv_heads if path == "self_attn.o_proj" else plans[index].mlp_channels
-        mask = torch.zeros_like(a)
-        mask[list(kept)] = _stretched(torch.sigmoid(a))[list(kept)]
-        masks[index, path] = mask
+        kept = list(plans[index].mlp_channels)
+        if path == "self_attn.o_proj":
+            a = _of_heads(a, layer_shapes(model.config)[index])
+            kept = list(plans[index].query_heads)
+        masks[index, path] = mask = torch.zeros_like(a)
+        mask[kept] = _stretched(torch.sigmoid(a))[kept]
     return masks
 
 
@@ -171,7 +243,7 @@ def masked(model: "PreTrainedModel", masks: Masks) -> Iterator[None]:
     """Multiply the outputs of groups by their masks within the block."""
 
     def multiply(columns: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda _, given: (given[0] * columns,)
+        return lambda _, given: (given[0] * columns.to(given[0].dtype),)
 
     hooks = [
         _projection(model, index, path).register_forward_pre_hook(multiply(columns))
@@ -198,8 +270,14 @@ def _projection(model: "PreTrainedModel", index: int, path: str) -> nn.Linear:
     return linear
 
 
+def _of_heads(a: Tensor, layer: LayerShape) -> Tensor:
+    """Return the logit of each query head from those of query heads or of KV heads."""
+    return a.repeat_interleave(layer.query_heads // len(a))
+
+
 def _scores(index: int, now: LayerShape, logits: Masks) -> LayerScores:
-    groups = logits.get((index, "self_attn.o_proj"), torch.zeros(now.kv_heads)).cpu()
+    heads = _of_heads(logits.get((index, "self_attn.o_proj"), torch.zeros(now.kv_heads)).cpu(), now)
     channels = logits.get((index, "mlp.down_proj"), torch.zeros(now.mlp_width)).cpu()
-    heads = groups.repeat_interleave(now.heads_per_group)
-    return LayerScores(query_heads=heads, kv_groups=groups, mlp_channels=channels)
+    return LayerScores(
+        query_heads=heads, kv_groups=heads.view(now.kv_heads, -1).amax(dim=1), mlp_channels=channels
+    )

@@ -17,10 +17,24 @@ _GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
 
 def plan_step(given: StepRequest) -> Step:
     """Decide the step of a phase: which layers go, and the widths of the others."""
+    similarities = given.statistics.similarities.tolist()
+    return step_without(given, _layers_that_go(similarities, given.current, least_params(given)))
+
+
+def least_params(given: StepRequest) -> float:
+    """Return the parameters that must stay when whole layers have gone, for the size to be met."""
+    return given.target_params - given.settings.width_multiple * given.current.mlp_channel_params / 2
+
+
+def step_without(given: StepRequest, gone: frozenset[int]) -> Step:
+    """Return the step that removes whole layers, and channels of all others for the exact size.
+
+    Args:
+        given: What the step is decided from.
+        gone: Numbers of the layers in the present model; at least ``least_params`` are left without them.
+    """
     statistics, settings, current = given.statistics, given.settings, given.current
     sparsity, target_params = given.sparsity, given.target_params
-    slack = settings.width_multiple * current.mlp_channel_params / 2
-    gone = _layers_that_go(statistics.similarities.tolist(), current, target_params - slack)
     stay = [index for index in range(len(current.layers)) if index not in gone]
     shallow = current.with_layers(tuple(current.layers[index] for index in stay))
     alike = (0.0,) * len(stay)

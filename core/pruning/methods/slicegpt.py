@@ -12,27 +12,23 @@ the covariance, which moves all eigenvalues alike, is left out.
 
 import bisect
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from core.errors import CheckpointError, TargetError
-from core.model.build import build_model, model_shape
-from core.model.checkpoint import Checkpoint, write_checkpoint
+from core.model.build import model_shape
 from core.model.config import config_with_width
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, frozen, replaced
 from core.progress import Progress
+from core.pruning.methods.opened import OpenedModel
 from core.pruning.plan import LayerPlan
 from core.pruning.planning import DecideStep, Step, StepRequest, importance_of
 from core.pruning.scoring.batching import fitting_micro_batch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MULTIPLE = 8
 """Widths are multiples of this, as in the paper: GPUs run no others at full speed."""
@@ -64,10 +60,15 @@ def sliced_config(config: PreTrainedConfig, target_params: int) -> PreTrainedCon
     return config_with_width(config, width)
 
 
-def slicing_step(config: PreTrainedConfig) -> DecideStep:
-    """Return the decision to keep all groups of the model that ``config`` describes, and to slice it."""
+def slicing_decision(opened: OpenedModel) -> DecideStep:
+    """Return the decision to slice an opened model, and to keep all groups of what that makes."""
 
     def plan_step(given: StepRequest) -> Step:
+        config = sliced_config(opened.model.model.config, given.target_params)
+        width = config.sliced_hidden_size
+        opened.remake(
+            config, sliced_parts(opened.model, opened.tokens, width, micro_batch=opened.micro_batch)
+        )
         layers = tuple(
             LayerPlan(
                 query_heads=tuple(range(layer.query_heads)),
@@ -76,77 +77,14 @@ def slicing_step(config: PreTrainedConfig) -> DecideStep:
             )
             for layer in given.current.layers
         )
-        shape = model_shape(sliced_config(config, given.target_params))
         return Step(
             layers=layers,
-            shape=shape,
+            shape=model_shape(config),
             importance=importance_of(given.statistics),
             sparsity=(0.0,) * len(layers),
         )
 
     return plan_step
-
-
-def slice_model(
-    model: "PreTrainedModel", tokens: Tensor, *, target_params: int, micro_batch: int = 0
-) -> "PreTrainedModel":
-    """Return a sliced copy of a model.
-
-    Args:
-        model: Stays as it is.
-        tokens: (S, T) token ids of the calibration set.
-        target_params: See ``sliced_config``.
-        micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
-    """
-    from transformers.initialization import no_init_weights
-
-    config = sliced_config(model.config, target_params)
-    parts = sliced_parts(LayerwiseModel(model), tokens, config.sliced_hidden_size, micro_batch=micro_batch)
-    state = {name: tensor.to(model.dtype) for part in parts for name, tensor in part.items()}
-    with no_init_weights():
-        smaller = build_model(config, dtype=model.dtype)
-    smaller.load_state_dict(state, assign=True)
-    return nn.Module.to(smaller, model.device).eval()
-
-
-def slice_checkpoint(
-    checkpoint: Checkpoint,
-    target: Path,
-    model: LayerwiseModel,
-    tokens: Tensor,
-    *,
-    target_params: int,
-    micro_batch: int = 0,
-    dtype: torch.dtype | None = None,
-    provenance: Mapping[str, Any],
-) -> PreTrainedConfig:
-    """Write a sliced copy of a checkpoint, a layer at a time.
-
-    Args:
-        checkpoint: The checkpoint.
-        target: Folder of the sliced one.
-        model: The checkpoint, opened.
-        tokens: As for ``slice_model``, like ``target_params`` and ``micro_batch``.
-        target_params: See there.
-        micro_batch: See there.
-        dtype: Number format to write; None keeps the stored one.
-        provenance: How it was made.
-
-    Returns:
-        The config of what was written.
-    """
-    config = sliced_config(checkpoint.config, target_params)
-    config.dtype = written = dtype or checkpoint.dtype
-    parts = sliced_parts(model, tokens, config.sliced_hidden_size, micro_batch=micro_batch)
-    write_checkpoint(
-        target,
-        config,
-        ({name: tensor.to(written) for name, tensor in part.items()} for part in parts),
-        len(checkpoint.layers) + 1,
-        companions=checkpoint.directory,
-        provenance=provenance,
-    )
-    return config
 
 
 @torch.no_grad()
@@ -155,7 +93,11 @@ def sliced_parts(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of a sliced model by name: of each decoder layer, then of the rest; mostly float64.
 
-    ``width`` is D', the width of the signal.
+    Args:
+        model: Stays as it is.
+        tokens: (S, T) token ids of the calibration set.
+        width: D', the width of the signal.
+        micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory suggests.
 
     Raises:
         CheckpointError: If the signal is not finite.

@@ -41,6 +41,11 @@ _FLATTEST = 0.05
 Sizes = tuple[LayerShape, ...]
 
 
+def measured_tokens(tokens: Tensor) -> Tensor:
+    """Return the (S, T) tokens that are measured on: the last ``SEARCH_TOKENS``, in sequences."""
+    return tokens[-math.ceil(SEARCH_TOKENS / tokens.shape[1]) :]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Costs:
     """What a sweep has measured: of each layer, or of the layers that have a unit to lose."""
