@@ -64,7 +64,7 @@ class TrainingSettings:
     task has GPUs, and 1 on a CPU."""
     sharding: Literal["auto", "none", "full"] = field(default="auto", metadata=HOW)
     """What each of several ranks holds. ``none``: all weights, gradients and moments; ``full``: its part of
-    them (FSDP2); ``auto``: all of them if they fit."""
+    them (FSDP2); ``auto``: all of them if they fit. With ``lora_rank`` each holds all."""
     moments: Literal["auto", "device", "host"] = field(default="auto", metadata=HOW)
     """Where a single rank keeps AdamW's moments, 8 bytes a parameter: on the GPU, or in host memory, from
     where they pass through the GPU at each step. ``auto``: on the GPU if they fit."""

@@ -160,7 +160,10 @@ def _train(
 
     settings, rows = plan.settings, fetched(phase)
     held_out = fetched(run.settings.prune.phases + 1) if settings.held_out_sequences else None
-    steps = {"first_step": _first_step(run, phase), "total_steps": run.settings.training.total_steps}
+    steps: dict[str, Any] = {
+        "first_step": _first_step(run, phase),
+        "total_steps": run.settings.training.total_steps,
+    }
     explaining = functools.partial(
         explaining_memory, "training.micro_batch=0 or lower, or training.gradient_checkpointing=true"
     )

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from core.errors import CheckpointError
 from core.storage.interface import local_errors
@@ -38,7 +38,7 @@ def merged(directory: Path, to: Path) -> Path:
     if not parts:
         return directory
     with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
-        stored = dcp.HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
+        stored = HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
         files = {path: safe_open(path, framework="pt") for path in parts}
     places: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
     for index, info in stored.items():

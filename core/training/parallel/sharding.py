@@ -56,7 +56,7 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
     decoder = model.get_decoder()
     for layer in decoder.layers:
         fully_shard(_widened(layer), mesh=mesh, mp_policy=policy)
-    root = _Root(_widened(model))
+    root: Any = _Root(_widened(model))
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -67,11 +67,12 @@ def shard(model: "PreTrainedModel", device: torch.device, size: int, *, bfloat16
     # (core/model/loss.py): a class of its own lets that pass by, where FSDP2's hooks would not.
     class_: Any = type(decoder)
 
-    class Gathering(class_):  # type: ignore[misc]
+    class Gathering(class_):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return root(super().forward, *args, **kwargs)
 
     decoder.__class__ = Gathering
+    assert isinstance(root, FSDPModule)
     return root
 
 

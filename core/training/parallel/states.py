@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from core.errors import StorageError, full_disk
@@ -94,18 +95,18 @@ class RankStates:
         if self._under_way is not None:
             self._under_way.exception()
         tensors = dict(state_tensors(model, optimizer))
-        writer = dcp.HuggingFaceStorageWriter(
+        writer = HuggingFaceStorageWriter(
             str(self._folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
         )
         tensors = _share(tensors)
-        saved = {"storage_writer": writer, "process_group": self._group}
+        saved: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
         if decision == _SAVE:
-            written = dcp.async_save(tensors, **saved)
+            written = async_save(tensors, **saved)
             assert isinstance(written, Future)
         else:
             written = Future()
             try:
-                written.set_result(dcp.save(tensors, **saved))
+                written.set_result(save(tensors, **saved))
             except Exception as error:  # as async_save hands it on
                 written.set_exception(error)
         self._under_way = written
