@@ -37,7 +37,7 @@ def test_the_recipe_that_is_compiled_takes_its_overrides():
 
 @pytest.mark.parametrize("page", ["docs/operating.md", "recipes/README.md"])
 def test_the_file_of_a_cluster_lies_over_a_run_of_the_paper(tmp_path, page):
-    site, recipe = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    site, recipe, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "recipes" / "site.yaml").write_text(site)
     path = tmp_path / "recipes" / "ours.yaml"

@@ -618,7 +618,8 @@ NO_RESULT = {
     ("model", "revision"),
     ("calibration", "source", "max_malformed"),
     *(("calibration", name) for name in ("micro_batch", "weights", "state_memory")),
-    *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every")),
+    *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every", "eval_every")),
+    *(("training", name) for name in ("ranks", "sharding", "moments")),
 }
 """Settings that change no result, beside the sections that are about something else."""
 
