@@ -58,7 +58,8 @@ class Reader:
         tokenized = tokenize(usable, self.source.format, self.tokenizer, self.opening) if usable else []
         batch = Batch([None] * len(rows), [0] * len(rows), [""] * len(rows))
         for place, text, document in zip(places, usable, tokenized, strict=True):
-            batch.documents[place] = document and document._replace(divisible=self.rows.divisible)
+            if document is not None:
+                batch.documents[place] = Tokenized(document.ids, document.trained, self.rows.divisible)
             batch.digests[place] = digest_of(text) if isinstance(text, str) else 0
         batch.problems[:] = [str(item) if isinstance(item, RowError) else "" for item in parsed]
         return batch

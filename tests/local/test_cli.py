@@ -27,6 +27,7 @@ COMMANDS = (
     "compile",
     "submit",
     "schedule",
+    "experiment",
     "inspect",
     "evaluate",
     "benchmark",

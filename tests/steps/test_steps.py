@@ -298,12 +298,17 @@ def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_na
     assert find_publication(run.phase_uri(1, "pruned")) is None
 
 
+MACHINE = {"seconds", "tokens_per_s", "repair_s", "distill_s", "mask_s"}
+MACHINE |= {"step_tokens_per_s", "model_flops_per_s", "peak_memory_bytes"}
+"""What depends on the machine and its other work."""
+
+
 def logged(uri):
-    """Return every MLflow run's status, curves (less how long things took) and files, by phase and step."""
+    """Return every MLflow run's status, curves (less those of ``MACHINE``) and files, by phase and step."""
     client, found = connect(uri), {}
     experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
     for run in client.search_runs([experiment], max_results=1000):
-        names = set(run.data.metrics) - {"seconds", "tokens_per_s", "repair_s", "distill_s", "mask_s"}
+        names = set(run.data.metrics) - MACHINE
         histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
         curves = {name: [(point.step, point.value) for point in curve] for name, curve in histories.items()}
         files = [file.path for file in client.list_artifacts(run.info.run_id)]
