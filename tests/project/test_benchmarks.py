@@ -82,6 +82,7 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     assert same | timed == last | timed
 
 
+@pytest.mark.slow
 def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
     results, texts = tmp_path / "results.jsonl", wide / "texts.jsonl"
     rows = ("training.teacher=none", "training.teacher=base", "training.optimizer_state=carry")

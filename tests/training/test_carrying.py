@@ -242,6 +242,7 @@ def results(begin, folder, *, kills=(), **changes):
     return [each.digest for each in found], [each.read_json("report.json")["losses"] for each in found]
 
 
+@pytest.mark.slow
 def test_a_run_that_carries_and_is_killed_in_each_phase_is_the_same_to_the_last_bit(begun, tmp_path):
     undisturbed = results(begun, tmp_path, store="undisturbed")
     assert results(begun, tmp_path, store="killed", kills=(1, 2, 4, 5, 7)) == undisturbed
