@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import StorageError
-from core.experiments.definition import Cell, Experiment
+from core.experiments.definition import LAYER, LAYER_METRICS, Cell, Experiment
 from core.machine.precision import SECTIONS
 from core.report.tables import DENSE, ResultTable, Row, figures_of
 from core.runs.overview import RunOverview, list_runs
@@ -134,7 +134,7 @@ def table_of(
     return ResultTable(
         title=experiment.title,
         subtitle=f"Base model {experiment.base}; {done} of {len(experiment.cells)} runs are done",
-        labels=(*experiment.axes, *(["layer"] if experiment.sensitivity else [])),
+        labels=(*experiment.axes, *([LAYER] if experiment.sensitivity else [])),
         metrics=experiment.metrics,
         rows=tuple(rows),
         notes=(*experiment.notes, *missing),
@@ -203,9 +203,9 @@ def _samples(experiment: Experiment, cell: Cell, found: Found, folder: Path) -> 
 def _layers(labels: Mapping[str, str], path: Path) -> Iterator[_Sample]:
     """Yield what a study has measured with each layer pruned alone."""
     for layer in json.loads(path.read_text())["layers"]:
-        figures = {"perplexity": layer["perplexity"], "loss_increase": layer["loss_increase"]}
+        figures = {metric: layer[metric] for metric in LAYER_METRICS}
         yield (
-            {**labels, "layer": str(layer["layer"])},
+            {**labels, LAYER: str(layer["layer"])},
             {name: value for name, value in figures.items() if value is not None},
         )
 

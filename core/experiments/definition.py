@@ -15,13 +15,17 @@ from typing import Any, ClassVar, Literal
 
 import core
 from core.errors import SettingsError, refuse
-from core.report.tables import Picture, published_value
+from core.report.tables import RUN_METRICS, Picture, published_value
 from core.settings.includes import RecipeFiles, read_recipe
 from core.settings.recipe import load_recipe
 from core.settings.schema import Settings
 
 SHIPPED = Path(core.__file__).parents[1] / "recipes" / "experiments"
 """The folder of the experiments that have names."""
+
+
+LAYER, LAYER_METRICS = "layer", ("perplexity", "loss_increase")
+"""The label and the metrics of a table of single layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,12 @@ def load_experiment(
                     problems.setdefault(problem, []).append(f"{_shown(labels)}, seed {seed}")
     refuse(f"cell {_listed(wrong)}: {problem}" for problem, wrong in problems.items())
     refuse(_alike(cells))
+    others = [text for text in overrides if not text.startswith("evaluation.tasks")]  # which may narrow it
+    asked = load_recipe(recipe, (*_texts(file.set), *others))
+    tasks = {
+        task for settings in (asked, *(cell.settings for cell in cells)) for task in settings.evaluation.tasks
+    }
+    refuse(f"{path}: {problem}" for problem in _unknown_columns(file, [*RUN_METRICS, *sorted(tasks)]))
     published = file.published.figures if base == file.published.base else []
     return Experiment(
         name=path.stem,
@@ -227,6 +237,20 @@ def _alike(cells: Iterable[Cell]) -> Iterator[str]:
             f"cells {_listed(pairs)} have equal settings. Leave out the --set that overrides what tells them "
             "apart, or correct the axes."
         )
+
+
+def _unknown_columns(file: _File, known: list[str]) -> Iterator[str]:
+    """Yield what the table or the picture shows and no run has: it would be told only after all of them."""
+    labels = [*file.axes, *([LAYER] if file.sensitivity else [])]
+    if file.sensitivity:
+        known = list(LAYER_METRICS)
+    shown = [("metrics", metric, known) for metric in file.metrics]
+    if (picture := file.picture) is not None:
+        shown += [("picture.x", picture.x, labels), ("picture.y", picture.y, file.metrics)]
+        shown += [("picture.by", picture.by, ["", *labels])]
+    for name, value, allowed in shown:
+        if value not in allowed:
+            yield f"{name}: {value} must be one of {', '.join(filter(None, allowed))}. Correct it there."
 
 
 def _published(entry: Mapping[str, Any], file: _File, path: Path) -> tuple[dict[str, str], dict[str, float]]:

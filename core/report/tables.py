@@ -27,6 +27,8 @@ from core.runs.record import (
     seconds_text,
 )
 
+RUN_METRICS = ("params", "tokens", "perplexity", "perplexity_pruned", "accuracy", "seconds")
+"""Metrics that a run has whatever its tasks are; ``figures_of`` says what they are."""
 _COUNTS = ("params", "tokens")
 _TITLES = {"params": "parameters", "accuracy": "mean accuracy"}
 DENSE = "dense"

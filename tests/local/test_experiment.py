@@ -136,7 +136,7 @@ def test_another_base_model_takes_what_holds_elsewhere_and_no_published_figure(p
 def test_labels_that_yaml_takes_for_numbers_are_the_same_labels_elsewhere(folder):
     axes = {"A": {0.01: {"prune.amplitude": 0.01}, 0.02: {"prune.amplitude": 0.02}}}
     elsewhere = {"axes": {"A": {0.01: {"prune.target": "60%"}}}}
-    changes = {"axes": axes, "elsewhere": elsewhere, "seeds": 1, "published": {"base": "x"}}
+    changes = {"axes": axes, "elsewhere": elsewhere, "seeds": 1, "published": {"base": "x"}, "picture": None}
     cells = load_experiment(write(folder, **changes)).cells
     shown = [(c.labels["A"], c.settings.prune.amplitude, c.settings.prune.target) for c in cells]
     assert shown == [("0.01", 0.01, "60%"), ("0.02", 0.02, "75%")]
@@ -167,6 +167,9 @@ def test_the_cell_whose_settings_are_refused_is_named(folder):
             "--only method=Flap fits no cell. Known: method=Ours, FLAP; removed=25 %.",
         ),
         ({}, ["--collect", "--submit"], "--collect and --submit are both given."),
+        ({"metrics": ["perplexity", "parms"]}, [], "metrics: parms must be one of params, tokens, "),
+        ({"picture": {"x": "q", "y": "params"}}, [], "picture.x: q must be one of method"),
+        ({"picture": {"x": "method", "y": "wiki"}}, [], "picture.y: wiki must be one of "),
         ({"published": {"base": "base", "figures": [{"method": "X"}]}}, [], "'X' is no label of method"),
         ({"published": {"base": "base", "figures": [{"params": "many"}]}}, [], "'many' is not a count"),
     ],
