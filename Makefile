@@ -2,6 +2,7 @@
 # make test        the quick tests          make test-slow   the long ones, on the real model
 # make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
+# make test-cluster  a real Kubeflow Pipelines: docs/operating.md, "Test your cluster" (an hour)
 # make lint        ruff, mypy, hadolint     make lock        rewrite docker/requirements.lock
 # make docs        write docs/settings.md from the settings' docstrings
 # make clean       remove what was made here, except output/
@@ -27,7 +28,7 @@ LOCK ?= docker/requirements.lock
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test test-slow test-image torture lint lock docs clean
+.PHONY: install demo test test-slow test-image test-cluster torture lint lock docs clean
 
 install: $(INSTALLED)
 
@@ -35,14 +36,18 @@ demo: $(INSTALLED)
 	$(BIN)/adapt-pruner run recipes/demo.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not torture and not gpu" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not torture and not gpu and not cluster" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m "slow and not torture and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/pytest -m "slow and not torture and not gpu and not cluster" $(PYTEST_FLAGS)
 
 test-image: $(INSTALLED)
 	@test -n "$(IMAGE)" || { echo "error: no image is named. Build one and give it: make test-image IMAGE=..." >&2; exit 1; }
 	IMAGE=$(IMAGE) $(BIN)/pytest tests/cluster/test_container.py $(PYTEST_FLAGS)
+
+test-cluster: $(INSTALLED)
+	@test -n "$(IMAGE)" -a -n "$(STORE)" || { echo "error: name an image and a store: make test-cluster IMAGE=... STORE=s3://BUCKET/PREFIX" >&2; exit 1; }
+	OMP_NUM_THREADS=1 IMAGE=$(IMAGE) STORE=$(STORE) $(BIN)/pytest -m cluster -rs tests/cluster/real $(PYTEST_FLAGS)
 
 torture: $(INSTALLED)
 	mkdir -p output && rm -f output/evidence.jsonl

@@ -40,6 +40,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from core.errors import SettingsError
 from core.evaluation.benchmarks import evaluate_tasks
 from core.evaluation.perplexity import perplexity
 from core.model.build import load_model, load_tokenizer, model_shape, pick_device
@@ -96,7 +97,9 @@ class Study:
             "items": arguments.items,
             "inputs": digest([self.pool, *self.base.parameters(), *map(self.texts.get, sorted(self.texts))]),
         }
-        self.rows = [row for row in map(json.loads, known) if self.alike.items() <= row.items()]
+        self.rows = [
+            row for row in map(json.loads, known) if self.alike.items() <= row.items() and still_meant(row)
+        ]
         self.of_base: dict[tuple[str, str, int], Statistics] = {}
 
     def run(self, row: str, removed: float, seed: int) -> None:
@@ -238,6 +241,15 @@ def meant(settings: PruneSettings) -> dict[str, object]:
     """Return the settings that a row stands for, whatever the defaults: what a run's key is made of."""
     found = settings_of_kind(settings.applied(), "result")
     return {name: value for name, value in found.items() if name not in ("target", "phases")}
+
+
+def still_meant(measured: dict[str, object]) -> bool:
+    """Return whether the settings of a measured row are what the row stands for today."""
+    row = measured["row"]
+    try:
+        return measured["settings"] == (meant(settings_of(row)) if row else {})
+    except (KeyError, SettingsError):
+        return False
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -1,10 +1,14 @@
 """The training loop against transformers' own Trainer: tokens a second, and memory beyond what both hold.
 
 Both train the same model on the same rows in the same order, with AdamW, clipping and accumulation, in the
-same precision, in fresh processes that take turns. The rows are random tokens: one document a row, all of it
-trained, as in plain text; or several to a row, each of which sees itself alone, and a part of each trained,
-as in conversations whose prompts are masked. Memory is the peak, less what was there before, gradients and
-moments. Both must come to the same loss.
+same precision. The rows are random tokens: one document a row, all of it trained, as in plain text; or
+several to a row, each of which sees itself alone, and a part of each trained, as in conversations whose
+prompts are masked. Both must come to the same loss.
+
+For speed they take steps in turns, each in a process of its own, and the median of the ratios of such pairs
+counts. On a CPU a step's time is CPU time, which other work on the machine changes little. Memory is the peak
+of a process of its own, less what was there before, gradients and moments; there glibc gives back what is
+freed, so that the peak is what was in use.
 
     python benchmarks/training.py
     python benchmarks/training.py --model FOLDER --length 1024 --micro-batch 8 --precision bfloat16
@@ -13,11 +17,13 @@ moments. Both must come to the same loss.
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +42,8 @@ from core.training.rows import Rows, positions_of
 
 WAYS, KINDS = ("trainer", "recover"), ("text", "conversations")
 RATE, DOCUMENTS = 1e-5, 4
+SHAPE = ("length", "batch", "micro_batch", "layers", "steps", "trained", "precision", "compile")
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def main() -> None:
@@ -45,53 +53,94 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default: 256)")
     parser.add_argument("--batch", type=int, default=8, help="rows an optimizer step (default: 8)")
     parser.add_argument("--micro-batch", type=int, default=4, help="rows a pass (default: 4)")
-    parser.add_argument("--steps", type=int, default=4, help="steps, of which the first does not count")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers that are left; 0 for all")
+    parser.add_argument("--steps", type=int, default=9, help="steps, of which the first does not count")
     parser.add_argument("--trained", type=float, default=0.4, help="share of a conversation that is a reply")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the median counts (default: 3)")
+    parser.add_argument("--compile", action="store_true", help="our loop with training.compile")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(work(*options.worker, options)))
+        work(*options.worker, options)
         return
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
         options.model = model_folder(options.model, Path(folder))
         results = {kind: compare(kind, options) for kind in KINDS}
-    table = table_of("", ["rows", "way"], ["tokens/s", "memory beyond", "last loss"])
-    for kind, found in results.items():
+    table = table_of("", ["rows", "way"], ["tokens/s", "memory beyond", "loss of step 2"])
+    figures: dict[str, Any] = {"benchmark": "training", "device": pick_device().type}
+    figures |= {name: getattr(options, name) for name in SHAPE} | {"threads": torch.get_num_threads()}
+    figures |= {"tokens_ratio": {}, "memory_ratio": {}}
+    for kind, (seconds, memory, losses) in results.items():
         for way in WAYS:
-            rate, extra, loss = found[way]
-            table.add_row(kind, way, f"{rate:,.0f}", f"{extra / 1e6:,.0f} MB", f"{loss:.5f}")
+            rate = options.batch * options.length / median(seconds[way])
+            table.add_row(kind, way, f"{rate:,.0f}", f"{memory[way] / 1e6:,.0f} MB", f"{losses[way]:.5f}")
+        pairs = zip(seconds["trainer"], seconds["recover"], strict=True)
+        figures["tokens_ratio"][kind] = round(median(theirs / ours for theirs, ours in pairs), 3)
+        figures["memory_ratio"][kind] = round(memory["recover"] / memory["trainer"], 3)
     Console(highlight=False).print(table)
-    shape = {name: getattr(options, name) for name in ("length", "batch", "micro_batch", "steps", "trained")}
-    figures: dict[str, Any] = {"benchmark": "training", "device": pick_device().type, **shape}
-    figures |= {"threads": torch.get_num_threads(), "precision": options.precision, "repeat": options.repeat}
-    for place, name in enumerate(("tokens_ratio", "memory_ratio")):
-        figures[name] = {
-            kind: round(found["recover"][place] / found["trainer"][place], 3)
-            for kind, found in results.items()
-        }
     print(json.dumps(figures))
 
 
-def compare(kind: str, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
-    """Run both ways in turns; return the medians of tokens a second, extra memory and last loss of each."""
-    runs: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for number in range(options.repeat):
-        for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-            command = [sys.executable, __file__, "--worker", way, kind]
-            for name in ("model", "length", "batch", "micro_batch", "steps", "trained", "precision"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs[way].append(json.loads(run.stdout.splitlines()[-1]))
-    medians = {way: [median(column) for column in zip(*found, strict=True)] for way, found in runs.items()}
-    return {way: (rate, extra, loss) for way, (rate, extra, loss) in medians.items()}
+def compare(
+    kind: str, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """Return the seconds of each way's steps, its memory beyond what both hold, and its loss."""
+    memory, losses = {}, {}
+    for way in WAYS:
+        with worker(way, kind, options, steps=2, environment=GIVING_BACK) as run:
+            [next_line(run) for _ in range(2)]
+            memory[way], losses[way] = json.loads(next_line(run))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    with (
+        worker("trainer", kind, options, steps=options.steps) as theirs,
+        worker("recover", kind, options, steps=options.steps) as ours,
+    ):
+        for number in range(options.steps):
+            turns = [("trainer", theirs), ("recover", ours)]
+            for way, run in turns if number % 2 else turns[::-1]:
+                seconds[way].append(float(next_line(run)))
+        for run in (theirs, ours):
+            next_line(run)
+    return {way: found[1:] for way, found in seconds.items()}, memory, losses
 
 
-def work(way: str, kind: str, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Measure one way on one kind of rows in this process."""
+@contextmanager
+def worker(
+    way: str, kind: str, options: argparse.Namespace, *, steps: int, environment: dict[str, str] | None = None
+) -> "Iterator[subprocess.Popen[str]]":
+    """Start a process that takes a step of training each time that it gets a line, and answers with one."""
+    command = [sys.executable, __file__, "--worker", way, kind, "--model", str(options.model)]
+    for name in SHAPE:
+        value = steps if name == "steps" else getattr(options, name)
+        if value is not False:
+            command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | (environment or {}), **pipes)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def next_line(run: "subprocess.Popen[str]") -> str:
+    """Let a worker go on; return what it says then."""
+    assert run.stdin is not None
+    assert run.stdout is not None
+    print(file=run.stdin, flush=True)
+    line = run.stdout.readline()
+    if not line:
+        raise SystemExit(f"the measured process ended with status {run.wait()}")
+    return line
+
+
+def work(way: str, kind: str, options: argparse.Namespace) -> None:
+    """Be a worker: print the seconds of each step, then memory and loss."""
     torch.manual_seed(0)
     model = load_model(Path(options.model), dtype=torch.float32, device=pick_device())
+    if options.layers:
+        del model.get_decoder().layers[options.layers :]
+        model.config.num_hidden_layers = options.layers
     for parameter in model.parameters():
         parameter.data = parameter.detach().clone()  # every page is in memory
     model.tie_weights()
@@ -100,14 +149,20 @@ def work(way: str, kind: str, options: argparse.Namespace) -> tuple[float, float
     train(model, rows_of(kind, 8, model.config.vocab_size, few), few)  # libraries set up what they keep
     model.zero_grad(set_to_none=True)
     gc.collect()
-    ends: list[float] = []
-    hook = register_optimizer_step_post_hook(lambda *_: ends.append(now(model)))
-    before = reset_peak(model)
+    sys.stdin.readline()
+    before, started = reset_peak(model), now(model)
+
+    def pause(*_: Any) -> None:
+        nonlocal started
+        print(now(model) - started, flush=True)
+        sys.stdin.readline()
+        started = now(model)
+
+    hook = register_optimizer_step_post_hook(pause)
     loss = train(model, rows_of(kind, options.length, model.config.vocab_size, options), options)
-    extra = peak(model) - before - 12 * sum(p.numel() for p in model.parameters())
     hook.remove()
-    a_step = median(end - start for start, end in pairwise(ends))
-    return options.batch * options.length / a_step, extra, loss
+    extra = peak(model) - before - 12 * sum(p.numel() for p in model.parameters())
+    print(json.dumps((extra, loss)), flush=True)
 
 
 def rows_of(kind: str, length: int, vocabulary: int, options: argparse.Namespace) -> Rows:
@@ -115,9 +170,8 @@ def rows_of(kind: str, length: int, vocabulary: int, options: argparse.Namespace
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary, (options.batch * options.steps, length), generator=generator)
     trained, starts = torch.ones_like(ids, dtype=torch.uint8), torch.zeros_like(ids, dtype=torch.uint8)
-    starts[:, 0] = 1
     if kind == "text":
-        return Rows(ids, trained, starts)
+        return Rows(ids, trained)
     each = length // DOCUMENTS
     starts[:, ::each] = 1
     trained[:] = torch.arange(length) % each >= (1 - options.trained) * each
@@ -137,6 +191,7 @@ def with_recover(model: PreTrainedModel, rows: Rows, options: argparse.Namespace
         warmup_share=0,
         decay_share=0,
         precision=options.precision,
+        compile=options.compile,
     )
     return recover(model, rows, settings, first_step=0, total_steps=options.steps).losses[-1][1]
 
@@ -147,9 +202,9 @@ def with_trainer(model: PreTrainedModel, rows: Rows, options: argparse.Namespace
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    ids, positions = rows.input_ids, positions_of(rows.starts if rows.starts is not None else rows.trained)
-    labels = ids.masked_fill(rows.trained == 0, -100)
-    columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    columns = {"input_ids": rows.input_ids, "labels": rows.input_ids.masked_fill(rows.trained == 0, -100)}
+    if rows.starts is not None:
+        columns["position_ids"] = positions_of(rows.starts)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -177,9 +232,10 @@ def with_trainer(model: PreTrainedModel, rows: Rows, options: argparse.Namespace
 
 
 def now(model: PreTrainedModel) -> float:
-    """Return the time once the device has nothing left to do."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    """Return the time once the device has nothing left to do; on a CPU, what this process had of it."""
+    if model.device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
 

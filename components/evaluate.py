@@ -11,7 +11,6 @@ def evaluate(
     phase: int,
     checkpoint_uri: str,
     data_uri: str,
-    metrics: dsl.Output[dsl.Metrics],
     summary: dsl.Output[dsl.Markdown],
     picture: dsl.Output[dsl.HTML],
 ):
@@ -26,7 +25,6 @@ def evaluate(
             phase=phase,
             checkpoint_uri=checkpoint_uri,
             data_uri=data_uri,
-            metrics=metrics,
             summary=summary,
             picture=picture,
         )

@@ -13,8 +13,14 @@ def recover_train(
     from components.runtime import task
 
     with task("recover-train", phase):
+        from components.nodes.following import train_on_nodes
         from core.steps.recover_train import run_recover_train
 
         return run_recover_train(
-            run=run, phase=phase, checkpoint_uri=checkpoint_uri, data_uri=data_uri, model=recovered
+            run=run,
+            phase=phase,
+            checkpoint_uri=checkpoint_uri,
+            data_uri=data_uri,
+            model=recovered,
+            on_nodes=train_on_nodes,
         )

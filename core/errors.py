@@ -73,6 +73,10 @@ class TrainingError(AdaptPrunerError):
     """A training cannot continue: its loss or its gradients are not finite."""
 
 
+class LostRankError(TrainingError):
+    """A rank has lost its connection to others: most often because one of them has ended."""
+
+
 class DataError(AdaptPrunerError):
     """A text or task data set cannot be read, or holds too little."""
 

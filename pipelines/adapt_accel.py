@@ -8,6 +8,7 @@ output waits for all of its tasks, and the next phase need not wait for an evalu
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kfp import compiler, dsl
 from kfp.dsl.base_component import BaseComponent
@@ -38,6 +39,7 @@ from pipelines.ir import (
     workflow_bytes,
     write_ir,
 )
+from pipelines.resuming import skip_done_phases
 
 _MEASURED_PHASES = (1, 9)
 
@@ -82,6 +84,7 @@ def _compiled(settings: Settings, phases: int) -> tuple[Document, Document, str]
         compiler.Compiler().compile(build_pipeline(settings, phases=phases), str(path))
         pipeline, platform = read_ir(path)
         heading = heading_of(path)
+    skip_done_phases(pipeline, platform, phases)
     share_components(pipeline, platform)
     return pipeline, platform, heading
 
@@ -97,7 +100,17 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
 
     Returns:
         What ``dsl.pipeline`` returns: kfp compiles it, and ``kfp.local`` runs it when it is called.
+
+    Raises:
+        SettingsError: If one machine cannot do what they ask for.
     """
+    if local and settings.training.nodes > 1:
+        raise SettingsError(
+            [
+                f"training.nodes={settings.training.nodes} needs a cluster with Kubeflow Trainer "
+                "(`adapt-pruner submit`), and this run has one machine. Set training.nodes=1."
+            ]
+        )
     phases = phases or settings.prune.phases
     on_cluster = functools.partial(configure, settings=settings.cluster, recipe=settings.name)
     place = _place_here if local else on_cluster
@@ -106,7 +119,9 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
         place,
         gpu_scoring=prune.steps_per_phase != 1 or decides_on_model(prune),
         gpu_pruning=prune.repair != "none" or prune.distill_steps > 0,
+        nodes=settings.training.nodes,
     )
+    prepare = _build_preparation(place)
 
     defaults = parameters_of(settings)
 
@@ -127,7 +142,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             method: The pruning method: adapt-pruner, or one that it is compared with.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
                 compiled pipeline: prune.phases, prune.steps_per_phase, prune.widths, prune.repair,
-                prune.distill_steps, evaluation.speed, the section cluster.
+                prune.distill_steps, training.nodes, evaluation.speed, the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -144,21 +159,28 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             )
             place(resolved, gpu=False)
             opened = {name: resolved.outputs[name] for name in ("run", "being_done_by")}
+            run, base_uri = resolved.outputs["run"], resolved.outputs["base_uri"]
             needed = place(needs_run(**opened), gpu=False)
-            with dsl.If(needed.output == True, name="not done yet"):  # noqa: E712 (evaluated by the cluster)
-                _prune_and_train(
-                    resolved,
-                    phases,
-                    phase_pipeline,
-                    place,
-                    in_order=local,
-                    gpu_publish=settings.evaluation.speed,
-                )
+            first, gpu_publish = needed.outputs["Output"], settings.evaluation.speed
+            all_phases = functools.partial(
+                _prune_and_train, run, base_uri, phases, phase_pipeline, place, gpu_publish=gpu_publish
+            )
+            if local:
+                with dsl.If(first > 0, name="not done yet"):
+                    all_phases(
+                        place(prepare_data(run=run, base_uri=base_uri), gpu=False).output, in_order=True
+                    )
+                return
+            # pipelines/resuming.py adds the condition.
+            prepared = prepare(run=run, base_uri=base_uri, first=first)
+            all_phases(prepared.set_caching_options(False).output, in_order=False)
 
     return adapt_pruner
 
 
-def _place_here(task: dsl.PipelineTask, *, gpu: bool, phase: int | str = "") -> dsl.PipelineTask:
+def _place_here(
+    task: dsl.PipelineTask, *, gpu: bool, phase: int | str = "", nodes: int = 1
+) -> dsl.PipelineTask:
     """Leave a task as it is, but for caching: this machine is all it gets."""
     return task.set_caching_options(False)
 
@@ -178,17 +200,17 @@ def accelerated_sections(settings: Settings) -> list[str]:
 
 
 def _prune_and_train(
-    resolved: dsl.PipelineTask,
+    run: Any,
+    checkpoint_uri: Any,
     phases: int,
     phase_pipeline: BaseComponent,
     place: Place,
+    data_uri: Any,
     *,
     in_order: bool,
     gpu_publish: bool,
 ) -> None:
     """Unroll the phases, each with its evaluation beside it, and publish the last checkpoint."""
-    run, checkpoint_uri = resolved.outputs["run"], resolved.outputs["base_uri"]
-    data_uri = place(prepare_data(run=run, base_uri=checkpoint_uri), gpu=False).output
     digits = len(str(phases))
 
     def measure(phase: int) -> dsl.PipelineTask:
@@ -207,7 +229,18 @@ def _prune_and_train(
     place(publish(run=run, checkpoint_uri=checkpoint_uri), gpu=gpu_publish).after(*evaluations)
 
 
-def _build_phase(place: Place, *, gpu_scoring: bool, gpu_pruning: bool) -> BaseComponent:
+def _build_preparation(place: Place) -> BaseComponent:
+    """Build the nested pipeline of what comes before all phases: KFP has conditions on those alone."""
+
+    @dsl.pipeline(name="prepare")
+    def prepare(run: dict, base_uri: str, first: int) -> str:
+        """Prepare the data."""
+        return place(prepare_data(run=run, base_uri=base_uri), gpu=False).output
+
+    return prepare
+
+
+def _build_phase(place: Place, *, gpu_scoring: bool, gpu_pruning: bool, nodes: int) -> BaseComponent:
     """Build the nested pipeline of one phase: a checkpoint's URI in, the pruned and recovered one's out."""
 
     @dsl.pipeline(name="phase")
@@ -226,7 +259,7 @@ def _build_phase(place: Place, *, gpu_scoring: bool, gpu_pruning: bool) -> BaseC
         )
         place(pruned, gpu=gpu_pruning, phase=PHASE_OF_NESTED)
         recovered = recover_train(checkpoint_uri=pruned.outputs["Output"], data_uri=data_uri, **common)
-        place(recovered, gpu=True, phase=PHASE_OF_NESTED)
+        place(recovered, gpu=True, phase=PHASE_OF_NESTED, nodes=nodes)
         return recovered.outputs["Output"]
 
     return phase_pipeline

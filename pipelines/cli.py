@@ -8,24 +8,29 @@ from core.errors import AdaptPrunerError, SettingsError, full_disk
 from core.machine.cores import use_own_cores
 from pipelines.commands.benchmark import benchmark
 from pipelines.commands.clean import clean
+from pipelines.commands.compare import compare
 from pipelines.commands.compile import compile_
+from pipelines.commands.doctor import doctor
 from pipelines.commands.evaluate import evaluate
 from pipelines.commands.experiment import experiment
 from pipelines.commands.export import export
 from pipelines.commands.generate import generate
 from pipelines.commands.inspect import inspect
+from pipelines.commands.promote import promote
 from pipelines.commands.push import push
+from pipelines.commands.report import report
 from pipelines.commands.run import run
 from pipelines.commands.runs import runs
 from pipelines.commands.schedule import schedule
 from pipelines.commands.sensitivity import sensitivity
 from pipelines.commands.submit import submit
+from pipelines.commands.watch import watch
 
 _GROUPS = {
-    "Run a recipe": (run, compile_, submit, schedule, experiment),
+    "Run a recipe": (run, compile_, doctor, submit, schedule, experiment),
     "Examine a model": (inspect, generate, evaluate, sensitivity, benchmark),
-    "Share a model": (export, push),
-    "Look after a store": (runs, clean),
+    "Share a model": (export, push, promote),
+    "Look after a store": (runs, watch, report, compare, clean),
 }
 
 
@@ -65,7 +70,7 @@ def main() -> None:
     A recipe (a YAML file) names the model, the target size, the texts and the number of phases; each phase
     prunes a little and trains a little.
 
-    Exit status: 0 success, 1 failure, 2 wrong settings.
+    Exit status: 0 success, 1 failure, 2 wrong settings; of promote also 3, not promoted.
     """
     use_own_cores()
 

@@ -1,9 +1,11 @@
 """What a task needs on a Kubernetes cluster: image, resources, volumes, credentials, retries, labels."""
 
+import dataclasses
 import re
 
 from kfp import dsl, kubernetes
 
+from components.nodes.train_job import QUEUE_LABEL, VARIABLE, NodeSettings
 from core.settings.cluster import ClusterSettings, Toleration, seconds_of
 
 SECRET_KEYS = (
@@ -20,23 +22,30 @@ CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")
 """The same of the config map."""
 
 SCRATCH = "/scratch"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 COMPONENT_LABEL, PHASE_LABEL, RECIPE_LABEL = (
     f"adapt-pruner/{name}" for name in ("component", "phase", "recipe")
 )
 PHASE_OF_NESTED = "{{=split(tasks.name + '-1', '-')[1]}}"
 """Value of a label that Argo replaces by the phase: the nested pipelines of the phases are its tasks phase,
-phase-2, phase-3. KFP has no labels that differ between tasks of one definition, and a definition of its own
-for each task of each phase doubles the workflow: 20 phases would not fit into what Argo can store. Single
-quotes, as it stands in JSON within JSON."""
+phase-2, phase-3. Of phase-left, phase-left-2, which do whichever phase is left, it makes ``left``. KFP has no
+labels that differ between tasks of one definition, and a definition of its own for each task of each phase
+doubles the workflow: 20 phases would not fit into what Argo can store. Single quotes, as it stands in JSON
+within JSON."""
 
+_CPU_OF_FOLLOWING, _MEMORY_OF_FOLLOWING = "500m", "4Gi"  # of a task that only waits for its nodes
 _GROUP = 0  # of the image's home folder
 _BACKOFF_FACTOR = 2.0
 
 
 def configure(
-    task: dsl.PipelineTask, settings: ClusterSettings, *, recipe: str, gpu: bool, phase: int | str = ""
+    task: dsl.PipelineTask,
+    settings: ClusterSettings,
+    *,
+    recipe: str,
+    gpu: bool,
+    phase: int | str = "",
+    nodes: int = 1,
 ) -> dsl.PipelineTask:
     """Give a task all that its pods need, and switch its caching off.
 
@@ -46,6 +55,7 @@ def configure(
         recipe: The recipe's name.
         gpu: Whether the task computes on accelerators.
         phase: The phase, 0 for the dense model, or ``PHASE_OF_NESTED``; "" for a task that runs once.
+        nodes: How many the task has compute for it, with the resources that its pod would have.
 
     Returns:
         The same task.
@@ -53,7 +63,13 @@ def configure(
     component = task.component_spec.name
     gpus = settings.gpus_of(component, gpu_task=gpu)
     settings = settings.of(component)
-    _set_resources(task, settings, gpus)
+    if nodes > 1:
+        told = NodeSettings(runtime=settings.training_runtime, resources=resources_of(settings, gpus))
+        task.set_env_variable(VARIABLE, told.to_text())
+        follows = dataclasses.replace(settings, cpu=_CPU_OF_FOLLOWING, memory=_MEMORY_OF_FOLLOWING)
+        _set_resources(task, follows, 0)
+    else:
+        _set_resources(task, settings, gpus)
     _set_nodes(task, settings, gpu=gpus > 0)
     _set_volumes(task, settings)
     _set_environment(task, settings)
@@ -74,6 +90,13 @@ def _set_labels(task: dsl.PipelineTask, labels: dict[str, str]) -> None:
     for key, value in labels.items():
         if value:
             kubernetes.add_pod_label(task, key, value)
+
+
+def resources_of(settings: ClusterSettings, gpus: int) -> dict[str, dict[str, str]]:
+    """Return the resources of a container, as ``_set_resources`` gives them to a task's."""
+    accelerators = {settings.gpu_type: str(gpus)} if gpus else {}
+    requests = {"cpu": settings.cpu, "memory": settings.memory}
+    return {"requests": requests, "limits": {"memory": settings.memory, **accelerators}}
 
 
 def _set_resources(task: dsl.PipelineTask, settings: ClusterSettings, gpus: int) -> None:

@@ -23,6 +23,9 @@ _GENERIC_TEMPLATES_BYTES = 20_000
 _EXECUTOR_INPUT, _UNIQUE_IDS = "x" * 1_300, 15
 _HASH = "0" * 64
 
+WAYS = ("go-on", "prepare")
+"""The tasks of which one is skipped: see ``pipelines/resuming.py``."""
+
 Document = dict[str, Any]
 
 
@@ -94,16 +97,18 @@ def workflow_bytes(pipeline: Document, platform: Document) -> int:
     * Specification: every DAG, Kubernetes configuration and container, with its component, once as text;
       containers that are equal are one. A driver and an executor for each task of each DAG, with the task's
       definition as text.
-    * Status: five nodes a task that runs in a container (the driver's retries and its attempt, the executor,
-      its retries, its attempt) and three a DAG task. A node repeats its inputs with all placeholders
-      replaced: the driver's component, container and configuration, and thrice the pod's patch, which is made
-      of them.
+    * Status: six nodes a task that runs in a container (the driver's retries and its attempt, the executor's
+      retries around it and in it, and its attempt) and four a DAG task, which KFP retries, too. A node
+      repeats its inputs with all placeholders replaced: the driver's component, container and configuration,
+      and thrice the pod's patch, which is made of them. Of the two ways that a run may take, the larger one;
+      a task of the other is two short nodes.
 
     Where a task is tried again its second attempt is one node more: each is counted twice.
 
     A task without retries comes to 1.2 kB here as in the workflow that KFP's compiler writes for its example
-    pipeline_with_reused_component (2.15; later versions write less). A run of two phases in which nothing was
-    tried again ended at 175,860 bytes on KFP 2.17 and Argo 4.0.5, its nodes compressed; this says 177,810.
+    pipeline_with_reused_component (2.15; later versions write less). Runs of one and of three phases, nodes
+    compressed, ended at 158,814 and 226,428 bytes on KFP 2.17 and Argo 4.0.5 in which hardly a task was tried
+    again; this says 174,662 and 255,691 of such pipelines.
     """
     executors = pipeline["deploymentSpec"]["executors"]
     configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -117,9 +122,14 @@ def workflow_bytes(pipeline: Document, platform: Document) -> int:
     texts = [*map(_text, dags), *tasks.keys(), *tasks.values(), *map(_text, configs.values())]
     specification = [{"name": f"components-{_HASH}", "value": text} for text in texts]
     specification += [entry for dag in _dags(pipeline) for entry in _template_tasks(pipeline, platform, dag)]
-    nodes = sorted(_nodes(pipeline, platform, pipeline["root"], "root"), key=lambda node: node["id"])
-    status = base64.b64encode(gzip.compress(_text(nodes).encode(), compresslevel=6, mtime=0))
-    return len(_text(specification)) + _GENERIC_TEMPLATES_BYTES + len(status)
+    status = max(_status_bytes(pipeline, platform, skipped) for skipped in WAYS)
+    return len(_text(specification)) + _GENERIC_TEMPLATES_BYTES + status
+
+
+def _status_bytes(pipeline: Document, platform: Document, skipped: str) -> int:
+    """Estimate what the nodes of a run take in which a task's condition does not hold."""
+    nodes = sorted(_nodes(pipeline, platform, pipeline["root"], "root", skipped), key=lambda node: node["id"])
+    return len(base64.b64encode(gzip.compress(_text(nodes).encode(), compresslevel=6, mtime=0)))
 
 
 def _template_tasks(pipeline: Document, platform: Document, dag: Document) -> Iterator[Document]:
@@ -159,17 +169,26 @@ def _template_task(name: str, template: str, parameters: Mapping[str, str]) -> D
     return {"name": name, "template": template, "arguments": arguments}
 
 
-def _nodes(pipeline: Document, platform: Document, component: Document, path: str) -> Iterator[Document]:
+def _nodes(
+    pipeline: Document, platform: Document, component: Document, path: str, skipped: str
+) -> Iterator[Document]:
     """Yield the nodes of the status below a DAG, those of DAGs within it included."""
     configs = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    for name, task in component["dag"]["tasks"].items():
+    tasks = component["dag"]["tasks"]
+    omitted = _after(skipped, tasks)
+    for name, task in tasks.items():
         inner, where = pipeline["components"][task["componentRef"]["name"]], f"{path}.{name}"
+        if name in omitted:
+            yield from (_node(f"{where}{kind}", {}, {}) for kind in ("-driver", ""))
+            continue
         inputs = {"component": _text(inner), "task": _text(task), "parent-dag-id": "12345"}
         if "dag" in inner:
             for kind in ("-driver", "-driver(0)"):
                 yield _node(f"{where}{kind}", inputs, {"execution-id": "12345", "condition": "true"})
-            yield _node(where, {"parent-dag-id": "12345", "condition": "true"}, {})
-            yield from _nodes(pipeline, platform, inner, where)
+            for kind in ("", "(0)"):
+                yield _node(f"{where}{kind}", {"parent-dag-id": "12345", "condition": "true"}, {})
+            if name != skipped:
+                yield from _nodes(pipeline, platform, inner, where, skipped)
             continue
         container = pipeline["deploymentSpec"]["executors"][inner["executorLabel"]]["container"]
         inputs |= {"container": _text(container), "kubernetes-config": _text(configs[inner["executorLabel"]])}
@@ -177,8 +196,16 @@ def _nodes(pipeline: Document, platform: Document, component: Document, path: st
         patch = {"pod-spec-patch": _text([*inputs.values(), _EXECUTOR_INPUT, *ids])}
         for kind in ("-driver", "-driver(0)"):
             yield _node(f"{where}{kind}", inputs, patch)
-        for kind in (".executor", ".executor.retry", ".executor(0)", ".executor(1)"):
+        for kind in ("", ".executor", ".executor.retry", ".executor(0)", ".executor(1)"):
             yield _node(f"{where}{kind}", patch | _labels(pipeline, platform, task), {})
+
+
+def _after(skipped: str, tasks: Document) -> set[str]:
+    """Return the tasks that wait for one that is skipped, or for one that does."""
+    found = {skipped}
+    while more := {n for n, t in tasks.items() if found & set(t.get("dependentTasks", ()))} - found:
+        found |= more
+    return found - {skipped}
 
 
 def _node(name: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Document:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.data.drawing import Draw
-from core.data.files import save_sequences
+from core.data.files import save_sequences, writing_rows
 from core.data.packing import Tokenized, body_length, opening_ids, pack
 from core.data.rows import open_rows
 from core.data.texts import iter_conversations, iter_documents
@@ -98,12 +98,22 @@ def write_calibration_pool(
 
 
 def write_perplexity_windows(
-    source: TextSource, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, path: Path
+    source: TextSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    windows: int,
+    length: int,
+    path: Path,
+    stride: int = 0,
 ) -> int:
     """Write the windows for perplexity: the documents in file order, joined with end tokens and cut.
 
     Each window opens with what the tokenizer puts before a text. The file holds ``input_ids`` (W, T) int32,
     where T is ``length`` and W is ``windows``, or as many as the text fills.
+
+    With a stride they slide over the same text, so that W is larger. The file then holds ``trained`` (W, T)
+    uint8, too: 1 for the tokens that a window is to predict, which are all in the first one and as many as
+    the stride, or what is left of the text, in the others.
 
     Returns:
         W.
@@ -120,9 +130,26 @@ def write_perplexity_windows(
             f"{source.path} does not fill one window of {length:,} tokens. "
             "Name a longer text, or lower evaluation.perplexity_length in a recipe."
         )
-    save_sequences(path, _open_rows(rows, opening))
     log.info("perplexity: %d windows of %d tokens (%d wanted)", len(rows), length, windows)
-    return len(rows)
+    if not stride:
+        save_sequences(path, _open_rows(rows, opening))
+        return len(rows)
+    slid = list(_sliding(np.concatenate(rows), len(rows[0]), stride))
+    columns = {"input_ids": np.int32, "trained": np.uint8}
+    with writing_rows(path, columns, (len(slid), length)) as write:
+        for row, new in slid:
+            write([*_open_rows([row], opening), np.repeat(np.array([0, 1], np.uint8), [length - new, new])])
+    return len(slid)
+
+
+def _sliding(text: NDArray[np.int32], length: int, stride: int) -> Iterator[tuple[NDArray[np.int32], int]]:
+    """Yield windows of a text, and how many tokens at the end of each no earlier one has predicted."""
+    end = length
+    yield text[:end], length
+    while end < len(text):
+        new = min(stride, length, len(text) - end)  # an opening may make the windows shorter than the stride
+        end += new
+        yield text[end - length : end], new
 
 
 def _shuffled(

@@ -8,6 +8,7 @@ computed only where they predict a continuation.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +65,11 @@ def can_share(model: "PreTrainedModel", requests: Sequence[Request]) -> bool:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: "PreTrainedModel", requests: Sequence[Request], *, batch_size: int
+    model: "PreTrainedModel",
+    requests: Sequence[Request],
+    *,
+    batch_size: int,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, float, bool]]:
     """Compute the log-likelihood of each continuation, given its context.
 
@@ -72,13 +77,14 @@ def log_likelihoods(
         model: A causal language model that ``can_share``, in evaluation mode.
         requests: None is longer than the model can read.
         batch_size: Requests per forward pass.
+        part: Of how many parts of the passes to compute which one.
 
     Yields:
         The request's number, the sum of its continuation's log-probabilities (float32), and whether each of
         its tokens is the likeliest. Requests with the same context follow each other.
     """
     limit = _PASS_TOKENS.get(model.device.type, _ACCELERATOR_PASS_TOKENS)
-    for batch in _passes(requests, batch_size, limit):
+    for batch in islice(_passes(requests, batch_size, limit), part[0], None, part[1]):
         places = sorted({place for places in batch.predicting for place in places})
         rows = {place: row for row, place in enumerate(places)}
         logits = _logits(model, batch, places)

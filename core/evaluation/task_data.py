@@ -17,7 +17,9 @@ import yaml
 
 from core.data.locations import locate
 from core.errors import DataError
+from core.evaluation.mini import MINI, write_mini_task
 from core.settings.evaluation import EvaluationSettings
+from core.settings.presets import PRESETS
 
 if TYPE_CHECKING:
     import datasets
@@ -39,18 +41,32 @@ _NAMES = re.compile(
 _COLUMNS = {"boolq": {"doc_to_target": "{{ (label if label is defined else answer) | int }}"}}
 
 
+def unknown_tasks(settings: EvaluationSettings) -> list[str]:
+    """Check the names of the tasks beyond the presets: reads lm-eval's files, but does not import it.
+
+    Returns:
+        One sentence per task that lm-eval does not have; none where it is not installed.
+    """
+    known = {*MINI, *(each.task for preset in PRESETS.values() for each in preset)}
+    named = [name for name in settings.benchmarks() if name not in known]
+    if not named or importlib.util.find_spec("lm_eval") is None:
+        return []
+    files, collections = _catalog()
+    wrong = [name for name in named if name not in files and name not in collections]
+    return [_unknown(name, [*files, *collections, *PRESETS]) for name in wrong]
+
+
 def task_problems(settings: EvaluationSettings) -> list[str]:
     """Check the tasks and the places of their data, without reading it; does not import lm-eval.
 
     Returns:
         One sentence per problem.
     """
-    problems = []
-    files, collections = _catalog()
-    for name in settings.tasks:
-        if name not in files and name not in collections:
-            problems.append(_unknown(name, [*files, *collections]))
-    for name, path in settings.task_data.items():
+    problems = unknown_tasks(settings)
+    for name in settings.benchmarks():
+        path = settings.data_of(name)
+        if path is None:
+            continue
         try:
             location = locate(path)
         except DataError as error:
@@ -67,11 +83,11 @@ def load_tasks(settings: EvaluationSettings, folder: Path) -> dict[str, dict[str
     """Build lm-eval's task objects with their data.
 
     Args:
-        settings: Tasks and where their data is.
+        settings: Tasks, their number of examples, and where their data is.
         folder: An empty folder for task files.
 
     Returns:
-        Name from ``settings.tasks`` to ``{"tasks": {name: task}, "groups": {name: group}}``.
+        Name from ``settings.benchmarks()`` to ``{"tasks": {name: task}, "groups": {name: group}}``.
 
     Raises:
         DataError: If a task is unknown, or its data cannot be read or does not fit it.
@@ -81,19 +97,24 @@ def load_tasks(settings: EvaluationSettings, folder: Path) -> dict[str, dict[str
     from lm_eval.tasks import TaskManager
 
     files, _ = _catalog()
+    wanted = settings.benchmarks()
     # lm-eval's own index of all tasks takes 8 s; only groups and tags need it.
-    manager = TaskManager(include_defaults=any(name not in files for name in settings.tasks))
+    manager = TaskManager(include_defaults=any(name not in files and name not in MINI for name in wanted))
     loaded = {}
-    for name in settings.tasks:
-        path = settings.task_data.get(name)
+    for name in wanted:
+        path, shots = settings.data_of(name), settings.shots_of(name)
         spec = str(files.get(name, name))
-        if path is not None:
-            spec = _with_local_data(name, path, manager, settings.limit, folder)
+        if name in MINI and path is None:
+            spec = str(write_mini_task(name, folder))
+        elif path is not None:
+            spec = _with_local_data(name, path, manager, shots, folder)
         with _load_errors(name, path):
             loaded[name] = manager.load([spec])
-        if path is not None:
-            for task in loaded[name]["tasks"].values():
+        for task in loaded[name]["tasks"].values():
+            if path is not None:
                 _check_answers(task, path)
+            own = task.get_config("num_fewshot") or 0
+            task.set_config(key="num_fewshot", value=own if shots is None else shots)
     return loaded
 
 
@@ -144,7 +165,7 @@ def _load_errors(name: str, path: str | None) -> Iterator[None]:
         ) from error
 
 
-def _with_local_data(name: str, path: str, manager: "TaskManager", limit: int, folder: Path) -> str:
+def _with_local_data(name: str, path: str, manager: "TaskManager", shots: int | None, folder: Path) -> str:
     """Make lm-eval's task, or a group's tasks, read local files; returns an argument for ``manager.load``."""
     from lm_eval.tasks import TaskManager
 
@@ -153,10 +174,10 @@ def _with_local_data(name: str, path: str, manager: "TaskManager", limit: int, f
     files, _ = _catalog()
     if name in files:
         config = TaskManager(include_defaults=False, include_path=files[name].parent).task_index[name].cfg
-        return str(_local_task(name, config or {}, files[name], location, limit, folder))
+        return str(_local_task(name, config or {}, files[name], location, shots, folder))
     for member in _members(name, manager):
         entry = manager.task_index[member]
-        entry.yaml_path = _local_task(member, entry.cfg or {}, files[member], location, limit, folder)
+        entry.yaml_path = _local_task(member, entry.cfg or {}, files[member], location, shots, folder)
     return name
 
 
@@ -173,31 +194,26 @@ def _members(child: Any, manager: "TaskManager") -> list[str]:
 
 
 def _local_task(
-    name: str, config: Mapping[str, Any], official: Path, location: Path, limit: int, folder: Path
+    name: str, config: Mapping[str, Any], official: Path, location: Path, shots: int | None, folder: Path
 ) -> Path:
     """Write a task file that takes everything but the data from lm-eval's own.
 
-    ``location`` holds one subfolder per split, or such a folder named as the task's subset. ``limit`` is the
-    number of rows to read of the evaluated split, 0 for all.
+    ``location`` holds one subfolder per split, or such a folder named as the task or as its subset.
     """
-    subset = location / str(config.get("dataset_name"))
-    if subset.is_dir():
-        location = subset
+    own = (location / name, location / str(config.get("dataset_name")))
+    location = next((folder for folder in own if folder.is_dir()), location)
     splits = {sub.name: str(sub) for sub in sorted(location.iterdir()) if sub.is_dir() and _data_files(sub)}
     if not splits:
         raise DataError(
             f"evaluation.task_data.{name}: {location} has no folder per split with {', '.join(_READERS)} "
             "files. Name the folder above validation/ or test/."
         )
-    chosen = _choose_splits(name, config, splits, location)
-    # A task that drops rows evaluates fewer then; the others need not prepare 10,000 rows for 60.
-    limits = {chosen["test_split"] or chosen["validation_split"]: limit} if limit else {}
-    if config.get("num_fewshot"):
-        limits = {}
+    shots = config.get("num_fewshot") if shots is None else shots
+    chosen = _choose_splits(name, config, splits, location, shots or 0)
     needed = {split: path for split, path in splits.items() if split in chosen.values()}
     task = {
         **{"include": str(official), "task": name, "tag": None, **chosen, **_COLUMNS.get(name, {})},
-        "dataset_kwargs": {"split_folders": needed, "limits": limits},
+        "dataset_kwargs": {"split_folders": needed},
     }
     function = f"custom_dataset: !function {__name__}.{read_splits.__name__}\n"
     file = folder / f"{name}.yaml"
@@ -206,12 +222,12 @@ def _local_task(
 
 
 def _choose_splits(
-    name: str, config: Mapping[str, Any], splits: Mapping[str, str], location: Path
+    name: str, config: Mapping[str, Any], splits: Mapping[str, str], location: Path, shots: int
 ) -> dict[str, str | None]:
     """Keep the task's splits that exist; if none of them is for evaluation, take another and log it."""
     wanted = ("test_split", "validation_split", "training_split", "fewshot_split")
     chosen = {key: config[key] if config.get(key) in splits else None for key in wanted}
-    if not config.get("num_fewshot"):
+    if not shots:
         chosen["training_split"] = chosen["fewshot_split"] = None  # so that they are not read for nothing
     if not chosen["test_split"] and not chosen["validation_split"]:
         stand_in = next((split for split in _STAND_INS if split in splits), None)
@@ -222,23 +238,28 @@ def _choose_splits(
             )
         chosen["validation_split"] = stand_in or next(iter(splits))
     evaluated = chosen["test_split"] or chosen["validation_split"]
+    if chosen["fewshot_split"] == evaluated:
+        chosen["fewshot_split"] = None  # lm-eval would give a question's own answer as an example
+    examples = [config[key] for key in ("fewshot_split", "training_split") if config.get(key)]
+    if shots and examples and not chosen["fewshot_split"] and not chosen["training_split"]:
+        raise DataError(
+            f"evaluation.task_data.{name}: {location} has no {' or '.join(examples)} folder for the {shots} "
+            f"examples before each question. Add it, or set evaluation.shots.{name}=0."
+        )
     official = config.get("test_split") or config.get("validation_split")
     if evaluated != official:
         log.info("%s: split %s is evaluated, because %s has no %s", name, evaluated, location, official)
     return chosen
 
 
-def read_splits(
-    split_folders: Mapping[str, str], limits: Mapping[str, int], **_: object
-) -> dict[str, "datasets.Dataset"]:
+def read_splits(split_folders: Mapping[str, str], **_: object) -> dict[str, "datasets.Dataset"]:
     """Read the splits of a data set into memory; lm-eval calls this for tasks with local data."""
     import datasets
 
-    read = {}
-    for split, folder in split_folders.items():
-        rows = datasets.concatenate_datasets([_READERS[f.suffix](f) for f in _data_files(Path(folder))])
-        read[split] = rows.select(range(min(len(rows), limits.get(split, len(rows)))))
-    return read
+    return {
+        split: datasets.concatenate_datasets([_READERS[f.suffix](f) for f in _data_files(Path(folder))])
+        for split, folder in split_folders.items()
+    }
 
 
 def _data_files(folder: Path) -> list[Path]:

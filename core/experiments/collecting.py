@@ -12,8 +12,9 @@ from pathlib import Path
 from core.errors import StorageError
 from core.experiments.definition import LAYER, LAYER_METRICS, Cell, Experiment
 from core.machine.precision import SECTIONS
-from core.report.tables import DENSE, ResultTable, Row, figures_of
-from core.runs.overview import RunOverview, list_runs
+from core.report.tables import COSTS, DENSE, ResultTable, Row, figures_of
+from core.runs.finding import stored_runs
+from core.runs.overview import RunOverview
 from core.runs.record import RunRecord, public_path
 from core.runs.run import Run
 from core.settings.schema import Settings
@@ -21,7 +22,6 @@ from core.storage.interface import Store
 from core.storage.layout import RECORD
 from core.storage.publication import open_publication
 from core.storage.store import open_store
-from core.storage.transfer import in_parallel
 
 SENSITIVITY = "sensitivity.json"
 
@@ -87,12 +87,10 @@ def find_runs(cells: Sequence[Cell], store: Store, *, revision: str = "") -> dic
     Raises:
         StorageError: If the store cannot be read.
     """
-    overviews = list_runs(store)
-    loaded = in_parallel(lambda overview: _loaded(store, overview.key), overviews)
     known: dict[tuple[str, ...], tuple[RunOverview, Run]] = {}
-    for overview, run in zip(overviews, loaded, strict=True):
-        if run is not None and revision in ("", run.revision):
-            known.setdefault(_identity(run.settings), (overview, run))
+    for each in stored_runs(store):
+        if each.run is not None and revision in ("", each.run.revision):
+            known.setdefault(_identity(each.run.settings), (each.overview, each.run))
     precisions = {tuple(_precisions(run.settings).items()) for _, run in known.values()}
     found = {}
     for cell in cells:
@@ -142,13 +140,6 @@ def table_of(
     )
 
 
-def _loaded(store: Store, key: str) -> Run | None:
-    try:
-        return Run.load({"store": store.uri, "key": key})
-    except StorageError:
-        return None  # damaged: ``adapt-pruner runs`` shows it
-
-
 def _precisions(settings: Settings) -> dict[str, str]:
     return {name: getattr(settings, name).precision for name in SECTIONS}
 
@@ -187,7 +178,7 @@ def _dense(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> 
     for record in records.values():
         name = f"{DENSE} {public_path(record.base)}" if len(records) > 1 else DENSE
         figures = figures_of(record, record.phases[0])
-        yield {axis: name}, {name: figures[name] for name in figures if name not in ("tokens", "seconds")}
+        yield {axis: name}, {name: figures[name] for name in figures if name not in COSTS}
 
 
 def _samples(experiment: Experiment, cell: Cell, found: Found, folder: Path) -> Iterator[_Sample]:

@@ -162,9 +162,8 @@ def load_experiment(
     refuse(_alike(cells))
     others = [text for text in overrides if not text.startswith("evaluation.tasks")]  # which may narrow it
     asked = load_recipe(recipe, (*_texts(file.set), *others))
-    tasks = {
-        task for settings in (asked, *(cell.settings for cell in cells)) for task in settings.evaluation.tasks
-    }
+    evaluations = [settings.evaluation for settings in (asked, *(cell.settings for cell in cells))]
+    tasks = {task for each in evaluations for task in (*each.tasks, *each.benchmarks())}
     refuse(f"{path}: {problem}" for problem in _unknown_columns(file, [*RUN_METRICS, *sorted(tasks)]))
     published = file.published.figures if base == file.published.base else []
     return Experiment(

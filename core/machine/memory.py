@@ -36,6 +36,11 @@ def peak_bytes(device: str | torch.device = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def spare_bytes() -> int:
+    """Return the host's free memory, less what this process once took and may take again."""
+    return available_bytes() - max(0, peak_bytes() - psutil.Process().memory_info().rss)
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device; what goes from the host to an accelerator arrives while both work on."""
     if device.type == "cuda" and tensor.device.type == "cpu":

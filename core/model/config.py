@@ -87,11 +87,29 @@ def config_with_width(config: PreTrainedConfig, width: int) -> PreTrainedConfig:
     return type(config).from_dict(data | {"sliced_hidden_size": width})
 
 
-def _check_sums(config: PreTrainedConfig) -> None:
+def config_with_hidden_size(config: PreTrainedConfig, size: int) -> PreTrainedConfig:
+    """Return a copy of ``config`` with ``size`` embedding channels; heads are as large as before.
+
+    Raises:
+        UnsupportedModelError: If the family's layers are more than norms, blocks and plain sums, or its own
+            config refuses the size.
+    """
+    _check_sums(config, "lose embedding channels")
+    data = config.to_dict() | {"head_dim": head_dim(config), "hidden_size": size}
+    try:
+        return type(config).from_dict(data)
+    except StrictDataclassError as error:
+        raise UnsupportedModelError(
+            f"this {config.model_type} cannot have {size} embedding channels: its config says "
+            f"{str(error).splitlines()[-1].strip()}. Leave prune.hidden_size out."
+        ) from error
+
+
+def _check_sums(config: PreTrainedConfig, what: str = "be sliced") -> None:
     family = family_of(config)
     if not family.slices_width:
         raise UnsupportedModelError(
-            f"model family {family.model_type!r} cannot be sliced: its layers scale or normalise what they "
+            f"model family {family.model_type!r} cannot {what}: its layers scale or normalise what they "
             "add to the residual sum. Choose another prune.method, or another base model."
         )
 

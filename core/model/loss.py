@@ -1,20 +1,22 @@
 """The losses of a causal language model and their gradients, a chunk of positions at a time.
 
 The next-token loss, and the divergence from a teacher: sum p (log p - log q) of p, what the teacher expects,
-and q, what the model does.
+and q, what the model does. Where the teacher's likeliest tokens are stored, all others count as one.
 
 Logits are the largest array of a small model: V numbers per position. Only those of one chunk exist at a
 time, and only for positions whose next token counts. The model's own code computes them from the final hidden
 states, because some families scale or cap them.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from core.machine.memory import sent
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist at a time: 64 MiB in float32, 340 positions at V = 49,152. A GPU needs more."""
+_PART_ROWS = 2**13  # of a weight's gradient
 
 
 def final_states(model: "PreTrainedModel", ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -64,7 +67,7 @@ def loss_sum(
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     with torch.no_grad():
         for part, of_part in _chunks(model, rows, targets):
-            losses = F.cross_entropy(_wide(_logits(model, part)), of_part, reduction="none")
+            losses = F.cross_entropy(_wide(head_logits(model, part)), of_part, reduction="none")
             total += losses.double().sum()
     return total.item()
 
@@ -88,6 +91,40 @@ class Lesson:
     weight: float
     temperature: float
 
+    def columns(self, counts: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return what the divergence at the positions ``counts`` of (B, T - 1) is found from."""
+        return [self.aims[:, :-1][counts]]
+
+    def divergence(self, logits: Tensor, aims: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed divergence of (N, V) logits and its gradient; ``aims`` are (N, D)."""
+        return _divergence(logits, _wanted(self.teacher, aims), self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLesson:
+    """What a teacher was found to expect: a ``Lesson`` that needs no teacher.
+
+    Attributes:
+        ids: (N, K) token ids at the N positions whose next token counts, in their order.
+        logs: (N, K + 1) logarithms of their probabilities at ``temperature``; the last one is of all other
+            tokens together.
+        weight: See ``Lesson``.
+        temperature: See ``Lesson``.
+    """
+
+    ids: Tensor
+    logs: Tensor
+    weight: float
+    temperature: float
+
+    def columns(self, _: tuple[Tensor, ...]) -> list[Tensor]:
+        """See ``Lesson``."""
+        return [self.ids, self.logs]
+
+    def divergence(self, logits: Tensor, ids: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Lesson``."""
+        return _divergence_of_likeliest(logits, ids.long(), logs, self.temperature)
+
 
 def loss_gradient(
     model: "PreTrainedModel",
@@ -96,7 +133,7 @@ def loss_gradient(
     *,
     scale: float,
     trained: Tensor | None = None,
-    lesson: Lesson | None = None,
+    lesson: Lesson | StoredLesson | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed next-token loss and the gradient of ``scale`` times it with respect to ``states``.
 
@@ -115,23 +152,27 @@ def loss_gradient(
         The sum, unscaled: float64, on the device. And the (B, T, D) gradient in the format of ``states``.
     """
     rows, targets = states.detach()[:, :-1], ids[:, 1:]
-    counted = torch.ones(targets.shape, dtype=torch.bool) if trained is None else trained[:, 1:] != 0
-    counts = tuple(sent(places, rows.device) for places in counted.nonzero(as_tuple=True))
+    counts = counted_positions(torch.ones(ids.shape) if trained is None else trained, rows.device)
     columns = [rows[counts], targets[counts]]
     if lesson is not None:
-        columns.append(lesson.aims[:, :-1][counts])
+        columns += lesson.columns(counts)
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     gradients = []
-    for part, of_part, *aims in _chunks(model, *columns):
+    for part, of_part, *of_lesson in _chunks(model, *columns):
         if lesson is None:
             loss, gradient = chunk_gradient(model, part, of_part, scale=scale)
         else:
-            loss, gradient = chunk_lesson(model, part, of_part, lesson, *aims, scale=scale)
+            loss, gradient = chunk_lesson(model, part, of_part, lesson, *of_lesson, scale=scale)
         gradients.append(gradient)
         total += loss
     gradient = torch.zeros_like(states, requires_grad=False)
     gradient[:, :-1][counts] = torch.cat(gradients)
     return total, gradient
+
+
+def counted_positions(trained: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Return where the next token counts, as indices of (B, T - 1) on a device; arguments as above."""
+    return tuple(sent(places, device) for places in (trained[:, 1:] != 0).nonzero(as_tuple=True))
 
 
 def chunk_gradient(
@@ -142,14 +183,17 @@ def chunk_gradient(
 
 
 def chunk_lesson(
-    model: "PreTrainedModel", rows: Tensor, targets: Tensor, lesson: Lesson, aims: Tensor, *, scale: float
+    model: "PreTrainedModel",
+    rows: Tensor,
+    targets: Tensor,
+    lesson: Lesson | StoredLesson,
+    *columns: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return what ``chunk_gradient`` does, of a loss with a teacher's part; ``aims`` are those of (N, D)."""
-    with torch.no_grad():
-        wanted = _logits(lesson.teacher, aims)
+    """Return what ``chunk_gradient`` does, with a lesson; ``columns`` are its own of the N positions."""
 
     def mixed(logits: Tensor) -> tuple[Tensor, Tensor]:
-        divergence, gradient = _divergence(logits, wanted, lesson.temperature)
+        divergence, gradient = lesson.divergence(logits, *columns)
         if lesson.weight == 1:
             return divergence, gradient
         loss, of_loss = _cross_entropy(logits, targets)
@@ -165,7 +209,7 @@ def divergence_sum(
     total = torch.zeros((), dtype=torch.float64, device=states.device)
     with torch.no_grad():
         for part, aim in _chunks(model, states.flatten(0, -2), aims.flatten(0, -2)):
-            total += _divergence(_logits(model, part), _logits(teacher, aim))[0]
+            total += _divergence(head_logits(model, part), head_logits(teacher, aim))[0]
     return total.item()
 
 
@@ -199,23 +243,44 @@ def chunk_divergence(
     model: "PreTrainedModel", rows: Tensor, teacher: "PreTrainedModel", aims: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the summed divergence of (N, D) states, and ``scale`` times its (N, D) gradient."""
-    with torch.no_grad():
-        wanted = _logits(teacher, aims)
-    return _gradient(model, rows, lambda logits: _divergence(logits, wanted), scale)
+    return _gradient(model, rows, lambda logits: _divergence(logits, _wanted(teacher, aims)), scale)
 
 
 def _gradient(
     model: "PreTrainedModel", rows: Tensor, loss_of: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Go back through the head with what ``loss_of`` returns for the logits: a sum and its gradient."""
-    rows = rows.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = _logits(model, rows)
+    """Go back through the head with what ``loss_of`` returns for the logits: a sum and its gradient.
+
+    It may overwrite the logits: no head's last operation needs them again (autograd would refuse).
+    """
+    rows, head = rows.detach().requires_grad_(), model.get_output_embeddings()
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        if head.weight.requires_grad:
+            stack.callback(head.register_forward_hook(_collect).remove)
+        logits = head_logits(model, rows)
     loss, gradient = loss_of(logits.detach())
     with torch.autocast(logits.device.type, enabled=False):
-        logits.backward(gradient.mul_(scale).to(logits.dtype))
-    assert rows.grad is not None
-    return loss, rows.grad
+        # Of the rows alone: autograd's gradient of the weight would be an array of its own each time.
+        (of_rows,) = torch.autograd.grad(logits, rows, gradient.mul_(scale).to(logits.dtype))
+    return loss, of_rows
+
+
+def _collect(head: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Have the gradient of a head's weight added to ``grad``, once the one of its output is known."""
+    states, weight = inputs[0].detach().flatten(0, -2), head.weight
+
+    def add(gradient: Tensor) -> None:
+        gradient = gradient.flatten(0, -2)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if weight.dtype == gradient.dtype:
+            weight.grad.addmm_(gradient.T, states)
+        else:  # autocast: each part is made in the gradient's format first
+            parts = weight.grad.split(_PART_ROWS), gradient.split(_PART_ROWS, dim=1)
+            for total, part in zip(*parts, strict=True):
+                total += part.T @ states.to(part.dtype)
+
+    output.register_hook(add)
 
 
 def chunk_positions(vocabulary: int, device: str) -> int:
@@ -229,7 +294,7 @@ def _chunks(model: "PreTrainedModel", rows: Tensor, *columns: Tensor) -> Iterato
     yield from zip(*(column.split(size) for column in (rows, *columns)), strict=True)
 
 
-def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
+def head_logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
     """Let the model compute (N, V) logits from (N, D) hidden states, by its own code."""
     decoder = model.get_decoder()
     output = BaseModelOutputWithPast(last_hidden_state=states[None])
@@ -242,6 +307,11 @@ def _logits(model: "PreTrainedModel", states: Tensor) -> Tensor:
     return logits.squeeze(0)  # an index would copy the gradient on its way back
 
 
+@torch.no_grad()
+def _wanted(teacher: "PreTrainedModel", aims: Tensor) -> Tensor:
+    return head_logits(teacher, aims)
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -249,12 +319,14 @@ def _wide(logits: Tensor) -> Tensor:
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed loss of (N, V) logits and its gradient: softmax minus one-hot.
 
-    Computed by hand, which takes one array of the logits' size where autograd takes four.
+    Computed by hand in the place of the logits, if those are float32 or wider: autograd takes four arrays.
     """
     wide = _wide(logits)
-    normaliser = wide.logsumexp(dim=-1, keepdim=True)
-    loss = (normaliser - wide.gather(1, targets[:, None])).double().sum()
-    gradient = (wide - normaliser).exp_()
+    wide.sub_(wide.amax(dim=-1, keepdim=True))
+    likely = wide.gather(1, targets[:, None])
+    total = wide.exp_().sum(dim=-1, keepdim=True)
+    loss = (total.log() - likely).double().sum()
+    gradient = wide.div_(total)
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((), -1.0).expand(len(targets), 1))
     return loss, gradient
 
@@ -266,8 +338,60 @@ def _divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> tup
     """
     if temperature != 1:
         wanted, logits = _wide(wanted) / temperature, _wide(logits) / temperature
-    expected, found = _wide(wanted).log_softmax(dim=-1), _wide(logits).log_softmax(dim=-1)
+    expected = _wide(wanted).log_softmax(dim=-1)
+    del wanted  # nobody else has it
+    found = _wide(logits).log_softmax(dim=-1)
     p = expected.exp()
     # Of the difference, as equal logits are to give exactly 0.
     divergence = torch.linalg.vecdot(p, expected.sub_(found)).double().sum()
     return temperature**2 * divergence, found.exp_().sub_(p).mul_(temperature)
+
+
+def _divergence_of_likeliest(
+    logits: Tensor, ids: Tensor, logs: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence over K tokens and the others as one, and its gradient.
+
+    The others' share keeps both distributions whole. Without it, the K shares scaled up to 1, a model would
+    be taught that nothing else ever comes. It is at most the full divergence, and equal to it at K = V. Its
+    gradient by a logit / t: q - p for the K tokens, q - p_rest * q / q_rest for the others.
+    """
+    wide = _wide(logits) / temperature
+    logs = _wide(logs).log_softmax(dim=-1)  # what is stored is rounded
+    rest = wide.scatter(1, ids, -torch.inf)
+    of_rest, normaliser = (each.logsumexp(dim=-1, keepdim=True) for each in (rest, wide))
+    expected = logs.exp()
+    found = torch.cat([wide.gather(1, ids), of_rest], dim=1).sub_(normaliser)
+    # What is never expected adds nothing, whatever is found: 0 * (-inf - -inf) at K = V.
+    nothing = expected == 0
+    divergence = (expected * (logs - found)).masked_fill_(nothing, 0).double().sum()
+    gradient = wide.sub_(normaliser).exp_()
+    shift = (logs[:, -1:] - of_rest).masked_fill_(nothing[:, -1:], -torch.inf)
+    gradient.sub_(rest.add_(shift).exp_())
+    gradient.scatter_add_(1, ids, -expected[:, :-1])
+    return temperature**2 * divergence, gradient.mul_(temperature)
+
+
+@torch.no_grad()
+def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what (N, V) logits say of the next token, by its likeliest values.
+
+    Args:
+        logits: Of any number format.
+        count: K, at most V.
+        temperature: What they are divided by.
+
+    Returns:
+        (N, K) token ids and (N, K + 1) logarithms, as ``StoredLesson`` has them; and (N,) what that leaves
+        out: the divergence, in nats, of the others all being as likely as each other.
+    """
+    logs = (_wide(logits) / temperature).log_softmax(dim=-1)
+    values, ids = logs.topk(count)
+    shares = logs.exp()
+    entropy = -torch.linalg.vecdot(shares, logs)
+    others = shares.scatter_(1, ids, 0).sum(dim=-1, keepdim=True)
+    kept = torch.cat([values, others.log()], dim=1)
+    even = kept.clone()
+    even[:, -1] -= math.log(max(logits.shape[1] - count, 1))
+    left_out = -entropy - (kept.exp() * even).nan_to_num_(0).sum(dim=-1)
+    return ids, kept, left_out

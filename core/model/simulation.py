@@ -7,7 +7,7 @@ that are alive are counted. So no formula a family has to be kept in step with t
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,16 @@ from transformers import PreTrainedConfig
 
 from core.model.build import build_model
 from core.model.families import family_of
+from core.model.hidden import HiddenLesson
 from core.model.layerwise import LayerwiseModel, frozen
-from core.model.loss import Lesson, chunk_gradient, chunk_lesson, chunk_positions, final_states
+from core.model.loss import (
+    Lesson,
+    StoredLesson,
+    chunk_gradient,
+    chunk_lesson,
+    chunk_positions,
+    final_states,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +43,12 @@ class PassMemory:
     Attributes:
         kept: What is alive when the forward pass is done: activations for the backward pass, autocast copies.
         peak: The most that is alive at once, gradients of the weights included.
+        handed_over: Size of each tensor that waits in host memory meanwhile.
     """
 
     kept: int
     peak: int
+    handed_over: tuple[int, ...] = ()
 
 
 def simulate_training(
@@ -49,8 +59,11 @@ def simulate_training(
     autocast: bool,
     checkpointing: bool,
     device: str,
+    offload: bool = False,
     accumulate: bool = False,
     taught: tuple[float, float] | None = None,
+    hidden_layers: Iterable[int] = (),
+    top_k: int = 0,
     lora_rank: int = 0,
 ) -> PassMemory:
     """Return what a forward and backward pass of training takes, loss included.
@@ -62,15 +75,24 @@ def simulate_training(
         autocast: Whether products are bfloat16.
         checkpointing: Whether activations are recomputed in the backward pass.
         device: Type of the device, by which logits are shared out.
+        offload: Whether checkpointing keeps the inputs of layers in host memory.
         accumulate: Whether gradients of another micro-batch are there already.
         taught: Weight and temperature of a ``Lesson``, if the loss holds one; the teacher's hidden states are
             counted too.
+        hidden_layers: Those that learn from a teacher's, whose outputs are counted too.
+        top_k: If not 0, what the teacher expects is stored: so many of its tokens.
         lora_rank: If not 0, adapters of that rank are trained, and the weights are frozen.
     """
     with _fake_model(config, torch.float32) as (model, counter):
         model.train()
+        handed_over: list[int] = []
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
+        if offload:
+            layer: Any
+            for layer in model.get_submodule(family_of(config).layers).children():
+                checkpoint = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = functools.partial(_offloaded, handed_over, checkpoint)
         if lora_rank:
             _add_adapters(model, lora_rank)
         weights = counter.live
@@ -80,20 +102,48 @@ def simulate_training(
                 parameter.grad = torch.zeros_like(parameter)
         before = counter.live
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            states = final_states(model, torch.zeros(batch, length, dtype=torch.long))
+            tokens = torch.zeros(batch, length, dtype=torch.long)
+            of_teacher = functools.partial(torch.zeros, dtype=torch.bfloat16 if autocast else torch.float32)
+            hidden = HiddenLesson(
+                aims={layer: of_teacher(tokens.numel(), config.hidden_size) for layer in hidden_layers},
+                positions=(tokens.flatten(), tokens.flatten()),
+                weight=1.0,
+            )
+            with hidden.taught(model, scale=1.0) if hidden.aims else contextlib.nullcontext():
+                states = final_states(model, tokens)
             kept = counter.live - before
             rows = states.detach()[:, :-1].flatten(0, 1)
-            lesson = None
-            if taught is not None:
+            lesson: Lesson | StoredLesson | None = None
+            if taught is not None and top_k:
+                ids = torch.zeros(len(rows), min(top_k, config.vocab_size), dtype=torch.long)
+                logs = torch.zeros(len(ids), ids.shape[1] + 1)
+                lesson = StoredLesson(ids=ids, logs=logs, weight=taught[0], temperature=taught[1])
+                columns = [ids, logs]
+            elif taught is not None:
                 lesson = Lesson(teacher=model, aims=rows.clone(), weight=taught[0], temperature=taught[1])
+                columns = [lesson.aims]
             for part in rows.split(chunk_positions(config.vocab_size, device))[:2]:
                 targets = torch.zeros(len(part), dtype=torch.long)
                 if lesson is not None:
-                    chunk_lesson(model, part, targets, lesson, lesson.aims[: len(part)], scale=1.0)
+                    chunk_lesson(model, part, targets, lesson, *(c[: len(part)] for c in columns), scale=1.0)
                 else:
                     chunk_gradient(model, part, targets, scale=1.0)
         states.backward(torch.ones_like(states))
-        return PassMemory(kept=kept, peak=counter.peak - weights)
+        return PassMemory(kept=kept, peak=counter.peak - weights, handed_over=tuple(handed_over))
+
+
+def _offloaded(sizes: list[int], checkpoint: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a layer as transformers does with ``offload``: what it keeps is gone until it comes back."""
+
+    def hand_over(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        sizes.append(tensor.nbytes)
+        return tensor.shape, tensor.dtype
+
+    def bring_back(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(kept[0], dtype=kept[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(hand_over, bring_back):
+        return checkpoint(*args)
 
 
 def _add_adapters(model: "PreTrainedModel", rank: int) -> None:

@@ -12,7 +12,15 @@ import yaml
 from core.bases.licence import FACTS
 from core.report.report import speed_rows
 from core.report.templates import code, listed, render
-from core.runs.record import PhaseRecord, RunRecord, headline_metric, perplexity_text, public_path, score_text
+from core.runs.record import (
+    PhaseRecord,
+    RunRecord,
+    chance_text,
+    headline_metric,
+    perplexity_text,
+    public_path,
+    score_text,
+)
 
 _OF_THE_PLACE = ("storage", "tracking", "cluster")
 
@@ -94,7 +102,9 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
     if dense.perplexity is not None and final.perplexity is not None:
         windows, length = evaluation.get("perplexity_windows"), evaluation.get("perplexity_length")
         text = _source(evaluation.get("perplexity") or {})
-        measure = f"perplexity (lower is better), {windows} windows of {length} tokens of {text}"
+        stride = evaluation.get("perplexity_stride")
+        sliding = f", sliding by {stride}," if stride else ""
+        measure = f"perplexity (lower is better), {windows} windows of {length} tokens{sliding} of {text}"
         rows.append((measure, perplexity_text(dense.perplexity), perplexity_text(final.perplexity)))
     limit = evaluation.get("limit")
     items = f"at most {limit} items" if limit else "all items"
@@ -102,7 +112,8 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
         headline = headline_metric(metrics)
         if headline is not None and task in dense.tasks:
             scores = [score_text(phase.tasks[task], headline[0], unit=" %") for phase in (dense, final)]
-            rows.append((f"{code(task)}, {headline[0]}, {items}", scores[0], scores[1]))
+            what = f"{code(task)}, {headline[0]}, {items}{chance_text(metrics, ', ')}"
+            rows.append((what, scores[0], scores[1]))
     return rows
 
 

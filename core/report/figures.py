@@ -1,64 +1,35 @@
-"""The figures of a run, as matplotlib figures and as inline SVG.
+"""The figures of a run."""
 
-Blue is what stays, orange what goes; they differ in lightness too, for colour-blind readers and grey prints.
-Importing matplotlib takes half a second, so only the first figure does it.
-"""
-
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from core.runs.record import PhaseRecord, RunRecord, accuracies, count_text, perplexity_text
+from core.report.drawing import (
+    COLOURS,
+    DENSE,
+    GONE,
+    INK,
+    KEPT,
+    MARKERS,
+    RATE,
+    layer_axis,
+    log_scale,
+    new_figure,
+    size_axis,
+    sparse,
+    styled,
+)
+from core.runs.record import PhaseRecord, RunRecord, accuracies, perplexity_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KEPT, _GONE, _DENSE, _RATE, _INK = "#0b4f7d", "#d55e00", "#767676", "#7b3294", "#333333"
-_TASK_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b6b6b", "#000000")
-_TASK_MARKERS = "osD^vPX*"
-_FONTS = "'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_WIDTH = 10.6  # inches
 _FEW_PHASES = 4  # up to here phases have names and cells have numbers
 _MANY_LAYERS = 48  # above this, bars and cells are too narrow for numbers
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": "#9a9a9a",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "adapt-pruner",
-}
 
 
-@contextmanager
-def _styled() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def _figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_WIDTH, height), layout="constrained")
-
-
-@_styled()
+@styled()
 def widths_figure(record: RunRecord) -> "Figure":
     """Draw what every layer keeps and what each phase removes: MLP channels, query heads, KV heads."""
     phases = record.phases
@@ -66,14 +37,14 @@ def widths_figure(record: RunRecord) -> "Figure":
     if all(sizes.kv_heads == sizes.query_heads for sizes in phases[0].layers):
         rows = {"MLP width": "mlp_width", "heads": "query_heads"}
     ratios = [3.2, 1.0, 0.7][: len(rows)]
-    figure = _figure(0.9 + sum(ratios))
+    figure = new_figure(0.9 + sum(ratios))
     axes = figure.subplots(len(rows), 1, sharex=True, height_ratios=ratios)
     for (label, size), ax in zip(rows.items(), axes, strict=True):
         _stack(ax, [[getattr(sizes, size) for sizes in phase.layers] for phase in phases])
         ax.set_ylabel(label)
     if len(phases[0].layers) <= _MANY_LAYERS:
         _number_bars(axes[0], [sizes.mlp_width for sizes in phases[-1].layers])
-    _layer_axis(axes[-1], len(phases[0].layers))
+    layer_axis(axes[-1], len(phases[0].layers))
     _phase_key(figure, list(axes), phases)
     return figure
 
@@ -93,10 +64,10 @@ def _stack(ax: "Axes", sizes: Sequence[Sequence[int]]) -> None:
     ``sizes`` are by phase (dense first) and layer.
     """
     floor = [0] * len(sizes[0])
-    _bars(ax, floor, sizes[-1], facecolor=_KEPT, edgecolor="none")
+    _bars(ax, floor, sizes[-1], facecolor=KEPT, edgecolor="none")
     for before, after, colour in zip(sizes, sizes[1:], _phase_colours(len(sizes) - 1), strict=False):
         _bars(ax, after, before, facecolor=colour, edgecolor="none")
-    _bars(ax, floor, sizes[0], facecolor="none", edgecolor=_DENSE, linewidth=0.7)
+    _bars(ax, floor, sizes[0], facecolor="none", edgecolor=DENSE, linewidth=0.7)
     top = max(sizes[0])
     if top <= 16:  # a line a head, so that heads can be counted
         ax.hlines(range(1, top), -0.4, len(sizes[0]) - 0.6, color="white", linewidth=0.8)
@@ -128,18 +99,18 @@ def _phase_key(figure: "Figure", axes: "list[Axes]", records: Sequence[PhaseReco
 
     phases = len(records) - 1
     colours = _phase_colours(phases)
-    handles = [Patch(color=_KEPT, label="kept")]
+    handles = [Patch(color=KEPT, label="kept")]
     if phases <= _FEW_PHASES:
         for before, after, colour in zip(records, records[1:], colours, strict=False):
             when = "in" if after.phase == before.phase + 1 else "up to"
             handles.append(Patch(color=colour, label=f"removed {when} phase {after.phase}"))
-    handles.append(Patch(facecolor="none", edgecolor=_DENSE, label="dense"))
+    handles.append(Patch(facecolor="none", edgecolor=DENSE, label="dense"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0.2)
     if phases > _FEW_PHASES:
         norm = BoundaryNorm([i + 0.5 for i in range(phases + 1)], phases)
         scale = ScalarMappable(norm, ListedColormap(colours))
         bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=40, label="removed in phase")
-        bar.set_ticks(_sparse(range(1, phases + 1), 10))
+        bar.set_ticks(sparse(range(1, phases + 1), 10))
         bar.ax.minorticks_off()
         bar.ax.invert_yaxis()
 
@@ -150,20 +121,20 @@ def _phase_colours(phases: int) -> list[tuple[float, float, float, float]]:
     return [colormaps["YlOrBr"](0.2 + 0.5 * (i + 0.5) / phases) for i in range(phases)]
 
 
-@_styled()
+@styled()
 def layers_figure(record: RunRecord) -> "Figure":
     """Draw importance and cumulative sparsity of every layer (columns) by phase (rows) as two heat maps."""
     phases = [phase for phase in record.phases if phase.importance and phase.sparsity]
     shares = [[100 * x for x in phase.sparsity] for phase in phases]
     top = max(5.0, *(x for row in shares for x in row))
     row_height = 0.4 if len(phases) <= _FEW_PHASES else 0.16
-    figure = _figure(1.5 + 2 * max(0.45, row_height * len(phases)))
+    figure = new_figure(1.5 + 2 * max(0.45, row_height * len(phases)))
     above, below = figure.subplots(2, 1, sharex=True)
     _heat_map(above, [phase.importance for phase in phases], phases, "PuOr", (-1, 1), "{:.1f}")
     _heat_map(below, shares, phases, "Oranges", (0, top), "{:.0f}")
     above.set_title("importance")
     below.set_title("sparsity, % of the dense width")
-    _layer_axis(below, len(shares[0]))
+    layer_axis(below, len(shares[0]))
     return figure
 
 
@@ -182,7 +153,7 @@ def _heat_map(
     )
     ax.set_xticks([])
     names = [phase.phase for phase in phases]
-    ticks = _sparse(range(len(names)), 10)
+    ticks = sparse(range(len(names)), 10)
     ax.set_yticks([i + 0.5 for i in ticks], [str(names[i]) for i in ticks])
     ax.set_ylabel("phase")
     ax.invert_yaxis()
@@ -198,23 +169,15 @@ def _heat_map(
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
                 cell: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
                 shown = text.format(value).replace("-0.0", "0.0")
-                ax.text(x + 0.5, y + 0.5, shown, color="white" if dark else _INK, **cell)
+                ax.text(x + 0.5, y + 0.5, shown, color="white" if dark else INK, **cell)
 
 
-def _layer_axis(ax: "Axes", layers: int) -> None:
-    middle = 0.5 if ax.collections and ax.get_xlim()[0] == 0 else 0.0  # cells begin where bars are centred
-    ticks = range(layers) if layers <= 40 else range(0, layers, 5)
-    ax.set_xticks([i + middle for i in ticks], [str(i) for i in ticks])
-    ax.tick_params(axis="x", length=0)
-    ax.set_xlabel("decoder layer")
-
-
-@_styled()
+@styled()
 def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) -> "Figure":
     """Draw how much the loss grows (nats a token) if one layer alone is pruned, above its importance."""
-    figure = _figure(4.6)
+    figure = new_figure(4.6)
     axes = figure.subplots(2, 1, sharex=True)
-    rows = ((increases, _GONE, "loss increase, nats a token"), (importance, _KEPT, "importance"))
+    rows = ((increases, GONE, "loss increase, nats a token"), (importance, KEPT, "importance"))
     for ax, (values, colour, title) in zip(axes, rows, strict=True):
         ax.bar(range(len(values)), values, color=colour)
         middle, top = sorted(values)[len(values) // 2], max(values)
@@ -227,26 +190,21 @@ def sensitivity_figure(increases: Sequence[float], importance: Sequence[float]) 
         ax.set_title(title)
         ax.grid(True, axis="y")
         ax.set_axisbelow(True)
-    _layer_axis(axes[1], len(importance))
+    layer_axis(axes[1], len(importance))
     return figure
 
 
-@_styled()
+@styled()
 def quality_figure(record: RunRecord) -> "Figure | None":
     """Draw perplexity and accuracy of every phase against its parameters; None if neither was measured."""
     draw = [_draw_perplexity] * any(phase.perplexity is not None for phase in record.phases)
     draw += [_draw_accuracy] * any(accuracies(phase) for phase in record.phases)
     if not draw:
         return None
-    figure = _figure(3.6)
+    figure = new_figure(3.6)
     for ax, panel in zip(figure.subplots(1, len(draw), squeeze=False)[0], draw, strict=True):
         panel(ax, record)
-        ax.set_xlabel("parameters (the dense model is on the left)")
-        ax.invert_xaxis()
-        ax.margins(x=0.09)
-        ax.xaxis.set_major_formatter(lambda value, _: count_text(round(value)).replace(".0", ""))
-        ax.grid(True)
-        ax.set_axisbelow(True)
+        size_axis(ax)
     return figure
 
 
@@ -263,10 +221,10 @@ def _draw_perplexity(ax: "Axes", record: RunRecord) -> None:
         return
     ax.plot(*zip(*path, strict=True), color="#b5b5b5", linewidth=1, zorder=1)
     if pruned:
-        ax.plot(*zip(*pruned, strict=True), "^", color=_GONE, label="pruned, before recovery")
-    ax.plot(*zip(*ended, strict=True), "o", color=_KEPT, label="after recovery" if pruned else "pruned")
+        ax.plot(*zip(*pruned, strict=True), "^", color=GONE, label="pruned, before recovery")
+    ax.plot(*zip(*ended, strict=True), "o", color=KEPT, label="after recovery" if pruned else "pruned")
     if record.phases[0].perplexity is not None:
-        ax.plot(*ended[0], "s", color=_DENSE, markersize=7, label="dense")
+        ax.plot(*ended[0], "s", color=DENSE, markersize=7, label="dense")
     few = len(record.phases) - 1 <= _FEW_PHASES
     for points, offset in ((pruned, 8), (ended, -14)):
         for i, (params, value) in enumerate(points):
@@ -275,12 +233,7 @@ def _draw_perplexity(ax: "Axes", record: RunRecord) -> None:
                 ax.annotate(perplexity_text(value), (params, value), **place)
     values = [value for _, value in path]
     if max(values) > 4 * min(values):
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        log_scale(ax)
     ax.margins(y=0.18)
     ax.set_title("perplexity (lower is better)")
     ax.legend(loc="upper left")
@@ -291,25 +244,25 @@ def _draw_accuracy(ax: "Axes", record: RunRecord) -> None:
     measured = [(phase.params, accuracies(phase)) for phase in record.phases]
     measured = [(params, values) for params, values in measured if values]
     tasks = list(measured[0][1])
-    if len(tasks) > len(_TASK_COLOURS):
+    if len(tasks) > len(COLOURS):
         means = [100 * sum(values.values()) / len(values) for _, values in measured]
-        ax.plot([params for params, _ in measured], means, "o-", color=_KEPT)
+        ax.plot([params for params, _ in measured], means, "o-", color=KEPT)
         ax.set_title(f"mean accuracy of {len(tasks)} benchmarks, % (higher is better)")
     else:
-        for task, colour, marker in zip(tasks, _TASK_COLOURS, _TASK_MARKERS, strict=False):
+        for task, colour, marker in zip(tasks, COLOURS, MARKERS, strict=False):
             line = [(params, 100 * values[task]) for params, values in measured if task in values]
             ax.plot(*zip(*line, strict=True), marker=marker, color=colour, label=task.replace("$", r"\$"))
         ax.set_title("accuracy, % (higher is better)")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-@_styled()
+@styled()
 def training_figure(record: RunRecord) -> "Figure | None":
     """Draw losses and learning rate against the global step; None if nothing was trained."""
     points = [point for phase in record.phases for point in phase.losses]
     if not points:
         return None
-    figure = _figure(3.9)
+    figure = new_figure(3.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
     window = max(5, len(points) // 50)
     many = len(points) >= 8 * window
@@ -320,16 +273,16 @@ def training_figure(record: RunRecord) -> "Figure | None":
             above.plot(steps, losses, color="#8fb8d3", linewidth=0.8, label="each step")
             parts = [losses[max(0, i + 1 - window) : i + 1] for i in range(len(losses))]
             means = [sum(part) / len(part) for part in parts]
-            above.plot(steps, means, color=_KEPT, linewidth=1.8, label=f"mean of {window} steps")
+            above.plot(steps, means, color=KEPT, linewidth=1.8, label=f"mean of {window} steps")
         else:
-            above.plot(steps, losses, "o-", color=_KEPT, markersize=3, label="trained on")
+            above.plot(steps, losses, "o-", color=KEPT, markersize=3, label="trained on")
         if phase.held_out:
-            above.plot(*zip(*phase.held_out, strict=True), "s--", color=_GONE, markersize=3, label="held out")
+            above.plot(*zip(*phase.held_out, strict=True), "s--", color=GONE, markersize=3, label="held out")
     kinds = {line.get_label(): line for line in above.get_lines()}
     if len(kinds) > 1:
         figure.legend(handles=list(kinds.values()), loc="outside upper right", ncols=len(kinds))
     steps = [step for step, _, _ in points]
-    below.plot(steps, [rate for _, _, rate in points], color=_RATE)
+    below.plot(steps, [rate for _, _, rate in points], color=RATE)
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     below.set_ylim(bottom=0)
     above.set_ylabel("loss" if "held out" in kinds else "training loss")
@@ -348,52 +301,5 @@ def _mark_phases(axes: "Sequence[Axes]", phases: Sequence[PhaseRecord], span: in
             ax.axvline(start, color="#c9c9c9", linewidth=0.8, zorder=0)
         if start - last >= 0.03 * span:
             text = f"phase {phase.phase}" if len(phases) <= _FEW_PHASES else str(phase.phase)
-            axes[0].text(start, 1.02, text, transform=axes[0].get_xaxis_transform(), color=_DENSE, fontsize=8)
+            axes[0].text(start, 1.02, text, transform=axes[0].get_xaxis_transform(), color=DENSE, fontsize=8)
             last = start
-
-
-@_styled()
-def comparison_figure(lines: Mapping[str, Sequence[tuple[str, float, float]]], *, x: str, y: str) -> "Figure":
-    """Draw lines of (label, mean, standard deviation); the x axis is numeric if all labels are numbers."""
-    figure, plain = _figure(4.2), {ord("$"): r"\$"}
-    ax = figure.subplots()
-    labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
-    numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
-    places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
-    for i, (name, points) in enumerate(lines.items()):
-        style: dict[str, Any] = {"color": _TASK_COLOURS[i % 8], "marker": _TASK_MARKERS[i % 8], "capsize": 3}
-        across, means, spreads = zip(*((places[label], *rest) for label, *rest in points), strict=True)
-        ax.errorbar(across, means, yerr=spreads, label=name.translate(plain), **style)
-    if not numeric or len(labels) <= 12:
-        ax.set_xticks(list(places.values()), [label.translate(plain) for label in labels])
-    values = [mean for points in lines.values() for _, mean, _ in points]
-    if max(values) > 10 * min(values) > 0:
-        ax.set_yscale("log")
-    ax.set_xlabel(x.translate(plain))
-    ax.set_title(y.translate(plain))
-    ax.grid(True)
-    if len(lines) > 1:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-def _sparse(items: Sequence[int], most: int) -> list[int]:
-    """Thin ``items`` to at most ``most``, at equal distances, with the last one."""
-    return list(items[::-1][:: -(-len(items) // most)][::-1]) if items else []
-
-
-@_styled()
-def inline_svg(figure: "Figure", *, name: str, label: str) -> str:
-    """Return ``figure`` as an SVG element for HTML.
-
-    ``name``, a short word, keeps its ids apart from those of other figures on the page; ``label`` is plain
-    text for screen readers.
-    """
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", _FONTS, text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

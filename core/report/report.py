@@ -3,17 +3,19 @@
 import dataclasses
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.redaction import without_password
-from core.report.figures import inline_svg, layers_figure, quality_figure, training_figure, widths_figure
+from core.report.drawing import inline_svg
+from core.report.figures import layers_figure, quality_figure, training_figure, widths_figure
 from core.report.templates import listed, render
 from core.runs.record import (
     PhaseRecord,
     RunRecord,
     SpeedRecord,
     accuracies,
+    chance_text,
     count_text,
     headline_metric,
     perplexity_text,
@@ -38,10 +40,14 @@ _SCREEN_READERS = {
 }
 
 
-def build_report(record: RunRecord) -> str:
+def build_report(record: RunRecord, *, compared: Mapping[str, Any] | None = None) -> str:
     """Return the report of a run as one HTML document that loads nothing from elsewhere.
 
     Equal records give equal text. What was not measured is left out.
+
+    Args:
+        record: What the run has measured.
+        compared: A comparison with other runs to show, by ``comparison_parts``.
     """
     revision = f" @ {record.revision}" if record.revision else ""
     tracked = f", MLflow run {record.tracking_run}" if record.tracking_run else ""
@@ -55,7 +61,7 @@ def build_report(record: RunRecord) -> str:
     return render(
         "report.html",
         title=_title(record),
-        subtitle=f"{record.base}{revision}, run {record.key}{tracked}",
+        subtitle=f"{record.base}{revision}, run {record.key}{tracked}{_so_far(record)}",
         record=record,
         cards=_headline(record),
         phases=_phase_columns(record, {} if apart else tasks) if record.phases else {},
@@ -72,6 +78,7 @@ def build_report(record: RunRecord) -> str:
             training=training_figure(record),
         ),
         seconds=seconds,
+        compared=compared,
         usage=_usage(record) if record.checkpoint_uri else (),
         settings=_settings(record.settings, record.chosen),
     )
@@ -110,7 +117,7 @@ def phase_table(record: RunRecord) -> "Table":
     columns = {"phase": _names(phases), "parameters": [f"{phase.params:,}" for phase in phases]}
     columns |= _perplexity_columns(record)
     if len(tasks) <= _MANY_TASKS:
-        columns |= _task_columns(phases, tasks, errors=False)
+        columns |= _task_columns(phases, tasks, errors=False, chance=False)
     else:
         found = [accuracies(phase).values() for phase in phases]
         means = [f"{100 * sum(values) / len(values):.1f}" if values else "-" for values in found]
@@ -118,7 +125,7 @@ def phase_table(record: RunRecord) -> "Table":
     columns["seconds"] = [f"{sum(phase.seconds.values()):,.0f}" for phase in phases]
     table = Table(title=Text(_title(record)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     if tasks:
-        table.caption, table.caption_justify = Text("Accuracies in %."), "left"
+        table.caption, table.caption_justify = Text(f"Accuracies in %{_guessing(phases, tasks)}."), "left"
     for header in columns:
         side: Literal["left", "right"] = "left" if header == "phase" else "right"
         table.add_column(Text(header), justify=side, no_wrap=True)
@@ -148,6 +155,11 @@ def _title(record: RunRecord) -> str:
     return f"{record.name}: {base}" if base else record.name
 
 
+def _so_far(record: RunRecord) -> str:
+    done, planned = len(record.phases) - 1, record.settings.get("prune", {}).get("phases", 0)
+    return f", so far: phase {done} of {planned}" if done < planned else ""
+
+
 def _headline(record: RunRecord) -> list[_Card]:
     """Return size, perplexity, accuracy (dense and final) and time."""
     if not record.phases:
@@ -161,6 +173,10 @@ def _headline(record: RunRecord) -> list[_Card]:
             text += f", {count_text(masks)} tokens of masks"
         if distilled := record.distilled_tokens:
             text += f", {count_text(distilled)} tokens of distillation"
+        if taught := record.teacher_tokens:
+            text += f", {count_text(taught)} tokens of the teacher's own training"
+        if on_gpus := sum(phase.gpu_seconds or 0.0 for phase in record.phases):
+            text += f", {seconds_text(on_gpus)} of GPUs"
         items.append(("Time", (seconds_text(seconds),), text))
     return items
 
@@ -230,6 +246,7 @@ def _phase_columns(record: RunRecord, tasks: Mapping[str, str]) -> dict[str, lis
     columns |= _task_columns(phases, tasks, errors=True)
     columns["training\ntokens"] = [count_text(phase.tokens) if phase.tokens else "-" for phase in phases]
     columns["time"] = [seconds_text(sum(p.seconds.values())) if p.seconds else "-" for p in phases]
+    columns["of\nGPUs"] = [seconds_text(p.gpu_seconds) if p.gpu_seconds else "-" for p in phases]
     return _without_empty(columns)
 
 
@@ -273,13 +290,24 @@ def _without_empty(columns: dict[str, list[str]]) -> dict[str, list[str]]:
     return {header: cells for header, cells in columns.items() if any(cell != "-" for cell in cells)}
 
 
-def _task_columns(
-    phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool
-) -> dict[str, list[str]]:
-    return {
-        f"{task}\n{metric}": [score_text(phase.tasks.get(task, {}), metric, error=errors) for phase in phases]
-        for task, metric in tasks.items()
+def _guessing(phases: Sequence[PhaseRecord], tasks: Iterable[str]) -> str:
+    """Name what guessing gives in each task of which that is known."""
+    known = {
+        task: phase.tasks[task] for phase in phases for task in tasks if "chance" in phase.tasks.get(task, {})
     }
+    return "; by chance: " * bool(known) + ", ".join(f"{t} {100 * m['chance']:.0f}" for t, m in known.items())
+
+
+def _task_columns(
+    phases: Sequence[PhaseRecord], tasks: Mapping[str, str], *, errors: bool, chance: bool = True
+) -> dict[str, list[str]]:
+    columns = {}
+    for task, metric in tasks.items():
+        found = [phase.tasks.get(task, {}) for phase in phases]
+        texts = (chance_text(metrics, "\n") for metrics in found if chance)
+        guessing = next(filter(None, texts), "")
+        columns[f"{task}\n{metric}{guessing}"] = [score_text(m, metric, error=errors) for m in found]
+    return columns
 
 
 def _usage(record: RunRecord) -> list[tuple[str, str]]:

@@ -1,10 +1,18 @@
-"""The table of one phase, in Markdown, as the KFP UI shows it."""
+"""The table of one phase, or of all, in Markdown, as the KFP UI and MLflow show it."""
 
 import re
 from collections.abc import Iterator, Mapping
 
-from core.runs.record import PhaseRecord, RunRecord, perplexity_text, score_text, seconds_text
+from core.runs.record import (
+    PhaseRecord,
+    RunRecord,
+    perplexity_text,
+    public_path,
+    score_text,
+    seconds_text,
+)
 
+_SHOWN = 5
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")
 
 
@@ -13,10 +21,22 @@ def build_phase_summary(record: RunRecord) -> str:
     dense, phase = record.phases[0], record.phases[-1]
     shown = [dense, phase] if phase.phase else [dense]
     names = [f"phase {each.phase}" if each.phase else "dense model" for each in shown]
-    rows = [(escaped(measure), *cells) for measure, *cells in _rows(shown) if set(cells) != {"-"}]
+    return f"# {escaped(record.name)}, {names[-1]}\n\n{_table(shown, names)}\n"
+
+
+def build_description(record: RunRecord) -> str:
+    """Return what a run has come to: where it is, and the measures of the first and the last phases."""
+    dense, *done = record.phases
+    shown = [dense, *done[-_SHOWN:]]
+    names = [f"phase {each.phase}" if each.phase else "dense model" for each in shown]
+    place = f"Result: `{record.checkpoint_uri}`. Report: `report.html` among the artifacts."
+    return f"{escaped(public_path(record.base))}. {place}\n\n{_table(shown, names)}\n"
+
+
+def _table(phases: list[PhaseRecord], names: list[str]) -> str:
+    rows = [(escaped(measure), *cells) for measure, *cells in _rows(phases) if set(cells) != {"-"}]
     lines = [("measure", *names), ("---", *["---:"] * len(names)), *rows]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"# {escaped(record.name)}, {names[-1]}\n\n{table}\n"
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def escaped(text: str) -> str:
@@ -40,6 +60,8 @@ def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
     yield "divergence after distillation", *(f"{each.after:.3f}" if each else "-" for each in distilled)
     yield "tokens of distillation", *(f"{each.tokens:,}" if each else "-" for each in distilled)
     yield "training tokens", *(f"{phase.tokens:,}" if phase.tokens else "-" for phase in phases)
+    on_gpus = [phase.gpu_seconds for phase in phases]
+    yield "GPU time", *(seconds_text(seconds) if seconds else "-" for seconds in on_gpus)
     yield "time", *(seconds_text(sum(phase.seconds.values())) if phase.seconds else "-" for phase in phases)
 
 

@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.quantities import parse_count
-from core.report.figures import comparison_figure, inline_svg
+from core.report.compared_figures import rows_figure
+from core.report.drawing import inline_svg
 from core.report.summary import escaped
 from core.report.templates import render
 from core.runs.record import (
@@ -27,12 +28,19 @@ from core.runs.record import (
     seconds_text,
 )
 
-RUN_METRICS = ("params", "tokens", "perplexity", "perplexity_pruned", "accuracy", "seconds")
+if TYPE_CHECKING:
+    from core.evaluation.significance import Difference
+
+RUN_METRICS = ("params", "tokens", "perplexity", "perplexity_pruned", "accuracy", "seconds", "gpu_seconds")
 """Metrics that a run has whatever its tasks are; ``figures_of`` says what they are."""
+COSTS = ("tokens", "seconds", "gpu_seconds")
+"""Those of them that say what a run took, and nothing of the model."""
 _COUNTS = ("params", "tokens")
-_TITLES = {"params": "parameters", "accuracy": "mean accuracy"}
+_TITLES = {"params": "parameters", "accuracy": "mean accuracy", "gpu_seconds": "GPU-seconds"}
 DENSE = "dense"
 """The label of the base model."""
+SPEED = "speed in "
+"""Begins the name of the metric of a runtime: how many times faster than the base model it decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,10 @@ class Row:
     """Metric to what others have published for it."""
     repetitions: tuple[int, int] = (1, 1)
     """How many are done, and how many were asked for."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Metric to its 95 % interval."""
+    differences: Mapping[str, "Difference"] = field(default_factory=dict)
+    """Metric to how far it is from the row that all are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,8 @@ class ResultTable:
     notes: tuple[str, ...] = ()
     """Sentences below it."""
     picture: Picture | None = None
+    against: str = ""
+    """What the row is called that differences are counted from."""
 
     def columns(self) -> dict[str, list[str]]:
         """Return header to one text a row: labels, repetitions, each metric, beside it what was published."""
@@ -82,7 +96,14 @@ class ResultTable:
         if any(row.repetitions != (1, 1) for row in rows):
             found["done"] = [f"{done} of {asked}" for done, asked in (row.repetitions for row in rows)]
         for metric in self.metrics:
-            found[_header(metric)] = [value_text(metric, row.measured.get(metric, ())) for row in rows]
+            found[_header(metric)] = [
+                value_text(metric, row.measured.get(metric, ()), row.intervals.get(metric)) for row in rows
+            ]
+            if any(metric in row.differences for row in rows):
+                differences = [row.differences.get(metric) for row in rows]
+                found[f"{_header(metric)}\nagainst {self.against}"] = [
+                    "-" if each is None else difference_text(metric, each) for each in differences
+                ]
             if any(metric in row.published for row in rows):
                 published = [row.published.get(metric) for row in rows]
                 texts = ["-" if value is None else value_text(metric, [value]) for value in published]
@@ -104,15 +125,26 @@ class ResultTable:
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def csv(self) -> str:
-        """Return the table as numbers: of each metric mean, standard deviation and what was published."""
-        names = [f"{metric}{end}" for metric in self.metrics for end in ("", "_spread", "_published")]
+        """Return the table as numbers: of each metric mean, standard deviation and what was published.
+
+        Where there are any, the ends of intervals and the differences follow.
+        """
+        ends = {"mean": "", "spread": "_spread", "published": "_published", "low": "_low", "high": "_high"}
+        ends |= {f"difference{end}": f"_difference{end}" for end in ("", "_low", "_high")}
+        ends |= {"verdict": "_verdict"}
+        summaries = [{metric: _summary(row, metric) for metric in self.metrics} for row in self.rows]
+        columns = [
+            (metric, key)
+            for metric in self.metrics
+            for key in ends
+            if key in ("mean", "spread", "published") or any(key in each[metric] for each in summaries)
+        ]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*self.labels, "done", "asked", *names])
-        for row in self.rows:
-            summaries = [_summary(row, metric) for metric in self.metrics]
-            numbers = [each[key] for each in summaries for key in ("mean", "spread", "published")]
-            writer.writerow([*(row.labels.get(name, "") for name in self.labels), *row.repetitions, *numbers])
+        writer.writerow([*self.labels, "done", "asked", *(f"{metric}{ends[key]}" for metric, key in columns)])
+        for row, found in zip(self.rows, summaries, strict=True):
+            labels = (row.labels.get(name, "") for name in self.labels)
+            writer.writerow([*labels, *row.repetitions, *(found[metric].get(key) for metric, key in columns)])
         return text.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +164,7 @@ class ResultTable:
         """Return the table and its picture as one page that loads nothing from elsewhere."""
         lines, svg = self._lines(), ""
         if self.picture and lines:
-            figure = comparison_figure(lines, x=self.picture.x, y=_header(self.picture.y))
+            figure = rows_figure(lines, x=self.picture.x, y=_header(self.picture.y), levels=self._levels())
             label = f"{_header(self.picture.y)} against {self.picture.x}"
             svg = inline_svg(figure, name="comparison", label=label.replace('"', "'"))
         values = {"title": self.title, "subtitle": self.subtitle, "notes": self.notes}
@@ -153,6 +185,8 @@ class ResultTable:
         shown = 1.0 if _is_plain(picture.y) else 100.0
         for row in self.rows:
             name, summary = row.labels.get(picture.by, ""), _summary(row, picture.y)
+            if self._base_model(row):
+                continue
             for line, value in ((name, summary["mean"]), (f"{name} (published)", summary["published"])):
                 if value is not None and picture.x in row.labels:
                     spread = 0.0 if line != name else summary["spread"] or 0.0
@@ -160,11 +194,30 @@ class ResultTable:
                     points.append((row.labels[picture.x], shown * value, shown * spread))
         return lines
 
+    def _levels(self) -> dict[str, float]:
+        """Return what the picture shows of base models that have no place along its x axis."""
+        assert self.picture is not None
+        shown = 1.0 if _is_plain(self.picture.y) else 100.0
+        means = {
+            self._base_model(row): _summary(row, self.picture.y)["mean"]
+            for row in self.rows
+            if self._base_model(row)
+        }
+        return {name: shown * mean for name, mean in means.items() if mean is not None}
+
+    def _base_model(self, row: Row) -> str:
+        """Return what a base model is called whose row has no place along the picture's x axis; else ""."""
+        assert self.picture is not None
+        place = row.labels.get(self.picture.x, "")
+        names = [label for label in row.labels.values() if label.split(" ")[0] == DENSE]
+        return names[0] if names and place in ("", names[0]) else ""
+
 
 def figures_of(record: RunRecord, phase: PhaseRecord) -> dict[str, float]:
     """Return the metrics of a phase: sizes, perplexities, each task's headline metric, their mean, time.
 
-    Tokens and seconds are those of the run up to the phase. What was not measured is left out.
+    Tokens and seconds are those of the run up to the phase; GPU-seconds are those of each step times the
+    accelerators that it took. What was not measured is left out.
     """
     before = [each for each in record.phases if each.phase <= phase.phase]
     distilled = sum(each.distillation.tokens for each in before if each.distillation)
@@ -175,10 +228,17 @@ def figures_of(record: RunRecord, phase: PhaseRecord) -> dict[str, float]:
         "tokens": float(sum(each.tokens for each in before) + distilled),
         "seconds": sum(sum(each.seconds.values()) for each in before),
     }
+    on_gpus = [each.gpu_seconds for each in before]
+    if None not in on_gpus:
+        found["gpu_seconds"] = sum(seconds or 0.0 for seconds in on_gpus)
     if right := accuracies(phase):
         found["accuracy"] = statistics.fmean(right.values())
     best = {task: headline_metric(metrics) for task, metrics in phase.tasks.items()}
     found |= {task: metric[1] for task, metric in best.items() if metric is not None}
+    if phase is record.phases[-1]:
+        for speed in record.speed:
+            jobs = [job for job in speed.speedups if job.startswith("decode")]
+            found |= {f"{SPEED}{speed.runtime}": speed.speedups[job] for job in jobs[:1]}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -193,8 +253,21 @@ def published_value(metric: str, text: str) -> float:
     return float(text) / (1 if _is_plain(metric) else 100)
 
 
-def value_text(metric: str, values: Sequence[float]) -> str:
-    """Write the mean of a metric, and the standard deviation where there is one; a dash for no value."""
+def difference_text(metric: str, difference: "Difference") -> str:
+    """Write a difference with its interval, and whether it is one: +1.2 [-0.4, +2.8], no difference shown."""
+    same = 1.0 if "perplexity" in metric else 0.0  # perplexities are compared by their ratio
+    ends = (difference.value, difference.low, difference.high)
+    value, low, high = (f"{100 * (end - same):+.1f}" for end in ends)
+    unit = " %" if "perplexity" in metric else ""
+    left_out = f" ({difference.left_out:,} left out)" if difference.left_out else ""
+    return f"{value}{unit} [{low}, {high}], {difference.verdict}{left_out}"
+
+
+def value_text(metric: str, values: Sequence[float], interval: tuple[float, float] | None = None) -> str:
+    """Write the mean of a metric, and its interval or standard deviation; a dash for no value."""
+    if values and interval is not None:
+        low, high = (value_text(metric, [end]) for end in interval)
+        return f"{value_text(metric, values[:1])} [{low}, {high}]"
     if not values:
         return "-"
     mean, spread = statistics.fmean(values), _spread(values)
@@ -202,6 +275,10 @@ def value_text(metric: str, values: Sequence[float]) -> str:
         return count_text(round(mean))
     if metric == "seconds":
         return seconds_text(mean)
+    if metric == "gpu_seconds":
+        return f"{mean:,.0f}"
+    if metric.startswith(SPEED):
+        return f"{mean:.2f}"
     if not _is_plain(metric):
         return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
     decimals = 2 if mean < 99.995 else 0  # as the mean has
@@ -210,7 +287,12 @@ def value_text(metric: str, values: Sequence[float]) -> str:
 
 def _is_plain(metric: str) -> bool:
     """Return whether a metric is shown as it is, and not in percent."""
-    return metric in (*_COUNTS, "seconds") or "perplexity" in metric or "wikitext" in metric
+    return (
+        metric in (*_COUNTS, "seconds", "gpu_seconds")
+        or metric.startswith(SPEED)
+        or "perplexity" in metric
+        or "wikitext" in metric
+    )
 
 
 def _header(metric: str) -> str:
@@ -228,9 +310,19 @@ def _summary(row: Row, metric: str) -> dict[str, Any]:
     """Return what JSON holds of a metric; None for what there is not."""
     values = row.measured.get(metric, ())
     mean = statistics.fmean(values) if values else math.nan
-    return {
+    found: dict[str, Any] = {
         "mean": mean if math.isfinite(mean) else None,
         "spread": _spread(values),
         "values": [value if math.isfinite(value) else None for value in values],
         "published": row.published.get(metric),
     }
+    if metric in row.intervals:
+        found["low"], found["high"] = row.intervals[metric]
+    if difference := row.differences.get(metric):
+        found |= {
+            "difference": difference.value,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            "verdict": difference.verdict,
+        }
+    return found

@@ -41,8 +41,8 @@ class RunOverview:
     """When a file was written last, in seconds since 1970 (UTC)."""
 
 
-def list_runs(store: Store) -> list[RunOverview]:
-    """Return all runs of a store, the last active one first.
+def list_runs(store: Store, key: str = "") -> list[RunOverview]:
+    """Return all runs of a store, the last active one first; or the one of this key alone.
 
     Nothing in the store is trusted: other files are left out, and a run without a sound ``run.json`` is
     described by what else there is of it.
@@ -51,7 +51,7 @@ def list_runs(store: Store) -> list[RunOverview]:
         StorageError: If the store cannot be reached or read.
     """
     runs = defaultdict[str, list[StoredFile]](list)
-    for file in store.stored("runs/"):
+    for file in store.stored(f"runs/{key}/" if key else "runs/"):
         if folder := folder_of(file.key):
             runs[folder].append(file)
     ours = [

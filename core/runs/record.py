@@ -1,17 +1,23 @@
 """A run's measurements as plain data: written by the steps, read by the report and the tables."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.redaction import without_password
 from core.untrusted import check_format
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 FORMAT = 1
 """Of ``record.json``."""
+ACCURACIES = ("acc_norm", "acc", "exact_match")
+"""Metrics that stand for a task, the best one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,8 @@ class PhaseRecord:
     """Seconds of the cut with its repair; 0 without one."""
     distillation: DistillationRecord | None = None
     """The distillation after it."""
+    teacher_tokens: int = 0
+    """Tokens that the teacher was trained on, before this phase; 0 in all but the first."""
     tokens: int = 0
     """Training tokens of this phase."""
     losses: tuple[tuple[int, float, float], ...] = ()
@@ -78,6 +86,15 @@ class PhaseRecord:
     """(global step, loss on the part of the mixture that is set aside), in order."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step name to wall-clock seconds."""
+    accelerators: dict[str, int] = field(default_factory=dict)
+    """Step name to how many accelerators its last attempt took; older versions do not say."""
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """Seconds of each step times the accelerators that it took, summed; None if that is not known."""
+        if self.seconds.keys() - self.accelerators.keys():
+            return None
+        return sum(seconds * self.accelerators[step] for step, seconds in self.seconds.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +165,11 @@ class RunRecord:
         return sum(phase.distillation.tokens for phase in self.phases if phase.distillation)
 
     @property
+    def teacher_tokens(self) -> int:
+        """Tokens that the teacher was trained on before it taught."""
+        return sum(phase.teacher_tokens for phase in self.phases)
+
+    @property
     def trained(self) -> bool:
         """Whether any phase has trained."""
         return any(phase.tokens for phase in self.phases)
@@ -164,10 +186,15 @@ class RunRecord:
             ValueError: If an entry is missing, or of another type.
             StorageError: If a later version wrote it.
         """
-        from pydantic import TypeAdapter
-
         check_format(data, FORMAT, "the record")
-        return TypeAdapter(cls).validate_python(data)
+        return _reader().validate_python(data)
+
+
+@functools.cache
+def _reader() -> "TypeAdapter[RunRecord]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunRecord)
 
 
 def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
@@ -176,7 +203,7 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     Length-normalised accuracy where the task has it, else accuracy, exact match, perplexity (as in Table 6).
     """
     values = {name.split(",")[0]: value for name, value in metrics.items()}  # lm-eval: "acc_norm,none"
-    for name in ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity"):
+    for name in (*ACCURACIES, "word_perplexity", "perplexity"):
         if name in values:
             return name, values[name]
     return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
@@ -193,9 +220,15 @@ def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", err
     return f"{100 * value:.1f}{unit}" + (f" ± {100 * deviation:.1f}" if error and deviation else "")
 
 
+def chance_text(metrics: Mapping[str, float], before: str) -> str:
+    """Write what guessing gives, after ``before``; "" where that is not known."""
+    return f"{before}chance {100 * metrics['chance']:.0f} %" if "chance" in metrics else ""
+
+
 def accuracies(phase: PhaseRecord) -> dict[str, float]:
-    """Return the headline accuracy in [0, 1] of every task that has one."""
-    best = {task: headline_metric(metrics) for task, metrics in phase.tasks.items()}
+    """Return the headline accuracy in [0, 1] of every task that has one; no preset, which averages tasks."""
+    tasks = {task: metrics for task, metrics in phase.tasks.items() if "average" not in metrics}
+    best = {task: headline_metric(metrics) for task, metrics in tasks.items()}
     return {task: m[1] for task, m in best.items() if m is not None and "perplexity" not in m[0]}
 
 

@@ -33,6 +33,10 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OF_THE_SECRET = re.compile(r"TOKEN|PASSWORD|SECRET|ACCESS_KEY", re.IGNORECASE)
 _LONGEST_S = 10**8
 
+AUTO = "auto"
+UNPLANNED_MEMORY = "32Gi"
+"""Of a task of which no plan says what it takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Toleration:
@@ -127,8 +131,9 @@ class ClusterSettings:
     gpus: int = 1
     """Accelerators of each GPU task (calibrate, recover-train, evaluate; score-layers where it measures
     again or runs the model to decide, prune-step where it repairs or distills, publish where it measures
-    speed). recover-train trains on all of them (``training.ranks``), the other tasks use one:
-    ``components.recover-train.gpus`` gives it more."""
+    speed). recover-train trains on all of them (``training.ranks``), evaluate shares the benchmarks out
+    among them (``evaluation.ranks``), the other tasks use one: ``components.recover-train.gpus`` gives it
+    more."""
     gpu_type: str = "nvidia.com/gpu"
     """Resource name of an accelerator."""
     gpu_node_selector: dict[str, str] = field(default_factory=dict)
@@ -137,13 +142,15 @@ class ClusterSettings:
     """Tolerations of GPU tasks, in addition to ``tolerations``."""
     cpu: str = "4"
     """CPU request of each task."""
-    memory: str = "32Gi"
-    """Memory request and limit of each task."""
+    memory: str = AUTO
+    """Memory request and limit of each task. ``auto``: what the plan of memory says of the recipe's base
+    model, with room to spare; 32Gi where there is no plan (a base whose config cannot be read when the
+    pipeline is compiled, and tasks that hold no model)."""
     shared_memory: str = "1Gi"
     """Size of ``/dev/shm``, a part of ``memory``; empty leaves the container runtime's 64 MB."""
     scratch: str = ""
     """Size of a volume for temporary files (checkpoints while they are read and written, downloads); empty
-    puts them on the container's own disk."""
+    puts them on the container's own disk. ``auto``: as the plan says, and empty where there is none."""
     scratch_storage_class: str = ""
     """Storage class of that volume, which group 0 must be able to write; empty takes the node's disk."""
     timeout: str = "0"
@@ -161,6 +168,9 @@ class ClusterSettings:
     """Taints of nodes that tasks tolerate."""
     queue: str = ""
     """Kueue's local queue that admits the pods; empty for none."""
+    training_runtime: str = "torch-distributed"
+    """Kubeflow Trainer's ClusterTrainingRuntime for ``training.nodes``: one for torch, whose job and its
+    container are called ``node``, as in Trainer's own manifests."""
     components: dict[ComponentName, ComponentSettings] = field(default_factory=dict)
     """Settings of a component's own, by its name (``recover-train``)."""
 
@@ -171,7 +181,13 @@ class ClusterSettings:
     def of(self, component: ComponentName) -> "ClusterSettings":
         """Return the settings of one component's pods."""
         own = self.components.get(component, ComponentSettings())
-        return dataclasses.replace(self, components={}, **own.named())
+        settings = dataclasses.replace(self, components={}, **own.named())
+        memory = UNPLANNED_MEMORY if settings.memory == AUTO else settings.memory
+        scratch = "" if settings.scratch == AUTO else settings.scratch
+        storage_class = settings.scratch_storage_class if scratch else ""
+        return dataclasses.replace(
+            settings, memory=memory, scratch=scratch, scratch_storage_class=storage_class
+        )
 
     def gpus_of(self, component: ComponentName, *, gpu_task: bool) -> int:
         """Return how many accelerators a component's pods request."""
@@ -184,6 +200,7 @@ class ClusterSettings:
         yield from in_range("run_as_user", self.run_as_user, 0, 2**31 - 1)
         for name in ("secret", "config_map"):
             yield from _wrong_name(name, getattr(self, name), optional=True)
+        yield from _wrong_name("training_runtime", self.training_runtime)
         for i, secret in enumerate(self.image_pull_secrets):
             yield from _wrong_name(f"image_pull_secrets[{i}]", secret)
         for name in self.environment:
@@ -234,10 +251,12 @@ def _pod_problems(settings: ComponentSettings | ClusterSettings) -> Iterator[str
         yield f"gpu_type={settings.gpu_type} is not a valid resource. Write one such as nvidia.com/gpu."
     if settings.cpu is not None and not _CPU.fullmatch(settings.cpu):
         yield f"cpu={settings.cpu} is not a Kubernetes quantity. Write 4 or 500m."
-    if settings.memory is not None and not _BYTES.fullmatch(settings.memory):
+    if settings.memory not in (None, AUTO) and not _BYTES.fullmatch(str(settings.memory)):
         yield f"memory={settings.memory} is not a Kubernetes quantity. Write 32Gi or 512Mi."
     for name in ("shared_memory", "scratch"):
         value = getattr(settings, name)
+        if value == AUTO and name == "scratch":
+            continue
         if value and not _BYTES.fullmatch(value):
             yield f"{name}={value} is not a Kubernetes quantity. Write 32Gi or 512Mi, or leave it empty."
     for name in ("scratch_storage_class", "queue"):

@@ -33,7 +33,7 @@ FIXED: Mapping[MethodName, Mapping[str, Any]] = {
     "llm-pruner": _UNIFORM | {"criterion": "taylor_l1", "repair": "none"},
     # arXiv 2312.11983: one ranking of all groups of the model, and biases for what is lost on average.
     "flap": _ONE_STEP | {"criterion": "standardised_fluctuation", "amplitude": 0.0, "repair": "bias"},
-    # arXiv 2407.14679, widths: the hidden size and the number of layers stay.
+    # arXiv 2407.14679, widths: the number of layers stays, the hidden size as prune.hidden_size says.
     "minitron": _UNIFORM | {"criterion": "activation_l2", "repair": "none"},
     # The same paper's depth: a block of layers by the loss without it, and channels for the exact size.
     "minitron-depth": _UNIFORM | {"criterion": "activation_l2", "repair": "none", "attention_unit": "none"},
@@ -75,10 +75,16 @@ PREFERRED: Mapping[MethodName, Mapping[str, Any]] = {
 """Defaults of the section ``prune`` that differ under a method."""
 
 WHOLE_LAYERS: frozenset[MethodName] = frozenset({"shortgpt", "minitron-depth"})
-"""Methods under which layers go as a whole."""
+"""Methods under which as many layers go as a whole as the size allows."""
+
+LAYERED: tuple[MethodName, ...] = ("sheared-llama", "shortgpt", "minitron-depth")
+"""Methods under which a number of layers can be asked for."""
 
 OF_THE_MODEL: frozenset[MethodName] = frozenset({"minitron-depth", "slicegpt", "sheared-llama"})
 """Methods for which score-layers opens the model: statistics alone do not decide."""
+
+NARROWING: tuple[MethodName, ...] = ("minitron", "sheared-llama")
+"""Methods under which embedding channels can go."""
 
 ATTENTION: Mapping[MethodName, Literal["query_head"]] = {"minitron": "query_head"}
 """What ``attention_unit: auto`` means under a method; ``kv_group`` under all others but adapt-pruner."""

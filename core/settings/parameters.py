@@ -21,8 +21,10 @@ COMPILED = (
     ("prune", "phases"),
     ("prune", "steps_per_phase"),
     ("prune", "widths"),
+    ("prune", "hidden_size"),
     ("prune", "repair"),
     ("prune", "distill_steps"),
+    ("training", "nodes"),
     ("evaluation", "speed"),
 )
 """Settings that decide how many tasks there are, and which of them get accelerators."""

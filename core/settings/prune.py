@@ -7,7 +7,15 @@ from typing import Any, Literal
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
 from core.settings.identity import formerly
-from core.settings.methods import FIXED, OF_THE_MODEL, PREFERRED, MethodName
+from core.settings.methods import (
+    FIXED,
+    LAYERED,
+    NARROWING,
+    OF_THE_MODEL,
+    PREFERRED,
+    WHOLE_LAYERS,
+    MethodName,
+)
 
 WIDTH_MULTIPLE = 32
 """MLP widths are multiples of this by default: llama.cpp quantizes weights in blocks of 32."""
@@ -16,6 +24,7 @@ PORTABLE_WIDTH = 256
 """MLP widths of the portable profile are multiples of this: the DeciLM format allows no others."""
 
 _RIDGE = 0.1
+_WHOLE = "100%"
 
 AttentionUnit = Literal["auto", "kv_group", "query_head", "none"]
 CriterionName = Literal[
@@ -83,8 +92,9 @@ class PruneSettings:
     """Strength of the ridge of a repair, as a share of the mean square of the activations that the repaired
     weights read. 0 takes the method's own: 0.001 for ``grail``, 0.0001 for ``modegpt``, else 0.1."""
     repair_tokens: str = "128k"
-    """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``) is computed from, in
-    sequences of ``calibration.sequence_length``; at most what the corpus holds."""
+    """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``, or the ranking of
+    embedding channels) is computed from, in sequences of ``calibration.sequence_length``; at most what the
+    corpus holds."""
     distill_steps: int = 0
     """Updates right after a cut and its repair that teach what is left to expect what the dense base model
     expects (Kullback-Leibler divergence). 0 (the paper): none."""
@@ -98,6 +108,14 @@ class PruneSettings:
     """Updates in which ``sheared-llama`` learns masks and weights before it cuts."""
     mask_rate: float = 1.0
     """Learning rate of these masks, and of the multipliers that pull them to the size."""
+    hidden_size: str = _WHOLE
+    """Embedding channels that stay under ``minitron`` and ``sheared-llama``: a count or a share of the base
+    model's, to the nearest common multiple of 8 and the query heads of a layer. Heads and MLP channels take
+    up the rest of the size. Fewer than all take one phase."""
+    layers: str = "auto"
+    """Decoder layers that stay under ``sheared-llama``, ``shortgpt`` and ``minitron-depth``: a count or a
+    share of the base model's. The widths take up the rest of the size; it takes one phase. ``auto``: all
+    under ``sheared-llama``, as few as leave enough parameters under the other two."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
     the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
@@ -149,6 +167,12 @@ class PruneSettings:
                     yield f"{name}={value} must be positive. Or set {instead}."
             except ValueError:
                 yield f"{name}={value} is not a count. Give one such as {getattr(PruneSettings, name)}."
+        if self.narrows:
+            yield from self._smaller_problems(
+                "hidden_size", "embedding channels", method=NARROWING, phases=(1,), profile=("free",)
+            )
+        if self.layers != "auto":
+            yield from self._smaller_problems("layers", "decoder layers", method=LAYERED, phases=(1,))
         if self.profile != "portable":
             return
         if FIXED[self.method].get("repair", self.repair) == "bias":
@@ -187,6 +211,23 @@ class PruneSettings:
                     f"Leave {name} out, or set method to adapt-pruner."
                 )
 
+    def _smaller_problems(self, name: str, what: str, **only: tuple[Any, ...]) -> Iterator[str]:
+        """Yield what is wrong with the number of ``what`` that stay; it goes with ``only`` these settings."""
+        value = getattr(self, name)
+        try:
+            if is_share(value) and not 0 < float(value.strip(" %")) < 100:
+                yield f"{name}={value} must lie above 0%, and not above {_WHOLE}, which is all."
+            if not is_share(value) and parse_count(value) <= 0:
+                yield f"{name}={value} must be positive. Ask for the {what} that stay."
+        except ValueError:
+            yield f"{name}={value} is neither a count (24) nor a share (75%). Give one of them."
+        for other, allowed in only.items():
+            if (found := getattr(self, other)) not in allowed:
+                yield (
+                    f"{name}={value} does not go with {other}={found}. Set {other} to "
+                    f"{' or '.join(map(str, allowed))}, or leave {name} out."
+                )
+
     def applied(self) -> "PruneSettings":
         """Return the settings as their method applies them."""
         defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
@@ -202,6 +243,16 @@ class PruneSettings:
         """The strength of the ridge of a repair as it applies."""
         return self.applied().repair_ridge or _RIDGE
 
+    @property
+    def narrows(self) -> bool:
+        """Whether embedding channels go."""
+        return self.hidden_size != _WHOLE
+
+    @property
+    def removes_layers(self) -> bool:
+        """Whether layers go as a whole."""
+        return self.method in WHOLE_LAYERS or self.layers != "auto"
+
     def target_params(self, base_params: int) -> int:
         """Return the target as a parameter count for a base model of ``base_params`` parameters."""
         if is_share(self.target):
@@ -211,4 +262,4 @@ class PruneSettings:
 
 def decides_on_model(settings: PruneSettings) -> bool:
     """Return whether score-layers opens the model, since statistics alone do not decide a step."""
-    return settings.method in OF_THE_MODEL or settings.widths == "search"
+    return settings.method in OF_THE_MODEL or settings.widths == "search" or settings.narrows

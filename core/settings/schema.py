@@ -6,6 +6,7 @@ Defaults are set in these dataclasses only. ``core.settings.recipe`` reads a rec
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from core.settings.evaluation import EvaluationSettings
 from core.settings.identity import MEASURED, PLACE, digest_of_kind
 from core.settings.model import ModelSettings
 from core.settings.prune import PruneSettings
+from core.settings.registry import RegistrySettings
 from core.settings.storage import StorageSettings, TrackingSettings
 from core.settings.training import TrainingSettings
 
@@ -45,6 +47,8 @@ class Settings:
     """Where checkpoints go."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings, metadata=PLACE)
     """Where numbers go."""
+    registry: RegistrySettings = field(default_factory=RegistrySettings, metadata=PLACE)
+    """What becomes of the result in MLflow's registry."""
     cluster: ClusterSettings = field(default_factory=ClusterSettings, metadata=PLACE)
     """How tasks run in pods."""
 
@@ -71,7 +75,24 @@ class Settings:
                 "training.optimizer_state=carry does not go with prune.method=slicegpt, whose new bases the "
                 "squares of gradients do not follow. Leave it at reset."
             )
+        if self.training.hidden_weight and (self.prune.removes_layers or self.prune.method == "slicegpt"):
+            problems.append(
+                f"training.hidden_weight does not go with prune.method={self.prune.method}, whose layers do "
+                "not stand for those of the base model. Leave it at 0."
+            )
+        problems += self._registry_problems()
         refuse(problems)
+
+    def _registry_problems(self) -> Iterator[str]:
+        metric, tasks = self.registry.metric, self.evaluation.tasks
+        if self.registry.promote == "never":
+            return
+        if not self.tracking.model_name:
+            yield "registry.promote=rule needs a registered model. Name it in tracking.model_name."
+        if metric == "perplexity" and self.evaluation.perplexity is None:
+            yield "registry.metric=perplexity is not measured. Set evaluation.perplexity, or another metric."
+        if metric != "perplexity" and (not tasks if metric == "accuracy" else metric not in tasks):
+            yield f"registry.metric={metric} is not measured. Add it to evaluation.tasks, or take another."
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, as a recipe holds them."""
@@ -89,4 +110,5 @@ class Settings:
 
     def measured_digest(self) -> str:
         """Return a short hash of the settings of what is measured; it is part of published names."""
-        return digest_of_kind(self, "measured")[:8]
+        also = {"items": "drawn"} if self.evaluation.limit else {}  # earlier versions took the first ones
+        return digest_of_kind(self, "measured", **also)[:8]

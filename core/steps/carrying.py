@@ -50,8 +50,8 @@ def take_moments(
     run: Run,
     phase: int,
     published: Publication,
-    model: "PreTrainedModel",
     scratch: Path,
+    model: "PreTrainedModel",
     optimizer: "Optimizer",
 ) -> None:
     """Give a phase's optimizer the moments of the phase before, cut by the phase's plan."""
@@ -69,7 +69,7 @@ def take_moments(
 
 
 def leave_moments(
-    run: Run, phase: int, model: "PreTrainedModel", scratch: Path, optimizer: "Optimizer"
+    run: Run, phase: int, scratch: Path, model: "PreTrainedModel", optimizer: "Optimizer"
 ) -> None:
     """Publish the moments of a phase that has trained, before its checkpoint is: the next one needs both."""
     from core.training.moments import write_moments

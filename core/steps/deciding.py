@@ -57,11 +57,12 @@ def open_for_decision(
             provenance=provenance,
         )
 
-    if prune.method == "slicegpt":
-        model, tokens = opened_for_repair(run, phase, opened, data, work.scratch, what="the slicing")
-        micro_batch = calibration.micro_batch
-    elif prune.method == "sheared-llama":
+    if prune.method == "sheared-llama":
         model, tokens, micro_batch = _opened_for_masks(run, phase, opened, data, work.scratch)
+    elif prune.method == "slicegpt" or prune.narrows:
+        what = "the ranking of embedding channels" if prune.narrows else "the slicing"
+        model, tokens = opened_for_repair(run, phase, opened, data, work.scratch, what=what)
+        micro_batch = calibration.micro_batch
     else:
         model, tokens, micro_batch = _opened_for_search(run, phase, opened, data, work.scratch)
     return OpenedModel(

@@ -1,5 +1,6 @@
 """Distillation of what a cut has left, a part of prune-step."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from core.errors import DataError
 from core.runs.run import Run
 from core.steps.measuring import draw
 from core.storage.publication import Publication
+from core.training.resume import SavedStates
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,8 @@ def distill_cut(
     data: Publication,
     scratch: Path,
     target: Path,
+    states_uri: str,
+    belongs_to: dict[str, str],
     dtype: "torch.dtype",
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
@@ -46,6 +50,8 @@ def distill_cut(
         data: Holds the calibration pool.
         scratch: Where the pool is fetched to.
         target: Where the result goes.
+        states_uri: Holds the states of this distillation, from which one that was killed goes on.
+        belongs_to: What it starts from. A state of something else is not used.
         dtype: Number format of the result.
         provenance: Of the result.
 
@@ -78,17 +84,20 @@ def distill_cut(
 
     with explaining_memory("calibration.micro_batch=1"):
         before = measure()
-        report = distill(
-            student,
-            teacher,
-            tokens,
-            steps=prune.distill_steps,
-            rate=prune.distill_rate,
-            batch=batch,
-            micro_batch=micro_batch,
-            autocast=autocast,
-            seed=run.settings.seed + phase,
-        )
+        with SavedStates(states_uri, scratch / "states", every=None, belongs_to=belongs_to) as states:
+            report = distill(
+                student,
+                teacher,
+                tokens,
+                steps=prune.distill_steps,
+                rate=prune.distill_rate,
+                batch=batch,
+                micro_batch=micro_batch,
+                autocast=autocast,
+                seed=run.settings.seed + phase,
+                resume_from=states.newest(student, first_step=0),
+                save=functools.partial(states.save, student),
+            )
         after = measure()
     log.info(
         "divergence from the base model on held-out texts: %.3f nats a token, before %.3f", after, before

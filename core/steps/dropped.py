@@ -1,7 +1,7 @@
 """Checkpoints of phases that a run does not keep: they go when nothing reads them any more.
 
-So do the models that a method has made, beside its plans. What was dropped leaves its manifest, the report of
-its step, and the plan.
+So do the models that a method has made, beside its plans, and a teacher that was trained. What was dropped
+leaves its manifest, the report of its step, and the plan.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from core.pruning.phases import phase_steps
 from core.runs.run import Run
 from core.steps.carrying import leaves_moments
-from core.storage.layout import MOMENTS, PLAN, REPORT
+from core.storage.layout import MOMENTS, PLAN, REPORT, TEACHER
 from core.storage.publication import MANIFEST, Publication, find_publication, open_publication
 from core.storage.store import open_store
 from core.storage.transfer import in_parallel
@@ -34,7 +34,8 @@ def drop_checkpoints(run: Run) -> None:
             open_publication(moments).delete()
             log.info("%s are not read any more, and removed", _key(run, moments))
     wanted = _to_compute(run, keys, dropped=())[0] | _to_measure(run, keys)
-    gone = [uri for uri in _uris(run, _phases_to_drop(run)) if uri not in wanted]
+    teachers = [] if run.settings.storage.keep == "all" else [run.uri(TEACHER)]
+    gone = [uri for uri in _uris(run, _phases_to_drop(run)) + teachers if uri not in wanted]
     there = [uri for uri in gone if _holds_weights(run, uri, keys)]
     for published in in_parallel(find_publication, there):
         if published is not None:
@@ -53,7 +54,7 @@ def withdraw_dropped(run: Run) -> None:
         return
     keys = _keys(run)
     phases = range(1, len(run.phase_params) + 1)
-    uris = [uri for uri in _uris(run, phases) if _is_published(run, uri, keys)]
+    uris = [uri for uri in [run.uri(TEACHER), *_uris(run, phases)] if _is_published(run, uri, keys)]
     found = {published.uri: published for published in in_parallel(open_publication, uris)}
     dropped = {uri: each for uri, each in found.items() if not _is_whole(run, each, keys)}
     measured = run.settings.measured_digest()
@@ -99,7 +100,7 @@ def _to_compute(
             trained_again.add(recovered)
         moments_are_read = bool(steps[phase - 1]) and is_made(recovered)
         if moments_are_read:
-            wanted.add(pruned)
+            wanted |= {pruned, run.uri(TEACHER)}
         if is_made(pruned):
             wanted.add(scored)
         result_is_read = any(map(is_made, [run.phase_uri(phase, "calibrated"), scored, pruned]))

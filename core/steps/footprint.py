@@ -1,7 +1,7 @@
 """The memory that a step will take, estimated before it starts, and settings under which it would fit."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -48,11 +48,13 @@ class Footprint:
     Attributes:
         parts: What on the device, by name: they add up.
         host_bytes: Host memory for weights on their way to an accelerator, and for layers' inputs.
+        waiting_bytes: Host memory for what each rank of a training has no room for on its device.
         disk_bytes: Scratch space on the local disk.
     """
 
     parts: Mapping[str, int]
     host_bytes: int = 0
+    waiting_bytes: int = 0
     disk_bytes: int = 0
 
     @property
@@ -78,7 +80,7 @@ def training_footprint(
 
     Args:
         config: Of the model that is trained.
-        dense: Of its teacher, if it has one.
+        dense: Of its teacher, if one is in memory beside it.
         settings: ``micro_batch`` is not 0.
         device: Type of the device.
         stored_bytes: Bytes a parameter of the checkpoints.
@@ -90,6 +92,10 @@ def training_footprint(
         trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
         weights += 4 * trained
     base_params = 0 if dense is None else model_shape(dense).num_params()
+    stored = settings.teacher_logits == "stored"
+    hidden: Sequence[int] = ()
+    if settings.hidden_weight:
+        hidden = settings.hidden_layers or range(config.num_hidden_layers)
     passes = simulate_training(
         config,
         settings.micro_batch,
@@ -97,8 +103,11 @@ def training_footprint(
         autocast=autocast,
         checkpointing=settings.gradient_checkpointing,
         device=device,
+        offload=settings.layer_inputs == "host",
         accumulate=settings.micro_batch < settings.global_batch,
-        taught=None if dense is None else (settings.distillation_weight, settings.temperature),
+        taught=None if dense is None and not stored else (settings.distillation_weight, settings.temperature),
+        hidden_layers=hidden,
+        top_k=settings.teacher_top_k if stored else 0,
         lora_rank=settings.lora_rank,
     )
     gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
@@ -113,7 +122,35 @@ def training_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
+        waiting_bytes=sum(held_bytes(size, crosses=device != "cpu") for size in passes.handed_over),
         disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained + carried * params,
+    )
+
+
+def lessons_footprint(
+    config: "PreTrainedConfig", settings: "TrainingSettings", micro_batch: int, *, device: str
+) -> Footprint:
+    """Estimate what it takes to store what a teacher expects.
+
+    Args:
+        config: Of the teacher.
+        settings: Of the training.
+        micro_batch: Sequences that it reads at once.
+        device: Type of the device.
+    """
+    dtype = dtype_of(settings.precision) or torch.float32
+    weights, length = model_shape(config).num_params() * dtype.itemsize, settings.sequence_length
+    passes = simulate_inference(config, dtype, micro_batch, length)
+    positions = min(chunk_positions(config.vocab_size, device), micro_batch * length)
+    # Logits, their copy at the temperature, logarithms and probabilities.
+    logits = positions * config.vocab_size * (12 + dtype.itemsize)
+    return Footprint(
+        parts={
+            "base model": weights,
+            "activations, then logits": max(passes.peak, passes.kept + logits),
+            "libraries": LIBRARIES,
+        },
+        host_bytes=weights,
     )
 
 
@@ -211,7 +248,9 @@ def evaluation_footprint(
     """
     dtype = dtype_of(settings.precision) or torch.float32
     params = model_shape(config).num_params()
-    batch, length = min(settings.batch_size, settings.perplexity_windows), settings.perplexity_length
+    batch, length = settings.batch_size, settings.perplexity_length
+    if not settings.perplexity_stride:  # else there are more windows
+        batch = min(batch, settings.perplexity_windows)
     passes = simulate_inference(config, dtype, batch, length)
     positions = min(chunk_positions(config.vocab_size, device), batch * length)
     if settings.tasks:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from core.settings.addresses import base_name
 from core.steps.dropped import drop_checkpoints
 from core.steps.opening import show_life
 from core.storage.layout import CARD, REPORT, REPORT_FORMAT
+from core.storage.owner import Owner
 from core.storage.publication import Publication, find_publication, open_publication, publish
 from core.tracking.mlflow import ChildRun, Tracker, open_tracker
+from core.tracking.presentation import origin_tags, run_title
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,12 @@ class Workspace:
     Attributes:
         out: Empty folder; what is in it when the step returns is published.
         scratch: Folder for downloads, removed afterwards.
+        child: The step's MLflow run.
     """
 
     out: Path
     scratch: Path
+    child: ChildRun
 
 
 Track = Callable[[ChildRun, dict[str, Any], Publication], None]
@@ -66,7 +71,8 @@ def compute_once(
         phase: Phase of the step, 0 for the dense model and for what comes before all phases.
         step: Name of the step.
         compute: Fills ``out`` and returns figures to keep beside it in ``report.json``; ``seconds`` are what
-            earlier attempts have given to the result. Its numbers are logged.
+            earlier attempts have given to the result; ``accelerators`` are how many it took, by default
+            whether this process has used one. Its numbers are logged.
         track: Logs what else there is.
 
     Raises:
@@ -89,8 +95,9 @@ def compute_once(
         out.mkdir()
         scratch.mkdir()
         with tracker.child(phase, step) as child:
-            report = compute(Workspace(out=out, scratch=scratch))
+            report = compute(Workspace(out=out, scratch=scratch, child=child))
             report["seconds"] = report.get("seconds", 0.0) + time.monotonic() - started
+            report.setdefault("accelerators", _accelerators())
             (out / REPORT).write_text(json.dumps({"format": REPORT_FORMAT, **report}))
             renew_lease()  # what a machine has computed before it was asleep may be another's by now
             metadata = {"run": run.key, "phase": phase, "step": step}
@@ -101,6 +108,12 @@ def compute_once(
             return published
 
 
+def _accelerators() -> int:
+    """Return how many accelerators this process uses: one from the first time on, a process a step."""
+    torch = sys.modules.get("torch")
+    return int(torch is not None and torch.cuda.is_initialized())
+
+
 def _log_published(published: Publication, child: ChildRun, track: Track | None) -> None:
     report = published.read_json(REPORT)
     child.log_metrics({name: value for name, value in report.items() if isinstance(value, int | float)})
@@ -108,11 +121,20 @@ def _log_published(published: Publication, child: ChildRun, track: Track | None)
         track(child, report, published)
 
 
+def track_curves(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
+    """Log the curves of a training; see ``Track``."""
+    from core.training.measures import curves_of  # torch
+
+    for name, points in curves_of(report.get("losses", ()), report.get("series", {})).items():
+        child.log_series(name, points)
+
+
 def tracker_of(run: Run) -> Tracker:
     """Return the tracker of a run."""
     # What is measured otherwise is another run there: no figure in MLflow ever changes.
     key = f"{run.key}-{run.settings.measured_digest()}"
-    return open_tracker(run.settings.tracking, key=key, name=run.settings.name)
+    origin = origin_tags(job=run.job, local=Owner.of(run.job).pid is not None)
+    return open_tracker(run.settings.tracking, key=key, name=run_title(run.settings), tags=origin)
 
 
 def provenance_of(run: Run, phase: int, source: str, *, step: str) -> dict[str, Any]:
@@ -159,10 +181,11 @@ def hand_over(published: Publication, name: str, artifact: Artifact) -> None:
 
 
 def describe_checkpoint(published: Publication, artifact: Artifact) -> None:
-    """Put a checkpoint's manifest into a KFP artifact; the weights stay in the store."""
+    """Put a checkpoint's address and manifest into a KFP artifact; the weights stay in the store."""
     manifest = published.manifest
     Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
-    Path(artifact.path).write_text(manifest.to_json())
+    listed = {"checkpoint_uri": published.uri, **json.loads(manifest.to_json())}
+    Path(artifact.path).write_text(json.dumps(listed, indent=1))  # the UI shows the first lines
     artifact.metadata |= {
         "checkpoint_uri": published.uri,
         "digest": manifest.digest,

@@ -2,10 +2,11 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.quantities import parse_count
 from core.runs.run import Run
+from core.steps.stages import SavedStages
 from core.storage.layout import CALIBRATION_POOL
 from core.storage.publication import Publication
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from core.model.checkpoint import Checkpoint
     from core.model.layerwise import LayerwiseModel
     from core.pruning.plan import LayerPlan
+    from core.pruning.scoring.measurement import MeasuredCheckpoint
     from core.pruning.scoring.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -79,40 +81,71 @@ class PhaseMeasurement:
     def __init__(
         self, run: Run, phase: int, checkpoint: Publication, data: Publication, scratch: Path
     ) -> None:
-        """Fetch and open it; ``scratch`` holds what is fetched.
+        """Name it; it is fetched and opened when it is measured. ``scratch`` holds what is fetched."""
+        self._run, self._phase, self._data, self._scratch = run, phase, data, scratch
+        self._checkpoint = checkpoint
+        self._measured: MeasuredCheckpoint | None = None
+        self._cuts: list[tuple[LayerPlan, ...]] = []
+
+    def cut(self, layers: "tuple[LayerPlan, ...]") -> None:
+        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
+        self._cuts.append(layers)
+
+    def stages(self, uri: str, **made_of: Any) -> SavedStages:
+        """Return what has been kept, at a place in the store, of a measurement of this checkpoint.
+
+        Args:
+            uri: Holds nothing else.
+            made_of: What tells the measurement from others of this checkpoint.
+        """
+        return SavedStages(
+            uri,
+            self._scratch / "stages",
+            made_of={
+                "checkpoint": self._checkpoint.digest,
+                "data": self._data.digest,
+                "settings": self._run.settings.digest(),
+                **made_of,
+            },
+        )
+
+    def measure(self, step: int, stages: SavedStages) -> "Statistics":
+        """Measure what is left.
+
+        Args:
+            step: Of the phase, counted from 0: the measurement is on its draw.
+            stages: What is kept of this measurement.
 
         Raises:
             OutOfMemoryError: If the measurement would not fit into the memory.
         """
+        from core.steps.footprint import explaining_memory
+
+        sequences = self._run.settings.calibration.sequences
+        tokens = draw(self._run, self._phase, step, self._data, self._scratch, sequences=sequences)
+        with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
+            if self._measured is None:
+                self._measured = self._opened()
+            while self._cuts:
+                self._measured.cut(self._cuts.pop(0))
+            return self._measured.measure(tokens, stages)
+
+    def _opened(self) -> "MeasuredCheckpoint":
         from core.machine.precision import warn_if_emulated
         from core.model.build import dtype_of, pick_device
         from core.model.checkpoint import Checkpoint
         from core.pruning.scoring.measurement import MeasuredCheckpoint
         from core.steps.footprint import check_scoring
 
-        settings, prune = run.settings, run.settings.prune.applied()
-        self._run, self._phase, self._data, self._scratch = run, phase, data, scratch
-        opened = Checkpoint(checkpoint.fetch(scratch))
+        settings, prune = self._run.settings, self._run.settings.prune.applied()
+        opened = Checkpoint(self._checkpoint.fetch(self._scratch))
         warn_if_emulated("calibration", settings.calibration.precision, pick_device())
         check_scoring(opened.config, settings.calibration, prune, pick_device().type)
-        self._measured = MeasuredCheckpoint(
+        return MeasuredCheckpoint(
             opened,
             settings.calibration,
             prune,
             dtype=dtype_of(settings.calibration.precision),
             seed=settings.seed,
-            scratch=scratch,
+            scratch=self._scratch,
         )
-
-    def cut(self, layers: "tuple[LayerPlan, ...]") -> None:
-        """Remove from what is left of the checkpoint all that ``layers`` do not keep."""
-        self._measured.cut(layers)
-
-    def measure(self, step: int = 0) -> "Statistics":
-        """Measure what is left on the draw of a step of the phase, counted from 0."""
-        from core.steps.footprint import explaining_memory
-
-        sequences = self._run.settings.calibration.sequences
-        tokens = draw(self._run, self._phase, step, self._data, self._scratch, sequences=sequences)
-        with explaining_memory("calibration.micro_batch=1, or calibration.weights=streamed"):
-            return self._measured.measure(tokens)

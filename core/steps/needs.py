@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from core.settings.cluster import ComponentName
     from core.settings.model import ModelSettings
     from core.settings.schema import Settings
+    from core.settings.training import TrainingSettings
     from core.steps.footprint import Footprint
 
 log = logging.getLogger(__name__)
 
 _PROCESS_BYTES = 1_500_000_000
 """Python with its libraries; with an accelerator's, about twice that."""
+_ROW_BYTES = 6
+"""A token of the mixture's rows, with what is trained and where documents begin."""
 _TIMEOUT_S = 5.0
 
 
@@ -65,15 +68,16 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         settings: Of the run. ``auto`` precision counts as bfloat16 on accelerators, else as float32; a
             micro-batch or batch of 0 as 1.
     """
-    from core.model.build import model_shape
     from core.steps.deciding import search_footprint
-    from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
+    from core.steps.footprint import evaluation_footprint, scoring_footprint
     from core.steps.prune_footprint import distillation_footprint, masks_footprint, repair_footprint
-    from core.steps.training_plan import TrainingPlan, rank_footprint
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
         return ("cuda", "bfloat16") if gpu else ("cpu", "float32")
+
+    def free(component: "ComponentName") -> int:
+        return max(0, parse_bytes(settings.cluster.of(component).memory) - _PROCESS_BYTES)
 
     def settled(precision: Precision, component: "ComponentName") -> Precision:
         return on(component)[1] if precision == "auto" else precision
@@ -81,13 +85,12 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     needs: dict[ComponentName, Footprint] = {}
     stored_bytes = 4 if settings.model.dtype_between_phases == "float32" else 2
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
-    pod = parse_bytes(settings.cluster.of("calibrate").memory)
     needs["calibrate"] = scoring_footprint(
         config,
         replace(calibration, precision=settled(calibration.precision, "calibrate")),
         settings.prune.applied(),
         device=on("calibrate")[0],
-        free_bytes=pod - _PROCESS_BYTES,
+        free_bytes=free("calibrate"),
         stored_bytes=stored_bytes,
     )
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
@@ -100,10 +103,9 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         needs["score-layers"] = masks_footprint(
             config, decided, prune, device=deciding, stored_bytes=stored_bytes
         )
-    elif prune.method == "slicegpt":
-        pod = parse_bytes(settings.cluster.of("score-layers").memory)
+    elif prune.method == "slicegpt" or prune.narrows:
         needs["score-layers"] = repair_footprint(
-            config, decided, prune, device=deciding, free_bytes=pod - _PROCESS_BYTES
+            config, decided, prune, device=deciding, free_bytes=free("score-layers")
         )
     elif decides_on_model(prune):
         needs["score-layers"] = search_footprint(
@@ -114,9 +116,8 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             stored_bytes=stored_bytes,
         )
     if prune.repair != "none":
-        pod = parse_bytes(settings.cluster.of("prune-step").memory)
         needs["prune-step"] = repair_footprint(
-            config, measured, prune, device=kind, free_bytes=pod - _PROCESS_BYTES
+            config, measured, prune, device=kind, free_bytes=free("prune-step")
         )
     if prune.distill_steps:
         distilled = distillation_footprint(
@@ -130,23 +131,8 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             needs.get("prune-step", distilled), distilled, key=lambda need: need.device_bytes
         )
     if training.total_steps:
-        alone = replace(
-            training,
-            micro_batch=training.micro_batch or 1,
-            precision=settled(training.precision, "recover-train"),
-        )
-        whole = training_footprint(
-            smaller,
-            config if training.teacher == "base" else None,
-            alone,
-            device=on("recover-train")[0],
-            stored_bytes=stored_bytes,
-        )
-        gpus = settings.cluster.gpus_of("recover-train", gpu_task=True)
-        ranks = (training.ranks or gpus) if gpus else 1
-        sharded = ranks > 1 and training.sharding != "none" and not training.lora_rank
-        plan = TrainingPlan(settings=alone, ranks=ranks, sharded=sharded)  # the least that a GPU needs
-        needs["recover-train"] = rank_footprint(whole, model_shape(smaller), plan)
+        device, precision = on("recover-train")[0], settled(training.precision, "recover-train")
+        needs["recover-train"] = _training_need(config, smaller, settings, device, precision, stored_bytes)
     needs["evaluate"] = evaluation_footprint(
         config,
         replace(
@@ -160,14 +146,58 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     return needs
 
 
+def _training_need(
+    config: "PreTrainedConfig",
+    smaller: "PreTrainedConfig",
+    settings: "Settings",
+    device: str,
+    precision: Precision,
+    stored_bytes: int,
+) -> "Footprint":
+    """Return what recover-train takes: of the model, and of what teaches it, one after the other."""
+    from core.model.build import model_shape
+    from core.steps.footprint import lessons_footprint, training_footprint
+    from core.steps.training_plan import TrainingPlan, rank_footprint
+
+    training = settings.training
+    gpus = settings.cluster.gpus_of("recover-train", gpu_task=True)
+    ranks = ((training.ranks or gpus) if gpus else 1) * training.nodes
+    sharded = ranks > 1 and training.sharding != "none" and not training.lora_rank
+
+    def need(
+        trained: "PreTrainedConfig", dense: "PreTrainedConfig | None", own: "TrainingSettings"
+    ) -> "Footprint":
+        alone = replace(own, micro_batch=own.micro_batch or 1, precision=precision)
+        whole = training_footprint(trained, dense, alone, device=device, stored_bytes=stored_bytes)
+        plan = TrainingPlan(settings=alone, ranks=ranks, sharded=sharded)  # the least that a GPU needs
+        return rank_footprint(whole, model_shape(trained), plan)
+
+    found = need(
+        smaller,
+        config if (training.teacher, training.teacher_logits) == ("base", "live") else None,
+        training,
+    )
+    if training.teacher_logits == "stored":
+        reading = lessons_footprint(config, replace(training, precision=precision), 1, device=device)
+        disk_bytes = found.disk_bytes + _lessons_bytes(config, settings)
+        disk_bytes += stored_bytes * model_shape(config).num_params()
+        larger = max(found, reading, key=lambda need: need.device_bytes)
+        found = replace(larger, disk_bytes=disk_bytes)
+    if (of_teacher := training.of_teacher) is not None:
+        taught = need(config, None, of_teacher)
+        rows = _ROW_BYTES * of_teacher.total_steps * training.global_batch * training.sequence_length
+        found = replace(
+            max(found, taught, key=lambda need: need.device_bytes),
+            host_bytes=max(found.host_bytes, taught.host_bytes),
+            disk_bytes=max(found.disk_bytes, taught.disk_bytes + rows),
+        )
+    return found
+
+
 def shortages(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") -> Iterator[str]:
     """Yield where the cluster's settings give a task less than it needs."""
     for component, footprint in needs.items():
-        pod = settings.cluster.of(component)
-        on_gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
-        host = (
-            2 * _PROCESS_BYTES + footprint.host_bytes if on_gpu else _PROCESS_BYTES + footprint.device_bytes
-        )
+        pod, host = settings.cluster.of(component), host_bytes(component, footprint, settings)
         for name, needed in (("memory", host), ("scratch", footprint.disk_bytes)):
             given = getattr(pod, name)
             if given and needed > parse_bytes(given):
@@ -176,6 +206,15 @@ def shortages(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") 
                     f"{component} needs about {needed / 1e9:.1f} GB of {name}, and its pods get {given}. "
                     f"Set cluster.components.{component}.{name}={wanted}Gi or more."
                 )
+
+
+def host_bytes(component: "ComponentName", footprint: "Footprint", settings: "Settings") -> int:
+    """Return what a task takes of its pod's memory, whether it has accelerators or not."""
+    gpus = settings.cluster.gpus_of(component, gpu_task=True)
+    if not gpus:
+        return _PROCESS_BYTES + footprint.device_bytes
+    processes = 1 + gpus if gpus > 1 and component in ("recover-train", "evaluate") else 1
+    return 2 * _PROCESS_BYTES * processes + footprint.host_bytes
 
 
 def summary_line(needs: "Mapping[ComponentName, Footprint]", settings: "Settings") -> str:
@@ -192,6 +231,17 @@ def _where(component: "ComponentName", settings: "Settings") -> str:
     if component == "recover-train" and gpus > 1:
         return f" on each of its {gpus} GPUs"
     return " on its GPU" if gpus else ""
+
+
+def _lessons_bytes(config: "PreTrainedConfig", settings: "Settings") -> int:
+    """Return what stored lessons take, at most: all tokens of the largest phase are trained."""
+    from core.pruning.phases import phase_steps
+    from core.training.lessons import bytes_a_position
+
+    training = settings.training
+    steps = max(phase_steps(training.total_steps, settings.prune.phases))
+    tokens = steps * training.global_batch * training.sequence_length
+    return tokens * bytes_a_position(config.vocab_size, training.teacher_top_k)
 
 
 def _after_first_phase(config: "PreTrainedConfig", settings: "Settings") -> "PreTrainedConfig":

@@ -11,7 +11,7 @@ from core.runs.run import Run
 from core.steps.frame import Workspace, compute_once
 from core.steps.parts import SavedParts
 from core.storage.interface import join_uri
-from core.storage.layout import CALIBRATION_POOL, HELD_OUT
+from core.storage.layout import CALIBRATION_POOL, HELD_OUT, RESUME
 from core.storage.publication import open_publication
 from core.training.resume import remove_states
 
@@ -34,7 +34,7 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
 
     this = Run.load(run)
     settings, uri = this.settings, this.uri("data")
-    parts_uri = join_uri(uri, "_resume")
+    parts_uri = join_uri(uri, RESUME)
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
 
     def tokenizer_in(folder: Path) -> Any:
@@ -91,6 +91,7 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
             tokenizer_in(work.scratch),
             windows=evaluation.perplexity_windows,
             length=evaluation.perplexity_length,
+            stride=evaluation.perplexity_stride,
             path=work.out / HELD_OUT,
         )
         return {"perplexity_windows": windows}

@@ -154,6 +154,10 @@ def masks_footprint(
     )
     gradients = 4 * params
     masked = sum(layer.mlp_width + layer.query_heads * head_dim(config) for layer in shape.layers)
+    if prune.narrows:  # the input and the output of each norm
+        masked += 2 * config.hidden_size * (2 * len(shape.layers) + 1)
+    if prune.layers != "auto":  # the outputs of attention and MLP
+        masked += 2 * config.hidden_size * len(shape.layers)
     return Footprint(
         parts={
             "weights": 4 * params,

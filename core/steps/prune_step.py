@@ -10,9 +10,11 @@ from core.runs.run import Run
 from core.steps.distilling import distill_cut
 from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpoint, provenance_of
 from core.steps.measuring import REPAIR_DRAW, opened_for_repair
-from core.storage.layout import PLAN
+from core.storage.interface import join_uri
+from core.storage.layout import PLAN, RESUME
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
+from core.training.resume import remove_states
 
 if TYPE_CHECKING:
     from core.model.checkpoint import Checkpoint
@@ -32,6 +34,7 @@ def run_prune_step(
         URI of the smaller checkpoint.
     """
     this = Run.load(run)
+    uri = this.phase_uri(phase, "pruned")
 
     def compute(work: Workspace) -> dict[str, Any]:
         import torch
@@ -77,7 +80,7 @@ def run_prune_step(
             report["repair_s"] = time.monotonic() - started
         if distills:
             del repair  # with its model
-            dense = checkpoint
+            dense, data = checkpoint, open_publication(data_uri)
             if checkpoint_uri != this.base_uri:
                 dense = Checkpoint(open_publication(this.base_uri).fetch(work.scratch / "base"))
             report |= distill_cut(
@@ -86,9 +89,11 @@ def run_prune_step(
                 Checkpoint(work.scratch / "cut"),
                 dense,
                 number=REPAIR_DRAW,
-                data=open_publication(data_uri),
+                data=data,
                 scratch=work.scratch,
                 target=work.out,
+                states_uri=join_uri(uri, RESUME),
+                belongs_to={"checkpoint": digest, "data": data.digest, "settings": this.settings.digest()},
                 dtype=dtype,
                 provenance=provenance,
             )
@@ -97,8 +102,8 @@ def run_prune_step(
     def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_series("divergence", list(enumerate(report.get("divergences", ()), start=1)))
 
-    uri = this.phase_uri(phase, "pruned")
     published = compute_once(this, uri, phase=phase, step="prune-step", compute=compute, track=track)
+    remove_states(join_uri(uri, RESUME))
     describe_checkpoint(published, model)
     return uri
 

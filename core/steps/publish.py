@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import html
 import json
 import logging
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ExportError
-from core.runs.record import RunRecord, SpeedRecord, accuracies
+from core.report.summary import build_description
+from core.runs.gathering import collect_record
+from core.runs.record import RunRecord, SpeedRecord, headline_metric
 from core.runs.run import Run
 from core.scratch import scratch_folder
 from core.steps.frame import (
@@ -22,16 +25,27 @@ from core.steps.frame import (
     hand_over,
     tracker_of,
 )
-from core.steps.records import collect_record
 from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import Publication, open_publication
+from core.storage.store import open_store
 from core.tracking.mlflow import ChildRun
+from core.tracking.presentation import perplexity_set, summary_params
+from core.tracking.registry import EVALUATED, MEASURED, register
 
 log = logging.getLogger(__name__)
 
 
-def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact, model: Artifact) -> str:
+def run_publish(
+    *, run: Mapping[str, Any], checkpoint_uri: str, result: Artifact, report: Artifact, model: Artifact
+) -> str:
     """Publish the final checkpoint with its record and report, and register it.
+
+    Args:
+        run: The run's handle.
+        checkpoint_uri: What the last phase ends with.
+        result: Gets the figures by which runs are compared: KFP shows them side by side, a column a run.
+        report: Gets the report.
+        model: Describes the final checkpoint.
 
     Returns:
         URI of the final checkpoint.
@@ -42,7 +56,9 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
     def write_report(folder: Path, base: Publication, work: Workspace) -> RunRecord:
         from core.report.report import build_report
 
-        record = collect_record(this, uri, range(phases + 1))  # asks MLflow, which may be away
+        record = collect_record(
+            this, uri, range(phases + 1), tracker=tracker_of(this)
+        )  # asks MLflow, which may be away
         record = dataclasses.replace(record, speed=_measure_speed(this, folder, base, work))
         (work.out / RECORD).write_text(json.dumps(record.to_dict()))
         (work.out / HTML).write_text(build_report(record))
@@ -75,25 +91,70 @@ def run_publish(*, run: Mapping[str, Any], checkpoint_uri: str, report: Artifact
     hand_over(published, HTML, report)
     describe_checkpoint(published if report_uri == uri else open_publication(uri), model)
     record = RunRecord.from_dict(published.read_json(RECORD))
+    result.metadata |= _headlines(record)
     speedups = {name: value for speed in record.speed for name, value in speed.figures().items()}
     tracker_of(this).log_phase(phases, speedups)
     with this.working():
-        _register(this, uri, record, speedups)
+        tracker_of(this).describe(build_description(record))
+        if (version := _register(this, uri, record)) and this.settings.registry.promote == "rule":
+            _promote(this, version, record, report, model)
+        open_store(this.store).delete(f"{this.folder}/{HTML}")  # the report so far
         this.mark_done()
     return uri
 
 
-def _register(run: Run, uri: str, record: RunRecord, speedups: Mapping[str, float]) -> None:
+def _headlines(record: RunRecord) -> dict[str, float]:
+    """Return what a run has come to: its size, its quality, and what it took."""
+    dense, last = record.phases[0], record.phases[-1]
+    found = {"parameters": last.params, "share of parameters": last.params / dense.params}
+    if last.perplexity is not None:
+        found["perplexity"] = last.perplexity
+    scores = {task: headline_metric(metrics) for task, metrics in last.tasks.items()}
+    measured = {f"{task} {score[0]}": score[1] for task, score in scores.items() if score is not None}
+    if len(measured) > 1:
+        found["mean of benchmarks"] = sum(measured.values()) / len(measured)
+    found |= measured
+    found["training tokens"] = sum(phase.tokens for phase in record.phases)
+    found["hours"] = sum(sum(phase.seconds.values()) for phase in record.phases) / 3600
+    return found | {name: value for speed in record.speed for name, value in speed.figures().items()}
+
+
+def _register(run: Run, uri: str, record: RunRecord) -> str:
     """Register the final checkpoint as a version of ``tracking.model_name``, if the settings name one."""
     name = run.settings.tracking.model_name
     if not name:
-        return
-    last = record.phases[-1]
-    figures = {"params": float(last.params), **accuracies(last), **speedups}
-    if last.perplexity is not None:
-        figures["perplexity"] = last.perplexity
-    version = tracker_of(run).register(name, uri, {"base": record.base, "run": run.key}, figures)
-    log.info("registered %s version %s", name, version)
+        return ""
+    texts = perplexity_set(run.settings)
+    version = register(
+        tracker_of(run),
+        name,
+        uri,
+        params={"base": record.base, "run": run.key, **summary_params(run.settings)},
+        phase=len(run.phase_params),
+        tags={
+            MEASURED: run.settings.measured_digest(),
+            EVALUATED: run.measured_uri(len(run.phase_params)),
+        },
+        data_set=(texts.name, texts.digest) if texts else None,
+    )
+    if version:
+        log.info("registered %s version %s", name, version)
+    return version
+
+
+def _promote(run: Run, version: str, record: RunRecord, report: Artifact, model: Artifact) -> None:
+    """Let the rule decide whether the version becomes the champion, and show it in KFP and MLflow."""
+    from core.steps.promotion import promote
+    from core.tracking.registry import Registry
+
+    tracker = tracker_of(run)
+    registry = Registry(tracker.uri, run.settings.tracking.model_name)
+    decision = promote(registry, run.settings.registry, version, again=False)
+    log.info("%s", decision.sentence)
+    model.metadata["decision"] = decision.sentence
+    page, said = Path(report.path).read_text(), html.escape(f"{registry.name}: {decision.sentence}")
+    Path(report.path).write_text(page.replace("<main>", f"<main>\n<section><p>{said}</p></section>", 1))
+    tracker.describe(f"{build_description(record)}\n{registry.name}: {decision.sentence}\n")
 
 
 def _write_card(base: Publication, record: RunRecord, work: Workspace) -> None:

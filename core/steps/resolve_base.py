@@ -4,17 +4,20 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from core.errors import TargetError, UnsupportedModelError
+from core.errors import SettingsError, TargetError, UnsupportedModelError, refuse
+from core.evaluation.task_data import unknown_tasks
 from core.runs.run import Run
 from core.scratch import scratch_folder
-from core.settings.methods import WHOLE_LAYERS
 from core.settings.parameters import settings_of_run
 from core.settings.schema import Settings
+from core.steps.closing import close_dead_runs
 from core.steps.frame import tracker_of
 from core.steps.opening import open_run
 from core.storage.layout import pointer_of
 from core.storage.publication import open_publication
 from core.storage.store import open_store
+from core.tracking.mlflow import STORE
+from core.tracking.presentation import data_sets, short_base, summary_params
 
 if TYPE_CHECKING:
     from core.model.checkpoint import Checkpoint
@@ -65,6 +68,7 @@ def run_resolve_base(
 
     own = {"base_model": base_model, "revision": revision, "target": target, "method": method}
     settings = settings_of_run({**own, "recipe": recipe}, fixed)
+    refuse(unknown_tasks(settings.evaluation))  # else the first evaluation would find out
     base_uri, commit = import_base(settings.model, settings.storage.store, tracking_uri=settings.tracking.uri)
     with scratch_folder() as scratch:
         base = Checkpoint(open_publication(base_uri).fetch(scratch, only=["config.json"]))
@@ -89,10 +93,24 @@ def run_resolve_base(
     sizes = [f"{params:,}" for params in (dense.num_params(), phase_params[-1])]
     log.info("run %s: %s, %s to %s parameters", run.key, base_model, *sizes)
     if not run.is_complete():
-        tags = {"adapt_pruner.base": base_model, "adapt_pruner.revision": commit}
-        tags |= {f"adapt_pruner.precision.{section}": text for section, text in chosen.items()}
-        tracker_of(run).start(settings.to_dict(), tags)
+        _start_tracking(run)
     return run.handle(), base_uri, ""
+
+
+def _start_tracking(run: Run) -> None:
+    """Open the run's page in MLflow, and close those of runs in this store that have died."""
+    settings, store, tracker = run.settings, open_store(run.store), tracker_of(run)
+    tags = {"adapt_pruner.base": settings.model.base, "adapt_pruner.revision": run.revision}
+    tags |= {f"adapt_pruner.precision.{section}": text for section, text in run.chosen.items()}
+    params = {**summary_params(settings), **settings.to_dict()}
+    tracker.start(params, {**tags, STORE: store.uri}, data_sets(settings))
+    tracker.describe(
+        f"{short_base(settings.model.base)}, {run.dense.num_params():,} parameters, to "
+        f"{run.phase_params[-1]:,} in {len(run.phase_params)} phases by {settings.prune.method}. "
+        f"Run `{run.key}` in `{store.uri}`."
+    )
+    for closed in close_dead_runs(tracker, store, sparing=run.key):
+        log.info("closed in MLflow: %s", closed)
 
 
 def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShape", tuple[int, ...]]:
@@ -100,6 +118,8 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
     from core.model.config import refuse_sliced
+    from core.pruning.methods.minitron import narrowed_config
+    from core.pruning.methods.shortgpt import fewest_layers
     from core.pruning.methods.slicegpt import sliced_config
     from core.pruning.phases import phase_sizes
     from core.pruning.planning import settings_for, shape_under, sizing_for
@@ -114,6 +134,14 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
         )
     dense, prune = model_shape(base.config), settings_for(settings.prune, base.family)
     base_params = dense.num_params()
+    beyond = [layer for layer in settings.training.hidden_layers if layer >= len(dense.layers)]
+    if beyond:
+        raise SettingsError(
+            [
+                f"training.hidden_layers={beyond[0]}: the base model has {len(dense.layers)} layers, from 0 "
+                "on. Name others."
+            ]
+        )
     target_params = prune.target_params(base_params)
     if target_params >= base_params:
         raise TargetError(
@@ -124,8 +152,12 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
         config = sliced_config(base.config, target_params)
         log.info("the signal between layers is sliced to %d columns", config.sliced_hidden_size)
         return dense, (target_params,)
-    whole = shape_under(prune, dense, base.config)
-    least = whole.with_layers(whole.layers[:1]) if prune.method in WHOLE_LAYERS else whole
+    config = base.config
+    if prune.narrows:
+        config = narrowed_config(config, prune, target_params)
+        log.info("%d of %d embedding channels stay", config.hidden_size, base.config.hidden_size)
+    whole = shape_under(prune, model_shape(config), config)
+    least = whole.with_layers(whole.layers[: fewest_layers(prune, whole, target_params)])
     sizing = sizing_for(prune, least, least)
     smallest_params(sizing, target_params)
     if prune.profile == "portable":

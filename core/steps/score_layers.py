@@ -8,9 +8,11 @@ from core.runs.run import Run
 from core.steps.deciding import open_for_decision
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
 from core.steps.measuring import PhaseMeasurement
-from core.storage.layout import PLAN, STATISTICS
+from core.storage.interface import join_uri
+from core.storage.layout import PLAN, RESUME, STATISTICS
 from core.storage.publication import Publication, open_publication
 from core.tracking.mlflow import ChildRun
+from core.training.resume import remove_states
 
 if TYPE_CHECKING:
     from core.pruning.plan import LayerPlan
@@ -25,10 +27,12 @@ def run_score_layers(
     """Decide which groups stay in each layer, so that the phase ends at its size.
 
     The statistics are those that calibrate has published. With several steps a phase, the checkpoint is
-    opened once, and cut and measured again for each step after the first. Where statistics do not decide, it
-    is opened for that. If the method makes a model of its own, that is published beside the plan.
+    opened once, and cut and measured again for each step after the first; a task that was killed and is
+    started again goes on after what it has measured. Where statistics do not decide, it is opened for that.
+    If the method makes a model of its own, that is published beside the plan.
     """
     this = Run.load(run)
+    uri = this.phase_uri(phase, "scored")
 
     def compute(work: Workspace) -> dict[str, Any]:
         from core.model.checkpoint import Checkpoint
@@ -42,16 +46,20 @@ def run_score_layers(
         calibrated = open_publication(this.phase_uri(phase, "calibrated"))
         before = open_publication(this.phase_uri(phase - 1, "scored")).read_json(PLAN) if phase > 1 else {}
 
-        opened: list[PhaseMeasurement] = []
+        measurement = PhaseMeasurement(this, phase, source, data, work.scratch)
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
-            if not opened:  # one step alone needs no weights
-                opened.append(PhaseMeasurement(this, phase, source, data, work.scratch))
-            opened[0].cut(layers)
-            return opened[0].measure(step)
+            measurement.cut(layers)
+            with measurement.stages(join_uri(uri, RESUME, f"{step:04d}"), statistics=digest) as stages:
+                found = stages.result()
+                if found is None:
+                    found = measurement.measure(step, stages)
+                    stages.finish(found)
+            return found
 
         checkpoint = Checkpoint(source.fetch(work.scratch, only=["config.json"]))
         statistics = calibrated.fetch(work.scratch / "calibrated", only=[STATISTICS]) / STATISTICS
+        digest = file_sha256(statistics)
         prune = settings_for(this.settings.prune, checkpoint.family)
         dense = shape_under(prune, this.dense, checkpoint.config)
         figures: dict[str, Any] = {}
@@ -64,7 +72,7 @@ def run_score_layers(
                 target_params=this.phase_params[phase - 1],
                 settings=prune,
                 checkpoint=source.digest,
-                statistics_digest=file_sha256(statistics),
+                statistics_digest=digest,
                 remeasure=remeasure,
                 decide=decision_of(
                     prune, lambda: open_for_decision(this, phase, source, data, work, figures)
@@ -93,6 +101,6 @@ def run_score_layers(
         for name in ("importance", "sparsity"):
             child.log_series(name, enumerate(decided[name]))
 
-    uri = this.phase_uri(phase, "scored")
     published = compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
+    remove_states(join_uri(uri, RESUME))
     hand_over(published, PLAN, plan)

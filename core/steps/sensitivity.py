@@ -19,7 +19,8 @@ from core.pruning.planning import settings_for
 from core.pruning.scoring.calibration import draw_calibration
 from core.pruning.scoring.measurement import MeasuredCheckpoint
 from core.pruning.sensitivity import Part, Sensitivity, layer_sensitivity
-from core.report.figures import inline_svg, sensitivity_figure
+from core.report.drawing import inline_svg
+from core.report.figures import sensitivity_figure
 from core.report.templates import render
 from core.runs.record import perplexity_text
 from core.scratch import scratch_folder

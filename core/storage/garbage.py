@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from core.errors import IntegrityError, LeaseError, StorageError
 from core.storage.interface import Store, StoredFile, is_temporary, join_uri
-from core.storage.layout import folder_of, pointer_of, publication_of
+from core.storage.layout import HTML, RESUME, TEACHER, folder_of, pointer_of, publication_of
 from core.storage.lease import TTL_S, Lease, holding_lease, lease_number, read_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
@@ -24,7 +24,14 @@ from core.storage.publication import MANIFEST, find_publication
 PATIENCE_S = 86_400.0
 """How long files are left alone that an unknown process may be writing."""
 
-_OWN = ("run.json", "DONE.json")
+_OWN = ("run.json", "DONE.json", HTML)
+_RESUMED = {
+    "data": "prepared data",
+    TEACHER: "a training state of the teacher",
+    "recovered": "a training state of a phase",
+}
+"""Last part of the place of a publication to what is kept there until it is published."""
+
 _INTERRUPTED = "an interrupted write"
 _THREADS = 8
 
@@ -108,7 +115,9 @@ def clean(
             log.warning("spared: %s", error)
         finally:
             release_lease(store, run, owner.job)
-    rest = _Search(store=store, patience_s=patience_s).below("bases/", "jobs/", "precisions/", "revisions/")
+    rest = _Search(store=store, patience_s=patience_s).below(
+        "answers/", "bases/", "jobs/", "precisions/", "revisions/"
+    )
     return removed + _remove_if(store, [piece for piece in rest.garbage if not piece.run], wanted[""])
 
 
@@ -142,7 +151,7 @@ class _Search:
             for file in (*self.store.stored(prefix), *_unfinished(self.store, prefix)):
                 places[folder_of(file.key)].append(file)
         pointers = places.pop("jobs", [])
-        for notes in ("precisions", "revisions"):
+        for notes in ("answers", "precisions", "revisions"):
             self._look_at_notes(notes, places.pop(notes, []))
         self.found.foreign.extend(file.key for file in places.pop("", []))
         for place, files in sorted(places.items()):
@@ -194,9 +203,10 @@ class _Search:
         for file in files:
             if _is_unfinished(file):
                 loose.append((_INTERRUPTED, file))
-            elif file.key.startswith(f"{place}/_resume/") and place.endswith(("/recovered", "/data")):
+            elif file.key.startswith(f"{place}/{RESUME}/"):
                 if manifest or done:
-                    what = "prepared data" if place.endswith("/data") else "a training state of a phase"
+                    step = place.rpartition("/")[2]
+                    what = _RESUMED.get(step, "measurements of a phase")
                     loose.append((f"{what} that is published", file))
             elif manifest is None:
                 loose.append(("half published: there is no manifest", file))

@@ -19,8 +19,20 @@ STEPS = {
 MOMENTS = "moments"
 """Folder of a phase for the optimizer's state at its end, until the next phase has trained."""
 
+TEACHER = "teacher"
+"""Folder of a run for the checkpoint that teaches it, where that is not the base model as it is."""
+
+RESUME = "_resume"
+"""Folder in a publication's, until it is published: what lets a task that was killed go on."""
+
 REPORT = "report.json"
 """A step's figures, beside its result."""
+
+ITEMS = "items.json"
+"""What evaluate has measured on each item, beside its report."""
+
+TRAINING_STATE = "state.json"
+"""How far a training has come, beside its tensors."""
 
 STATISTICS, PLAN = "statistics.safetensors", "plan.json"
 """The results of calibrate and score-layers."""
@@ -35,9 +47,9 @@ REPORT_FORMAT = 1
 
 _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
 _MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
-_ALONE = re.compile(r"(jobs|precisions|revisions)/[^/]+")
+_ALONE = re.compile(r"(answers|jobs|precisions|revisions)/[^/]+")
 _OF_A_RUN = (
-    rf"runs/[^/]+/(?:data|final|(?:held-out|report){_MEASURED}"
+    rf"runs/[^/]+/(?:data|final|{TEACHER}|(?:held-out|report){_MEASURED}"
     rf"|phases/[0-9]{{2,}}/(?:{MOMENTS}|(?:{'|'.join(STEPS)}){_MEASURED}?))"
 )
 _PUBLICATION = re.compile(rf"({_OF_A_RUN})/.+")
@@ -64,10 +76,19 @@ def revision_of(digest: str, data_set: str) -> str:
     return f"revisions/{digest}-{hashlib.sha256(data_set.encode()).hexdigest()[:8]}.json"
 
 
+def answers_at(digest: str) -> str:
+    """Return the key of the file that keeps a checkpoint's answers to a benchmark.
+
+    Args:
+        digest: Of all that they follow from.
+    """
+    return f"answers/{digest}.json"
+
+
 def folder_of(key: str) -> str:
     """Return what a key belongs to: ``runs/<key>``, ``bases/<revision>``, or one of the folders of notes.
 
-    Those are ``jobs``, ``precisions`` and ``revisions``. It is "" if the key is not part of the layout.
+    Those are ``answers``, ``jobs``, ``precisions`` and ``revisions``; "" for a key that is not of the layout.
     """
     try:
         check_key(key)

@@ -9,16 +9,19 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.errors import AdaptPrunerError, TrackingError
 from core.redaction import without_password
+from core.tracking.presentation import EXPERIMENT_TAGS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+T = TypeVar("T")
 
 _ENVIRONMENT = {
     # MLflow's own defaults wait minutes for a server that is not there: seven retries of up to 120 s each.
@@ -31,6 +34,8 @@ _ENVIRONMENT = {
 }
 _MAX_BATCH = 1000  # metrics a request, MLflow's own limit
 _MAX_ERROR_CHARACTERS = 300
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_ATTEMPTS, _PAUSE_S = 3, 1.0
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -112,7 +117,7 @@ def _without_waiting(connection: sqlite3.Connection, record: object) -> None:
 
 
 def experiment_id(client: "MlflowClient", name: str, uri: str) -> str:
-    """Return the id of the experiment, which is created where it is missing.
+    """Return the id of the experiment, which is created, and tagged for its page, where it is missing.
 
     MLflow would put the artifacts of a sqlite database into ``./mlruns``; they go next to the file instead.
     """
@@ -123,7 +128,7 @@ def experiment_id(client: "MlflowClient", name: str, uri: str) -> str:
         path = sqlite_file(uri)
         location = None if path is None else (path.parent / f"{path.stem}-artifacts" / _slug(name)).as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -134,7 +139,90 @@ def experiment_id(client: "MlflowClient", name: str, uri: str) -> str:
             f"tracking.experiment={name} is deleted in MLflow at {without_password(uri)}. "
             "Restore it there or name another."
         )
+    for tag in EXPERIMENT_TAGS.keys() - experiment.tags.keys():
+        client.set_experiment_tag(experiment.experiment_id, tag, EXPERIMENT_TAGS[tag])
     return str(experiment.experiment_id)
+
+
+def find_or_create(
+    find: Callable[[], Sequence[T]], create: Callable[[], object], remove: Callable[[T], object]
+) -> T:
+    """Return the first of what ``find`` finds; where it finds nothing, ``create`` makes it before.
+
+    An answer that is lost on its way does not tell whether the server has created anything. MLflow's client
+    would send the request again, and have it twice: this looks before it does. What another process has
+    created at the same time is found afterwards; all but the first are removed again.
+    """
+    failed: Exception | None = None
+    for _ in range(_ATTEMPTS):
+        if found := find():
+            return found[0]
+        try:
+            with _sending_once():
+                create()
+        except Exception as error:
+            if getattr(error, "get_http_status_code", lambda: 500)() < 500:
+                raise
+            failed = error
+            time.sleep(_PAUSE_S)
+            continue
+        break
+    if not (found := find()):
+        raise failed or TrackingError("MLflow does not find what it has just created.")
+    for twin in found[1:]:
+        remove(twin)
+    return found[0]
+
+
+@contextmanager
+def _sending_once() -> Iterator[None]:
+    """Let MLflow's client send each request of the block once."""
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_RETRIES]
+        else:
+            os.environ[_RETRIES] = before
+
+
+class CurveLog:
+    """Logs curves that grow onto a run, each step once.
+
+    A step that the run has already stays as it is: a training that resumes takes the steps since its last
+    state again, with other times.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        """Contact nothing yet."""
+        self._client, self._run_id = client, run_id
+        self._names: set[str] | None = None
+        self._steps: dict[str, set[int]] = {}
+
+    def log(self, curves: Mapping[str, Iterable[tuple[int, float]]]) -> None:
+        """Log those (step, value) points of each curve whose step the run does not have."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        new = []
+        for name, points in curves.items():
+            name = metric_name(name)
+            there = self._logged(name)
+            new += [Metric(name, finite(value), now, step) for step, value in points if step not in there]
+        for i in range(0, len(new), _MAX_BATCH):
+            self._client.log_batch(self._run_id, metrics=new[i : i + _MAX_BATCH])
+            for metric in new[i : i + _MAX_BATCH]:
+                self._steps[metric.key].add(metric.step)
+
+    def _logged(self, name: str) -> set[int]:
+        if self._names is None:
+            self._names = set(self._client.get_run(self._run_id).data.metrics)
+        if name not in self._steps:
+            known = self._client.get_metric_history(self._run_id, name) if name in self._names else ()
+            self._steps[name] = {point.step for point in known}
+        return self._steps[name]
 
 
 def log_new_points(client: "MlflowClient", run_id: str, points: Iterable[tuple[str, int, float]]) -> None:

@@ -1,4 +1,4 @@
-"""MLflow: one parent run a pipeline run, one child run a phase and step, and the registered result.
+"""MLflow: one parent run a pipeline run, and one child run a phase and step.
 
 Without a tracking URI every call does nothing. Importing MLflow takes two seconds, which the first call pays.
 """
@@ -6,43 +6,69 @@ Without a tracking URI every call does nothing. Importing MLflow takes two secon
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.errors import TrackingError
+from core.redaction import without_password
 from core.settings.storage import TrackingSettings
 from core.tracking.client import (
+    CurveLog,
     absolute_uri,
     connect,
     experiment_id,
     explained,
-    finite,
+    find_or_create,
     flat,
     log_new_points,
-    metric_name,
 )
+from core.tracking.presentation import DataSet
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-_KEY, _PHASE, _STEP = "adapt_pruner.key", "adapt_pruner.phase", "adapt_pruner.step"
+KEY = "adapt_pruner.key"
+"""Tag of a parent run, and of what is registered of it."""
+STORE = "adapt_pruner.store"
+"""Tag of a parent run: where its results go."""
+NOTE = "mlflow.note.content"
+"""Tag with the description on the page of a run."""
+_PHASE, _STEP = "adapt_pruner.phase", "adapt_pruner.step"
 _PARENT = "mlflow.parentRunId"
-_MAX_PARAM_CHARACTERS = 6000  # MLflow's own limits
+_OURS = "**adapt-pruner** "  # begins a description that no user has written
+MAX_PARAM_CHARACTERS = 6000  # MLflow's own limits
 _MAX_BATCH_PARAMS = 100
+_MAX_RUNS = 1000
 
 
-def open_tracker(settings: TrackingSettings, *, key: str, name: str) -> "Tracker":
+def open_tracker(
+    settings: TrackingSettings, *, key: str, name: str, tags: Mapping[str, str] | None = None
+) -> "Tracker":
     """Return the tracker of the run ``key``; it tracks nothing where no tracking URI is set.
 
     Args:
         settings: Where to track; an empty ``uri`` takes ``MLFLOW_TRACKING_URI``.
         key: Run key: processes with the same key log onto the same parent run.
         name: What the parent run is called in MLflow.
+        tags: Of this run and of its children: who started it.
     """
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return Tracker(absolute_uri(uri), experiment=settings.experiment, key=key, name=name)
+    return Tracker(absolute_uri(uri), experiment=settings.experiment, key=key, name=name, tags=tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A parent run that MLflow takes for running."""
+
+    run_id: str
+    name: str
+    run_key: str
+    """Key of the run in its store."""
+    store: str
+    """Where it is stored; empty if an earlier version has started it."""
 
 
 class ChildRun:
@@ -50,7 +76,7 @@ class ChildRun:
 
     def __init__(self, tracker: "Tracker", run_id: str) -> None:
         """Wrap the run ``run_id``; an empty id is a run that is not tracked."""
-        self.run_id = run_id
+        self.run_id, self.uri = run_id, tracker.uri
         self._tracker = tracker
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
@@ -58,12 +84,14 @@ class ChildRun:
         self._log_points((name, step, value) for name, value in metrics.items() if value is not None)
 
     def log_series(self, name: str, points: Iterable[tuple[int, float]]) -> None:
-        """Log a curve as (step, value); points that are there already change nothing."""
-        self._log_points((name, step, value) for step, value in points)
+        """Log a curve as (step, value); a step that is there already stays as it is."""
+        if self.run_id:
+            with explained(self.uri):
+                CurveLog(self._tracker.client, self.run_id).log({name: points})
 
     def _log_points(self, points: Iterable[tuple[str, int, float]]) -> None:
         if self.run_id:
-            with explained(self._tracker.uri):
+            with explained(self.uri):
                 log_new_points(self._tracker.client, self.run_id, points)
 
 
@@ -72,13 +100,17 @@ class Tracker:
 
     Attributes:
         uri: Tracking URI, with absolute paths; empty when tracking is off.
+        key: Run key.
     """
 
-    def __init__(self, uri: str, *, experiment: str, key: str, name: str) -> None:
+    def __init__(
+        self, uri: str, *, experiment: str, key: str, name: str, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Contact nothing yet; ``open_tracker`` explains the arguments."""
+        self._tags = dict(tags or {})
         self.uri = uri
         self._experiment = experiment
-        self._key = key
+        self.key = key
         self._name = name
         self._client: MlflowClient | None = None
         self._parent: Run | None = None
@@ -99,7 +131,9 @@ class Tracker:
         with explained(self.uri):
             return str(self._parent_run().info.run_id)
 
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], data_sets: Iterable[DataSet] = ()
+    ) -> None:
         """Find or create the parent run and log those ``params`` (nested names joined by dots) that it lacks.
 
         Params are immutable in MLflow: a resumed run keeps those of its first start.
@@ -110,13 +144,24 @@ class Tracker:
 
         with explained(self.uri):
             run = self._parent_run()
-            new = [(k, v[:_MAX_PARAM_CHARACTERS]) for k, v in flat(params) if k not in run.data.params]
+            new = [(k, v[:MAX_PARAM_CHARACTERS]) for k, v in flat(params) if k not in run.data.params]
             items = [Param(k, v) for k, v in new]
             for i in range(0, len(items), _MAX_BATCH_PARAMS):
                 self.client.log_batch(run.info.run_id, params=items[i : i + _MAX_BATCH_PARAMS])
-            self.client.log_batch(run.info.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+            all_tags = {**self._tags, **tags}
+            self.client.log_batch(run.info.run_id, tags=[RunTag(k, str(v)) for k, v in all_tags.items()])
+            if inputs := [_input_of(data_set) for data_set in data_sets]:
+                self.client.log_inputs(run.info.run_id, datasets=inputs)  # knows those that are there
             if run.info.status != "RUNNING":
                 self.client.update_run(run.info.run_id, status="RUNNING")
+
+    def describe(self, text: str) -> None:
+        """Write the parent's description (Markdown), unless a user has written one."""
+        if self.uri:
+            with explained(self.uri):
+                run = self._parent_run()
+                if run.data.tags.get(NOTE, _OURS).startswith(_OURS):
+                    self.client.set_tag(run.info.run_id, NOTE, _OURS + without_password(text))
 
     def log_phase(self, phase: int, metrics: Mapping[str, float | None]) -> None:
         """Add ``metrics`` to the parent's series at step = ``phase``; logging them again changes nothing."""
@@ -133,8 +178,18 @@ class Tracker:
         if not self.uri:
             return True
         with explained(self.uri):
-            found = self._find_child({_PHASE: str(phase), _STEP: step})
-            return found is not None and found.info.status == "FINISHED"
+            found = self._find_children({_PHASE: str(phase), _STEP: step})
+            return bool(found) and found[0].info.status == "FINISHED"
+
+    def logged(self) -> set[tuple[int, str]] | None:
+        """Return phase and step of all that ``is_logged`` says True of; None when tracking is off: all."""
+        if not self.uri:
+            return None
+        with explained(self.uri):
+            runs = [run for run in self._find_children({}) if run.info.status == "FINISHED"]
+            return {
+                (int(run.data.tags[_PHASE]), run.data.tags[_STEP]) for run in runs if _STEP in run.data.tags
+            }
 
     @contextmanager
     def child(self, phase: int, step: str) -> Iterator[ChildRun]:
@@ -146,7 +201,7 @@ class Tracker:
             yield ChildRun(self, "")
             return
         with explained(self.uri):
-            run_id = self._open_child(f"{phase:02d} {step}", {_PHASE: str(phase), _STEP: step})
+            run_id = self._open_child(f"{phase:02d} {step} · {self._name}", {_PHASE: str(phase), _STEP: step})
         try:
             yield ChildRun(self, run_id)
         except BaseException as error:
@@ -169,25 +224,46 @@ class Tracker:
             with explained(self.uri):
                 self.client.log_artifact(self._parent_run().info.run_id, str(path))
 
-    def register(
-        self, model_name: str, checkpoint_uri: str, params: Mapping[str, Any], metrics: Mapping[str, float]
-    ) -> str:
-        """Register the result: an external LoggedModel and a registry version with the alias ``candidate``.
+    def log_page(self, text: str, path: str) -> None:
+        """Store a page as an artifact of the parent run, which MLflow shows."""
+        if self.uri:
+            with explained(self.uri):
+                self.client.log_text(self._parent_run().info.run_id, text, path)
 
-        The weights stay at ``checkpoint_uri``. A checkpoint of this run that is registered keeps its version.
-
-        Returns:
-            The version, or an empty string when tracking is off.
-        """
-        if not self.uri:
-            return ""
+    def running(self) -> list["OpenRun"]:
+        """Return the parent runs of the experiment that MLflow takes for running."""
         with explained(self.uri):
-            version = self._registered_version(model_name, checkpoint_uri)
-            if version is None:
-                model_id = self._log_model(model_name, checkpoint_uri, params, metrics)
-                version = self._new_version(model_name, checkpoint_uri, model_id)
-            self.client.set_registered_model_alias(model_name, "candidate", version)
-        return version
+            experiment = experiment_id(self.client, self._experiment, self.uri)
+            query = f"attributes.status = 'RUNNING' and tags.`{KEY}` LIKE '%-%'"
+            found = self.client.search_runs([experiment], query, max_results=_MAX_RUNS)
+        return [
+            OpenRun(
+                run_id=run.info.run_id,
+                name=run.info.run_name or "",
+                run_key=run.data.tags[KEY].partition("-")[0],
+                store=run.data.tags.get(STORE, ""),
+            )
+            for run in found
+        ]
+
+    def close(self, run: "OpenRun", status: RunStatus, why: str, *, end_s: float) -> None:
+        """End a parent run that nobody works on any more, and the children that it had open.
+
+        Args:
+            run: The run.
+            status: How it ended.
+            why: What its description says of it.
+            end_s: When it was last heard of, in seconds since 1970 (UTC).
+        """
+        with explained(self.uri):
+            parent = self.client.get_run(run.run_id)
+            query = f"attributes.status = 'RUNNING' and tags.`{_PARENT}` = '{run.run_id}'"
+            children = self.client.search_runs([parent.info.experiment_id], query, max_results=_MAX_RUNS)
+            note = parent.data.tags.get(NOTE, _OURS)
+            self.client.set_tag(run.run_id, NOTE, f"{_OURS}{why}\n\n{note.removeprefix(_OURS)}")
+            for one in (*children, parent):
+                end_ms = max(int(end_s * 1000), one.info.start_time)
+                self.client.set_terminated(one.info.run_id, status, end_time=end_ms)
 
     def _parent_run(self) -> "Run":
         """Find the parent by its key, else take the run that KFP's MLflow plugin opened, else create one."""
@@ -197,16 +273,19 @@ class Tracker:
         experiment = experiment_id(client, self._experiment, self.uri)
         given = self._given_run()
         places = [experiment] if given is None else [experiment, given.info.experiment_id]
-        found = client.search_runs(
-            places, f"tags.`{_KEY}` = '{self._key}'", max_results=1, order_by=["attributes.start_time ASC"]
+        query = f"tags.`{KEY}` = '{self.key}'"
+
+        def take_or_create() -> None:
+            if given is not None:
+                client.set_tag(given.info.run_id, KEY, self.key)
+            else:
+                client.create_run(experiment, tags={**self._tags, KEY: self.key}, run_name=self._name)
+
+        self._parent = find_or_create(
+            lambda: _oldest_first(client.search_runs(places, query)),
+            take_or_create,
+            lambda run: client.delete_run(run.info.run_id),
         )
-        if found:
-            self._parent = found[0]
-        elif given is not None:
-            client.set_tag(given.info.run_id, _KEY, self._key)
-            self._parent = given
-        else:
-            self._parent = client.create_run(experiment, tags={_KEY: self._key}, run_name=self._name)
         return self._parent
 
     def _given_run(self) -> "Run | None":
@@ -220,66 +299,34 @@ class Tracker:
         return run
 
     def _open_child(self, name: str, tags: dict[str, str]) -> str:
-        found = self._find_child(tags)
-        if found is not None:
-            self.client.update_run(found.info.run_id, status="RUNNING")
-            return str(found.info.run_id)
         parent = self._parent_run().info
-        tags = tags | {_PARENT: parent.run_id}
-        return str(self.client.create_run(parent.experiment_id, tags=tags, run_name=name).info.run_id)
+        if parent.status != "RUNNING":  # it seemed dead while this step waited for a machine
+            self.client.update_run(parent.run_id, status="RUNNING")
+        created = {**self._tags, **tags, _PARENT: parent.run_id}
+        child = find_or_create(
+            lambda: self._find_children(tags),
+            lambda: self.client.create_run(parent.experiment_id, tags=created, run_name=name),
+            lambda run: self.client.delete_run(run.info.run_id),
+        )
+        if child.info.status != "RUNNING":
+            self.client.update_run(child.info.run_id, status="RUNNING")
+        return str(child.info.run_id)
 
-    def _find_child(self, tags: dict[str, str]) -> "Run | None":
+    def _find_children(self, tags: dict[str, str]) -> "list[Run]":
         parent = self._parent_run().info
         tags = tags | {_PARENT: parent.run_id}
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = self.client.search_runs([parent.experiment_id], query, max_results=1)
-        return found[0] if found else None
+        return _oldest_first(self.client.search_runs([parent.experiment_id], query))
 
-    def _registered_version(self, model_name: str, checkpoint_uri: str) -> str | None:
-        wanted = {_KEY: self._key, "checkpoint_uri": checkpoint_uri}
-        for version in self.client.search_model_versions(f"name = '{model_name}'"):
-            if wanted.items() <= version.tags.items():
-                return str(version.version)
-        return None
 
-    def _log_model(
-        self, model_name: str, checkpoint_uri: str, params: Mapping[str, Any], metrics: Mapping[str, float]
-    ) -> str:
-        parent = self._parent_run().info
-        model = self.client.create_logged_model(
-            parent.experiment_id,
-            name=metric_name(model_name),
-            source_run_id=parent.run_id,
-            tags={"mlflow.model.isExternal": "true", _KEY: self._key, "checkpoint_uri": checkpoint_uri},
-            params={k: v[:_MAX_PARAM_CHARACTERS] for k, v in flat(params)},
-            model_type="causal-lm",
-        )
-        # MLflow logs a model's metric onto a run, too; in the parent's series it would pass for a phase.
-        run_id = self._open_child("register", {_STEP: "register"})
-        for metric, value in metrics.items():
-            self.client.log_metric(
-                run_id, metric_name(metric), finite(value), step=0, model_id=model.model_id
-            )
-        self.client.set_terminated(run_id, "FINISHED")
-        self.client.finalize_logged_model(model.model_id, "READY")
-        return str(model.model_id)
+def _oldest_first(runs: "Iterable[Run]") -> "list[Run]":
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
-    def _new_version(self, name: str, checkpoint_uri: str, model_id: str) -> str:
-        from mlflow.exceptions import MlflowException
 
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # A server refuses paths of the client's disk as a source; there the model itself is the source.
-        local = "://" not in checkpoint_uri or checkpoint_uri.startswith("file:")
-        remote = self.uri.startswith(("http:", "https:"))
-        version = self.client.create_model_version(
-            name,
-            source=f"models:/{model_id}" if local and remote else checkpoint_uri,
-            run_id=None if local and remote else self._parent_run().info.run_id,
-            model_id=model_id,
-            tags={_KEY: self._key, "checkpoint_uri": checkpoint_uri},
-        )
-        return str(version.version)
+def _input_of(data_set: DataSet) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    return DatasetInput(
+        Dataset(data_set.name, data_set.digest, data_set.source_type, data_set.source),
+        [InputTag("mlflow.data.context", data_set.context)],
+    )

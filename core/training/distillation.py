@@ -1,18 +1,24 @@
 """Distillation right after a cut: in a few steps, a model learns to expect what the dense one expects."""
 
+import itertools
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
 from core.model.loss import divergence_gradient, divergence_sum, final_states
 from core.progress import Progress
+from core.training.state import TrainingProgress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate
+
+log = logging.getLogger(__name__)
 
 _WARMUP_SHARE = 0.05
 _MAX_GRAD_NORM = 1.0
@@ -44,6 +50,8 @@ def distill(
     micro_batch: int,
     autocast: bool,
     seed: int,
+    resume_from: TrainingState | None = None,
+    save: Callable[[Optimizer, TrainingProgress], None] | None = None,
 ) -> DistillationReport:
     """Train a model, in place, on its divergence from another at every position (temperature 1).
 
@@ -59,16 +67,23 @@ def distill(
         micro_batch: Sequences that pass through the models at once.
         autocast: Whether products are bfloat16.
         seed: Of the order of the sequences.
+        resume_from: State of an earlier attempt, which fits the student; its losses are the divergences.
+        save: Called between steps; decides by itself whether to write the state.
 
     Raises:
         TrainingError: If the divergence or the gradient norm is not finite.
     """
     trained = list(student.parameters())
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-    divergences: list[float] = []
-    a_step, started = batch * tokens.shape[1], time.monotonic()
-    with Progress("distillation", steps * a_step, "tokens") as progress:
-        for step, rows in enumerate(_batches(len(tokens), steps, batch, seed)):
+    done = TrainingProgress()
+    if resume_from is not None:
+        done = restore_state(resume_from, student, optimizer)
+        log.info("the distillation resumed at step %d of %d", len(done.losses), steps)
+    losses = list(done.losses)
+    a_step, started = batch * tokens.shape[1], time.monotonic() - done.seconds
+    batches = itertools.islice(enumerate(_batches(len(tokens), steps, batch, seed)), len(losses), None)
+    with Progress("distillation", steps * a_step, "tokens", done=len(losses) * a_step) as progress:
+        for step, rows in batches:
             for group in optimizer.param_groups:
                 # The step after the last would be the first at 0.
                 group["lr"] = wsd_learning_rate(
@@ -95,10 +110,14 @@ def distill(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            divergences.append(found)
+            losses.append((step, found, group["lr"]))
             progress.add(a_step, f"step {step + 1} of {steps}, divergence {found:.3f}")
+            if save is not None and step + 1 < steps:
+                save(optimizer, TrainingProgress(losses=losses, seconds=time.monotonic() - started))
     return DistillationReport(
-        divergences=tuple(divergences), tokens=steps * a_step, seconds=time.monotonic() - started
+        divergences=tuple(divergence for _, divergence, _ in losses),
+        tokens=steps * a_step,
+        seconds=time.monotonic() - started,
     )
 
 

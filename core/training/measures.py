@@ -54,8 +54,19 @@ class Measures:
         known = [flops for part, flops in _BFLOAT16_FLOPS.items() if part in name]
         self._peak_flops = ranks * known[0] if known and precision == "bfloat16" else None
 
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Return all curves so far."""
+        return curves_of(self.losses, self.series)
+
     def add_step(
-        self, step: int, values: Mapping[str, float], *, batch: Rows, rate: float, seconds: float
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        batch: Rows,
+        rate: float,
+        seconds: float,
+        left_s: float,
     ) -> None:
         """Add what a step has measured.
 
@@ -65,6 +76,7 @@ class Measures:
             batch: The global batch.
             rate: Learning rate.
             seconds: Time of the step.
+            left_s: Time that the other steps of the phase will take.
         """
         counted, tokens = batch.trained_tokens, batch.input_ids.numel()
         self.losses.append((step, values["loss"], rate))
@@ -74,6 +86,7 @@ class Measures:
             "step_tokens_per_s": tokens / seconds,
             "peak_memory_bytes": peak_bytes(self._model.device),
             "model_flops_per_s": flops,
+            "time_left_s": left_s,
         }
         if self._peak_flops is not None:
             points["model_flop_utilisation"] = flops / self._peak_flops
@@ -89,6 +102,17 @@ class Measures:
         return TrainingProgress(
             losses=self.losses, trained_tokens=self.trained_tokens, seconds=seconds, series=self.series
         )
+
+
+def curves_of(
+    losses: Sequence[tuple[int, float, float]], series: Mapping[str, Sequence[tuple[int, float]]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Return the name of each curve of a training to its (global step, value); see ``TrainingReport``."""
+    return {
+        "loss": [(step, loss) for step, loss, _ in losses],
+        "learning_rate": [(step, rate) for step, _, rate in losses],
+        **{name: [(step, value) for step, value in points] for name, points in [*series.items()]},
+    }
 
 
 def step_flops(model: PreTrainedModel, batch: Sequence[int], counted: int) -> int:

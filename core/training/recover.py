@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from core.errors import TrainingError
 from core.model.loss import final_states, loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
+from core.training.compilation import compiled_layers
 from core.training.measures import DivergenceWatch, Measures
 from core.training.objective import Teacher
 from core.training.optimizer import adamw
@@ -24,6 +26,9 @@ from core.training.state import TrainingProgress, TrainingState, restore_state, 
 from core.training.wsd import wsd_learning_rate
 
 log = logging.getLogger(__name__)
+
+Live = Callable[[Callable[[], Mapping[str, Sequence[tuple[int, float]]]]], AbstractContextManager[None]]
+"""Takes what returns the curves so far; until the block ends, it may be called from another thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class TrainingReport:
         tokens: Tokens that passed through the model.
         trained_tokens: Those that counted in the loss (prompts do not).
         tokens_per_s: Rate over the whole phase, all attempts included.
+        compilations: Graphs that this attempt has compiled; None without ``torch.compile``.
     """
 
     losses: tuple[tuple[int, float, float], ...]
@@ -44,6 +50,7 @@ class TrainingReport:
     tokens: int
     trained_tokens: int
     tokens_per_s: float
+    compilations: int | None
 
 
 def recover(
@@ -59,6 +66,7 @@ def recover(
     resume_from: TrainingState | None = None,
     save: Callable[[Optimizer, TrainingProgress], None] | None = None,
     hand_on: Callable[[Optimizer], None] | None = None,
+    live: Live | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainingReport:
     """Train a pruned model on the phase's slice, in place.
@@ -78,6 +86,7 @@ def recover(
             stopped.
         save: Called between steps; decides by itself whether to write the state.
         hand_on: Called when all steps are done.
+        live: Shows the curves while they grow.
         ranks: Who trains together. All are given the same, and report the same losses.
 
     Returns:
@@ -91,7 +100,7 @@ def recover(
     steps = len(rows.input_ids) // settings.global_batch
     model.train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable(offload=settings.layer_inputs == "host")
     optimizer = adamw(trained_parameters(model).values(), settings)
     done = TrainingProgress()
     if resume_from is not None:
@@ -103,18 +112,24 @@ def recover(
     measures = Measures(model, done, precision=settings.precision, ranks=ranks.size)
     watch = DivergenceWatch(settings.max_loss_rise, done.losses)
     batch_tokens = settings.global_batch * rows.input_ids.shape[1]
-    tokens, started = steps * batch_tokens, time.monotonic() - done.seconds
+    tokens, resumed = steps * batch_tokens, time.monotonic()
+    started = resumed - done.seconds
     if held_out is not None and not done.losses:
         measures.add(first_step, {"held_out_loss": held_out_loss(model, held_out, settings)})
-    with Progress("training", tokens, "tokens", done=len(done.losses) * batch_tokens) as progress:
+    with (
+        compiled_layers(model) if settings.compile else nullcontext() as graphs,
+        nullcontext() if live is None else live(measures.curves),
+        Progress("training", tokens, "tokens", done=len(done.losses) * batch_tokens) as progress,
+    ):
         while (finished := len(measures.losses)) < steps:
             began, step = time.monotonic(), first_step + finished
             batch = rows.part(finished * settings.global_batch, settings.global_batch)
             rate = _set_learning_rate(optimizer, step, total_steps, settings)
             place = f"step {step + 1} of {total_steps}"
             values = _train_step(model, teacher, optimizer, batch, settings, ranks, place)
-            measures.add_step(step, values, batch=batch, rate=rate, seconds=time.monotonic() - began)
-            finished += 1
+            finished, now = finished + 1, time.monotonic()
+            left_s = (now - resumed) / (finished - len(done.losses)) * (steps - finished)
+            measures.add_step(step, values, batch=batch, rate=rate, seconds=now - began, left_s=left_s)
             if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
                 measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings)})
             watch.see(step, values["loss"])
@@ -132,6 +147,7 @@ def recover(
         tokens=tokens,
         trained_tokens=measures.trained_tokens,
         tokens_per_s=tokens / max(seconds, 1e-9),
+        compilations=None if graphs is None else graphs(),
     )
 
 
@@ -191,21 +207,27 @@ def _accumulate(
     Every trained token of the global batch has the same weight.
 
     Returns:
-        Name of each curve to its value, on the device: ``loss`` is the mean over the trained tokens.
+        Name of each curve to its value, on the device, a mean over the trained tokens: ``loss``, and where
+        the teacher's layers teach, ``hidden_distance``.
     """
     counted = max(batch.trained_tokens, 1)
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    total, apart = torch.zeros(2, dtype=torch.float64, device=model.device)
     for part in ranks.share(batch).micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
             # The teacher goes first, as the activations of the model stay.
-            lesson = None if teacher is None else teacher.lesson(part.ids, part.positions)
-            states = final_states(model, part.ids, part.positions)
+            lesson, hidden = (None, None) if teacher is None else teacher.lesson(part)
+            with nullcontext() if hidden is None else hidden.taught(model, scale=1 / counted) as distance:
+                states = final_states(model, part.ids, part.positions)
             loss, gradient = loss_gradient(
                 model, states, part.ids, scale=1 / counted, trained=part.trained, lesson=lesson
             )
         states.backward(gradient)
         total += loss
-    return {"loss": ranks.total(total) / counted}
+        if hidden is not None and distance is not None:
+            total += hidden.weight * distance
+            apart += distance
+    found = {"loss": total} | ({"hidden_distance": apart} if teacher and teacher.hidden_weight else {})
+    return {name: ranks.total(value) / counted for name, value in found.items()}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Each is a publication named by its step, so it is either there whole and verifie
 stays until a newer one is published.
 """
 
+import functools
 import logging
 import shutil
 import time
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import AdaptPrunerError, CheckpointError, IntegrityError, StorageError
+from core.machine.memory import spare_bytes
 from core.quantities import Interval
 from core.storage.interface import join_uri
-from core.storage.publication import MANIFEST, open_publication, publish
+from core.storage.publication import MANIFEST, find_publication, open_publication, publish
 from core.storage.store import open_store
+from core.training.pace import Pace
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -30,6 +33,9 @@ _NOT_SAVED = (
     "the training state of step %d is not saved: %s Training continues; the next one is tried as usual."
 )
 
+_MOST_OF_MEMORY = 0.7
+"""Share of the memory that training leaves free, for the copy of a state."""
+
 
 class SavedStates:
     """The states of one training: their place in the store, and a thread that publishes them.
@@ -37,18 +43,19 @@ class SavedStates:
     The end of a ``with`` block waits for the state being published.
     """
 
-    def __init__(self, uri: str, folder: Path, *, every: Interval, belongs_to: Mapping[str, str]) -> None:
+    def __init__(
+        self, uri: str, folder: Path, *, every: Interval | None, belongs_to: Mapping[str, str]
+    ) -> None:
         """Use the place ``uri``, without contacting it yet.
 
         Args:
             uri: Holds only states of this training.
             folder: Holds one state, 12 bytes per parameter; removed at the end.
-            every: How often a state is saved.
+            every: How often a state is saved; None to decide by what it costs.
             belongs_to: The inputs of the training. A state with other inputs is not used.
         """
         self._uri, self._folder = uri, folder
-        self._every, self.belongs_to = every, dict(belongs_to)
-        self._last = (0, time.monotonic())
+        self.pace, self.belongs_to = Pace(every), dict(belongs_to)
         self._publisher = ThreadPoolExecutor(1, "training-state")
         self._under_way: Future[None] | None = None
 
@@ -72,9 +79,9 @@ class SavedStates:
         Raises:
             StorageError: If the store cannot be read.
         """
-        for step in reversed(_published(self._uri)):
+        for step in reversed(published_steps(self._uri)):
             try:
-                state = self._fetch(step, model, first_step)
+                state = self.fetch(step, model, first_step)
             except (IntegrityError, CheckpointError) as error:
                 problem = str(error).partition(". ")[0].rstrip(".")  # its advice is carried out here
                 log.warning("the training state of step %d is removed, not used: %s", step, problem)
@@ -85,7 +92,13 @@ class SavedStates:
                 return state
         return None
 
-    def _fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
+    def fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
+        """Return the state of a step; see ``newest``.
+
+        Raises:
+            CheckpointError: If it is not a whole state of this training.
+            IntegrityError: If a file is damaged.
+        """
         from core.training.parallel.parts import merged
         from core.training.state import STATE, check_fits, read_state
 
@@ -95,50 +108,68 @@ class SavedStates:
         steps = progress.losses[0][0], progress.next_step
         if state.belongs_to != self.belongs_to or steps != (first_step, step):
             raise CheckpointError(f"{published.uri} belongs to another training.")
-        state = read_state(merged(published.fetch(folder), self._folder / "merged"))
+        fetched = [published.fetch(folder)]
+        for name in state.parts:
+            part = find_publication(join_uri(published.uri, name))
+            if part is None:
+                raise CheckpointError(f"{published.uri} lacks the part {name} of a node.")
+            fetched.append(part.fetch(folder / name))
+        state = read_state(merged(fetched, self._folder / "merged"))
         check_fits(state, model)
         return state
 
     def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "TrainingProgress") -> None:
         """Save the state if one is due and the previous one is published; failures are logged.
 
-        It is on the local disk when this returns, and is published while training continues.
+        It is copied to host memory when this returns, if that has room, and written and published while
+        training continues. Otherwise it is written first.
         """
-        from core.training.state import write_state
+        from core.training.state import drained, state_bytes, state_tensors, write_state
 
-        folder = self._folder / "saved"
-        if not self.start(progress):
+        folder, size = self._folder / "saved", state_bytes(model)
+        if not self.start(progress, size):
             return
-        try:
-            write_state(folder, model, optimizer, progress, belongs_to=self.belongs_to)
-        except StorageError as error:
-            log.warning(_NOT_SAVED, progress.next_step, error)
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            self.publish(progress)
+        progress = progress.snapshot()
+        with self.pace.standstill():
+            tensors = dict(state_tensors(model, optimizer))
+            write = functools.partial(write_state, folder, progress=progress, belongs_to=self.belongs_to)
+            complete: Callable[[], object] = _nothing_left
+            if size < _MOST_OF_MEMORY * spare_bytes():
+                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+                complete = functools.partial(write, drained(tensors))
+            else:
+                try:
+                    write(tensors.items())
+                except StorageError as error:
+                    log.warning(_NOT_SAVED, progress.next_step, error)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    return
+        self.publish(progress, complete)
 
     def resume(self, progress: "TrainingProgress") -> None:
         """Count from here when the next state is due."""
-        self._last = (len(progress.losses), time.monotonic())
+        self.pace.resume(len(progress.losses))
 
-    def start(self, progress: "TrainingProgress") -> bool:
-        """Return whether a state is due and the previous one is published; then there is room for it."""
-        now, done = time.monotonic(), len(progress.losses)
-        if not self._every.is_over(done - self._last[0], now - self._last[1]):
+    def start(self, progress: "TrainingProgress", size: int) -> bool:
+        """Return whether a state is due and the previous one is published; then there is room for it.
+
+        Args:
+            progress: After each step.
+            size: Bytes of the state.
+        """
+        under_way = self._under_way is not None and not self._under_way.done()
+        if not self.pace.is_due(len(progress.losses), size=size, transferring=under_way):
             return False
-        if self._under_way is not None and not self._under_way.done():
-            return False
-        self._last = (done, now)
         shutil.rmtree(self._folder, ignore_errors=True)
         return True
 
-    def publish(self, progress: "TrainingProgress", complete: Callable[[], None] = lambda: None) -> None:
+    def publish(self, progress: "TrainingProgress", complete: Callable[[], object]) -> None:
         """Publish the state in ``saved`` while training continues, once ``complete`` has returned there."""
         self._under_way = self._publisher.submit(
             self._publish, self._folder / "saved", progress.next_step, time.monotonic(), complete
         )
 
-    def _publish(self, folder: Path, step: int, started: float, complete: Callable[[], None]) -> None:
+    def _publish(self, folder: Path, step: int, started: float, complete: Callable[[], object]) -> None:
         try:
             complete()
             size = publish(folder, _place(self._uri, step)).manifest.total_bytes
@@ -147,10 +178,18 @@ class SavedStates:
             superseded = range(step, step + 1)  # a partial state only takes space
         else:
             seconds = time.monotonic() - started
-            log.info("saved the training state of step %d (%.1f MB, %.1f s)", step, size / 1e6, seconds)
+            log.info(
+                "saved the training state of step %d (%.1f MB, %.1f s; training stood still for %.2f s)",
+                *(step, size / 1e6, seconds, self.pace.blocked_s or 0.0),
+            )
+            self.pace.stored(seconds)
             superseded = range(step)
         shutil.rmtree(folder, ignore_errors=True)
         remove_states(self._uri, steps=superseded)
+
+
+def _nothing_left() -> None:
+    """Complete a state that is written already."""
 
 
 def remove_states(uri: str, *, steps: range | None = None) -> None:
@@ -172,20 +211,22 @@ def remove_states(uri: str, *, steps: range | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted write leaves files that are not listed
 
 
-def _published(uri: str) -> list[int]:
+def published_steps(uri: str) -> list[int]:
+    """Return the steps of the states that are published, in their order."""
     steps = [_step_of(key) for key in open_store(uri).list() if key.partition("/")[2] == MANIFEST]
     return sorted(step for step in steps if step >= 0)
 
 
 def _place(uri: str, step: int) -> str:
-    return join_uri(uri, _name(step))
+    return join_uri(uri, state_name(step))
 
 
-def _name(step: int) -> str:
+def state_name(step: int) -> str:
+    """Return the name of the state of a step among the others."""
     return f"{step:06d}"
 
 
 def _step_of(key: str) -> int:
     """Return the step of the state that a key belongs to; -1 if none."""
     name = key.partition("/")[0]
-    return int(name) if name.isdecimal() and name == _name(int(name)) else -1
+    return int(name) if name.isdecimal() and name == state_name(int(name)) else -1

@@ -1,6 +1,7 @@
 """Packed sequences on their way into a model."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.machine.memory import sent
+from core.training.lessons import Lessons, open_lessons
 
 
 class Rows(NamedTuple):
@@ -20,17 +22,25 @@ class Rows(NamedTuple):
     """(S, T), 1 where a token counts in the loss, 0 on prompts."""
     starts: Tensor | None = None
     """(S, T), nonzero where a document begins, which sees nothing before it. None for one document a row."""
+    lessons: Lessons | None = None
+    """What a teacher was found to expect of them."""
 
     @property
     def trained_tokens(self) -> int:
         """Tokens that count in the loss: the first of a row has nothing before it."""
-        return int(self.trained[:, 1:].sum())
+        return int(self.trained_by_row.sum())
+
+    @property
+    def trained_by_row(self) -> Tensor:
+        """(S,) number of them in each row."""
+        return (self.trained[:, 1:] != 0).sum(dim=1)
 
     def part(self, first: int, count: int) -> "Rows":
         """Return some rows of them."""
         rows = slice(first, first + count)
         starts = None if self.starts is None else self.starts[rows]
-        return Rows(self.input_ids[rows], self.trained[rows], starts)
+        lessons = None if self.lessons is None else self.lessons.part(first, count)
+        return Rows(self.input_ids[rows], self.trained[rows], starts, lessons)
 
     def micro_batches(self, size: int, device: torch.device) -> "Iterator[MicroBatch]":
         """Yield what passes through a model at once, whose copy to an accelerator takes no time of the host.
@@ -43,13 +53,20 @@ class Rows(NamedTuple):
         positions: tuple[Tensor | None, ...] = (None,) * len(ids)
         if self.starts is not None:
             positions = sent(positions_of(self.starts), device).split(size)
-        yield from map(MicroBatch, ids, positions, self.trained.split(size))
+        lessons: Iterator[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
+        if self.lessons is not None:
+            lessons = self.lessons.micro_batches(size, device)
+        yield from map(MicroBatch, ids, positions, self.trained.split(size), lessons)
 
 
-def read_rows(file: Path) -> Rows:
-    """Read a slice of the mixture; it has no starts where rows are cut anywhere."""
+def read_rows(file: Path, lessons: Sequence[Path] = ()) -> Rows:
+    """Read a slice of the mixture, and what a teacher expects of it if that is stored.
+
+    It has no starts where rows are cut anywhere.
+    """
     tensors = load_file(file)
-    return Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
+    rows = Rows(tensors["input_ids"], tensors["trained"], tensors.get("starts"))
+    return rows._replace(lessons=open_lessons(lessons, rows.trained_by_row)) if lessons else rows
 
 
 class MicroBatch(NamedTuple):
@@ -61,6 +78,8 @@ class MicroBatch(NamedTuple):
     """(B, T) int64 positions, there; None for one document a row."""
     trained: Tensor
     """(B, T) as in ``Rows``, in host memory, where it is looked up what is a target."""
+    expected: tuple[Tensor, Tensor] | None = None
+    """Ids and logarithms as in ``StoredLesson``, on the model's device, in the formats of their files."""
 
 
 def positions_of(starts: Tensor) -> Tensor:

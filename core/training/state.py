@@ -4,8 +4,9 @@ The learning rate and the position in the data follow from the step, so they are
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.interface import local_errors
+from core.storage.layout import TRAINING_STATE
 from core.training.optimizer import device_of_moments
 from core.untrusted import parse_object
 
-STATE = "state.json"
+STATE = TRAINING_STATE
 
+_PART = re.compile(r"[0-9a-f]{1,32}-[0-9]{1,4}")
 _FORMAT = 1
 _SHARD_BYTES = 2**28
 _WEIGHT, _RNG = "weight", "rng"
@@ -51,6 +54,11 @@ class TrainingProgress:
         """The next global step."""
         return self.losses[-1][0] + 1
 
+    def snapshot(self) -> "TrainingProgress":
+        """Return a copy whose curves no longer grow."""
+        series = {name: list(points) for name, points in self.series.items()}
+        return replace(self, losses=list(self.losses), series=series)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
@@ -64,12 +72,13 @@ class TrainingState:
     """What has been done."""
     belongs_to: dict[str, Any]
     """The inputs of the training."""
+    parts: tuple[str, ...] = ()
+    """Names of what nodes other than the first have published of it."""
 
 
 def write_state(
     directory: Path,
-    model: PreTrainedModel,
-    optimizer: Optimizer,
+    tensors: Iterable[tuple[str, Tensor]],
     progress: TrainingProgress,
     *,
     belongs_to: Mapping[str, str],
@@ -78,8 +87,7 @@ def write_state(
 
     Args:
         directory: Where it goes; created if missing.
-        model: Its trained parameters are written, tied ones once.
-        optimizer: AdamW over them.
+        tensors: Those of ``state_tensors``, or copies of them.
         progress: What has been done.
         belongs_to: The inputs of the training, such as the digest of its data.
 
@@ -93,7 +101,7 @@ def write_state(
     try:
         with local_errors(directory):
             directory.mkdir(parents=True)
-            for number, shard in enumerate(in_shards(state_tensors(model, optimizer)), start=1):
+            for number, shard in enumerate(in_shards(tensors), start=1):
                 save_file(shard, directory / shard_name(number))
                 shards = number
             write_progress(directory, progress, shards, belongs_to)
@@ -103,10 +111,14 @@ def write_state(
 
 
 def write_progress(
-    directory: Path, progress: TrainingProgress, shards: int, belongs_to: Mapping[str, str]
+    directory: Path,
+    progress: TrainingProgress,
+    shards: int,
+    belongs_to: Mapping[str, str],
+    parts: Sequence[str] = (),
 ) -> None:
     """Write ``state.json``, the small part of a state."""
-    content = {"format": _FORMAT, "shards": shards, "progress": asdict(progress)}
+    content = {"format": _FORMAT, "shards": shards, "progress": asdict(progress), "parts": list(parts)}
     (directory / STATE).write_text(json.dumps(content | {"belongs_to": dict(belongs_to)}))
 
 
@@ -122,6 +134,18 @@ def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tupl
         moments = optimizer.state.get(parameter, {})
         yield from ((f"{moment}.{name}", moments[moment]) for moment in MOMENTS if moment in moments)
     yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
+
+
+def state_bytes(model: PreTrainedModel) -> int:
+    """Return the size of a state: a weight and two moments of four bytes for each trained parameter."""
+    return 12 * sum(parameter.numel() for parameter in trained_parameters(model).values())
+
+
+def drained(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name, and let go of each."""
+    while tensors:
+        name = next(iter(tensors))
+        yield name, tensors.pop(name)
 
 
 def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -164,8 +188,12 @@ def read_state(directory: Path) -> TrainingState:
         losses = [(int(step), float(loss), float(rate)) for step, loss, rate in progress["losses"]]
         if not losses or any(step != losses[0][0] + i for i, (step, *_) in enumerate(losses)):
             raise ValueError("its steps are not consecutive")
+        parts = tuple(map(str, data.get("parts", ())))  # earlier versions had one node
+        if not all(map(_PART.fullmatch, parts)):
+            raise ValueError("its parts have no names of parts")
         return TrainingState(
             directory=directory,
+            parts=parts,
             shards=int(data["shards"]),
             progress=TrainingProgress(
                 losses=losses,

@@ -10,7 +10,7 @@ from pipelines.commands.console import PATH, set_option
 
 if TYPE_CHECKING:
     from core.settings.schema import Settings
-    from pipelines.remote.submission import Submission
+    from pipelines.remote.submission import Needs, Submission
 
 _RUN = (
     set_option,
@@ -92,18 +92,18 @@ def prepared(
     from pipelines.remote.submission import prepare
 
     submission = prepare(settings, parameters, service_account=service_account)
-    show_hints(submission.settings)
+    show_hints(submission.settings, submission.needs)
     return submission
 
 
-def show_hints(settings: "Settings") -> None:
-    """Print what may not be intended, and, where the base model's config can be read, the tasks' memory."""
-    from core.steps.needs import base_config, needs_of_tasks, shortages, summary_line
+def show_hints(settings: "Settings", needs: "Needs") -> None:
+    """Print what may not be intended, and, where it is known, what the tasks and their pods take."""
+    from core.steps.needs import shortages, summary_line
+    from core.steps.pod_sizes import pods_line, too_large_for_cards
     from pipelines.remote.submission import hints
 
-    found, config = list(hints(settings)), base_config(settings.model)
-    needs = needs_of_tasks(config, settings) if config is not None else {}
-    for hint in (*found, *shortages(needs, settings)):
+    for hint in (*hints(settings), *shortages(needs, settings), *too_large_for_cards(settings, needs)):
         click.echo(f"hint: {hint}", err=True)
     if needs:
         click.echo(summary_line(needs, settings), err=True)
+        click.echo(pods_line(settings, needs), err=True)

@@ -18,6 +18,7 @@ from pipelines.commands.console import (
 
 if TYPE_CHECKING:
     from core.storage.garbage import Findings
+    from core.storage.interface import Store
 
 _SHOWN = 10
 
@@ -28,7 +29,8 @@ _SHOWN = 10
     "Orphaned are leftovers of killed tasks and interrupted uploads, training states of published phases, "
     "leases and job files of ended runs. They are listed first and removed after confirmation. Runs in "
     "progress are left alone, and so is everything that an "
-    f"interrupted run needs to resume. {STORE_HELP}.",
+    "interrupted run needs to resume. Runs that have died are closed in MLflow, where they would count as "
+    f"running. {STORE_HELP}.",
 )
 @click.argument("store")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
@@ -47,6 +49,7 @@ def clean(store: str, yes: bool) -> None:
         files = [file for piece in found.garbage for file in piece.files]
         if not files:
             click.echo("Nothing to remove.")
+            _close_dead_runs(opened)
             return
         click.echo(f"To remove: {len(files)} files, {bytes_text(sum(file.size for file in files))}.")
         if not yes and not sys.stdin.isatty():
@@ -54,8 +57,16 @@ def clean(store: str, yes: bool) -> None:
         if not yes and not click.confirm("Remove them?"):
             click.echo("Nothing was removed.")
             return
+        _close_dead_runs(opened)  # before their leases go, which tell of their end
         removed = remove_garbage(opened, found.garbage, Owner.of(f"clean-{os.getpid()}", pid=os.getpid()))
     click.echo(f"Removed {len(removed)} files, {bytes_text(sum(file.size for file in removed))}.")
+
+
+def _close_dead_runs(store: "Store") -> None:
+    from core.steps.closing import close_dead_runs_of
+
+    for closed in close_dead_runs_of(store):
+        click.echo(f"Closed in MLflow: {printable(closed)}")
 
 
 def _show_findings(found: "Findings") -> None:

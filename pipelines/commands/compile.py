@@ -16,8 +16,8 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Compile RECIPE into a pipeline for Kubeflow Pipelines.
 
     Upload the file in the KFP UI. Fixed in it are prune.phases, prune.steps_per_phase, prune.widths,
-    prune.repair, prune.distill_steps, evaluation.speed and the section cluster; all other settings can be
-    changed for each run.
+    prune.repair, prune.distill_steps, training.nodes, evaluation.speed and the section cluster; all other
+    settings can be changed for each run.
     """
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError([f"--output={output} must end in .yaml. Rename it."])
@@ -27,8 +27,9 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
 
     from pipelines.adapt_accel import compile_pipeline
     from pipelines.commands.access import show_hints
-    from pipelines.remote.submission import out_of_reach
+    from pipelines.remote.submission import out_of_reach, planned
 
+    settings, needs = planned(settings)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         compile_pipeline(settings, output)
@@ -38,5 +39,5 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
         ) from None
     for hint in out_of_reach(settings):
         click.echo(f"hint: {hint}", err=True)
-    show_hints(settings)
+    show_hints(settings, needs)
     click.echo(f"{output}: {settings.prune.phases} phases, {output.stat().st_size:,} bytes")

@@ -14,6 +14,7 @@ from core.errors import SettingsError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from core.report.tables import ResultTable
     from core.storage.interface import Store
 
 MODEL_HELP = "MODEL is a Hugging Face checkpoint: a folder or an s3:// address"
@@ -86,6 +87,21 @@ def print_table(table: "Table") -> None:
 
     width = None if sys.stdout.isatty() else 1000
     Console(highlight=False, markup=False, width=width).print(table)
+
+
+def print_result_table(table: "ResultTable") -> None:
+    """Print a table of results and its notes."""
+    from rich.table import Table
+
+    columns = table.columns()
+    shown = Table(title=table.title, title_justify="left", box=None)
+    for name in columns:
+        shown.add_column(name, justify="left" if name in table.labels else "right")
+    for row in zip(*columns.values(), strict=True):
+        shown.add_row(*map(printable, row))
+    print_table(shown)
+    for note in table.notes:
+        click.echo(printable(note))
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -7,13 +7,19 @@ import click
 
 from core.errors import AdaptPrunerError, SettingsError, StorageError
 from pipelines.commands.access import access_options, show_hints
-from pipelines.commands.console import PATH, example, local_checkpoint, print_table, printable, set_option
+from pipelines.commands.console import (
+    PATH,
+    example,
+    local_checkpoint,
+    print_result_table,
+    printable,
+    set_option,
+)
 from pipelines.commands.submit import seconds_of
 
 if TYPE_CHECKING:
     from core.experiments.collecting import Found
     from core.experiments.definition import Experiment
-    from core.report.tables import ResultTable
 
 
 class ExperimentError(AdaptPrunerError):
@@ -92,7 +98,10 @@ def experiment(
             found, failed = _run_here(loaded, output)
         table = table_of(loaded, found, output, failed)
         table.write(output)
-        _show(table, output)
+        print_result_table(table)
+        click.echo(
+            f"table        {output / 'table.md'}, table.csv, table.json\npicture      {output / 'table.html'}"
+        )
     except StorageError as error:
         if not submit:
             raise
@@ -155,12 +164,14 @@ def _submitted(
     from core.experiments.collecting import found_runs
     from pipelines.remote.client import connect
     from pipelines.remote.fan_out import fan_out, submissions_of
+    from pipelines.remote.submission import planned
 
     submissions, failed = submissions_of(loaded.name, loaded.cells, service_account)
     for cell in loaded.cells:
         if cell.key in failed:
             click.echo(f"{cell.name}: {failed[cell.key]}", err=True)
-    show_hints(loaded.cells[0].settings)
+    settings = loaded.cells[0].settings
+    show_hints(settings, planned(settings)[1])
     client = connect(**access)
     done: set[str] | None = None
     try:
@@ -183,20 +194,3 @@ def _submitted(
     except KeyboardInterrupt:
         click.echo("error: interrupted; the runs continue, and the same command follows them.", err=True)
         click.get_current_context().exit(130)
-
-
-def _show(table: "ResultTable", output: Path) -> None:
-    from rich.table import Table
-
-    columns = table.columns()
-    shown = Table(title=table.title, title_justify="left", box=None)
-    for name in columns:
-        shown.add_column(name, justify="left" if name in table.labels else "right")
-    for row in zip(*columns.values(), strict=True):
-        shown.add_row(*map(printable, row))
-    print_table(shown)
-    for note in table.notes:
-        click.echo(printable(note))
-    click.echo(
-        f"table        {output / 'table.md'}, table.csv, table.json\npicture      {output / 'table.html'}"
-    )

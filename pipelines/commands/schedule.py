@@ -7,6 +7,7 @@ import click
 
 from core.errors import SettingsError
 from pipelines.commands.access import access_options, prepared, run_options
+from pipelines.commands.checking import check_first, check_option
 from pipelines.commands.console import PATH, example, print_table
 
 
@@ -25,6 +26,7 @@ from pipelines.commands.console import PATH, example, print_table
 @click.option("--pause", metavar="NAME", help="Start no more runs until --resume.")
 @click.option("--resume", metavar="NAME", help="Start runs again.")
 @click.option("--delete", metavar="NAME", help="Delete a schedule; refused while its run is in progress.")
+@check_option(default=True)
 @click.option("--now", is_flag=True, help="Delete or replace a schedule even if that ends its run.")
 @access_options
 def schedule(
@@ -38,6 +40,7 @@ def schedule(
     pause: str | None,
     resume: str | None,
     delete: str | None,
+    check: bool,
     now: bool,
     **access: Any,
 ) -> None:
@@ -68,7 +71,8 @@ def schedule(
         six = six_fields(str(cron))
         submission = prepared(recipe, overrides, parameters, service_account)
         client = connect(**access)
-        made, outcome = set_schedule(client, submission, six, experiment=experiment, now=now)
+        checked = {"check": lambda: check_first(client, submission, experiment)} if check else {}
+        made, outcome = set_schedule(client, submission, six, experiment=experiment, now=now, **checked)
         click.echo(f"{made.name}: {outcome}, {made.cron} (UTC unless the cluster says otherwise)")
         if made.paused:
             resume = f"adapt-pruner schedule --resume {made.name}"

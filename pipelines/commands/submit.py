@@ -10,6 +10,7 @@ import click
 
 from core.errors import ClusterError, SettingsError
 from pipelines.commands.access import access_options, prepared, run_options
+from pipelines.commands.checking import check_first, check_option
 from pipelines.commands.console import PATH, example
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=PATH)
 @run_options
 @click.option("--run-name", default="", help="Name of the run.  [default: the recipe's name and the time]")
+@check_option(default=False)
 @click.option("--wait", is_flag=True, help="Follow the run until it ends; exit with 1 if it fails.")
 @click.option("--timeout", default="0", help="With --wait: longest wait, such as 36h.  [default: no limit]")
 @click.option(
@@ -44,6 +46,7 @@ def submit(
     experiment: str,
     service_account: str,
     run_name: str,
+    check: bool,
     wait: bool,
     timeout: str,
     attempts: int,
@@ -69,6 +72,8 @@ def submit(
     from pipelines.remote.submission import start
 
     client = connect(**access)
+    if check:
+        check_first(client, submission, experiment)
     run_name = run_name or f"{submission.settings.name} {datetime.datetime.now():%Y-%m-%d %H-%M-%S}"
 
     until = time.monotonic() + timeout_s if timeout_s else None

@@ -7,7 +7,7 @@ prints. All of that goes to a log file; the terminal gets the lines that ``compo
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -47,12 +47,14 @@ class RunProgress(io.TextIOBase):
         failures: The tasks that failed, in order.
     """
 
-    def __init__(self, console: Console, *, phases: int) -> None:
-        """Show a run of ``phases`` phases on ``console``."""
+    def __init__(
+        self, console: Console, *, phases: int, ended: Callable[[str], None] = lambda step: None
+    ) -> None:
+        """Show a run of ``phases`` phases on ``console``; tell ``ended`` the name of each step that ends."""
         self.steps: list[str] = []
         self.found_done = 0
         self.failures: list[Failure] = []
-        self._console, self._phases = console, phases
+        self._console, self._phases, self._ended = console, phases, ended
         self._log: TextIO = io.StringIO()
         self._width = len(self._label(str(phases), "recover-train"))
         self._rest = ""
@@ -126,6 +128,7 @@ class RunProgress(io.TextIOBase):
         elif message.startswith("done in "):
             self._open = ""
             self._bar.advance(self._all_tasks)
+            self._ended(step)
             if self._found:
                 return
         elif message == "already done":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ from kfp.dsl.base_component import BaseComponent
 from rich.console import Console
 
 import core
-from core.errors import AdaptPrunerError, SettingsError, StorageError
+from core.errors import AdaptPrunerError, SettingsError, StorageError, refuse
+from core.evaluation.task_data import unknown_tasks
 from core.runs.record import RunRecord
 from core.runs.run import Run
 from core.scratch import scratch_folder
@@ -66,17 +68,20 @@ def run_local(settings: Settings, output: Path, console: Console) -> LocalRun:
         console: Where progress is shown.
 
     Raises:
-        SettingsError: If the output folder or the store cannot be written; nothing has started then.
+        SettingsError: If the output folder or the store cannot be written, or lm-eval does not have a task;
+            nothing has started then.
         LeaseError: If another process runs into the output folder; nothing has changed then.
         RunError: If a task fails.
     """
     settings = with_absolute_store(settings)
+    refuse(unknown_tasks(settings.evaluation))
     check_writable(settings, output)
     with holding_folder(output, f"--output={output}"):
         root = output / "kfp"
         shutil.rmtree(root, ignore_errors=True)
         started = time.monotonic()
-        progress = RunProgress(console, phases=settings.prune.phases)
+        ended = functools.partial(copy_report_so_far, root, output)
+        progress = RunProgress(console, phases=settings.prune.phases, ended=ended)
         run_pipeline(build_pipeline(settings, local=True), root, output / "run.log", progress)
         seconds = time.monotonic() - started
         run = _resolved_run(root)
@@ -109,6 +114,14 @@ def fetch_results(handle: Mapping[str, str], output: Path) -> RunRecord:
     _link(output / "model", final.folder)
     _link(output / "base", open_publication(run.base_uri).folder)
     return RunRecord.from_dict(measured.read_json(RECORD))
+
+
+def copy_report_so_far(root: Path, output: Path, step: str) -> None:
+    """Copy the report so far after an evaluation, if there is one."""
+    if step == "evaluate":
+        with contextlib.suppress(StorageError, OSError, ValueError):
+            run = _resolved_run(root)
+            (output / HTML).write_bytes(open_store(run["store"]).read_bytes(f"runs/{run['key']}/{HTML}"))
 
 
 def _link(link: Path, folder: Path | None) -> None:

@@ -66,15 +66,7 @@ class Client(kfp_client.Client):
 
     def workflow(self, run_id: str) -> dict[str, Any] | None:
         """Return Argo's workflow of a run, by the older API (v1beta1); None where that does not serve it."""
-        answer = self.runs.api_client.call_api(
-            "/apis/v1beta1/runs/{run_id}",
-            "GET",
-            path_params={"run_id": run_id},
-            header_params={"Accept": "application/json"},
-            response_type="object",
-            auth_settings=["Bearer"],
-            _return_http_data_only=True,
-        )
+        answer = self._get("/apis/v1beta1/runs/{run_id}", run_id=run_id)
         try:
             # A pending run has none yet.
             workflow = json.loads(answer["pipeline_runtime"].get("workflow_manifest") or "{}")
@@ -84,6 +76,33 @@ class Client(kfp_client.Client):
         except (LookupError, TypeError, AttributeError, ValueError, EOFError, OSError, zlib.error):
             return None
         return dict(workflow)
+
+    def version(self) -> str:
+        """Return the version of the server, "" if it does not say: builds of one's own do not."""
+        answer = self._get("/apis/v2beta1/healthz")
+        said = str(answer.get("tag_name") or answer.get("apiServerTagName") or "")  # by the API, by the UI
+        return said if said[:1].isdigit() else ""
+
+    def log(self, run_id: str, node_id: str) -> str:
+        """Return what a pod that has ended has logged, "" if the server cannot give it."""
+        place = "/apis/v2beta1/runs/{run_id}/nodes/{node_id}/artifacts/main-logs:read"
+        try:
+            answer = self._get(place, run_id=run_id, node_id=node_id)
+            return base64.b64decode(answer["data"]).decode(errors="replace")
+        except (kfp_server_api.ApiException, ClusterError, LookupError, TypeError, ValueError):
+            return ""
+
+    def _get(self, place: str, **names: str) -> Any:
+        """Return an answer as it is: the generated client drops fields, and does not know all addresses."""
+        return self.runs.api_client.call_api(
+            place,
+            "GET",
+            path_params=names,
+            header_params={"Accept": "application/json"},
+            response_type="object",
+            auth_settings=["Bearer"],
+            _return_http_data_only=True,
+        )
 
 
 class _Rest(kfp_server_api.rest.RESTClientObject):

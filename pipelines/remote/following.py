@@ -71,7 +71,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         f"{_RESUMES}. --attempts does that for you.",
     ),
 )
-_IMAGE, _LOST = _CAUSES[0][1], _CAUSES[-1][1]
+IMAGE_TROUBLE, _LOST = _CAUSES[0][1], _CAUSES[-1][1]
+"""The first is how the trouble of a task ends whose image cannot be pulled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def follow(
         if progress.state in ENDED:
             return progress
         now, trouble = time.monotonic(), progress.trouble
-        stuck_since = (stuck_since or now) if trouble and trouble.about.endswith(_IMAGE) else None
+        stuck_since = (stuck_since or now) if trouble and trouble.about.endswith(IMAGE_TROUBLE) else None
         if trouble and stuck_since is not None and now - stuck_since >= image_s:
             raise ClusterError(f"{trouble.text} The run waits: {client.link('runs', run_id)}")
         if until is not None and now >= until:
@@ -184,7 +185,7 @@ def _progress(run: Any, workflow: Workflow | None) -> Progress:
     failed.sort(key=lambda task: (task.finished, task.started))
     # finalize runs whatever has failed before it, and may fail for the same reason
     failed = [task for task in failed if "finalize" not in task.name] or failed
-    troubles = [_explained(task) for task in failed]
+    troubles = [explained(task) for task in failed]
     if not troubles:
         said = found.message or one_line((run.error and run.error.message) or "")
         text = f"the run failed{said and ': '}{said}. Its log is in the UI."
@@ -198,7 +199,7 @@ def _why_it_waits(workflow: Workflow) -> Trouble | None:
     slow = [task for task in waiting if time.time() - task.started > _SLOW_S]
     for task in slow:
         if _cause(task.message):
-            return _explained(task)
+            return explained(task)
     for task in slow:
         if time.time() - task.started > _LATE_S:
             about = f"{task.name} has waited for over five minutes"
@@ -207,7 +208,7 @@ def _why_it_waits(workflow: Workflow) -> Trouble | None:
     return None
 
 
-def _explained(task: TaskState) -> Trouble:
+def explained(task: TaskState) -> Trouble:
     """Return why a task waits or has failed: by Kubernetes' words, or by the last line of its own log."""
     how, error, own_words = task.message.partition("error: ")
     if cause := _cause(how if error else task.message):

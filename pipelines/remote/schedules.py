@@ -8,7 +8,7 @@ owner: that takes ``now``. All raise a ``ClusterError`` if the cluster cannot be
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,11 +65,18 @@ def schedule_name(settings: Settings) -> str:
 
 
 def set_schedule(
-    client: Client, submission: Submission, cron: str, *, experiment: str, now: bool = False
+    client: Client,
+    submission: Submission,
+    cron: str,
+    *,
+    experiment: str,
+    now: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Schedule, Outcome]:
     """Make sure that there is one recurring run of the recipe, with this cron expression and these settings.
 
-    One that is paused stays so. ``now`` replaces one even if that ends its run in progress.
+    One that is paused stays so. ``now`` replaces one even if that ends its run in progress. ``check`` is
+    called before anything is changed; what it raises keeps things as they are.
 
     Returns:
         The recurring run, and what had to be done.
@@ -82,12 +89,7 @@ def set_schedule(
         "pipeline_id": pipeline,
         "version_id": version,
         "cron_expression": cron,
-        # The base and the target are given even where they are the version's defaults: lists show them.
-        "params": {
-            "base_model": settings.model.base,
-            "target": settings.prune.target,
-            **submission.arguments,
-        },
+        "params": dict(submission.arguments),
         "service_account": submission.service_account,
     }
     with client.asked():
@@ -98,6 +100,9 @@ def set_schedule(
         others = [each for each in before if each is not kept]
         if not now:
             _refuse_to_end(client, others)
+    if kept is None:
+        check()
+    with client.asked():
         outcome: Outcome = "unchanged" if kept else "updated" if before else "created"
         if kept is None:
             kept = client.create_recurring_run(

@@ -10,23 +10,30 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import kfp_server_api
 import yaml
 
 from core.errors import refuse
+from core.evaluation.task_data import unknown_tasks
 from core.scratch import scratch_folder
+from core.settings.cluster import ComponentName
 from core.settings.parameters import PARAMETERS, compiled_settings, parameters_of, settings_of_run
 from core.settings.schema import Settings
 from pipelines.adapt_accel import compile_pipeline
 from pipelines.ir import Document, read_ir
 from pipelines.remote.client import Client, named, pages
 
+if TYPE_CHECKING:
+    from core.steps.footprint import Footprint
+
 PIPELINE = "adapt-pruner"
 """Name of the pipeline on the cluster; each recipe and number of phases is a version of it."""
+
+Needs = Mapping[ComponentName, "Footprint"]
 
 T = TypeVar("T")
 
@@ -48,8 +55,10 @@ class Submission:
 
     settings: Settings  # with the overrides of ``arguments``
     package: Package
-    arguments: Mapping[str, Any]  # pipeline parameters that differ from their defaults
+    arguments: Mapping[str, Any]
+    """Pipeline parameters: those that lists and comparisons of runs show, and any that is overridden."""
     service_account: str | None  # Kubernetes service account of the pods; None for that of the installation
+    needs: Needs = field(default_factory=dict)  # what tasks are estimated to take; empty if not known
 
 
 def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_account: str = "") -> Submission:
@@ -57,20 +66,36 @@ def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_accoun
 
     Raises:
         SettingsError: If a parameter is unknown, of the wrong type or out of range, or a setting names a
-            place of this machine.
+            place of this machine, or a task that lm-eval does not have.
     """
-    package = compile_package(settings)
-    arguments = _arguments(overrides)
+    arguments, as_written = _arguments(overrides), settings
     if "recipe" in arguments:
         arguments["recipe"] = {"name": settings.name} | arguments["recipe"]
     if arguments:
         compiled = compiled_settings(settings, phases=settings.prune.phases)
         overridden = settings_of_run(parameters_of(settings) | arguments, compiled)
         settings = replace(overridden, cluster=settings.cluster)
-    refuse(out_of_reach(settings))
+    refuse([*out_of_reach(settings), *unknown_tasks(settings.evaluation)])
+    settings, needs = planned(settings)
+    package = compile_package(replace(as_written, cluster=settings.cluster))
+    parameters = parameters_of(settings)
     return Submission(
-        settings=settings, package=package, arguments=arguments, service_account=service_account or None
+        settings=settings,
+        package=package,
+        arguments={name: parameters[name] for name in PARAMETERS} | arguments,
+        service_account=service_account or None,
+        needs=needs,
     )
+
+
+def planned(settings: Settings) -> tuple[Settings, Needs]:
+    """Return the settings with the sizes of all pods that can be planned, and what the tasks take."""
+    from core.steps.needs import base_config, needs_of_tasks
+    from core.steps.pod_sizes import with_pod_sizes
+
+    config = base_config(settings.model)
+    needs = needs_of_tasks(config, settings) if config is not None else {}
+    return with_pod_sizes(settings, needs), needs
 
 
 def compile_package(settings: Settings) -> Package:
@@ -95,7 +120,7 @@ def _tasks(spec: Document) -> Iterator[tuple[str, str]]:
         for task_name, task in component.get("dag", {}).get("tasks", {}).items():
             if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
                 shown = task.get("taskInfo", {}).get("name", task_name)
-                yield task_name, f"phase {{}} {shown}" if name.startswith("comp-phase") else shown
+                yield task_name, f"phase {{}} {shown}" if name == "comp-phase" else shown
 
 
 def _arguments(overrides: Iterable[str]) -> dict[str, Any]:
@@ -142,6 +167,12 @@ def hints(settings: Settings) -> Iterator[str]:
     image = settings.cluster.image
     if "@sha256:" not in image:
         yield f"cluster.image={image} is a tag, which may change under a run. Pin it: NAME@sha256:DIGEST."
+    cluster = settings.cluster.of("recover-train")
+    if cluster.gpus > 1 and re.search(r"/mig-|\.shared$", cluster.gpu_type):
+        yield (
+            f"recover-train asks for {cluster.gpus} of {cluster.gpu_type}, each a part of a GPU: a process "
+            "sees one MIG device only, and slices may be of one GPU. Set its gpus to 1, or take whole GPUs."
+        )
     if settings.storage.store.startswith("file:"):
         yield f"storage.store={settings.storage.store} must be one volume, mounted there in all pods."
     sources = [("calibration.source", settings.calibration.source)]

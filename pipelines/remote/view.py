@@ -15,7 +15,7 @@ _NO_WORKFLOW = (
     "this server lacks the older API of Kubeflow Pipelines (v1beta1): only the state of the run is shown. "
     "Its tasks are in the UI."
 )
-_RETRIES = {
+RETRIES = {
     # Argo's policy and its meaning
     "OnFailure": "failed tasks are retried, cluster.retries times; a deleted pod ends the run",
     "OnError": "deleted pods are retried; failed tasks are not, whatever cluster.retries says",
@@ -40,7 +40,7 @@ class RunView:
             self._note("the run", progress.state, 0.0, progress.state.lower() or "pending")
         elif workflow.tasks or workflow.drivers:  # before, Argo has not added its defaults
             policy = workflow.retry_policy
-            self._say(f"retries: {_RETRIES.get(policy, 'see Argo')} (Argo's retryPolicy is {policy} here)")
+            self._say(f"retries: {RETRIES.get(policy, 'see Argo')} (Argo's retryPolicy is {policy} here)")
         for task in workflow.tasks if workflow else ():
             if task.phase == "Running" and not has_ended:
                 self._note(task.name, task.phase, task.started, "started")

@@ -16,6 +16,7 @@ from pipelines.remote.client import one_line
 FAILED = ("Failed", "Error")
 
 _DRIVER = "-driver"
+_LONGEST_MESSAGE = 4096  # what the kubelet keeps of a container's own words
 _Node = Mapping[str, Any]
 
 
@@ -34,11 +35,16 @@ class TaskState:
     started: float = 0.0
     """In seconds since 1970, as is the end; 0 for not yet."""
     finished: float = 0.0
+    ended_pods: tuple[str, ...] = ()
+    """Ids of those of its pods that have ended, in the order of their start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workflow:
     """A run as Argo sees it."""
+
+    namespace: str = ""
+    """Where its pods are."""
 
     tasks: tuple[TaskState, ...] = ()
     """Those that have begun, in the order of their start."""
@@ -70,6 +76,7 @@ def read_workflow(workflow: Mapping[str, Any], tasks: Mapping[str, str]) -> Work
         if place[-1] in tasks or place[-1].endswith(_DRIVER)
     }
     return Workflow(
+        namespace=str(_mapping(workflow.get("metadata")).get("namespace") or ""),
         tasks=tuple(state for place, state in found.items() if place[-1] in tasks),
         drivers=tuple(state for place, state in found.items() if place[-1] not in tasks),
         message=one_line(str(status.get("message") or "")),
@@ -92,18 +99,23 @@ def _state(place: tuple[str, ...], nodes: list[_Node], tasks: Mapping[str, str])
     """Return the state of a task from all its nodes, those of earlier attempts among them."""
     # Retries of groups make a task begin again. Of nodes that began together the outermost comes first.
     node = max(nodes, key=lambda node: str(node.get("startedAt")))
-    pod = next((node for node in reversed(nodes) if node.get("type") == "Pod"), node)
+    pods = [node for node in nodes if node.get("type") == "Pod"]
+    pod = pods[-1] if pods else node
     task = place[-1].removesuffix(_DRIVER)
-    numbers = [match[1] or 1 for part in place if (match := re.fullmatch(r"phase(?:-(\d+))?", part))]
+    found = [match for part in place if (match := re.fullmatch(r"phase-?(left|)-?(\d*)", part))]
+    numbers = [f"{match[1]} {match[2] or 1}".strip() for match in found]
     name = tasks[task].format(*numbers or "1") if task in tasks else one_line(task, 60)
     waits = node.get("phase") == "Running" and pod.get("phase") == "Pending"
     return TaskState(
         name=name if place[-1] in tasks else f"{name}'s driver",
         phase="Pending" if waits else str(node.get("phase")),
-        settings="cluster.components." + re.sub(r"-\d+$", "", task) if place[-1] in tasks else "cluster",
-        message=one_line(str(pod.get("message") or ""), 1000),
+        settings="cluster.components." + re.sub(r"(-left|-done)?(-\d+)?$", "", task)
+        if place[-1] in tasks
+        else "cluster",
+        message=one_line(str(pod.get("message") or ""), _LONGEST_MESSAGE),
         started=_seconds(node.get("startedAt")),
         finished=_seconds(node.get("finishedAt")),
+        ended_pods=tuple(str(p.get("id")) for p in pods if p.get("phase") not in ("Pending", "Running")),
     )
 
 

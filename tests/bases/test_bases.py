@@ -22,6 +22,7 @@ from core.steps.needs_run import run_needs_run
 from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
 from core.storage.store import open_store
+from core.tracking import registry
 from core.tracking.mlflow import open_tracker
 from tests.support.evidence import note
 from tests.support.hub import Repository, run_hub
@@ -178,7 +179,7 @@ def test_what_a_run_of_ours_has_registered_is_a_base(folder, tracking, tmp_path)
     uri = join_uri(tmp_path / "models", "final")
     digest = publish(folder / "base", uri).digest[:16]
     tracker = open_tracker(TrackingSettings(uri=tracking), key="k", name="a run")
-    tracker.register("ours", uri, {}, {})
+    registry.register(tracker, "ours", uri, params={}, phase=1)
     found = take_up("models:/ours@candidate", tmp_path / "store", tracking_uri=tracking)
     assert found == ((tmp_path / "models" / "final").as_uri(), digest)
 
@@ -288,17 +289,17 @@ def test_a_run_starts_work_only_when_its_base_has_moved_on(folder):
     recipe = recipe_with({"model.base": "models/HEAD"})
     run, base_uri = resolve(recipe, job="monday")
     assert base_uri == (folder / "models" / "1").as_uri()
-    assert run_needs_run(run=run, being_done_by="")
+    assert run_needs_run(run=run, being_done_by="").phase
     publish(folder / "base", f"{run['store']}/runs/{run['key']}/final")
     open_store(run["store"]).write_bytes(f"runs/{run['key']}/DONE.json", b"{}")
     Run.load(run).release()
     again, _ = resolve(recipe, job="tuesday")
     assert again["key"] == run["key"]
-    assert not run_needs_run(run=again, being_done_by="")
+    assert not run_needs_run(run=again, being_done_by="").phase
     (folder / "models" / "HEAD").write_text("2\n")
     moved, _ = resolve(recipe, job="wednesday")
     assert moved["key"] != run["key"]
-    assert run_needs_run(run=moved, being_done_by="")
+    assert run_needs_run(run=moved, being_done_by="").phase
     assert dataclasses.asdict(Run.load(moved).settings.model)["base"] == "models/HEAD"
     note("Faults", "a scheduled run whose base is the same as before", "nothing is computed")
     note("Faults", "a scheduled run whose base has moved on", "a new run starts")

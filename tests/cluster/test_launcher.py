@@ -11,12 +11,14 @@ from core.storage.publication import open_publication, publish
 from core.storage.store import open_store
 from pipelines.adapt_accel import compile_pipeline
 from tests.local.test_kills import content, orphans
+from tests.support.ir import STEPS
 from tests.support.launcher import FAILED, SKIPPED, SUCCEEDED, Cluster
 from tests.support.project import recipe_with, run_all
 
 PHASES = 3
 TASKS = 5 + 1 + PHASES * 5
 """resolve-base, needs-run, prepare-data, publish, finalize; the dense model; five tasks a phase."""
+GO_ON = "run/go on after the phases done before"
 
 
 @pytest.fixture
@@ -78,17 +80,17 @@ def final_of(recipe):
 def test_a_run_whose_pods_die_ends_as_one_that_nobody_disturbs(recipe, cluster_in, tmp_path, s3_store_uri):
     victims = {
         "run/resolve-base": 0,
-        "run/not done yet/phase 1 of 3/calibrate": 3,
-        "run/not done yet/phase 2 of 3/recover-train": 6,
-        "run/not done yet/evaluate phase 1": 4,
-        "run/not done yet/publish": 5,
+        "run/phase 1 of 3/calibrate": 3,
+        "run/phase 2 of 3/recover-train": 6,
+        "run/evaluate phase 1": 4,
+        "run/publish": 5,
     }
     kill = lambda task, attempt: victims.get(task) if attempt == 1 else None  # noqa: E731
     path = compile_to(tmp_path / "pipeline.yaml", recipe)
     state, tasks = cluster_in("first", kill=kill, seed=1).run(path, {})
     assert state == SUCCEEDED, failures(tasks)
-    assert paths_of(tasks, SUCCEEDED) == [task.path for task in tasks]
-    assert len(tasks) == TASKS
+    assert paths_of(tasks, SUCCEEDED) == [task.path for task in tasks if task.path != GO_ON]
+    assert len(tasks) == TASKS + 1
     assert {task.path for task in tasks if task.attempts > 1} <= victims.keys()
     assert sum(task.attempts for task in tasks) >= TASKS + 3, "some may have been done before their time"
 
@@ -103,30 +105,38 @@ def test_a_run_whose_pods_die_ends_as_one_that_nobody_disturbs(recipe, cluster_i
     state, tasks = cluster_in("again", seed=2).run(path, {})
     assert state == SUCCEEDED
     assert paths_of(tasks, SUCCEEDED) == ["run/resolve-base", "run/needs-run", "finalize"]
-    assert paths_of(tasks, SKIPPED) == ["run/not done yet"]
+    assert {"run/prepare", GO_ON} <= set(paths_of(tasks, SKIPPED))
 
 
 @pytest.mark.slow
-def test_a_task_that_fails_each_time_ends_the_run_and_the_next_run_goes_on(recipe, cluster_in, tmp_path):
-    recipe["prune"]["phases"] = 1
-    kill = lambda task, attempt: 0 if task.endswith("/prune-step") else None  # noqa: E731
+def test_a_task_that_fails_each_time_ends_the_run_and_the_next_run_starts_no_task_of_phases_that_are_done(
+    recipe, cluster_in, tmp_path
+):
+    recipe["prune"]["phases"] = 2
+    kill = lambda task, attempt: 0 if task.endswith("phase 2 of 2/prune-step") else None  # noqa: E731
     path = compile_to(tmp_path / "pipeline.yaml", recipe)
     state, tasks = cluster_in("first", kill=kill).run(path, {})
     assert state == FAILED
     (failed,) = [task for task in tasks if task.state == FAILED]
-    assert (failed.path, failed.attempts) == ("run/not done yet/phase 1 of 1/prune-step", 3)
+    assert (failed.path, failed.attempts) == ("run/phase 2 of 2/prune-step", 3)
     assert tasks[-1].path == "finalize"
     assert tasks[-1].state == SUCCEEDED
-    assert "run/not done yet/publish" in paths_of(tasks, SKIPPED)
-    (run,) = mlflow_runs(tmp_path, "attributes.run_name = 'trial'")
+    assert "run/publish" in paths_of(tasks, SKIPPED)
+    (run,) = mlflow_runs(tmp_path, "tags.`adapt_pruner.store` LIKE '%'")
     assert run.info.status == "FAILED"
 
     state, tasks = cluster_in("again").run(path, {})
-    assert state == SUCCEEDED
-    done = [task.path for task in tasks if "already done" in task.log]
-    assert {"run/not done yet/prepare-data", "run/not done yet/phase 1 of 1/calibrate"} <= set(done)
-    assert "run/not done yet/phase 1 of 1/prune-step" not in done
-    (run,) = mlflow_runs(tmp_path, "attributes.run_name = 'trial'")
+    assert state == SUCCEEDED, failures(tasks)
+    left = f"{GO_ON}/phases that are left"
+    of_phase = [f"{left}/phase 1 of those left/{step}" for step in STEPS]
+    beside = {f"{GO_ON}/evaluate the last phase that is done", f"{left}/evaluate phase 1 of those left"}
+    expected = {"run/resolve-base", "run/needs-run", *of_phase, *beside, f"{GO_ON}/publish", "finalize"}
+    assert set(paths_of(tasks, SUCCEEDED)) == expected
+    done = {task.path for task in tasks if "already done" in task.log}
+    assert {of_phase[0], of_phase[1]} <= done
+    assert of_phase[2] not in done
+    assert all("phase 2 " in task.log for task in tasks if task.path in of_phase), "not the first of all"
+    (run,) = mlflow_runs(tmp_path, "tags.`adapt_pruner.store` LIKE '%'")
     assert run.info.status == "FINISHED"
 
 

@@ -17,9 +17,7 @@ from tests.support.texts import drawn
 TEXTS = [f"document {n}: " + "word " * (n % 7) + "end" for n in range(40)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -21,10 +21,7 @@ from core.errors import AdaptPrunerError, DataError, StorageError
 from core.settings.texts import TextSource
 from tests.support.texts import drawn
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def lines(path, rows):

@@ -1,67 +1,27 @@
+"""The slices of a training's phases: disjoint, in the shares of their sources, the same each time."""
+
 import json
 import re
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from tokenizers.processors import TemplateProcessing
 
-from core.data.files import writing_rows
 from core.data.mixture import slice_name, write_slices
 from core.data.packing import PLAIN_TEMPLATE
-from core.data.samples import write_calibration_pool, write_perplexity_windows
 from core.errors import DataError, StorageError
 from core.settings.texts import TextSource
-from tests.support.texts import drawn
+from tests.support.texts import chat_source, documents, pool, text_source, with_begin_token
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def documents(seed: int, count: int, words: tuple[int, int]) -> list[str]:
-    """Make documents that no other call makes, of a random number of words."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(*words, count)
-    return [f"{seed}:{n} " + " ".join(map(str, rng.integers(0, 10**4, size))) for n, size in enumerate(sizes)]
-
-
-def text_source(path: Path, texts: list[str], weight: float = 1.0) -> TextSource:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return TextSource(path=str(path), weight=weight)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def read_slices(directory: Path, phases: int) -> tuple[np.ndarray, np.ndarray]:
     slices = [load_file(directory / slice_name(phase)) for phase in range(1, phases + 1)]
     ids = np.concatenate([tensors["input_ids"] for tensors in slices])
     return ids, np.concatenate([tensors["trained"] for tensors in slices])
-
-
-def pool(source: TextSource, tokenizer, path: Path, **changes) -> np.ndarray:
-    """The rows of a calibration pool, of which there are as many as the call says."""
-    asked = {"sequence_length": 40, "packing": False, "documents": 1000, "at_least": 1, "seed": 2} | changes
-    count = write_calibration_pool(source, tokenizer, path=path / "pool", **asked)
-    rows = load_file(path / "pool")["input_ids"]
-    assert (rows.dtype, rows.shape) == (np.int32, (count, asked["sequence_length"]))
-    return rows
-
-
-def chat_source(path: Path, count: int) -> TextSource:
-    rows = [{"q": f"question {n}", "a": f"answer {n}"} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TextSource(path=str(path), format="instruction", prompt_fields=("q",), response_field="a")
-
-
-def with_begin_token(tokenizer) -> int:
-    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
-    )
-    return begin
 
 
 @pytest.mark.parametrize("packing", ["whole", "cut"])
@@ -276,124 +236,6 @@ def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenize
         )
 
 
-def test_calibration_rows_are_windows_of_distinct_documents_that_are_long_enough(tmp_path, tokenizer):
-    texts = documents(6, 80, (1, 30))
-    source = text_source(tmp_path / "a.jsonl", [*texts, *texts])
-    encoded = [tokenizer.encode(text) for text in texts]
-    rows = pool(source, tokenizer, tmp_path)
-    assert len(rows) == sum(len(ids) >= 40 for ids in encoded) >= 10
-    places = []
-    for row in rows.tolist():
-        found = [
-            (n, start)
-            for n, ids in enumerate(encoded)
-            for start in range(len(ids) - 39)
-            if ids[start : start + 40] == row
-        ]
-        assert len(found) == 1
-        places += found
-    assert len({n for n, _ in places}) == len(rows)
-    assert len({start for _, start in places}) > 5  # the windows do not all lie at the start
-
-
-def test_a_calibration_pool_reads_no_more_documents_than_asked(tmp_path, tokenizer):
-    source = text_source(tmp_path / "a.jsonl", documents(6, 80, (40, 50)))
-    assert len(pool(source, tokenizer, tmp_path, documents=30, at_least=30)) == 30
-    with pytest.raises(DataError, match=r"only 30 of 30 documents have the 40 tokens .* 31 are needed"):
-        pool(source, tokenizer, tmp_path, documents=30, at_least=31)
-    with pytest.raises(DataError, match="only 0 of 80 documents"):
-        pool(source, tokenizer, tmp_path, sequence_length=4000)
-
-
-def plain_packing(documents: list[list[int]], end: int, length: int) -> list[list[int] | None]:
-    """What packing should give, token by token; None stands for the window of a long document."""
-    rows, row = [], []
-    for ids in documents:
-        if len(ids) >= length:
-            rows.append(None)
-            continue
-        for token in [*ids, end]:
-            row.append(token)
-            if len(row) == length:
-                rows.append(row)
-                row = []
-                break
-    return rows
-
-
-def test_packing_joins_short_documents_and_leaves_none_in_two_sequences(tmp_path, tokenizer):
-    texts = documents(9, 90, (1, 14))
-    source = text_source(tmp_path / "a.jsonl", texts)
-    settings = {"sequence_length": 30, "documents": 80, "seed": 3}
-    windows = pool(source, tokenizer, tmp_path, **settings).tolist()
-    rows = pool(source, tokenizer, tmp_path, packing=True, **settings)
-    texts_drawn = [tokenizer.encode(text) for text in drawn(source, tokenizer, seed=3)][:80]
-    expected = plain_packing(texts_drawn, tokenizer.eos_token_id, 30)
-    assert sum(row is None for row in expected) == len(windows) >= 5
-    assert len(rows) >= len(windows) + 10
-    long = iter(windows)  # a long document gives the same window, packing or not
-    assert rows.tolist() == [next(long) if row is None else row for row in expected]
-    joined = [row for row, want in zip(rows, expected, strict=True) if want is not None]
-    parts = [part for row in joined for part in tokenizer.decode(row).split("<|im_end|>") if part]
-    assert all(any(text.startswith(part) for text in texts) for part in parts)
-    assert len(set(parts)) == len(parts) > 2 * len(joined)
-
-
-def test_packed_rows_open_with_the_begin_token_and_a_dialogue_keeps_its_own_end(tmp_path, tokenizer):
-    tokenizer.chat_template = PLAIN_TEMPLATE
-    text = text_source(tmp_path / "a.jsonl", documents(8, 40, (2, 5)))
-    settings = {"sequence_length": 60, "packing": True, "seed": 0}
-    spoken = tokenizer.decode(
-        pool(chat_source(tmp_path / "chat.jsonl", 40), tokenizer, tmp_path, **settings)[0]
-    )
-    assert re.match(r"User: question \d+\n\nAssistant: ?answer \d+<\|im_end\|>User: ", spoken)
-    plain = pool(text, tokenizer, tmp_path, **settings)
-    begin = with_begin_token(tokenizer)
-    opened = pool(text, tokenizer, tmp_path, **settings)
-    assert (opened[:, 0] == begin).all()
-    assert begin not in opened[:, 1:]
-    assert opened[0, 1:].tolist() == plain[0, :59].tolist()
-
-
-def test_a_corpus_of_short_texts_serves_once_it_is_packed(tmp_path, tokenizer):
-    source = text_source(tmp_path / "a.jsonl", documents(6, 80, (3, 5)))
-    with pytest.raises(DataError, match=r"only 0 of 80 .* set calibration\.packing=true to join short"):
-        pool(source, tokenizer, tmp_path, sequence_length=100)
-    count = len(pool(source, tokenizer, tmp_path, sequence_length=100, packing=True))
-    message = rf"80 documents fill only {count} calibration sequences of 100 tokens, but {count + 1} are"
-    with pytest.raises(DataError, match=message) as raised:
-        pool(source, tokenizer, tmp_path, sequence_length=100, packing=True, at_least=count + 1)
-    assert "calibration.packing" not in str(raised.value)
-
-
-def test_perplexity_windows_are_the_documents_in_order_joined_with_end_tokens(tmp_path, tokenizer):
-    texts = documents(7, 30, (5, 40))
-    source = text_source(tmp_path / "a.jsonl", texts)
-    stream = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
-    path = tmp_path / "windows.safetensors"
-    for wanted, given in ((5, 5), (10**6, len(stream) // 50)):
-        assert write_perplexity_windows(source, tokenizer, windows=wanted, length=50, path=path) == given
-        windows = load_file(path)["input_ids"]
-        assert windows.dtype == np.int32
-        assert windows.tolist() == np.reshape(stream[: given * 50], (given, 50)).tolist()
-    with pytest.raises(DataError, match="does not fill one window of 99,999 tokens"):
-        write_perplexity_windows(source, tokenizer, windows=1, length=99_999, path=path)
-
-
-def test_calibration_and_perplexity_rows_open_with_the_begin_token(tmp_path, tokenizer):
-    texts = documents(8, 30, (20, 40))
-    stream = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
-    begin = with_begin_token(tokenizer)
-    source = text_source(tmp_path / "a.jsonl", texts)
-    path = tmp_path / "rows.safetensors"
-    write_perplexity_windows(source, tokenizer, windows=9, length=16, path=path)
-    windows = load_file(path)["input_ids"]
-    for rows in (pool(source, tokenizer, tmp_path, sequence_length=16, at_least=30), windows):
-        assert (rows[:, 0] == begin).all()
-        assert begin not in rows[:, 1:]
-    assert windows[:, 1:].reshape(-1).tolist() == stream[: 9 * 15]
-
-
 def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path, tokenizer):
     source = text_source(tmp_path / "a.jsonl", documents(1, 5, (5, 9)))
     (tmp_path / "file").touch()
@@ -429,35 +271,3 @@ def test_slices_are_read_lazily_by_safetensors(tmp_path, tokenizer):
     with safe_open(tmp_path / "slices/phase-01.safetensors", framework="np") as file:
         assert set(file.keys()) == {"input_ids", "trained", "starts"}
         assert file.get_slice("input_ids")[2:4].shape == (2, 8)
-
-
-def test_rows_are_written_one_by_one_and_memory_holds_none_of_them(tmp_path):
-    rng, shape = np.random.default_rng(0), (3000, 100)
-    want = {"input_ids": rng.integers(0, 9**9, shape).astype(np.int32), "trained": np.ones(shape, np.uint8)}
-    tracemalloc.start()
-    try:
-        with writing_rows(tmp_path / "x", {name: it.dtype.type for name, it in want.items()}, shape) as write:
-            for row in zip(*want.values(), strict=True):
-                write(row)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < sum(it.nbytes for it in want.values()) / 10
-    found = load_file(tmp_path / "x")
-    for name, tensor in want.items():
-        assert found[name].dtype == tensor.dtype
-        assert np.array_equal(found[name], tensor)
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-@pytest.mark.parametrize("wrong", [DataError("no more text"), AssertionError("else rows of zeros")])
-def test_a_file_without_all_its_rows_is_not_there(tmp_path, wrong):
-    def write_one_of_three():
-        with writing_rows(tmp_path / "x", {"trained": np.uint8}, (3, 4)) as write:
-            write([np.ones(4, np.uint8)])
-            if isinstance(wrong, DataError):
-                raise wrong
-
-    with pytest.raises(type(wrong), match=str(wrong)):
-        write_one_of_three()
-    assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from core.evaluation import likelihoods
-from core.evaluation.benchmarks import _fitting
+from core.evaluation.language_model import _fitting
 from core.evaluation.likelihoods import can_share, log_likelihoods
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, tiny
 

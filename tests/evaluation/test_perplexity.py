@@ -1,13 +1,16 @@
+import dataclasses
 import logging
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from core import progress
 from core.errors import CheckpointError, DataError
-from core.evaluation.perplexity import perplexity
+from core.evaluation.cache import AnswerCache
+from core.evaluation.perplexity import measure_text, measure_windows, perplexity
 
 SIZES = {
     "vocab_size": 67,
@@ -46,6 +49,24 @@ def one_token_at_a_time(model, windows):
 def test_it_is_what_a_loop_over_single_predictions_gives(llama, windows, batch_size):
     expected = one_token_at_a_time(llama, windows)
     assert perplexity(llama, windows, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_of_sliding_windows_the_new_tokens_count(llama, windows, batch_size):
+    trained = torch.ones(5, 11, dtype=torch.uint8)
+    trained[1:, :7] = 0
+    trained[4, :9] = 0
+    losses = []
+    for window, marks in zip(windows, trained, strict=True):
+        for position in (p for p in range(1, 11) if marks[p]):
+            with torch.no_grad():
+                logits = llama(window[None, :position]).logits[0, -1].double()
+            losses.append(float(torch.logsumexp(logits, 0) - logits[window[position]]))
+    found = measure_windows(llama, windows, batch_size=batch_size, trained=trained)
+    metric = found.metrics["perplexity"]
+    assert metric.weights == (10, 4, 4, 4, 2)
+    assert metric.over_all() == pytest.approx(math.exp(sum(losses) / 24), rel=1e-5)
+    assert set(found.items).isdisjoint(measure_windows(llama, windows, batch_size=5).items)
 
 
 def test_a_cap_on_the_logits_is_honoured(windows):
@@ -122,3 +143,35 @@ def test_logits_that_are_not_numbers_are_an_error(llama, windows):
 def test_a_hopeless_model_has_infinite_perplexity(llama, windows):
     llama.lm_head.weight.data *= 1e4
     assert perplexity(llama, windows, batch_size=5) == math.inf
+
+
+def test_windows_that_were_measured_are_not_measured_again(llama, windows, tmp_path):
+    asked = []
+
+    def model():
+        asked.append(1)
+        return llama
+
+    def measured(tokens, cache, *, batch_size=2, **columns):
+        save_file({"input_ids": tokens, **columns}, tmp_path / "text.safetensors")
+        before = len(asked)
+        found = measure_text(model, tmp_path / "text.safetensors", batch_size=batch_size, cache=cache)
+        return found, len(asked) > before
+
+    cache = AnswerCache(store=str(tmp_path / "store"), checkpoint="c0", precision="float32")
+    windows = windows.int()
+    first, computed = measured(windows, cache)
+    assert computed
+    assert first == measured(windows, None)[0]
+    assert measured(windows, cache, batch_size=5) == (first, False)
+    marks = torch.ones(5, 11, dtype=torch.uint8)
+    for others, columns in (
+        (dataclasses.replace(cache, checkpoint="c1"), {}),
+        (dataclasses.replace(cache, precision="bfloat16"), {}),
+        (cache, {"trained": marks}),
+        (cache, {"trained": marks.tril()}),
+    ):
+        found, computed = measured(windows, others, **columns)
+        assert computed
+        assert measured(windows, others, **columns) == (found, False)
+    assert measured(windows.roll(1), cache)[1]

@@ -20,9 +20,9 @@ from core.runs.record import RunRecord, SpeedRecord
 from core.steps.speed import compare_speed, installed_runtimes
 from core.tracking.client import connect
 from pipelines.cli import main
-from tests.report.test_report import make_record
 from tests.support.models import tiny
 from tests.support.project import recipe_with, run_all
+from tests.support.reports import make_record
 
 BRIEF = Workload(prompt_tokens=7, new_tokens=5, batches=(1, 3), rounds=2, threads=1)
 RECORD = SpeedRecord(
@@ -144,6 +144,7 @@ def test_a_build_for_an_accelerator_is_known_by_its_devices(devices, accelerator
     assert accelerator_of(found) == accelerator
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_model_alone(pair, tmp_path):
     large = tiny("llama", [LayerShape(query_heads=6, kv_heads=3, mlp_width=70_000)] * 3, dtype=torch.float32)
     save_model(large, tmp_path / "large", companions=pair[0], provenance={})
@@ -172,6 +173,7 @@ def test_a_prompt_that_is_longer_than_the_model_sees_is_refused_before_anything_
         compare_speed(*pair, long)
 
 
+@pytest.mark.slow
 def test_a_family_that_llama_cpp_cannot_read_is_left_out_unless_it_was_asked_for(pair, tmp_path):
     save_model(tiny("granite", dtype=torch.float32), tmp_path / "granite", companions=pair[0], provenance={})
     folder = tmp_path / "granite"
@@ -180,6 +182,7 @@ def test_a_family_that_llama_cpp_cannot_read_is_left_out_unless_it_was_asked_for
         compare_speed(folder, folder, BRIEF, runtimes=["llama.cpp"])
 
 
+@pytest.mark.slow
 def test_a_run_that_asks_for_it_shows_the_speed_wherever_it_shows_results(project, tmp_path, monkeypatch):
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")

@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import os
 import subprocess
-import sys
 import urllib.parse
 import urllib.request
 import zipfile
@@ -28,7 +27,7 @@ from pipelines.adapt_accel import compile_pipeline
 from pipelines.cli import main
 from tests.support.evidence import note
 from tests.support.project import command_line, recipe_with, write_recipe
-from tests.support.servers import BUCKET, answering, free_ports
+from tests.support.servers import BUCKET, mlflow_server
 
 CANARIES = {
     "HF_TOKEN": "hf_canaryHubTokenQm4tZ8",
@@ -107,18 +106,6 @@ def call(folder, *arguments, environment):
 def canaries(s3_server):
     keys = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     return CANARIES | keys | {"in a URI": IN_URI}
-
-
-@contextlib.contextmanager
-def mlflow_server(folder):
-    (port,) = free_ports(1)
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    stores += ["--artifacts-destination", f"{folder}/kept"]
-    address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
-    command = [sys.executable, "-m", "mlflow", "server", *stores, *address]
-    with answering(command, f"http://127.0.0.1:{port}/health", folder, env=environment):
-        yield f"127.0.0.1:{port}"
 
 
 def environment_of(s3_server):

@@ -93,7 +93,7 @@ def content(uri, scratch):
 
 
 def orphans(store):
-    """Return the keys of a finished store that no manifest claims and that are no record of a run."""
+    """Return the keys of a finished store that no manifest claims, but records of runs and kept answers."""
     keys = set(open_store(store).list())
     claimed = set()
     for key in keys:
@@ -101,7 +101,8 @@ def orphans(store):
         if name == "MANIFEST.json":
             manifest = open_publication(join_uri(store, place)).manifest
             claimed |= {key, *(f"{place}/{manifest.key(entry)}" for entry in manifest.files)}
-    return {key for key in keys - claimed if not re.fullmatch(r"runs/[0-9a-f]+/(run|DONE)\.json", key)}
+    others = re.compile(r"(runs/[0-9a-f]+/(run|DONE)|answers/[0-9a-f]{64})\.json")
+    return {key for key in keys - claimed if not others.fullmatch(key)}
 
 
 @pytest.fixture(scope="module")

@@ -319,7 +319,10 @@ def test_mlflow_holds_the_run_and_a_child_for_every_step(place, finished, record
     experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
     runs = client.search_runs([experiment], max_results=1000)
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert (parent.info.run_name, parent.info.status) == ("trial", "FINISHED")
+    assert (parent.info.run_name, parent.info.status) == (
+        "base → 75 % adapt-pruner (trial, seed 7)",
+        "FINISHED",
+    )
     assert parent.info.run_id == record["tracking_run"]
     assert parent.data.tags["adapt_pruner.revision"] == record["revision"]
     for name in ("seed", "prune.target", "prune.phases", "training.learning_rate", "calibration.sequences"):
@@ -337,7 +340,9 @@ def test_mlflow_holds_the_run_and_a_child_for_every_step(place, finished, record
     for metric in ("params", "perplexity", "perplexity_pruned", "tokens"):
         expected = {p["phase"]: p[metric] for p in phases if p[metric] is not None}
         assert series(parent, metric) == pytest.approx(expected), metric
-    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["report.html"]
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["phases", "report.html"]
+    pages = [file.path for file in client.list_artifacts(parent.info.run_id, "phases")]
+    assert pages == [f"phases/{phase:02d}.html" for phase in range(len(phases))]
 
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1
@@ -346,7 +351,7 @@ def test_mlflow_holds_the_run_and_a_child_for_every_step(place, finished, record
         (run.data.tags.get("adapt_pruner.phase"), run.data.tags["adapt_pruner.step"]) for run in children
     ]
     steps = [(str(phase), step) for phase in (1, 2) for step in PHASE_STEPS]
-    once = [("0", "hold-out"), ("0", "prepare-data"), ("0", "evaluate"), ("2", "publish"), (None, "register")]
+    once = [("0", "hold-out"), ("0", "prepare-data"), ("0", "evaluate"), ("2", "publish")]
     assert sorted(names, key=str) == sorted(steps + once, key=str)
     by_name = dict(zip(names, children, strict=True))
     for phase in (1, 2):

@@ -11,9 +11,9 @@ from core.errors import StorageError
 from core.machine import precision
 from core.machine.precision import choose_precision, cpu_rates, resolved, warn_if_emulated
 from core.report.report import build_report
+from core.runs.gathering import collect_record
 from core.runs.run import Run
 from core.settings.evaluation import EvaluationSettings
-from core.steps.records import collect_record
 from core.storage.garbage import find_garbage
 from core.storage.store import LocalStore, open_store
 from tests.support.project import recipe_with, resolve
@@ -269,12 +269,12 @@ def test_cleaning_leaves_the_choice_and_removes_what_was_half_written(machine, b
 
 def test_evaluate_without_a_run_chooses_for_this_machine(machine, project, caplog):
     from core.settings.texts import TextSource
-    from pipelines.commands.evaluate import evaluation_table
+    from pipelines.commands.evaluate import settled
 
     machine("bfloat16")
     settings = EvaluationSettings(
         perplexity=TextSource(path=str(project / "held-out.txt")), perplexity_windows=1
     )
     with caplog.at_level(logging.INFO, "core"):
-        evaluation_table(project / "base", settings)
+        assert settled(project / "base", settings).precision == "bfloat16"
     assert any(line.startswith("bfloat16, auto, for one thread of") for line in caplog.messages)

@@ -78,6 +78,21 @@ def test_checkpointing_keeps_less_and_more_sequences_keep_more():
     assert kept(16, False) == pytest.approx(2 * kept(8, False), rel=0.12)
 
 
+def test_inputs_of_layers_in_host_memory_are_not_on_the_device():
+    config = CONFIGS["llama"]()
+    there, elsewhere = (
+        simulate_training(
+            config, 64, T, autocast=False, checkpointing=True, device="cpu", offload=offload, accumulate=True
+        )
+        for offload in (False, True)
+    )
+    one = 64 * T * config.hidden_size * 4
+    assert elsewhere.handed_over == (one,) * config.num_hidden_layers
+    assert there.kept - elsewhere.kept == sum(elsewhere.handed_over)
+    assert there.peak - elsewhere.peak == sum(elsewhere.handed_over) - one  # one comes back for its gradient
+    assert there.handed_over == ()
+
+
 def test_a_pass_without_gradients_takes_the_widest_moment_alone():
     config = CONFIGS["llama"]()
     trained = simulate_training(config, B, T, autocast=False, checkpointing=False, device="cpu")

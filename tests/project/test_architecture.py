@@ -130,3 +130,11 @@ def test_no_module_is_imported_by_what_it_imports():
         return found
 
     assert [name for name in imports if name in below(name)] == []
+
+
+def test_no_module_has_more_than_400_lines():
+    folders = ("benchmarks", "components", "core", "docker", "docs", "pipelines", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert len(lines) > 500
+    assert {name: count for name, count in lines.items() if count > 400} == {}

@@ -1,4 +1,4 @@
-"""docs/operating.md: its commands, files and settings exist."""
+"""docs/operating.md and docs/running.md: their commands, files and settings exist."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from tests.project.test_documents import parsed
 from tests.support.manifests import MANIFESTS, identity, render
 from tests.support.project import ROOT
 
-PAGE = (ROOT / "docs" / "operating.md").read_text()
+PAGE = "\n".join((ROOT / "docs" / name).read_text() for name in ("operating.md", "running.md"))
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 INLINE = [line for line in re.findall(r"`([^`\n]+)`", PAGE) if line.startswith(("adapt-pruner ", "kubectl "))]
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()] + INLINE

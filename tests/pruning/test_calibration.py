@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from core.errors import CheckpointError, DataError, PlanError
@@ -259,3 +260,16 @@ def test_a_draw_takes_no_document_twice_and_is_seeded():
 def test_a_draw_larger_than_the_pool_is_refused():
     with pytest.raises(DataError, match=r"calibration\.sequences=21 is more than the 20 documents"):
         draw_calibration(POOL, sequences=21, seed=0, step=0)
+
+
+def test_equal_statistics_are_equal_files_and_those_of_earlier_versions_are_read(tmp_path):
+    found = measure(tiny("llama", UNEQUAL), TOKENS, micro_batch=3)
+    for number in range(8):
+        found.save(tmp_path / f"{number}")
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(8)}) == 1
+    told = {"format": "1", "loss": repr(found.loss), "tokens": str(found.tokens)}
+    save_file(load_file(tmp_path / "0"), tmp_path / "earlier", metadata=told)
+    for name in ("0", "earlier"):
+        read = Statistics.load(tmp_path / name)
+        assert (read.loss, read.tokens) == (found.loss, found.tokens)
+        assert torch.equal(read.similarities, found.similarities)

@@ -38,7 +38,7 @@ def prune(model, method, share, *, target_params=None, multiple=1, tokens=TOKENS
     def statistics(model, step=0):
         return measure(model, tokens, criterion=settings.applied().criterion, micro_batch=4, seed=3)
 
-    smaller = pruned_model(
+    return pruned_model(
         model,
         statistics(model),
         settings=settings,
@@ -46,7 +46,6 @@ def prune(model, method, share, *, target_params=None, multiple=1, tokens=TOKENS
         remeasure=statistics,
         tokens=tokens,
     )
-    return smaller
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -219,16 +218,13 @@ def test_flap_removes_the_lowest_groups_of_the_whole_model_until_the_size_is_met
         heads = scores.query_heads.tolist()
         if unit == "kv_group":
             units = [(heads[2 * group] + heads[2 * group + 1]) / 2 for group in range(3)]
+            cost = dense.kv_head_params + 2 * dense.query_head_params
         elif unit == "query_head":
             lower = [min(heads[2 * group : 2 * group + 2]) for group in range(3)]
             higher = [max(heads[2 * group : 2 * group + 2]) for group in range(3)]
-            units = [sum(lower) / 3, sum(higher) / 3]
+            units, cost = [sum(lower) / 3, sum(higher) / 3], 3 * dense.query_head_params
         else:
-            units = []
-        cost = {
-            "kv_group": dense.kv_head_params + 2 * dense.query_head_params,
-            "query_head": 3 * dense.query_head_params,
-        }.get(unit)
+            units, cost = [], None
         queue += [(score, cost, index) for score in sorted(units)[:-1]]
         channels = sorted(scores.mlp_channels.tolist())[:-1]
         queue += [(score, dense.mlp_channel_params, index) for score in channels]
@@ -290,11 +286,8 @@ def test_a_method_decides_its_settings_and_refuses_others():
     for method in METHODS:
         with pytest.raises(SettingsError) as refused:
             PruneSettings(method=method, criterion="obs", amplitude=0.5, steps_per_phase=3)
-        assert [problem.split("=")[0] for problem in refused.value.problems] == [
-            "steps_per_phase",
-            "amplitude",
-            "criterion",
-        ]
+        named = [problem.split("=")[0] for problem in refused.value.problems]
+        assert named == ["steps_per_phase", "amplitude", "criterion"]
         assert f"method={method}" in str(refused.value)
 
 
@@ -334,19 +327,21 @@ def test_shortgpt_without_its_least_important_layers_is_the_model_that_skips_the
     assert torch.equal(model(TOKENS).logits, found)
 
 
-def test_shortgpt_takes_what_whole_layers_leave_to_remove_from_the_mlps_of_the_others():
-    model = deep(8)
-    dense, found, step = step_for(model, "shortgpt", 0.7)
-    layer = dense.layer_num_params(dense.layers[0])
-    whole = [index for index, plan in enumerate(step.layers) if not plan.stays]
-    assert len(whole) == int(0.3 * dense.num_params() / layer) == 2
-    assert sorted(whole) == sorted(found.similarities.argsort(descending=True)[:2].tolist())
+@pytest.mark.parametrize("method", ["shortgpt", "minitron-depth"])
+def test_what_whole_layers_leave_to_remove_comes_from_the_mlps_of_the_others(method):
+    dense, found, step = step_for(deep(8), method, 0.7)
+    gone = [index for index, plan in enumerate(step.layers) if not plan.stays]
+    assert len(gone) == int(0.3 * dense.num_params() / dense.layer_num_params(dense.layers[0])) == 2
+    if method == "shortgpt":
+        assert sorted(gone) == sorted(found.similarities.argsort(descending=True)[:2].tolist())
+    else:
+        assert gone[1] - gone[0] == 1
     widths = [len(plan.mlp_channels) for plan in step.layers if plan.stays]
     assert max(widths) - min(widths) <= 1
     assert max(widths) < 40
     assert [share == 1 for share in step.sparsity] == [not plan.stays for plan in step.layers]
     for index, plan in enumerate(step.layers):
-        if plan.stays:
+        if plan.stays:  # by the method's own score
             best = found.scores[index].mlp_channels.argsort(descending=True)[: len(plan.mlp_channels)]
             assert list(plan.mlp_channels) == sorted(best.tolist())
 
@@ -396,19 +391,3 @@ def test_minitron_counts_layers_so_that_any_block_of_them_may_go(order):
         (0, 2),
     ]:
         assert layers_to_go(shape, least) == count
-
-
-def test_minitron_takes_what_whole_layers_leave_to_remove_from_the_mlps_of_the_others():
-    model = deep(8)
-    dense, found, step = step_for(model, "minitron-depth", 0.7)
-    gone = [index for index, plan in enumerate(step.layers) if not plan.stays]
-    assert len(gone) == int(0.3 * dense.num_params() / dense.layer_num_params(dense.layers[0])) == 2
-    assert gone[1] - gone[0] == 1
-    assert [share == 1 for share in step.sparsity] == [not plan.stays for plan in step.layers]
-    widths = [len(plan.mlp_channels) for plan in step.layers if plan.stays]
-    assert max(widths) - min(widths) <= 1
-    assert max(widths) < 40
-    for index, plan in enumerate(step.layers):
-        if plan.stays:  # by Minitron's own score
-            best = found.scores[index].mlp_channels.argsort(descending=True)[: len(plan.mlp_channels)]
-            assert list(plan.mlp_channels) == sorted(best.tolist())

@@ -207,7 +207,7 @@ def test_every_weight_is_trained_and_recomputed_activations_change_nothing():
     for recompute in (False, True):
         if recompute:
             model.train()
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])

@@ -3,9 +3,11 @@
 import itertools
 import random
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 from core.errors import CheckpointError, SettingsError
 from core.model.build import model_shape
@@ -207,6 +209,23 @@ def test_a_masked_cut_is_as_far_away_as_the_model_that_is_really_cut(name, layer
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("every", "length"), [(4, 12), (4, 10), (16, 10)])
+def test_a_divergence_at_some_positions_is_the_mean_over_these(every, length):
+    model = tiny("llama")
+    shapes = layer_shapes(model.config)
+    cut = cut_to(model, scored(model), [replace(shape, mlp_width=shape.mlp_width - 5) for shape in shapes])
+    tokens = TOKENS.flatten()[: 2 * length].view(2, length)
+    smaller, found = prune_model(model, tuple(cut)), []
+    for row in tokens:
+        for end in range(min(every, length), length + 1, every):
+            logits, wanted = (of(row[None, :end]).logits[0, -1].detach().double() for of in (smaller, model))
+            found.append(
+                kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
+            )
+    (measured,) = CutDivergence(model, tokens, batch_size=1, every=every).of([cut])
+    assert measured == pytest.approx(fmean(map(float, found)), rel=1e-4)
+
+
 def test_a_divergence_that_is_not_a_number_is_refused():
     model = tiny("llama")
     statistics, shapes = scored(model), layer_shapes(model.config)
@@ -227,7 +246,8 @@ def lopsided():
 
 @pytest.mark.parametrize("unit", ["none", "kv_group", "query_head", "auto"])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_the_search_meets_the_size_and_never_gets_farther_away(unit, multiple):
+def test_the_search_meets_the_size_and_never_gets_farther_away(unit, multiple, monkeypatch):
+    monkeypatch.setattr(searching, "MEASURED_EVERY", 1)
     model = lopsided()
     dense, statistics = model_shape(model.config), scored(model)
     settings = PruneSettings(

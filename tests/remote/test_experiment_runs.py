@@ -113,6 +113,7 @@ def test_a_run_that_fails_is_reported_and_started_again_by_the_next_command(api,
     assert len(api.runs) == 5
 
 
+@pytest.mark.slow
 def test_what_a_cluster_cannot_hold_is_reported_and_the_rest_runs(api, recipe, tmp_path):
     axes = {"N_P": {"1": {"prune.phases": 1}, "500": {"prune.phases": 500}}}
     result = submit(api, write(tmp_path, axes=axes, seeds=1))

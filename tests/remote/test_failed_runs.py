@@ -104,9 +104,9 @@ def test_a_driver_that_fails_is_named(api, recipe):
     assert failure_of(wait_for(api, frame("FAILED", FIRST, failed))).startswith(
         "phase 2 prune-step's driver: it ran out of memory (OOMKilled (exit code 137)). Raise cluster.memory"
     )
-    group = driver("condition-2", "Error", "no such execution")
+    group = driver("prepare", "Error", "no such execution")
     assert failure_of(wait_for(api, frame("FAILED", FIRST, group))).startswith(
-        "condition-2's driver failed: no such execution. Its log is in the UI."
+        "prepare's driver failed: no such execution. Its log is in the UI."
     )
 
 

@@ -31,7 +31,9 @@ def client(api):
 
 
 def schedule(api, *arguments):
-    return CliRunner().invoke(main, ["schedule", *map(str, arguments), "--host", api.endpoint])
+    given = list(map(str, arguments))
+    unchecked = ["--no-check"] if any(each.startswith("--cron") for each in given) else []
+    return CliRunner().invoke(main, ["schedule", *given, *unchecked, "--host", api.endpoint])
 
 
 def create(api, recipe, *arguments, cron=NIGHTLY):
@@ -56,7 +58,12 @@ def test_a_schedule_starts_runs_of_the_recipe(api, recipe):
     assert re.fullmatch("trial-run-[0-9a-f]{8}", name)
     assert made["trigger"] == {"cron_schedule": {"cron": NIGHTLY}}
     assert (made["max_concurrency"], made["no_catchup"], made["status"]) == ("1", True, "ENABLED")
-    parameters = {"base_model": "models:/tiny@prod", "target": "50%"}
+    parameters = {
+        "base_model": "models:/tiny@prod",
+        "revision": "",
+        "target": "50%",
+        "method": "adapt-pruner",
+    }
     assert made["runtime_config"]["parameters"] == parameters
     run = api.fire(made["recurring_run_id"])
     assert run["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]

@@ -151,7 +151,8 @@ def test_parameters_override_the_defaults_of_the_run(api, recipe):
         "target": "40%",
         "base_model": "hf://organisation/other",
         "revision": "7",
-    }
+        "method": "adapt-pruner",
+    }, "KFP compares runs by what they were given"
 
 
 def test_a_recipe_of_its_own_keeps_the_name_and_what_is_compiled_in(api, recipe):

@@ -20,6 +20,7 @@ def table(*rows, **more):
         ("wikitext", [20.0], "20.00"),
         ("arc_easy", [0.5, 0.52], "51.0 ± 1.4"),
         ("seconds", [61.0], "1 min 01 s"),
+        ("gpu_seconds", [7261.4], "7,261"),
         ("perplexity", [20.0, math.inf], "infinite"),
         ("perplexity", [], "-"),
     ],
@@ -54,6 +55,31 @@ def test_labels_cannot_break_out_of_markdown_or_html():
     assert len(lines) == 3
     assert "\\|" in lines[2]
     assert "<script>" not in found.markdown() + found.html()
+
+
+@pytest.mark.parametrize(
+    ("labels", "joined", "places"),
+    [
+        (["1", "2", "8"], True, [1.0, 2.0, 8.0]),
+        (["20 %", "40 %"], True, [0.0, 1.0]),
+        (["Adapt-Accel", "Minitron"], False, [0.0, 1.0]),
+    ],
+)
+def test_the_base_model_is_a_level_and_no_point_of_a_line(labels, joined, places, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("core.report.tables.inline_svg", lambda figure, **_: drawn.append(figure) or "")
+    dense = Row(labels={"method": "dense"}, measured={"perplexity": [20.0, 21.0]})
+    rows = [
+        Row(labels={"method": label}, measured={"perplexity": [30.0 + place]})
+        for place, label in enumerate(labels)
+    ]
+    table(dense, *rows, picture=Picture(x="method", y="perplexity")).html()
+    points, level = drawn[0].axes[0].get_lines()[0], drawn[0].axes[0].get_lines()[-1]
+    assert points.get_xdata().tolist() == places
+    assert points.get_ydata().tolist() == [30.0 + place for place, _ in enumerate(labels)]
+    assert (points.get_linestyle() == "-") == joined
+    assert set(level.get_ydata()) == {20.5}
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["dense"]
 
 
 def test_nothing_that_is_not_finite_goes_into_json_or_the_picture():

@@ -128,17 +128,17 @@ COMPONENTS = typing.get_args(ComponentName)
 OWN = [field.name for field in dataclasses.fields(ComponentSettings)]
 
 
-def compiled(folder, cluster):
+def compiled(folder, cluster, **more):
     """Component to all that the compiled pipeline says of its pods, read strictly."""
     path = folder / "pipeline.yaml"
-    compile_pipeline(settings_from_dict({**LEAST, "cluster": cluster}), path)
+    compile_pipeline(settings_from_dict({**LEAST, "cluster": cluster, **more}), path)
     spec, platform = parse(path)
     configs = platform.platforms["kubernetes"].deployment_spec.executors
     found = {}
     for _, dag in dags(spec):
         for task in dag.dag.tasks.values():
             label = spec.components[task.component_ref.name].executor_label
-            if not label:
+            if not label or label.endswith("-left"):  # evaluations, as those that are told their phase
                 continue
             config = kubernetes_pb2.KubernetesExecutorConfig()
             json_format.ParseDict(json_format.MessageToDict(configs[label]), config)
@@ -180,6 +180,28 @@ def test_one_component_can_have_it_otherwise(tmp_path, plain, name, cluster, com
     assert pods == {other: plain[other] for other in pods}
 
 
+def test_a_training_on_nodes_has_a_small_pod_and_is_told_what_they_get(tmp_path, plain):
+    cluster = {"gpus": 8, "memory": "9Gi", "cpu": "7", "training_runtime": "ours", "queue": "research"}
+    found = compiled(tmp_path, cluster, training={"nodes": 2})
+    pod = found["recover-train"]["container"]
+    assert {key: value for key, value in pod["resources"].items() if not key.startswith("resource")} == {
+        "cpuRequest": 0.5,
+        "memoryRequest": 4.294967296,
+        "memoryLimit": 4.294967296,
+    }
+    (told,) = [each["value"] for each in pod["env"] if each["name"] == "ADAPT_PRUNER_NODES"]
+    assert json.loads(told) == {
+        "runtime": "ours",
+        "resources": {
+            "requests": {"cpu": "7", "memory": "9Gi"},
+            "limits": {"memory": "9Gi", "nvidia.com/gpu": "8"},
+        },
+    }
+    assert piece(found["evaluate"], "container.resources.accelerator.resourceCount") == "8"
+    others = [pods for name, pods in found.items() if name != "recover-train"]
+    assert not any("ADAPT_PRUNER_NODES" in json.dumps(pods) for pods in [*others, *plain.values()])
+
+
 def test_variables_of_the_config_map_are_those_that_the_store_reads(monkeypatch):
     values = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_DEFAULT_REGION": "eu-central-1"}
     assert values.keys() | {"MLFLOW_TRACKING_URI"} == set(CONFIG_KEYS)
@@ -193,7 +215,7 @@ def test_variables_of_the_config_map_are_those_that_the_store_reads(monkeypatch)
 
 def test_every_setting_is_in_the_table():
     names = {field.name for field in dataclasses.fields(ClusterSettings)}
-    assert {case[0] for case in CASES} == names - {"components"}
+    assert {case[0] for case in CASES} == names - {"components", "training_runtime"}
     assert set(OWN) <= names
 
 
@@ -207,7 +229,7 @@ def test_a_components_settings_are_those_of_the_cluster_and_have_no_defaults():
 def test_the_components_are_those_of_the_pipeline(plain):
     assert set(plain) == set(COMPONENTS)
     files = {path.stem.replace("_", "-") for path in (ROOT / "components").glob("*.py")}
-    assert set(COMPONENTS) == files - {"--init--", "decorator", "runtime"}
+    assert set(COMPONENTS) == files - {"--init--", "decorator", "runtime", "check-pod"}
 
 
 def test_recover_train_alone_may_have_several_gpus(tmp_path):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from core.errors import SettingsError
 from core.settings.includes import load_yaml, read_recipe
 from core.settings.recipe import load_recipe
-from tests.settings.test_recipe import FULL
 from tests.support.fuzzing import BYTES, CHANGES, as_bytes, changed, damaged, fuzzed, tell
+from tests.support.recipes import FULL
 
 FILE_NAMES = ("a.yaml", "sub/b.yaml", "sub/c.yaml", "d.yaml")
 KEYS = st.sampled_from(["x", "y", "z"])

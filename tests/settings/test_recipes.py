@@ -166,7 +166,7 @@ def test_recipes_of_the_paper_share_its_settings(path):
         assert (training.warmup_share, training.decay_share, training.weight_decay) == (0.05, 0.10, 0)
         assert (training.precision, settings.evaluation.precision) == ("bfloat16", "bfloat16")
         assert {source.path: source.weight for source in training.sources} == TABLE_2
-        assert len(settings.evaluation.tasks) == 13
+        assert len(settings.evaluation.benchmarks()) == 13
         held_out, calibrated = settings.evaluation.perplexity, calibration.source
         assert (held_out.path, held_out.split) != (calibrated.path, calibrated.split)
 

@@ -34,6 +34,7 @@ NAMES = (
     "evaluate",
     "publish",
     "finalize",
+    "check_pod",
 )
 
 
@@ -67,7 +68,7 @@ def test_the_body_is_one_short_call_into_core_steps(name):
     assert call_of_the_step(name).func.id == f"run_{name}"
     imports = [node.module for node in ast.walk(function) if isinstance(node, ast.ImportFrom)]
     assert imports[0] == "components.runtime"
-    assert all(module.startswith("core.") for module in imports[1:])
+    assert all(module.startswith(("core.", "components.nodes.")) for module in imports[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)

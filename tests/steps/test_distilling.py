@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from core.errors import DataError
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
+from core.runs.gathering import collect_record
 from core.runs.record import DistillationRecord
 from core.runs.run import Run
 from core.steps import distilling
 from core.steps.prepare_data import run_prepare_data
-from core.steps.records import collect_record
 from core.training.distillation import distill
 from tests.support.project import recipe_with, resolve, run_phase
 

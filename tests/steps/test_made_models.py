@@ -5,22 +5,24 @@ import logging
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from core.errors import PlanError
+from core.errors import PlanError, TargetError
+from core.export.gguf import export_gguf
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader
 from core.pruning.methods.pruned import pruned_model
 from core.pruning.scoring.calibration import draw_calibration
 from core.pruning.scoring.statistics import Statistics
+from core.runs.gathering import collect_record
 from core.runs.run import Run
-from core.settings.methods import OF_THE_MODEL
+from core.settings.prune import decides_on_model
 from core.steps.prepare_data import run_prepare_data
 from core.steps.prune_step import run_prune_step
-from core.steps.records import collect_record
 from core.storage.layout import CALIBRATION_POOL, STATISTICS
 from core.storage.publication import find_publication, open_publication, publish
 from tests.conftest import tokenizer_of
@@ -122,6 +124,10 @@ def test_a_run_with_learnt_masks_is_what_they_leave_in_memory(base, tmp_path, mo
         ({}, "the learning of masks"),
         ({"prune.method": "slicegpt"}, "the slicing"),
         ({"prune.method": "minitron-depth"}, "the choice of layers"),
+        (
+            {"prune.method": "minitron", "prune.hidden_size": "50%", "prune.target": "45%"},
+            "the ranking of embedding channels",
+        ),
     ],
 )
 def test_the_memory_of_a_decision_is_announced_by_its_name(changes, what, project, tmp_path, caplog):
@@ -131,7 +137,71 @@ def test_the_memory_of_a_decision_is_announced_by_its_name(changes, what, projec
     assert given["run"]["key"] == run.key
     assert f"memory: {what} needs about" in caplog.text
     assert "the repair" not in caplog.text
-    assert run.settings.prune.method in OF_THE_MODEL
+    assert decides_on_model(run.settings.prune)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "draw", "sequences"), [("minitron", 999, 10**6), ("sheared-llama", 997, STEPS * BATCH)]
+)
+def test_a_run_to_fewer_embedding_channels_is_what_that_leaves_in_memory(
+    method, draw, sequences, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    changes = {"prune.method": method, "prune.hidden_size": "50%", "prune.target": "45%"}
+    changes |= {"storage.store": str(tmp_path / "store"), "training.tokens": "0"}
+    with contextlib.chdir(base):
+        handle, final = run_all(recipe_with(MASKS | changes), tmp_path)
+    run, found = Run.load(handle), load_model(Path(final))
+    expected = in_memory(run, base, draw, sequences)
+    assert found.config.hidden_size == expected.config.hidden_size == 24
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
+    dense = load_model(base / "base")
+    params = sum(p.numel() for p in found.parameters())
+    assert abs(params - 0.45 * sum(p.numel() for p in dense.parameters())) <= CHANNEL_PARAMS / 4
+    stock = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True)
+    tokens = torch.arange(5, 25)[None]
+    assert torch.equal(stock(tokens).logits, found(tokens).logits)
+    assert stock.generate(tokens, max_new_tokens=2, min_new_tokens=2).shape == (1, 22)
+
+
+@pytest.mark.slow
+def test_a_run_to_fewer_layers_by_masks_is_what_that_leaves_in_memory(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    changes = {"prune.layers": "2", "prune.target": "75%", "storage.store": str(tmp_path / "store")}
+    with contextlib.chdir(project):
+        handle, final = run_all(recipe_with(MASKS | changes | {"prune.attention_unit": "none"}), tmp_path)
+    run, found = Run.load(handle), load_model(Path(final))
+    expected = in_memory(run, project, 997, STEPS * BATCH)
+    assert found.config.num_hidden_layers == expected.config.num_hidden_layers == 2
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
+    params = sum(p.numel() for p in found.parameters())
+    dense = sum(p.numel() for p in load_model(project / "base").parameters())
+    assert abs(params - 0.75 * dense) <= CHANNEL_PARAMS / 2
+    stock = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True)
+    tokens = torch.arange(5, 25)[None]
+    assert torch.equal(stock(tokens).logits, found(tokens).logits)
+    exported = gguf.GGUFReader(export_gguf(Path(final), tmp_path / "model.gguf").path)
+    assert {int(tensor.name.split(".")[1]) for tensor in exported.tensors if "blk" in tensor.name} == {0, 1}
+    _, phase = collect_record(run, "", [0, 1]).phases
+    assert [layer.mlp_width > 0 for layer in phase.layers].count(False) == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "target", "problem"),
+    [
+        ("1", "90%", r"layers=1 alone leaves .* \(1 of 3 layers\), fewer than the target"),
+        ("2", "50%", r"attention whole .* in each of 2 layers"),
+    ],
+)
+def test_layers_that_do_not_suit_the_size_are_refused_before_anything_runs(layers, target, problem, project):
+    changes = {"prune.layers": layers, "prune.target": target, "prune.attention_unit": "none"}
+    with contextlib.chdir(project), pytest.raises(TargetError, match=problem):
+        resolve(recipe_with(MASKS | changes))
 
 
 def weights_of(folder):

@@ -93,14 +93,15 @@ def test_score_layers_needs_a_model_where_widths_are_searched(config):
 
 
 def test_score_layers_needs_what_a_method_does_with_the_model(config):
-    def need(method):
+    def need(method, **others):
         changes = NO_AMPLITUDE | {"cluster": {"gpus": 0}, "prune__phases": 1, "prune__method": method}
-        return needs_of_tasks(config, settings_with(**changes))["score-layers"]
+        return needs_of_tasks(config, settings_with(**changes, **others))["score-layers"]
 
     params = model_shape(config).num_params()
     assert need("sheared-llama").parts["optimizer"] == 8 * params
     assert need("slicegpt").parts["sums"] > 0
     assert need("slicegpt").parts["weights"] == 4 * params
+    assert need("minitron", prune__hidden_size="75%") == need("slicegpt")
 
 
 def test_training_is_sized_by_what_the_first_phase_leaves(config):
@@ -125,6 +126,15 @@ def test_pods_that_get_less_are_named_with_what_would_do(config, name, given):
     (line,) = shortages(needs, settings)
     assert line.startswith("recover-train needs about ")
     assert f"of {name}, and its pods get {given}. Set cluster.components.recover-train.{name}=" in line
+
+
+def test_pods_with_less_than_a_process_takes_need_no_negative_memory(config):
+    small = {task: {"memory": "150Mi"} for task in ("calibrate", "prune-step")}
+    settings = settings_with(cluster={"gpus": 0, "components": small})
+    needs = needs_of_tasks(config, settings)
+    assert min(need.device_bytes for need in needs.values()) > 0
+    named = [line.partition(" ")[0] for line in shortages(needs, settings)]
+    assert named == ["calibrate", "prune-step"]
 
 
 def test_enough_is_no_shortage(config):

@@ -70,7 +70,7 @@ def test_a_pipeline_that_meets_its_run_at_work_has_nothing_to_do_and_touches_not
     assert other.startswith("job first on ")
     assert "which renewed its lease at 2" in other
     assert told == handle | {"job": "second"}
-    assert not run_needs_run(run=told, being_done_by=other)
+    assert not run_needs_run(run=told, being_done_by=other).phase
     run_finalize(store=store.uri, job="second", succeeded=True)
     assert everything(store) == before
     assert read_lease(store, Run.load(handle).folder).owner.job == "first"
@@ -102,7 +102,7 @@ def test_a_dead_executions_lease_is_waited_for_and_taken_over(recipe, store):
     started = time.monotonic()
     again, _ = resolve(recipe, job="second")
     assert 0.5 < time.monotonic() - started < 30
-    assert run_needs_run(run=again, being_done_by="")
+    assert run_needs_run(run=again, being_done_by="").phase
     assert read_lease(store, folder).owner.job == "second"
     note(
         TABLE,
@@ -128,7 +128,7 @@ def test_a_run_that_is_published_meanwhile_is_done(recipe, store):
 
     with soon(publish):
         again, _ = resolve(recipe, job="second")
-    assert not run_needs_run(run=again, being_done_by="")
+    assert not run_needs_run(run=again, being_done_by="").phase
     assert read_lease(store, f"runs/{handle['key']}") is None
 
 
@@ -169,10 +169,10 @@ def test_tasks_that_have_nothing_to_compute_show_that_their_run_lives(recipe, st
 
     assert renewed_by(lambda: run_prepare_data(run=handle, base_uri=base_uri))
     assert renewed_by(lambda: run_prepare_data(run=handle, base_uri=base_uri))  # it is published
-    assert renewed_by(lambda: run_needs_run(run=handle, being_done_by=""))
+    assert renewed_by(lambda: run_needs_run(run=handle, being_done_by="").phase)
     other = handle | {"job": "second"}
     assert not renewed_by(lambda: run_prepare_data(run=other, base_uri=base_uri))
-    assert not renewed_by(lambda: run_needs_run(run=other, being_done_by=""))
+    assert not renewed_by(lambda: run_needs_run(run=other, being_done_by="").phase)
     assert find_publication(Run.load(handle).uri("data")) is not None
 
 

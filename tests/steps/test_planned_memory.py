@@ -11,7 +11,7 @@ from core.model.simulation import simulate_head, simulate_inference, simulate_la
 from core.pruning.scoring.calibration import _Passes
 from core.settings.prune import PruneSettings
 from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
-from core.training.state import TrainingProgress, write_state
+from core.training.state import TrainingProgress, state_tensors, write_state
 from tests.steps.test_footprint import CALIBRATION, CONFIG, EVALUATION, TRAINING
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
 
@@ -39,7 +39,12 @@ def test_training_holds_what_a_step_leaves_behind_and_its_widest_moment(micro_ba
     beside = found.parts["gradients"] + found.parts["activations and logits"]
     assert (beside, found.parts["libraries"]) == (passes.peak, 10**8)
     assert found.host_bytes == weights
-    write_state(tmp_path / "s", model, optimizer, TrainingProgress(losses=[(0, 1.0, 1.0)]), belongs_to={})
+    write_state(
+        tmp_path / "s",
+        state_tensors(model, optimizer),
+        TrainingProgress(losses=[(0, 1.0, 1.0)]),
+        belongs_to={},
+    )
     state = sum(file.stat().st_size for file in (tmp_path / "s").iterdir())
     assert found.disk_bytes == pytest.approx(2 * weights / 2 + state, rel=0.05)
 

@@ -9,7 +9,7 @@ from core.errors import OutOfMemoryError
 from core.model.build import build_model, model_shape
 from core.model.config import config_with_layers, layer_shapes
 from core.model.loss import final_states
-from core.pruning.methods.sheared_llama import masked
+from core.pruning.methods.masks import LAYERS, masked
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings
 from core.steps import prune_footprint
@@ -91,10 +91,13 @@ def test_a_distillation_that_cannot_fit_is_refused_with_a_setting_that_does(free
         planned_distillation(SMALLER, DENSE, CALIBRATION, PRUNE, "cpu")
 
 
-def test_learning_masks_holds_a_model_with_its_moments_and_what_masks_multiply():
+@pytest.mark.parametrize("layers", ["auto", "2"])
+def test_learning_masks_holds_a_model_with_its_moments_and_what_masks_multiply(layers):
+    prune = dataclasses.replace(PRUNE, method="sheared-llama", repair="none", phases=1, layers=layers)
+
     def need(micro_batch, **changes):
         calibration = dataclasses.replace(CALIBRATION, micro_batch=micro_batch, **changes)
-        return masks_footprint(SMALLER, calibration, PRUNE, device="cpu")
+        return masks_footprint(SMALLER, calibration, prune, device="cpu")
 
     params = model_shape(SMALLER).num_params()
     parts = need(2).parts
@@ -105,6 +108,8 @@ def test_learning_masks_holds_a_model_with_its_moments_and_what_masks_multiply()
         for index, layer in enumerate(layer_shapes(SMALLER))
         for path, size in (("self_attn.o_proj", "kv_heads"), ("mlp.down_proj", "mlp_width"))
     }
+    if layers == "2":
+        masks[LAYERS] = torch.rand(3, requires_grad=True)
     ids, kept = torch.zeros(2, 32, dtype=torch.long), {}
     for name, given in (("masked", masks), ("whole", {})):
         seen = {}
@@ -118,6 +123,7 @@ def test_learning_masks_holds_a_model_with_its_moments_and_what_masks_multiply()
         kept[name] = sum(storage.nbytes() for storage in seen.values())
         del states
     columns = 4 * sum(layer.mlp_width + 10 * layer.query_heads for layer in layer_shapes(SMALLER))
+    columns += 4 * 3 * (layers == "2")
     assert kept["masked"] - kept["whole"] - columns == parts["masked activations"]
     assert need(2, precision="bfloat16").parts["masked activations"] == parts["masked activations"] / 2
     assert need(12) == need(1000)

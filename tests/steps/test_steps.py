@@ -3,44 +3,30 @@
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
-import logging
-import re
 import shutil
-import sys
 import uuid
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from components.calibrate import calibrate
-from components.prune_step import prune_step
-from components.score_layers import score_layers
-from core.errors import IntegrityError, TrackingError
+from core.evaluation.items import read_items
 from core.model.build import load_model
 from core.model.checkpoint import CheckpointReader, save_model
-from core.model.layerwise import LayerwiseModel
-from core.pruning.plan import Plan
-from core.pruning.repair import Repair
-from core.pruning.surgery import prune_model
+from core.runs.gathering import collect_record
 from core.runs.run import Run
 from core.steps.finalize import run_finalize
 from core.steps.needs_run import run_needs_run
 from core.steps.prepare_data import run_prepare_data
-from core.steps.prune_step import run_prune_step
-from core.steps.records import collect_record
-from core.steps.score_layers import run_score_layers
+from core.steps.publish import run_publish
 from core.storage.publication import find_publication, open_publication
 from core.storage.store import LocalStore, open_store
-from core.tracking.client import connect
-from tests.support.evidence import note
 from tests.support.project import (
     CHANNEL_PARAMS,
+    NO_TRAINING,
     Artifact,
     evaluate,
     kept_groups,
@@ -102,7 +88,7 @@ def test_checkpoints_say_the_number_format_of_their_weights(project, tmp_path, m
         assert {p.dtype for p in stock.parameters()} == {written}
 
 
-PRUNE_ONLY = {"training.tokens": "0", "training.sources": [], "prune.phases": 3, "seed": 3}
+PRUNE_ONLY = NO_TRAINING | {"prune.phases": 3, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -228,146 +214,32 @@ def test_a_run_that_failed_keeps_what_it_has(project, tmp_path):
         data_uri = run_prepare_data(run=handle, base_uri=base_uri)
         checkpoint_uri = run_phase(handle, 1, base_uri, data_uri, tmp_path)
         run_finalize(store=handle["store"], job="failed", succeeded=False)
-        assert run_needs_run(run=handle, being_done_by="")
+        assert run_needs_run(run=handle, being_done_by="").phase
         open_publication(checkpoint_uri).fetch(tmp_path / "unused")
 
 
-@pytest.fixture
-def calibrated(project, tmp_path, monkeypatch):
-    """A run whose first phase is calibrated, what its next tasks are handed, and the artifact of it."""
-    monkeypatch.chdir(project)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # tasks set it
-    recipe = recipe_with(PRUNE_ONLY | {"storage.store": str(tmp_path / "store"), "seed": 4})
-    handle, base_uri = resolve(recipe)
-    data_uri = run_prepare_data(run=handle, base_uri=base_uri)
-    given = {"run": handle, "phase": 1, "checkpoint_uri": base_uri}
-    statistics = Artifact(tmp_path / "statistics")
-    calibrate.python_func(**given, data_uri=data_uri, statistics=statistics)
-    return Run.load(handle), given, data_uri, statistics
-
-
-def test_what_artifacts_hold_changes_nothing_as_steps_read_publications(calibrated, tmp_path):
-    run, given, data_uri, statistics = calibrated
-    plan, model = Artifact(tmp_path / "plan"), Artifact(tmp_path / "model")
-    published = Path(run.phase_uri(1, "calibrated"), "statistics.safetensors")
-    assert Path(statistics.path).read_bytes() == published.read_bytes()
-    Path(statistics.path).write_bytes(b"changed")
-    score_layers.python_func(**given, data_uri=data_uri, statistics=statistics, plan=plan)
-    content = Path(run.phase_uri(1, "scored"), "plan.json").read_bytes()
-    assert Path(plan.path).read_bytes() == content
-    Path(plan.path).write_bytes(b"changed")
-    uri = prune_step.python_func(**given, data_uri=data_uri, plan=plan, pruned=model)
-    planned = json.loads(content)
-    assert sum(p.numel() for p in load_model(Path(uri)).parameters()) == planned["params_after"]
-    assert planned["statistics"] == hashlib.sha256(published.read_bytes()).hexdigest()
-
-
-def test_what_a_cut_leaves_is_repaired_on_the_calibration_corpus(calibrated, project, tmp_path):
-    run, given, data_uri, _ = calibrated
-    run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
-    uri = run_prune_step(**given, data_uri=data_uri, model=Artifact(tmp_path / "model"))
-    plan = Plan.load(Path(run.phase_uri(1, "scored"), "plan.json"))
-    pool = load_file(Path(data_uri, "calibration.safetensors"))["input_ids"].long()
-    base = load_model(project / "base")
-    cut, found = prune_model(base, plan.layers).state_dict(), load_model(Path(uri)).state_dict()
-    cut = {name: tensor.clone() for name, tensor in cut.items()}
-    repair = Repair(LayerwiseModel(base), pool, ridge=run.settings.prune.ridge)
-    changed = set()
-    for index, layer in enumerate(plan.layers):
-        for name, change in repair.layer(index, layer).items():
-            cut[f"model.layers.{index}.{name}"] += change
-            changed.add(name)
-    assert "mlp.down_proj.weight" in changed <= {"mlp.down_proj.weight", "self_attn.o_proj.weight"}
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, cut[name], rtol=1e-4, atol=1e-5)
-
-
-def test_statistics_and_a_plan_that_were_changed_where_they_are_published_are_named(calibrated, tmp_path):
-    run, given, data_uri, _ = calibrated
-    published = Path(run.phase_uri(1, "calibrated"), "statistics.safetensors")
-    intact = published.read_bytes()
-    published.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-    with pytest.raises(IntegrityError, match=r"calibrated/statistics\.safetensors"):
-        run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
-    published.write_bytes(intact)
-    run_score_layers(**given, data_uri=data_uri, plan=Artifact(tmp_path / "plan"))
-    plan = Path(run.phase_uri(1, "scored"), "plan.json")
-    plan.write_text(plan.read_text().replace("[0, 1", "[0, 2", 1))
-    with pytest.raises(IntegrityError, match=r"scored/plan\.json"):
-        run_prune_step(**given, data_uri=data_uri, model=Artifact(tmp_path / "model"))
-    assert find_publication(run.phase_uri(1, "pruned")) is None
-
-
-MACHINE = {"seconds", "tokens_per_s", "repair_s", "distill_s", "mask_s"}
-MACHINE |= {"step_tokens_per_s", "model_flops_per_s", "peak_memory_bytes"}
-"""What depends on the machine and its other work."""
-
-
-def logged(uri):
-    """Return every MLflow run's status, curves (less those of ``MACHINE``) and files, by phase and step."""
-    client, found = connect(uri), {}
-    experiment = client.get_experiment_by_name("adapt-pruner").experiment_id
-    for run in client.search_runs([experiment], max_results=1000):
-        names = set(run.data.metrics) - MACHINE
-        histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
-        curves = {name: [(point.step, point.value) for point in curve] for name, curve in histories.items()}
-        files = [file.path for file in client.list_artifacts(run.info.run_id)]
-        which = tuple(run.data.tags.get(f"adapt_pruner.{tag}") for tag in ("phase", "step"))
-        found[which] = (run.info.status, curves, files)
-    return found
-
-
-def test_an_outage_of_mlflow_costs_no_result_and_no_figure(project, tmp_path, monkeypatch, caplog):
-    """Each kind of request fails the first time for a run, which is left as a kill would leave it."""
-    from mlflow import MlflowClient
-
-    monkeypatch.chdir(project)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def recipe(name):
-        places = {"storage.store": str(tmp_path / name), "tracking.uri": f"sqlite:///{tmp_path}/{name}.db"}
-        return recipe_with({"prune.phases": 1, **places})
-
-    run_all(recipe("expected"), tmp_path / "artifacts")
-    failed = set()
-
-    def failing(name):
-        real = getattr(MlflowClient, name)
-
-        def fails_once(client, run_id, *arguments, **named):
-            if arguments == ("FAILED",):
-                raise ConnectionError("Connection refused")
-            if (name, run_id) not in failed:
-                failed.add((name, run_id))
-                raise ConnectionError("Connection refused")
-            return real(client, run_id, *arguments, **named)
-
-        return fails_once
-
-    for name in ("log_batch", "log_artifact", "set_terminated"):
-        monkeypatch.setattr(MlflowClient, name, failing(name))
-    caplog.set_level(logging.DEBUG, logger="core.steps.frame")
-    ended, tries = False, 0
-    while not ended:
-        tries += 1
-        with contextlib.suppress(TrackingError):
-            run_all(recipe("outage"), tmp_path / "artifacts")
-            ended = True
-    computed = re.findall(r"computing \S+/runs/[0-9a-f]+/(\S+)", caplog.text)
-    steps = [f"phases/01/{step}" for step in ("calibrated", "scored", "pruned", "recovered", "evaluated")]
-    computed = [re.sub("-[0-9a-f]{8}$", "", place) for place in computed]
-    assert computed == ["held-out", "data", "phases/00/evaluated", *steps, "final"]
-    assert tries > 2 * len(computed)
-    assert logged(f"sqlite:///{tmp_path}/outage.db") == logged(f"sqlite:///{tmp_path}/expected.db")
-    curves = logged(f"sqlite:///{tmp_path}/outage.db")
-    assert {"similarity", "calibration_loss"} <= curves["1", "calibrate"][1].keys()
-    assert {"importance", "sparsity", "attention_removed"} <= curves["1", "score-layers"][1].keys()
-    assert {"loss", "learning_rate", "tokens"} <= curves["1", "recover-train"][1].keys()
-    assert {status for status, *_ in curves.values()} == {"FINISHED"}
-    note(
-        "Kills", "MLflow is away at the end of each step", "nothing is computed again; all figures are logged"
-    )
+def test_publish_hands_the_ui_what_runs_are_compared_by_and_the_address_of_the_checkpoint(
+    pruned_only, project, tmp_path
+):
+    run, final = pruned_only("kv_group", "75%", 3)
+    dense, *_, last = json.loads((final / "record.json").read_text())["phases"]
+    result, model = Artifact(tmp_path / "result"), Artifact(tmp_path / "model")
+    with contextlib.chdir(project):
+        run_publish(
+            run=run.handle(),
+            checkpoint_uri="file:///unused",
+            result=result,
+            report=Artifact(tmp_path / "report"),
+            model=model,
+        )
+    found = result.metadata
+    assert found["parameters"] == last["params"]
+    assert found["share of parameters"] == pytest.approx(last["params"] / dense["params"])
+    assert found["perplexity"] == last["perplexity"]
+    assert all(isinstance(value, int | float) for value in found.values())
+    assert len(found) <= 6 + len(last["tasks"])
+    assert model.metadata["checkpoint_uri"] == run.uri("final")
+    assert json.loads(Path(model.path).read_text())["checkpoint_uri"] == run.uri("final")
 
 
 def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_when_it_was_done_before(
@@ -377,9 +249,11 @@ def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_wh
     phases = json.loads((final / "record.json").read_text())["phases"]
     for phase in (0, 2):
         with contextlib.chdir(project):
-            metrics = evaluate(run.handle(), phase, "file:///unused", "file:///unused", tmp_path / str(phase))
-        assert metrics.metadata["params"] == phases[phase]["params"]
-        assert metrics.metadata["perplexity"] == phases[phase]["perplexity"]
+            figures = evaluate(run.handle(), phase, "file:///unused", "file:///unused", tmp_path / str(phase))
+        assert figures.metadata["params"] == phases[phase]["params"]
+        assert figures.metadata["perplexity"] == phases[phase]["perplexity"]
+        windows = read_items(open_publication(run.measured_uri(phase))).texts["perplexity"]
+        assert windows.metrics["perplexity"].over_all() == phases[phase]["perplexity"]
         name = f"phase {phase}" if phase else "dense model"
         summary = (tmp_path / str(phase) / "summary").read_text()
         heading, table = summary.split("\n\n")
@@ -391,6 +265,9 @@ def test_an_evaluation_hands_its_figures_a_table_and_a_picture_to_the_ui_also_wh
         assert "<svg" in picture
         widths = {str(layer["mlp_width"]) for layer in phases[phase]["layers"]}
         assert all(f">{width}</text>" in picture for width in widths)
+        # The report so far went when the last one was published, and does not come back.
+        assert not (final.parent / "report.html").exists()
+        assert (final / "report.html").exists()
 
 
 def test_a_record_reads_each_published_file_once(pruned_only, monkeypatch):

@@ -1,6 +1,7 @@
 """How a phase is trained so that it fits: ranks, what each of them holds, and micro-batches."""
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -14,8 +15,8 @@ from core.steps.training_plan import TrainingPlan, planned_training, rank_footpr
 from tests.steps import test_footprint
 from tests.steps.test_footprint import CONFIG
 
-TRAINING = dataclasses.replace(test_footprint.TRAINING, moments="device")
-AUTO = dataclasses.replace(TRAINING, moments="auto")
+TRAINING = dataclasses.replace(test_footprint.TRAINING, moments="device", layer_inputs="device")
+AUTO = dataclasses.replace(TRAINING, moments="auto", layer_inputs="auto")
 
 
 def training_bytes(**changes):
@@ -160,6 +161,50 @@ def test_moments_go_to_the_host_where_one_gpu_has_no_room(free, gpus, caplog):
         free(TOLERANCE * on_device - 1, host=1000)
         with pytest.raises(OutOfMemoryError):
             planned_training(CONFIG, None, AUTO, "cuda")
+
+
+def test_inputs_of_layers_go_to_the_host_where_moments_there_are_not_enough(free, gpus, caplog, monkeypatch):
+    monkeypatch.setattr(training_plan, "_PASSING", 1000)
+    caplog.set_level(logging.INFO)
+    gpus(1)
+    auto = dataclasses.replace(
+        AUTO, sequence_length=8192, global_batch=1, micro_batch=1, gradient_checkpointing=True
+    )
+    here, moved = (dataclasses.replace(auto, layer_inputs=place) for place in ("device", "host"))
+    estimate = functools.cache(functools.partial(training_footprint, CONFIG, None, device="cuda"))
+    monkeypatch.setattr(training_plan, "training_footprint", lambda *given, **_: estimate(given[2]))
+    whole = [estimate(settings) for settings in (here, moved)]
+    one = 8192 * CONFIG.hidden_size * 4
+    assert whole[1].waiting_bytes == CONFIG.num_hidden_layers * 2 ** (one - 1).bit_length()  # pinned
+    assert whole[0].waiting_bytes == 0
+    moments = whole[0].parts["optimizer"] - 1000
+    for left, places in (
+        (whole[0].device_bytes, ("device", "device")),
+        (whole[0].device_bytes - moments, ("host", "device")),
+        (whole[1].device_bytes, ("device", "host")),
+        (whole[1].device_bytes - moments, ("host", "host")),
+    ):
+        free(TOLERANCE * left + 1, host=64e9)
+        plan = planned_training(CONFIG, None, auto, "cuda").settings
+        assert (plan.moments, plan.layer_inputs) == places
+    assert "the optimizer's moments and the inputs of layers stay in host memory: it would" in caplog.text
+    in_host = whole[1].waiting_bytes + whole[1].parts["optimizer"]
+    free(TOLERANCE * left + 1, host=in_host - 1)
+    with pytest.raises(OutOfMemoryError):
+        planned_training(CONFIG, None, auto, "cuda")
+    free(TOLERANCE * left + 1, host=in_host)
+    planned_training(CONFIG, None, auto, "cuda")
+    with pytest.raises(OutOfMemoryError):
+        planned_training(CONFIG, None, here, "cuda")
+    told = r"Set training\.micro_batch=1, training\.gradient_checkpointing=true: it takes"
+    free(left, host=in_host)
+    with pytest.raises(OutOfMemoryError, match=told):
+        planned_training(CONFIG, None, dataclasses.replace(auto, gradient_checkpointing=False), "cuda")
+    of_four = rank_footprint(whole[1], model_shape(CONFIG), TrainingPlan(settings=moved, ranks=4))
+    assert of_four.host_bytes == 4 * of_four.waiting_bytes + of_four.parts["weights"]
+    on_two = dataclasses.replace(moved, nodes=2, global_batch=4)
+    of_two = rank_footprint(whole[1], model_shape(CONFIG), TrainingPlan(settings=on_two, ranks=4))
+    assert of_two.host_bytes == 2 * of_four.waiting_bytes + of_four.parts["weights"]
 
 
 def test_what_fits_on_no_gpu_names_the_number_that_it_fits_on(free, gpus, monkeypatch):

@@ -14,17 +14,21 @@ import time
 import pytest
 
 from core.errors import LeaseError
-from core.runs.run import Run
-from core.steps.finalize import run_finalize
-from core.steps.needs_run import run_needs_run
-from core.steps.prepare_data import run_prepare_data
+from core.storage import lease as lease_module
 from core.storage import owner as owner_module
-from core.storage.lease import Lease, holding_lease, read_lease, release_lease, take_lease, time_text
+from core.storage.lease import (
+    Lease,
+    holding_lease,
+    read_lease,
+    release_lease,
+    take_lease,
+    time_text,
+    watch_lease,
+)
 from core.storage.owner import LOCAL, Owner
-from core.storage.publication import find_publication
 from core.storage.store import open_store
 from tests.support.evidence import note
-from tests.support.project import ROOT, command_line, recipe_with, resolve, run_all, write_recipe
+from tests.support.project import ROOT
 
 RUN = "runs/0123456789ab"
 TABLE = "Leases and cleaning"
@@ -224,6 +228,59 @@ print("done")
     note(TABLE, "SIGUSR1 from outside while a step computes", "the step fails; one line names the signal")
 
 
+def test_sigterm_ends_a_step_and_leaves_a_lease_that_expires_soon(tmp_path):
+    """As pods are ended: of a run that was terminated, or on a node that is drained."""
+    code = """
+import os, signal, sys, threading
+from core.storage.lease import holding_lease
+from core.storage.owner import Owner
+from core.storage.store import open_store
+with holding_lease(open_store(sys.argv[1]), "RUN", Owner(job="first", host="pod-7", machine="")):
+    ready, tell = os.pipe()
+    if not (worker := os.fork()):
+        os.write(tell, b"1")
+        threading.Event().wait(60)
+        os._exit(1)
+    os.read(ready, 1)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+    print("computing", flush=True)
+    threading.Event().wait(60)
+print("done")
+""".replace("RUN", RUN)
+    store = open_store(str(tmp_path / "store"))
+    command = [sys.executable, "-c", code, store.uri]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"computing\n"
+    assert read_lease(store, RUN).ttl_s == 600
+    process.terminate()
+    assert process.communicate(timeout=30) == (b"", None)
+    assert process.returncode == -signal.SIGTERM
+    left = read_lease(store, RUN)
+    assert (left.number, left.ttl_s) == (1, 30)
+    assert time.time() < left.expires_s < time.time() + 30
+    refusal(store, "second")
+    again = take_lease(store, RUN, Owner(job="first", host="pod-8", machine=""))
+    assert (again.number, again.ttl_s) == (1, 600)
+    note(TABLE, "SIGTERM while a step computes", "the lease holds for 30 s more; the same execution gets it")
+
+
+def test_who_waits_for_a_lease_does_not_take_its_end_for_a_renewal(store, monkeypatch):
+    monkeypatch.setattr(lease_module, "LOOK_S", 0.01)
+    owner = Owner(job="first", host="pod-7", machine="")
+    take_lease(store, RUN, owner)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(watch_lease, store, RUN)
+        time.sleep(0.1)
+        take_lease(store, RUN, owner, ttl_s=0.5)
+        assert waiting.result(timeout=30) is None
+        take_lease(store, RUN, owner)
+        waiting = pool.submit(watch_lease, store, RUN)
+        time.sleep(0.1)
+        renewed = take_lease(store, RUN, owner)
+        assert waiting.result(timeout=30) == renewed
+
+
 def test_a_store_that_fails_for_a_while_stops_no_owner(tmp_path, caplog):
     store = open_store(tmp_path / "store")
     with holding_lease(store, RUN, Owner.of("first"), renew_s=0.01):
@@ -335,81 +392,3 @@ def test_without_proc_processes_are_found_all_the_same(monkeypatch, tmp_path):
     assert owner.is_gone()
     child.communicate()
     assert owner.is_gone()
-
-
-@pytest.fixture
-def recipe(store, project):
-    with contextlib.chdir(project):
-        yield recipe_with({"storage.store": store.uri, "training.tokens": "0", "training.sources": []})
-
-
-def test_a_second_local_execution_of_a_run_is_refused_and_the_first_is_not_disturbed(
-    recipe, store, monkeypatch
-):
-    handle, base_uri = resolve(recipe, job="first")
-    assert handle == {"store": store.uri, "key": handle["key"], "job": "first"}
-    monkeypatch.setenv(LOCAL, str(os.getpid()))
-    with pytest.raises(LeaseError, match="job first on "):
-        resolve(recipe, job="second")
-    monkeypatch.delenv(LOCAL)
-    assert sorted(store.list("jobs/")) == ["jobs/first.json"]
-    run_finalize(store=store.uri, job="second", succeeded=False)  # what its exit handler does
-    assert read_lease(store, f"runs/{handle['key']}").owner.job == "first"
-    resolve(recipe, job="first")  # a task that is tried again
-    assert run_needs_run(run=handle, being_done_by="")
-    assert find_publication(run_prepare_data(run=handle, base_uri=base_uri)) is not None
-
-
-def test_a_step_whose_run_was_taken_over_computes_nothing(recipe, store):
-    handle, base_uri = resolve(recipe, job="first")
-    folder = f"runs/{handle['key']}"
-    release_lease(store, folder, "first")
-    other, _ = resolve(recipe, job="second")
-    with pytest.raises(LeaseError, match="job second"):
-        run_prepare_data(run=handle, base_uri=base_uri)
-    assert find_publication(Run.load(handle).uri("data")) is None
-    run_finalize(store=store.uri, job="first", succeeded=False)
-    assert read_lease(store, folder).owner.job == "second"
-    data_uri = run_prepare_data(run=other, base_uri=base_uri)
-    assert run_prepare_data(run=handle, base_uri=base_uri) == data_uri  # published: nothing to compute
-
-
-def test_a_failed_run_gives_its_lease_back(recipe, store):
-    handle, _ = resolve(recipe, job="first")
-    run_finalize(store=store.uri, job="first", succeeded=False)
-    assert leases(store) == []
-    assert list(store.list("jobs/")) == []
-    assert resolve(recipe, job="second")[0]["key"] == handle["key"]
-
-
-def test_a_run_that_waited_too_long_is_found_by_its_finalize_again(recipe, store):
-    handle, base_uri = resolve(recipe, job="first")
-    store.delete(f"runs/{handle['key']}/_lease/0001.json")  # what cleaning does to an expired one
-    store.delete("jobs/first.json")
-    run_prepare_data(run=handle, base_uri=base_uri)
-    assert json.loads(store.read_bytes("jobs/first.json")) == {"format": 1, **handle}
-    assert read_lease(store, f"runs/{handle['key']}").owner.job == "first"
-
-
-def test_a_run_that_is_done_needs_no_lease(recipe, store, tmp_path):
-    handle, _ = run_all(recipe, tmp_path, job="first")
-    folder = f"runs/{handle['key']}"
-    take_lease(store, folder, Owner.of("somebody"))
-    again, _ = resolve(recipe, job="second")
-    assert not run_needs_run(run=again, being_done_by="")
-    run_finalize(store=store.uri, job="second", succeeded=True)
-    assert read_lease(store, folder).owner.job == "somebody"
-    assert list(store.list("jobs/")) == []
-
-
-def test_the_command_stops_at_a_run_that_another_execution_works_on(project, tmp_path):
-    changes = {"storage.store": str(tmp_path / "store"), "training.tokens": "0", "training.sources": []}
-    with contextlib.chdir(project):
-        resolve(recipe_with(changes), job="first")
-    recipe = write_recipe(tmp_path / "recipe.yaml", changes)
-    line, environment = command_line("run", recipe, "--output", tmp_path / "output")
-    done = subprocess.run(line, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "is worked on by job first on" in error
-    note(TABLE, "adapt-pruner run of a run that another execution works on", "exit 1 and one error line")

@@ -115,7 +115,7 @@ def workflow(
     if len(json.dumps(status)) > _LARGEST:
         packed = gzip.compress(json.dumps(status.pop("nodes")).encode())
         status["compressedNodes"] = base64.b64encode(packed).decode()
-    return {"metadata": {"name": _WORKFLOW[:-3]}, "spec": spec, "status": status}
+    return {"metadata": {"name": _WORKFLOW[:-3], "namespace": "kubeflow"}, "spec": spec, "status": status}
 
 
 def task_details(manifest: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -153,11 +153,15 @@ def recorded() -> dict[str, tuple[list[str], dict[str, Any]]]:
 
 def _full(place: str) -> str:
     group, _, name = place.rpartition(".")
-    if name in ("resolve-base", "needs-run", "condition-2"):
+    if place == "root":
+        return f"{_WORKFLOW}.root"
+    if group == "root":  # of a pipeline without an exit handler
+        return f"{_WORKFLOW}.root(0).{name}"
+    if name in ("resolve-base", "needs-run", "prepare", "go-on"):
         return f"{_HANDLER}(0).{name}"
     if name == "finalize":
         return f"{_HANDLER}.onExit(0).{name}"
-    return f"{_HANDLER}(0).condition-2(0).{group + '(0).' if group else ''}{name}"
+    return f"{_HANDLER}(0).{group + '(0).' if group else ''}{name}"
 
 
 def _moment(ago: float) -> str:

@@ -145,3 +145,15 @@ def the_dag(spec, task):
     """The DAG that holds a task of the given name."""
     (found,) = [component for _, component in dags(spec) if task in component.dag.tasks]
     return found
+
+
+def gpus(spec):
+    """Executor label to (accelerator type, count)."""
+    return {
+        label: (
+            executor.container.resources.accelerator.resource_type,
+            executor.container.resources.accelerator.resource_count,
+        )
+        for label, executor in executors(spec).items()
+        if executor.container.resources.HasField("accelerator")
+    }

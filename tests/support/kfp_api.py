@@ -5,6 +5,7 @@ read by the models of ``kfp_server_api``, pipelines by the protocol buffers of t
 pipeline.
 """
 
+import base64
 import contextlib
 import datetime
 import email
@@ -24,19 +25,11 @@ from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from tests.support.argo import Node, task_details, workflow
-from tests.support.kfp_models import Refused, check, found, is_cron, only, strict
+from tests.support.kfp_models import Refused, check, check_parameters, found, is_cron, only, parse, strict
 
 _ROOT = "/apis/v2beta1"
 _PAGE = 2  # as few as make everybody turn pages
 _LISTS = {"page_token", "page_size", "sort_by", "filter", "namespace"}
-_FITS: dict[int, Callable[[Any], bool]] = {
-    pipeline_spec_pb2.ParameterType.STRING: lambda value: isinstance(value, str),
-    pipeline_spec_pb2.ParameterType.NUMBER_INTEGER: lambda value: type(value) is int,
-    pipeline_spec_pb2.ParameterType.NUMBER_DOUBLE: lambda value: type(value) in (int, float),
-    pipeline_spec_pb2.ParameterType.BOOLEAN: lambda value: isinstance(value, bool),
-    pipeline_spec_pb2.ParameterType.STRUCT: lambda value: isinstance(value, dict),
-    pipeline_spec_pb2.ParameterType.LIST: lambda value: isinstance(value, list),
-}
 
 
 class Cut(Exception):
@@ -60,6 +53,8 @@ class KfpApi:
 
     endpoint: str = ""
     multi_user: bool = False
+    version: str = "2.17.0"
+    """What the server calls itself; builds of one's own say unknown."""
     tokens: tuple[str, ...] = ()
     """Tokens that are let in; none lets everybody in."""
     cookie: str = ""
@@ -73,6 +68,10 @@ class KfpApi:
     recurring: dict[str, dict[str, Any]] = field(default_factory=dict)
     frames: list[dict[str, Any]] = field(default_factory=list)
     """What a run comes to, from question to question; the last one stays."""
+    logs: dict[str, str] = field(default_factory=dict)
+    """What the pod of a task has logged, by the name of the task; of others nothing is kept."""
+    deleted: list[dict[str, Any]] = field(default_factory=list)
+    """Runs that were deleted."""
     requests: list[str] = field(default_factory=list)
     old: bool = True
     """Whether the older API, v1beta1, is served."""
@@ -115,12 +114,7 @@ class KfpApi:
         ):
             raise Refused(409, f"Already exist error: pipeline version with name {name} already exists")
         documents = list(yaml.load_all(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-        try:
-            json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
-            for platform in documents[1:]:
-                json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
-        except (json_format.ParseError, IndexError) as error:
-            raise Refused(400, f"Invalid input error: {error}") from None
+        parse(documents)
         self.uploads.append(content)
         return self._keep(
             self.versions,
@@ -150,7 +144,7 @@ class KfpApi:
     def create_run(self, body: Any) -> dict[str, Any]:
         data = strict(body, "V2beta1Run")
         wanted = {"experiment_id", "display_name", "pipeline_version_reference", "runtime_config"}
-        self.check_job(data, wanted | {"service_account"})
+        self.check_job(data, wanted | {"service_account", "pipeline_spec"})
         frames = self.frames or [frame("PENDING"), frame("RUNNING"), frame("SUCCEEDED")]
         run = self._keep(self.runs, "run_id", data | {"state": "PENDING"})
         run |= {"frames": iter(frames), "manifest": {}}
@@ -181,20 +175,17 @@ class KfpApi:
         experiment = found(self.experiments, data.get("experiment_id", ""), "Experiment")
         if experiment["storage_state"] == "ARCHIVED":
             raise Refused(400, "Invalid input error: the experiment is archived")
-        reference = data["pipeline_version_reference"]
-        version = found(self.versions, reference.get("pipeline_version_id", ""), "PipelineVersion")
-        if version["pipeline_id"] != reference.get("pipeline_id"):
-            raise Refused(400, "Invalid input error: the version is none of the pipeline")
-        wanted = self.spec(version["pipeline_version_id"]).root.input_definitions.parameters
-        given = data["runtime_config"].get("parameters", {})
-        for name, value in given.items():
-            if name not in wanted:
-                raise Refused(400, f"Invalid input error: parameter {name} is not in the pipeline")
-            if not _FITS[wanted[name].parameter_type](value):
-                raise Refused(400, f"Invalid input error: parameter {name} is of the wrong type")
-        for name, parameter in wanted.items():
-            if name not in given and not (parameter.is_optional or parameter.HasField("default_value")):
-                raise Refused(400, f"Invalid input error: parameter {name} is missing")
+        if ("pipeline_spec" in data) == ("pipeline_version_reference" in data):
+            raise Refused(400, "Invalid input error: either a pipeline or the version of one")
+        if "pipeline_spec" in data:
+            spec = parse([data["pipeline_spec"]["pipeline_spec"], data["pipeline_spec"]["platform_spec"]])
+        else:
+            reference = data["pipeline_version_reference"]
+            version = found(self.versions, reference.get("pipeline_version_id", ""), "PipelineVersion")
+            if version["pipeline_id"] != reference.get("pipeline_id"):
+                raise Refused(400, "Invalid input error: the version is none of the pipeline")
+            spec = self.spec(version["pipeline_version_id"])
+        check_parameters(spec, data["runtime_config"].get("parameters", {}))
 
     def check_namespace(self, namespace: str) -> None:
         if self.multi_user and not namespace:
@@ -232,7 +223,7 @@ class KfpApi:
         kind, id_, versions, verb = match.groups() if match else ("", None, None, None)
         case = (method, kind + ("/versions" if versions else ""), verb or ("one" if id_ else "all"))
         if case[:2] == ("GET", "healthz"):
-            return {"multi_user": self.multi_user}
+            return {"multi_user": self.multi_user, "tag_name": self.version, "commit_sha": "unknown"}
         if case == ("GET", "pipelines", "all"):
             only(query, _LISTS)
             place = query.get("namespace", "")
@@ -262,6 +253,18 @@ class KfpApi:
             return self.listing(kept, "runs", query)
         if case == ("GET", "runs", "one"):
             return self.advance(found(self.runs, id_, "Run"))
+        if case == ("POST", "runs", "terminate"):
+            run = found(self.runs, id_, "Run")
+            if run["state"] in ("SUCCEEDED", "FAILED"):
+                raise Refused(400, "Invalid input error: Failed to terminate the run, which has ended")
+            run["state"] = "CANCELING"
+            return {}
+        if case == ("DELETE", "runs", "one"):
+            self.deleted.append(found(self.runs, id_, "Run"))
+            del self.runs[str(id_)]
+            return {}
+        if match := re.fullmatch(r"/runs/([\w-]+)/nodes/([\w-]+)/artifacts/main-logs:read", path):
+            return self.log(found(self.runs, match[1], "Run"), match[2])
         if kind == "recurringruns":
             return self.answer_recurring(method, id_, verb, query, body)
         raise Refused(404, "Not Found", body=b"404 page not found")
@@ -282,6 +285,17 @@ class KfpApi:
         manifest = found(self.runs, run_id, "Run")["manifest"]
         runtime = {"workflow_manifest": json.dumps(manifest)} if manifest else {}
         return {"run": {"id": run_id}, "pipeline_runtime": {"pipeline_manifest": "{}"} | runtime}
+
+    def log(self, run: dict[str, Any], node_id: str) -> dict[str, Any]:
+        """Return the log of a pod that has ended, as the file in the object store that it is."""
+        nodes = run["manifest"].get("status", {}).get("nodes", {}).values()
+        (node,) = [each for each in nodes if each["id"] == node_id] or [None]
+        if node is None or node["type"] != "Pod" or node["phase"] in ("Pending", "Running"):
+            raise Refused(500, "", body=b'{"error_message": "no such artifact"}')
+        logs = [text for task, text in self.logs.items() if f".{task}(0).executor" in node["name"]]
+        if not logs:
+            raise Refused(404, "", body=b'{"error_message": "artifact not found"}')
+        return {"data": base64.b64encode(logs[0].encode()).decode()}
 
     def answer_recurring(
         self, method: str, id_: str | None, verb: str | None, query: dict[str, str], body: Any

@@ -1,13 +1,23 @@
-"""What the API of Kubeflow Pipelines takes: its own models, read strictly, and cron expressions."""
+"""What the API of Kubeflow Pipelines takes: its own models, pipelines, parameters, and cron expressions."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import kfp_server_api
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 
 from tests.support.openapi import misfits
 
+_FITS: dict[int, Callable[[Any], bool]] = {
+    pipeline_spec_pb2.ParameterType.STRING: lambda value: isinstance(value, str),
+    pipeline_spec_pb2.ParameterType.NUMBER_INTEGER: lambda value: type(value) is int,
+    pipeline_spec_pb2.ParameterType.NUMBER_DOUBLE: lambda value: type(value) in (int, float),
+    pipeline_spec_pb2.ParameterType.BOOLEAN: lambda value: isinstance(value, bool),
+    pipeline_spec_pb2.ParameterType.STRUCT: lambda value: isinstance(value, dict),
+    pipeline_spec_pb2.ParameterType.LIST: lambda value: isinstance(value, list),
+}
 _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 429: 8, 500: 13, 503: 14}
 _CRON = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 _NAMES = {
@@ -73,3 +83,27 @@ def is_cron(text: str) -> bool:
             if span not in ("*", "?") and not low <= int(first) <= int(last or first) <= high:
                 return False
     return True
+
+
+def parse(documents: list[Any]) -> pipeline_spec_pb2.PipelineSpec:
+    """Read a compiled pipeline strictly, with its platforms."""
+    try:
+        spec = json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+        for platform in documents[1:]:
+            json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    except (json_format.ParseError, IndexError) as error:
+        raise Refused(400, f"Invalid input error: {error}") from None
+    return spec
+
+
+def check_parameters(spec: pipeline_spec_pb2.PipelineSpec, given: Mapping[str, Any]) -> None:
+    """Refuse parameters of a run that its pipeline does not take."""
+    wanted = spec.root.input_definitions.parameters
+    for name, value in given.items():
+        if name not in wanted:
+            raise Refused(400, f"Invalid input error: parameter {name} is not in the pipeline")
+        if not _FITS[wanted[name].parameter_type](value):
+            raise Refused(400, f"Invalid input error: parameter {name} is of the wrong type")
+    for name, parameter in wanted.items():
+        if name not in given and not (parameter.is_optional or parameter.HasField("default_value")):
+            raise Refused(400, f"Invalid input error: parameter {name} is missing")

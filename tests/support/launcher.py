@@ -9,6 +9,7 @@ task is not started; the exit task always is.
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import random
 import re
@@ -161,6 +162,9 @@ class _PipelineRun:
             else:
                 constant = edge["runtimeValue"]["constant"]
                 parameters[key] = self._job if constant == "{{$.pipeline_job_uuid}}" else constant
+        for key, edge in task.get("inputs", {}).get("parameters", {}).items():
+            if "parameterExpressionSelector" in edge:
+                parameters[key] = _selected(edge["parameterExpressionSelector"], parameters[key])
         for key, edge in task.get("inputs", {}).get("artifacts", {}).items():
             source = edge["taskOutputArtifact"]
             artifacts[key] = outputs[source["producerTask"]]["artifacts"][source["outputArtifactKey"]]
@@ -258,9 +262,17 @@ class _PipelineRun:
 
 def _holds(condition, parameters):
     """Evaluate a condition of the one kind that our pipeline has."""
-    match = re.fullmatch(r"inputs\.parameter_values\['([^']+)'\] == (true|false)", condition)
+    match = re.fullmatch(r"int\(inputs\.parameter_values\['([^']+)'\]\) (==|<=|>) (\d+)", condition)
     assert match, f"a condition of another kind: {condition}"
-    return parameters[match[1]] is (match[2] == "true")
+    compare = {"==": operator.eq, "<=": operator.le, ">": operator.gt}[match[2]]
+    return compare(int(parameters[match[1]]), int(match[3]))
+
+
+def _selected(expression, value):
+    """Evaluate a selector of the one kind that our pipeline has; numbers of CEL's kinds do not mix."""
+    match = re.fullmatch(r"number_value ([+-]) (\d+\.0)", expression)
+    assert match, f"a selector of another kind: {expression}"
+    return value + float(match[1] + match[2])
 
 
 def _as_api(value):

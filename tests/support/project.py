@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from click.testing import CliRunner
 from transformers import LlamaConfig
 
 from core.model.build import build_model
 from core.model.config import load_config
 from core.settings.recipe import settings_from_dict
+from pipelines.cli import main
 from tests.support.models import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,9 @@ STEPS = 5
 CHANNEL_PARAMS = 3 * SIZES["hidden_size"]
 """What one MLP channel of the base model costs."""
 
+NO_TRAINING = {"training.tokens": "0", "training.sources": []}
+"""Changes of ``RECIPE``."""
+
 
 def make_project(folder, tokenizer, sizes=SIZES):
     """Write ``base``, ``texts.jsonl``, ``held-out.txt`` and ``recipe.yaml`` into ``folder``."""
@@ -89,14 +94,19 @@ def rewrite_base(base, changes):
 
 def recipe_with(changes):
     """Return the recipe with ``{"section.key": value}`` changed."""
-    recipe = copy.deepcopy(RECIPE)
+    return with_values(RECIPE, changes)
+
+
+def with_values(data, changes):
+    """Return a copy of settings with ``{"section.key": value}`` set."""
+    data = copy.deepcopy(data)
     for name, value in changes.items():
         *sections, key = name.split(".")
-        place = recipe
+        place = data
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return recipe
+    return data
 
 
 def write_recipe(path, changes=None):
@@ -116,6 +126,11 @@ class Artifact:
 
     def __init__(self, path):
         self.path, self.metadata = str(path), {}
+
+
+def call(*arguments):
+    """What the program does with a command line, in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def resolve(recipe, *, job="job", accelerated=()):
@@ -167,17 +182,16 @@ def run_phase(run, phase, checkpoint_uri, data_uri, folder):
 def evaluate(run, phase, checkpoint_uri, data_uri, folder):
     from core.steps.evaluate import run_evaluate
 
-    metrics, summary, picture = (Artifact(folder / name) for name in ("metrics", "summary", "picture"))
+    summary, picture = (Artifact(folder / name) for name in ("summary", "picture"))
     run_evaluate(
         run=run,
         phase=phase,
         checkpoint_uri=checkpoint_uri,
         data_uri=data_uri,
-        metrics=metrics,
         summary=summary,
         picture=picture,
     )
-    return metrics
+    return summary
 
 
 def run_all(recipe, folder, *, job="job"):
@@ -188,7 +202,7 @@ def run_all(recipe, folder, *, job="job"):
     from core.steps.publish import run_publish
 
     run, base_uri = resolve(recipe, job=job)
-    if run_needs_run(run=run, being_done_by=""):
+    if run_needs_run(run=run, being_done_by="").phase:
         data_uri = run_prepare_data(run=run, base_uri=base_uri)
         evaluate(run, 0, base_uri, data_uri, folder)
         checkpoint_uri = base_uri
@@ -197,6 +211,7 @@ def run_all(recipe, folder, *, job="job"):
         run_publish(
             run=run,
             checkpoint_uri=checkpoint_uri,
+            result=Artifact(folder / "result"),
             report=Artifact(folder / "report"),
             model=Artifact(folder / "model"),
         )

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -175,6 +176,20 @@ def answering(command, address, folder, **options):
         yield answer
 
 
+@contextlib.contextmanager
+def mlflow_server(folder, port=None):
+    """Run MLflow with its database in ``folder`` until the block ends; yield its host and port."""
+    port = port or free_ports(1)[0]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    stores += ["--artifacts-destination", f"{folder}/kept"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    command = [sys.executable, "-m", "mlflow", "server", *stores, *address]
+    with answering(command, f"http://127.0.0.1:{port}/health", folder, env=environment):
+        yield f"127.0.0.1:{port}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """What a proxy sees of a request."""
@@ -236,7 +251,7 @@ class _Proxy(Handler):
         except ConnectionError:  # the client has gone
             self.close_connection = True
 
-    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
+    do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = do_GET
 
     def send(self, reply: Reply) -> None:
         self.reply(reply.status, headers={"Content-Length": len(reply.body)} | reply.headers)

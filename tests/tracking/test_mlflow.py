@@ -5,13 +5,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from core.errors import TrackingError
+from core.settings.recipe import settings_from_dict
 from core.settings.storage import TrackingSettings
+from core.settings.texts import TextSource
 from core.tracking.mlflow import open_tracker
+from core.tracking.presentation import data_sets, run_title, summary_params
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,10 +70,59 @@ def test_the_parent_has_name_params_and_tags(tracker, client):
     assert client.get_run(tracker.parent_run_id).info.status == "FINISHED"
 
 
+def test_the_experiment_opens_as_one_of_model_training_and_keeps_what_a_user_has_set(uri, client):
+    tracker_of(uri, "k", experiment="ours").start({}, {})
+    tags = client.get_experiment_by_name("ours").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    users = client.create_experiment("theirs", tags={"mlflow.experimentKind": "genai_development"})
+    tracker_of(uri, "k2", experiment="theirs").start({}, {})
+    tags = client.get_experiment(users).tags
+    assert tags["mlflow.experimentKind"] == "genai_development"
+    assert tags["mlflow.experiment.primaryMetric.name"] == "perplexity"
+
+
+def test_data_sets_and_a_description_are_on_the_runs_page(uri, tracker, client):
+    texts = TextSource(path="s3://bucket/c4.jsonl")
+    recipe = {"model": {"base": "hf://user/base"}, "prune": {"target": "80%"}}
+    settings = settings_from_dict(
+        recipe | {"calibration": {"source": asdict(texts)}, "evaluation": {"perplexity": asdict(texts)}}
+    )
+    for _ in range(2):  # as a resumed run does
+        again = tracker_of(uri, tracker.key)
+        again.start(summary_params(settings), {}, data_sets(settings))
+        again.describe("made by us")
+    run = client.get_run(tracker.parent_run_id)
+    inputs = {(each.dataset.name, each.tags[0].value) for each in run.inputs.dataset_inputs}
+    assert inputs == {("c4.jsonl", "calibration"), ("c4.jsonl", "evaluation")}
+    assert len(run.inputs.dataset_inputs) == 2
+    assert run.data.params == {"Base": "base", "Method": "adapt-pruner", "Target": "80%"}
+    assert run.data.tags["mlflow.note.content"] == "**adapt-pruner** made by us"
+    client.set_tag(run.info.run_id, "mlflow.note.content", "a user's words")
+    tracker_of(uri, tracker.key).describe("ours again")
+    assert client.get_run(run.info.run_id).data.tags["mlflow.note.content"] == "a user's words"
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({}, "SmolLM2-135M → 80 % adapt-pruner"),
+        ({"name": "nightly", "seed": 3}, "SmolLM2-135M → 80 % adapt-pruner (nightly, seed 3)"),
+        ({"model": {"base": "package:llm/SmolLM2.Q4_1.gguf"}}, "SmolLM2.Q4_1 → 80 % adapt-pruner"),
+        ({"model": {"base": "models:/small@champion"}}, "small@champion → 80 % adapt-pruner"),
+        ({"model": {"base": "s3://b/store/runs/0a1b/final"}}, "run 0a1b → 80 % adapt-pruner"),
+        ({"prune": {"target": "108M", "method": "flap"}}, "SmolLM2-135M → 108M flap"),
+    ],
+)
+def test_a_run_is_called_by_its_base_its_size_and_its_method(changes, title):
+    recipe = {"model": {"base": "hf://HuggingFaceTB/SmolLM2-135M"}, "prune": {"target": "80%"}}
+    recipe |= {"calibration": {"source": {"path": "x.txt"}}}
+    assert run_title(settings_from_dict(recipe | changes)) == title
+
+
 def test_another_process_finds_the_same_parent(uri, tracker, client):
     tracker.start({"seed": 3, "long": "x" * 9000}, {})
     tracker.finish("FAILED")
-    again = tracker_of(uri, tracker._key)
+    again = tracker_of(uri, tracker.key)
     again.start({"seed": 4, "amplitude": 0.02}, {})  # params are immutable in MLflow: the first stay
     assert again.parent_run_id == tracker.parent_run_id
     run = client.get_run(again.parent_run_id)
@@ -92,7 +145,7 @@ def test_logging_the_same_again_changes_nothing(uri, tracker, client):
     metrics = {"a": 1.5, "count": 3, "nan": float("nan"), "inf": float("inf"), "missing": None}
     tracker.log_phase(1, metrics)
     time.sleep(0.01)  # MLflow itself would only recognise the same millisecond
-    tracker_of(uri, tracker._key).log_phase(1, metrics | {"b": 2.0})
+    tracker_of(uri, tracker.key).log_phase(1, metrics | {"b": 2.0})
     assert series(client, tracker.parent_run_id, "a") == [(1, 1.5)]
     assert series(client, tracker.parent_run_id, "count") == [(1, 3.0)]
     assert len(series(client, tracker.parent_run_id, "nan")) == 1
@@ -108,7 +161,7 @@ def test_a_child_holds_metrics_and_curves(tracker, client):
         child.log_series("loss", [(step, 3 - step / 1000) for step in range(1500)])
     (run,) = children(client, tracker)
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "02 recover_train"
+    assert run.info.run_name == "02 recover_train · a run"
     assert (run.data.tags["adapt_pruner.phase"], run.data.tags["adapt_pruner.step"]) == ("2", "recover_train")
     assert series(client, run.info.run_id, "tokens") == [(0, 20480.0)]
     loss = series(client, run.info.run_id, "loss")
@@ -125,7 +178,7 @@ def test_a_retried_child_is_the_same_run(uri, tracker, client):
     with pytest.raises(RuntimeError, match="out of memory"):
         train()
     assert [run.info.status for run in children(client, tracker)] == ["FAILED"]
-    with tracker_of(uri, tracker._key).child(1, "calibrate") as again:
+    with tracker_of(uri, tracker.key).child(1, "calibrate") as again:
         again.log_series("loss", [(0, 3.0), (1, 2.5), (2, 2.25)])
     (run,) = children(client, tracker)
     assert run.info.status == "FINISHED"
@@ -166,26 +219,6 @@ def test_the_report_is_an_artifact_of_the_parent(tracker, client, tmp_path):
     (tmp_path / "report.html").write_text("<p>report")
     tracker.log_report(tmp_path / "report.html")
     assert [f.path for f in client.list_artifacts(tracker.parent_run_id)] == ["report.html"]
-
-
-def test_registering_makes_a_candidate_that_points_at_the_checkpoint(uri, tracker, client):
-    tracker.log_phase(2, {"perplexity": 37.25})
-    version = tracker.register("smol", "s3://models/runs/k/02", {"base": "b"}, {"perplexity": 37.25})
-    found = client.get_model_version_by_alias("smol", "candidate")
-    assert (str(found.version), found.source) == (version, "s3://models/runs/k/02")
-    assert found.run_id == tracker.parent_run_id
-    experiment = client.get_run(tracker.parent_run_id).info.experiment_id
-    models = client.search_logged_models([experiment])
-    model = next(m for m in models if m.tags["checkpoint_uri"] == "s3://models/runs/k/02")
-    assert model.status == "READY"
-    assert model.params == {"base": "b"}
-    assert {m.key: m.value for m in model.metrics} == {"perplexity": 37.25}
-    assert series(client, tracker.parent_run_id, "perplexity") == [(2, 37.25)]  # no point that is no phase
-
-    assert tracker_of(uri, tracker._key).register("smol", "s3://models/runs/k/02", {}, {}) == version
-    newer = tracker_of(uri, "next key").register("smol", "/store/runs/n/02", {}, {"perplexity": 30.0})
-    assert int(newer) == int(version) + 1
-    assert str(client.get_model_version_by_alias("smol", "candidate").version) == newer
 
 
 PROCESS = """
@@ -233,7 +266,10 @@ def test_two_processes_log_onto_one_parent_in_a_new_database_and_are_silent(tmp_
     client = tracker.client
     for name in ("left", "right"):
         assert series(client, tracker.parent_run_id, name) == [(phase, phase * 1.5) for phase in range(10)]
-    assert {run.info.run_name for run in children(client, tracker)} == {"01 left", "01 right"}
+    assert {run.info.run_name for run in children(client, tracker)} == {
+        "01 left · shared",
+        "01 right · shared",
+    }
 
     (tmp_path / "started").unlink()
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
@@ -263,13 +299,16 @@ import sys
 from pathlib import Path
 from core.settings.storage import TrackingSettings
 from core.tracking.mlflow import open_tracker
+from core.tracking.registry import register
 tracker = open_tracker(TrackingSettings(), key="k", name="n")
 tracker.start({"a": 1}, {})
 tracker.log_phase(0, {"perplexity": 1.0})
 with tracker.child(1, "calibrate") as child:
     child.log_metrics({"x": 1.0}); child.log_series("y", [(0, 1.0)])
 tracker.log_report(Path("none.html")); tracker.finish("FINISHED")
-assert tracker.register("m", "u", {}, {}) == "" and tracker.parent_run_id == "" and tracker.uri == ""
+tracker.describe("x"); tracker.log_page("x", "x.html")
+assert register(tracker, "m", "u", params={}, phase=1) == ""
+assert tracker.parent_run_id == "" and tracker.uri == ""
 assert "mlflow" not in sys.modules
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}

@@ -125,9 +125,10 @@ def test_perplexities_are_no_accuracies():
         params=1,
         target_params=1,
         layers=(),
-        tasks={"wikitext": {"word_perplexity": 9.0}, "q": {"acc": 0.3}},
+        tasks={"wikitext": {"word_perplexity": 9.0}, "q": {"acc": 0.3}, "preset": {"average": 0.4}},
     )
     assert accuracies(phase) == {"q": 0.3}
+    assert headline_metric(phase.tasks["preset"]) == ("average", 0.4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
 from core.training import distillation as module
 from core.training.distillation import distill, mean_divergence
+from core.training.state import read_state, state_tensors, write_state
 from tests.support.models import CONFIGS, Float64Throughout, random_tokens, tiny
 from tests.support.training import weights
 
@@ -142,3 +143,24 @@ def test_a_rate_that_is_too_high_ends_in_one_line(monkeypatch):
     with pytest.raises(TrainingError, match=r"step \d+ of 12: .*Lower prune.distill_rate \(it is 1e\+30\)"):
         distilled(student, teacher, rate=1e30)
     assert final_states(teacher, TOKENS).isfinite().all()
+
+
+def test_a_killed_distillation_goes_on_bit_for_bit(tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def save(optimizer, progress):
+        if len(progress.losses) == 5:
+            write_state(tmp_path / "state", state_tensors(student, optimizer), progress, belongs_to={})
+            raise KilledError
+
+    undisturbed, teacher = pair()
+    expected = distilled(undisturbed, teacher)
+    student = pair()[0]
+    with pytest.raises(KilledError):
+        distilled(student, teacher, save=save)
+    student = pair()[0]
+    report = distilled(student, teacher, resume_from=read_state(tmp_path / "state"))
+    assert report.divergences == expected.divergences
+    assert len(report.divergences) == 12
+    assert torch.equal(weights(student), weights(undisturbed))

@@ -20,7 +20,7 @@ from core.training import recover as training
 from core.training.measures import DivergenceWatch, step_flops
 from core.training.recover import held_out_loss, recover
 from core.training.rows import Rows
-from core.training.state import read_state, write_state
+from core.training.state import read_state, state_tensors, write_state
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
 from tests.support.project import recipe_with, resolve, run_phase
 from tests.support.training import training_settings, weights
@@ -54,11 +54,12 @@ def test_each_step_has_a_point_of_each_curve():
     tokens = random_tokens(rows=12)
     rows = Rows(tokens, some_trained(tokens))
     report = train(tiny("llama", UNEQUAL), rows, first_step=7)
-    names = ("gradient_norm", "step_tokens_per_s", "peak_memory_bytes", "model_flops_per_s")
+    names = ("gradient_norm", "step_tokens_per_s", "peak_memory_bytes", "model_flops_per_s", "time_left_s")
     assert sorted(report.series) == sorted(names), "no utilisation on a CPU, whose peak is not known"
     for points in report.series.values():
         assert [step for step, _ in points] == [7, 8, 9]
-        assert all(value > 0 for _, value in points)
+        assert all(value > 0 for _, value in points[:-1])
+    assert report.series["time_left_s"][-1] == (9, 0), "nothing is left"
     rates, flops = report.series["step_tokens_per_s"], report.series["model_flops_per_s"]
     for number, ((_, rate), (_, found)) in enumerate(zip(rates, flops, strict=True)):
         counted = rows.part(4 * number, 4).trained_tokens
@@ -142,7 +143,7 @@ def test_curves_are_part_of_a_state_and_earlier_states_have_none(tmp_path):
 
     def save(optimizer, progress):
         folder = tmp_path / str(len(saved))
-        write_state(folder, model, optimizer, progress, belongs_to={})
+        write_state(folder, state_tensors(model, optimizer), progress, belongs_to={})
         saved.append((dict(progress.series), read_state(folder).progress.series))
 
     held = Rows(tokens[:2], torch.ones_like(tokens[:2]))

@@ -117,10 +117,27 @@ def test_a_bfloat16_teacher_under_autocast_comes_close():
     ("changes", "said"),
     [
         ({"distillation_weight": 0.9}, "distillation_weight=0.9 needs a teacher. Set teacher to base"),
-        ({"temperature": 2.0}, "temperature=2 needs a teacher"),
+        ({"temperature": 2.0}, r"temperature=2\.0 needs a teacher"),
         ({"teacher": "base", "distillation_weight": 0.0}, "distillation_weight=0 leaves a teacher nothing"),
         ({"teacher": "base", "distillation_weight": 1.5}, r"distillation_weight=1.5 must"),
         ({"teacher": "base", "temperature": 0.0}, r"temperature=0.0 must"),
+        ({"teacher_logits": "stored"}, "teacher_logits=stored needs a teacher. Set teacher to base"),
+        ({"teacher": "base", "teacher_top_k": 9}, "teacher_top_k=9 is of what is stored. Set teacher_logits"),
+        ({"teacher": "base", "teacher_logits": "stored", "teacher_top_k": 0}, "teacher_top_k=0 must"),
+        (
+            {"teacher": "base", "teacher_logits": "stored", "nodes": 2},
+            "teacher_logits=stored is of one node. Set nodes to 1",
+        ),
+        ({"hidden_weight": 1.0}, r"hidden_weight=1\.0 needs a teacher"),
+        (
+            {"teacher": "base", "teacher_logits": "stored", "hidden_weight": 1.0},
+            "hidden_weight=1 compares hidden states, of which none are stored. Set teacher_logits to live",
+        ),
+        ({"teacher": "base", "hidden_layers": [0]}, "hidden_layers has no effect without hidden_weight"),
+        (
+            {"teacher": "base", "hidden_weight": 1.0, "hidden_layers": [2, 2]},
+            "hidden_layers=2, 2 must be different numbers",
+        ),
         ({"teacher": "larger"}, "teacher=larger must be one of none, base"),
     ],
 )
@@ -140,4 +157,6 @@ def test_a_teacher_is_another_run_and_no_teacher_the_run_that_it_was():
     assert digest() == digest(teacher="none", distillation_weight=0.5, temperature=1.0)
     taught = [digest(teacher="base"), digest(teacher="base", distillation_weight=1.0)]
     taught.append(digest(teacher="base", temperature=2.0))
-    assert len({digest(), *taught}) == 4
+    taught += [digest(teacher="base", hidden_weight=1.0, hidden_layers=layers) for layers in ([], [1])]
+    assert taught[0] == digest(teacher="base", hidden_weight=0.0, hidden_layers=[])
+    assert len({digest(), *taught}) == 6

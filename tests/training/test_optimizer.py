@@ -6,7 +6,7 @@ from core.training import optimizer as optimizer_module
 from core.training.optimizer import HostAdamW, adamw, device_of_moments
 from core.training.recover import recover
 from core.training.rows import Rows
-from core.training.state import check_fits, read_state, restore_state, write_state
+from core.training.state import check_fits, read_state, restore_state, state_tensors, write_state
 from tests.support.models import UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings, weights
 
@@ -54,7 +54,7 @@ def test_moments_of_the_host_are_saved_and_restored_there(tmp_path):
     from core.training.state import TrainingProgress
 
     progress = TrainingProgress(losses=[(0, 1.0, 0.1)])
-    state = write_state(tmp_path / "state", model, optimizer, progress, belongs_to={})
+    state = write_state(tmp_path / "state", state_tensors(model, optimizer), progress, belongs_to={})
     check_fits(read_state(state.directory), model)
     other = adamw(model.parameters(), training_settings(moments="host"))
     restore_state(state, model, other)

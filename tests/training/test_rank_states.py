@@ -17,14 +17,11 @@ from core.errors import CheckpointError, TrainingError
 from core.model.build import load_model
 from core.model.checkpoint import save_model
 from core.model.shape import LayerShape
-from core.quantities import Interval
 from core.storage.store import open_store
+from core.training.job import TrainingJob, train_here
 from core.training.parallel.parts import merged
 from core.training.parallel.ranks import Ranks
-from core.training.parallel.training import RankJob, recover_by_ranks
-from core.training.recover import recover
-from core.training.resume import SavedStates
-from core.training.rows import read_rows
+from core.training.parallel.training import recover_by_ranks
 from core.training.state import STATE
 from tests.support.models import random_tokens, tiny
 from tests.support.training import training_settings, weights
@@ -37,7 +34,7 @@ LAYERS = (
     LayerShape(query_heads=4, kv_heads=2, mlp_width=40),
     LayerShape(query_heads=5, kv_heads=1, mlp_width=7),
 )
-SETTINGS = training_settings(global_batch=4, micro_batch=1)
+SETTINGS = training_settings(global_batch=4, micro_batch=1, save_every="1 steps")
 
 
 @contextlib.contextmanager
@@ -60,26 +57,22 @@ def dying(uri):
 
 
 def job_of(folder, uri, ranks, explaining=contextlib.nullcontext):
-    saving = {
-        "uri": uri,
-        "folder": folder / "states",
-        "every": Interval(steps=1),
-        "belongs_to": {"checkpoint": "c"},
-    }
-    return RankJob(
-        ranks=ranks,
-        device="cpu",
-        sharded=True,
+    return TrainingJob(
         checkpoint=folder.parent / "checkpoint",
         base=None,
         rows=folder.parent / "rows.safetensors",
         held_out=folder.parent / "held-out.safetensors",
         settings=SETTINGS,
+        ranks=ranks,
+        sharded=True,
+        device="cpu",
         seed=3,
         first_step=FIRST_STEP,
         total_steps=30,
-        saving=saving,
+        states_uri=uri,
+        belongs_to={"checkpoint": "c"},
         explaining=explaining,
+        live=contextlib.nullcontext,
         scratch=folder / "scratch",
     )
 
@@ -87,16 +80,12 @@ def job_of(folder, uri, ranks, explaining=contextlib.nullcontext):
 def train(job, by_ranks):
     """Train as the step does, from what is saved; return the report, the weights and the moments."""
     model, left = load_model(job.checkpoint), []
-    with SavedStates(**job.saving) as states:
+    with job.states() as states:
         state = states.newest(model, first_step=FIRST_STEP)
         if by_ranks:
             report = recover_by_ranks(job, model, resume_from=state, hand_on=left.append, method="forkserver")
         else:
-            rows, held_out = read_rows(job.rows), read_rows(job.held_out)
-            steps = {"first_step": job.first_step, "total_steps": job.total_steps}
-            report = recover(
-                model, rows, SETTINGS, held_out=held_out, resume_from=state, hand_on=left.append, **steps
-            )
+            report = train_here(job, model, resume_from=state, hand_on=left.append)
     (optimizer,) = left
     moments = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in model.parameters()])
     return report, weights(model), moments
@@ -112,6 +101,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_one_error_and_one_or_four_ranks_resume(folder, caplog):
     caplog.set_level(logging.INFO, "core")
     uri = str(folder / "states-of-two")
@@ -154,21 +144,21 @@ def test_parts_that_are_missing_or_twice_make_no_state(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / STATE).write_text("{}")
     put(1, 0, 2), put(2, 2, 1)
-    folder = merged(tmp_path / "state", tmp_path / "whole")
+    folder = merged([tmp_path / "state"], tmp_path / "whole")
     whole = load_file(folder / "state-00001.safetensors")
     assert whole["weight.w"].tolist() == [[0, 1], [2, 3], [20, 21]]
     assert whole["step.w"] == 1
     assert json.loads((folder / STATE).read_text()) == {"shards": 1}
-    assert merged(folder, tmp_path / "unused") == folder
+    assert merged([folder], tmp_path / "unused") == folder
     put(2, 3, 1)
     with pytest.raises(CheckpointError, match=r"parts of weight\.w are missing"):
-        merged(tmp_path / "state", tmp_path / "with-a-gap")
+        merged([tmp_path / "state"], tmp_path / "with-a-gap")
     put(2, 1, 2)
     with pytest.raises(CheckpointError, match=r"or there twice"):
-        merged(tmp_path / "state", tmp_path / "with-a-row-twice")
+        merged([tmp_path / "state"], tmp_path / "with-a-row-twice")
     put(2, 2, 1).write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"holds no whole state"):
-        merged(tmp_path / "state", tmp_path / "damaged")
+        merged([tmp_path / "state"], tmp_path / "damaged")
 
 
 def assert_same_curves(report, expected):

@@ -5,6 +5,7 @@ import multiprocessing
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from core.training.adapters import add_adapters
 from core.training.objective import Teacher
@@ -14,7 +15,7 @@ from core.training.parallel.sharding import shard
 from core.training.recover import recover
 from core.training.rows import Rows
 from tests.support.models import UNEQUAL, random_tokens, tiny
-from tests.support.training import training_settings
+from tests.support.training import HostCopies, training_settings
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -44,7 +45,8 @@ def train(ranks, family, dtype=torch.float64, **changes):
     teacher = None
     if "teacher" in changes:
         dense = tiny(family, dtype=dtype, seed=1).requires_grad_(False)
-        teacher = Teacher(model=dense, weight=0.5, temperature=changes["temperature"])
+        temperature, hidden = changes["temperature"], changes["hidden_weight"]
+        teacher = Teacher(model=dense, weight=0.5, temperature=temperature, hidden_weight=hidden)
     if "lora_rank" in changes:
         torch.manual_seed(0)
         add_adapters(model, changes["lora_rank"])
@@ -57,6 +59,7 @@ def train(ranks, family, dtype=torch.float64, **changes):
             norms.append(super().clip_gradients(parameters, limit).item())
             return torch.tensor(norms[-1])
 
+    modeling_utils.save_on_cpu = HostCopies
     settings = training_settings(global_batch=8, micro_batch=2, **changes)
     ranks = Noting(rank=ranks.rank, size=ranks.size, sharded=ranks.sharded)
     report = recover(model, rows(), settings, teacher=teacher, first_step=0, total_steps=100, ranks=ranks)
@@ -72,9 +75,9 @@ def train_all(rank, size, sharded, cases):
 
 CASES = [
     ("llama", {}),
-    ("llama-tied", {"gradient_checkpointing": True}),
+    ("llama-tied", {"gradient_checkpointing": True, "layer_inputs": "host"}),
     ("gemma2", {"max_grad_norm": 0}),
-    ("llama", {"teacher": "base", "temperature": 2.0}),
+    ("llama", {"teacher": "base", "temperature": 2.0, "hidden_weight": 0.5}),
     ("llama-tied", {"dtype": torch.float32}),
     ("llama", {"dtype": torch.float32, "precision": "bfloat16"}),
     ("llama", {"lora_rank": 2}),  # the last one: adapters are not sharded

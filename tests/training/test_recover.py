@@ -3,12 +3,15 @@ import math
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import modeling_utils
 
 from core.errors import TrainingError
+from core.model.simulation import simulate_training
+from core.training.adapters import add_adapters
 from core.training.recover import recover
 from core.training.rows import Rows
 from tests.support.models import UNEQUAL, random_tokens, tiny
-from tests.support.training import training_settings, weights
+from tests.support.training import HostCopies, training_settings, weights
 
 RATES = dict(learning_rate=1e-3, min_learning_rate=1e-4)
 
@@ -107,6 +110,28 @@ def test_gradient_checkpointing_changes_no_number():
         train(model, tokens, gradient_checkpointing=name == "frugal")
     assert runs == {"plain": 2, "frugal": 4}, "each layer runs again for its backward pass"
     torch.testing.assert_close(weights(models["plain"]), weights(models["frugal"]))
+
+
+@pytest.mark.parametrize(("precision", "lora_rank"), [("float32", 0), ("bfloat16", 2)])
+def test_inputs_of_layers_in_host_memory_change_no_bit(monkeypatch, precision, lora_rank):
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", HostCopies)
+    monkeypatch.setattr(HostCopies, "sizes", [])
+    tokens, found = random_tokens(rows=8), []
+    for place in ("device", "host"):
+        model = tiny("llama-tied", UNEQUAL, dtype=torch.float32)
+        if lora_rank:
+            torch.manual_seed(0)
+            add_adapters(model, lora_rank)
+        frugal = dict(gradient_checkpointing=True, layer_inputs=place, precision=precision)
+        report = train(model, tokens, micro_batch=2, **frugal)
+        found.append((report.losses, report.series["gradient_norm"], weights(model).tolist()))
+    assert found[0] == found[1]
+    simulated = simulate_training(
+        model.config, 2, 12, autocast=precision == "bfloat16", checkpointing=True, device="cpu",
+        offload=True, lora_rank=lora_rank,
+    )  # fmt: skip
+    assert HostCopies.sizes == 4 * list(simulated.handed_over), "in each of 4 micro-batches"
+    assert simulated.handed_over == (2 * 12 * 48 * 4,) * 3
 
 
 def poisoned(model, what, step):

@@ -1,16 +1,20 @@
 """Training that is killed and started again, with its states in a folder and on a real S3 server."""
 
 import contextlib
+import functools
 import logging
 import threading
+import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from core.quantities import Interval, parse_interval
 from core.storage.interface import join_uri
 from core.storage.publication import open_publication, publish
 from core.storage.store import open_store
+from core.training import pace, resume, state
 from core.training.recover import recover
 from core.training.resume import SavedStates, remove_states
 from core.training.rows import Rows
@@ -349,3 +353,37 @@ def test_states_that_cannot_be_removed_are_logged(s3_server, s3_store_uri, tmp_p
         remove_states(s3_store_uri)
     assert "training states that are no longer needed could not be removed: " in log.text
     assert states_at(s3_store_uri) == ["000012"]
+
+
+@pytest.mark.parametrize("room", [2**40, 0], ids=["copied", "written first"])
+def test_a_state_is_that_of_its_step_however_late_it_is_written(room, tmp_path, monkeypatch, log):
+    uri, release, written_by = str(tmp_path / "store"), threading.Event(), []
+    monkeypatch.setattr(resume, "spare_bytes", lambda: room)
+
+    def late(tensors, path):
+        written_by.append(threading.current_thread().name)
+        if threading.current_thread() is not threading.main_thread():
+            assert release.wait(60)
+        return save_file(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", late)
+
+    def at_step(step):
+        if step == 5:  # the weights of step 3 have changed twice
+            release.set()
+
+    with pytest.raises(StoppedError):
+        attempt(uri, tmp_path / "one", every=Interval(steps=3), stop=5, at_step=at_step)
+    assert {name == "MainThread" for name in written_by} == {not room}
+    assert states_at(uri) == ["000013"]
+    assert_undisturbed(attempt(uri, tmp_path / "two", seed=3), tmp_path)
+
+
+def test_auto_measures_what_it_costs_and_saves_by_that(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(resume, "Pace", functools.partial(pace.Pace, least_s=1e-3))
+    uri = str(tmp_path / "store")
+    with pytest.raises(StoppedError):
+        attempt(uri, tmp_path / "one", every=None, stop=4, settled=True, at_step=lambda _: time.sleep(0.2))
+    assert log.text.count("training stood still for 0.") == log.text.count("saved the training state") > 0
+    assert log.text.count("saving costs 0.") == 1
+    assert_undisturbed(attempt(uri, tmp_path / "two", seed=3), tmp_path)

@@ -13,7 +13,14 @@ from core.model.build import build_model
 from core.training import state as state_module
 from core.training.recover import recover
 from core.training.rows import Rows
-from core.training.state import TrainingProgress, check_fits, read_state, restore_state, write_state
+from core.training.state import (
+    TrainingProgress,
+    check_fits,
+    read_state,
+    restore_state,
+    state_tensors,
+    write_state,
+)
 from tests.support.models import SIZES, UNEQUAL, random_tokens, tiny
 from tests.support.training import training_settings, weights
 
@@ -54,7 +61,7 @@ def state_after(steps, model, folder, *, resume_from=None, **changes):
 
     def save(optimizer, progress):
         if len(progress.losses) == steps:
-            write_state(folder, model, optimizer, progress, belongs_to={"a": "b"})
+            write_state(folder, state_tensors(model, optimizer), progress, belongs_to={"a": "b"})
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -150,7 +157,7 @@ def test_time_and_tokens_of_earlier_attempts_count(tmp_path):
     def save(optimizer, progress):
         long = TrainingProgress(losses=progress.losses, trained_tokens=progress.trained_tokens, seconds=1e4)
         if len(progress.losses) == 2:
-            write_state(tmp_path / "state", model, optimizer, long, belongs_to={})
+            write_state(tmp_path / "state", state_tensors(model, optimizer), long, belongs_to={})
 
     train(model, save=save)
     report = train(unequal("llama")(1), resume_from=read_state(tmp_path / "state"))
@@ -163,7 +170,7 @@ def test_progress_survives_a_round_trip(tmp_path):
     losses = [(7, float("nan"), 0.1 + 0.2), (8, float("inf"), 5e-324)]
     progress = TrainingProgress(losses=losses, trained_tokens=2**60, seconds=1 / 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    write_state(tmp_path / "s", model, optimizer, progress, belongs_to={"a": "b"})
+    write_state(tmp_path / "s", state_tensors(model, optimizer), progress, belongs_to={"a": "b"})
     state = read_state(tmp_path / "s")
     assert repr(state.progress) == repr(progress)
     assert state.progress.next_step == 9
@@ -285,7 +292,7 @@ def test_a_disk_that_takes_no_state_is_a_storage_error(tmp_path):
 
     def write(folder):
         with pytest.raises(StorageError, match=r"cannot be (read or )?written: ") as caught:
-            write_state(folder, model, optimizer, progress, belongs_to={})
+            write_state(folder, state_tensors(model, optimizer), progress, belongs_to={})
         return str(caught.value)
 
     (tmp_path / "file").touch()

@@ -216,6 +216,7 @@ def test_killed_at_any_moment(processes, job_in, tmp_path, s3_store_uri):
     note(TABLE, "recover-train (s3, float32) is killed at random moments until it is done", happened, kills)
 
 
+@pytest.mark.slow
 def test_the_time_of_earlier_attempts_is_taken_over(processes, job_in, tmp_path):
     job = job_in(str(tmp_path / "store"))
     run_in_a_process(processes, job, ("saved", 1))
@@ -243,6 +244,7 @@ def test_what_lies_in_the_folder_of_a_checkpoint_is_not_published_with_it(job_in
     final = run_publish(
         run=job["given"]["run"],
         checkpoint_uri=job["uri"],
+        result=Artifact(tmp_path / "result"),
         report=Artifact(tmp_path / "report"),
         model=Artifact(tmp_path / "final-model"),
     )

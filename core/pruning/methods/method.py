@@ -25,6 +25,8 @@ def decision_of(settings: PruneSettings, opened: Callable[[], OpenedModel]) -> D
             return flap.plan_step
         case "shortgpt":
             return shortgpt.plan_step
+        case "minitron" if settings.narrows:
+            return minitron.width_decision(opened())
         case "minitron-depth":
             return minitron.depth_decision(opened())
         case "slicegpt":

@@ -9,31 +9,42 @@ with a learnt logit a. A Lagrangian, its multipliers by gradient ascent, pulls t
 that are not 0 to that of the target shape, in each layer and for each kind. In the end the highest logits of
 each layer stay, exactly as many as the shape has, and what is left of their masks goes into the weights.
 
-Left out: masks of layers and of the hidden size, and batches that are shared out among domains by their loss,
-as there is one calibration corpus. Our choice: the logits start at ``START``, and the shape is uniform.
+Where embedding channels are to go (``prune.hidden_size``), each has a mask, too, the same in all layers: it
+multiplies the signal before each norm, whose mean is over the channels that are not 0.
+
+Where layers are to go (``prune.layers``), each has a mask of what its attention and its MLP add to the
+signal.
+
+Left out: batches that are shared out among domains by their loss, as there is one calibration corpus, and
+rows of the training mixture hold several sources. Our choice: the logits start at ``START``, and the shape is
+uniform.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import TrainingError
+from core.model.build import model_shape
 from core.model.checkpoint import model_parts
 from core.model.config import layer_shapes
-from core.model.families import family_of
+from core.model.layerwise import LayerwiseModel
 from core.model.loss import final_states, loss_gradient
 from core.model.shape import LayerShape
 from core.progress import Progress
+from core.pruning.methods.masks import HIDDEN, LAYERS, Masks, masked, put_into_weights
+from core.pruning.methods.minitron import narrowed_config, narrowed_parts
 from core.pruning.methods.opened import OpenedModel
-from core.pruning.plan import LayerPlan, select_groups
-from core.pruning.planning import DecideStep, Step, StepRequest, plan_step
+from core.pruning.methods.shortgpt import fewest_layers, step_without
+from core.pruning.plan import LayerPlan
+from core.pruning.planning import DecideStep, Step, StepRequest, plan_step, sizing_for, step_to
 from core.pruning.scoring.statistics import LayerScores
+from core.pruning.sparsity import smallest_params
 from core.quantities import parse_count
 
 if TYPE_CHECKING:
@@ -45,9 +56,6 @@ START = 2.5
 RAMP = 0.2
 """Share of the steps in which the target goes from the dense shape to the one that is asked for."""
 _MAX_GRAD_NORM = 1.0
-
-Masks = Mapping[tuple[int, str], Tensor]
-"""A value for each group, by the number of the layer and the projection that reads its outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +85,15 @@ def masking_decision(opened: OpenedModel) -> DecideStep:
     """Return what decides a step by masks that are learnt on an opened model, beside its weights."""
 
     def decide(given: StepRequest) -> Step:
-        step, settings, model = plan_step(given), given.settings, opened.model.model
-        if step.shape == given.current:
+        settings, model = given.settings, opened.model.model
+        config, whole = model.config, given.current
+        if settings.narrows:
+            config = narrowed_config(config, settings, given.target_params)
+            given = replace(given, dense=model_shape(config), current=model_shape(config))
+        current = given.current
+        depth = fewest_layers(settings, current, given.target_params)
+        step = plan_step(replace(given, target_params=_at_full_depth(given, depth)))
+        if step.shape == whole and depth == len(whole.layers):
             return step
         batch = -(-parse_count(settings.distill_batch_tokens) // opened.tokens.shape[1])
         training = MaskTraining(
@@ -91,23 +106,55 @@ def masking_decision(opened: OpenedModel) -> DecideStep:
             seed=opened.seed,
         )
         started = time.monotonic()
-        logits, losses = learn_masks(model, opened.tokens, step.shape.layers, training)
-        plans = tuple(
-            select_groups(_scores(index, now, logits), now, after)
-            for index, (now, after) in enumerate(zip(given.current.layers, step.shape.layers, strict=True))
+        logits, losses = learn_masks(
+            model,
+            opened.tokens,
+            step.shape.layers,
+            training,
+            hidden_size=config.hidden_size,
+            depth=depth,
         )
-        with torch.no_grad():
-            for (index, path), columns in _columns(model, final_masks(model, logits, plans)).items():
-                _projection(model, index, path).weight.mul_(columns)
-        opened.remake(model.config, model_parts(model))
+        scores = (
+            _scores(index, now, logits, own)
+            for index, (now, own) in enumerate(zip(current.layers, given.statistics.scores, strict=True))
+        )
+        given = replace(given, statistics=replace(given.statistics, scores=tuple(scores)))
+        if LAYERS in logits:
+            stay = _highest(logits[LAYERS], depth).tolist()
+            step = step_without(given, frozenset(range(len(current.layers))).difference(stay))
+        else:
+            step = step_to(
+                given.statistics,
+                step.shape.layers,
+                current=current,
+                importance=step.importance,
+                sparsity=step.sparsity,
+            )
+        put_into_weights(model, final_masks(model, logits, step.layers, config.hidden_size))
+        if settings.narrows:
+            kept = _highest(logits[HIDDEN], config.hidden_size)
+            opened.remake(config, narrowed_parts(LayerwiseModel(model), config, kept))
+        else:
+            opened.remake(config, model_parts(model))
         opened.figures.update(
             mask_s=time.monotonic() - started,
             mask_tokens=len(losses) * batch * opened.tokens.shape[1],
             mask_losses=losses,
         )
-        return replace(step, layers=plans)
+        return step
 
     return decide
+
+
+def _at_full_depth(given: StepRequest, depth: int) -> int:
+    """Return the parameters of a model of all layers, as large each as ``depth`` of them at the target."""
+    current, target_params = given.current, given.target_params
+    if depth == len(current.layers):
+        return target_params
+    shallow = current.with_layers(current.layers[:depth])
+    smallest_params(sizing_for(given.settings, shallow, shallow), target_params)
+    inside = (target_params - current.outside_params) * len(current.layers) / depth
+    return min(current.num_params(), current.outside_params + round(inside))
 
 
 def sampled(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -127,7 +174,13 @@ def _stretched(share: Tensor) -> Tensor:
 
 
 def learn_masks(
-    model: "PreTrainedModel", tokens: Tensor, shape: Sequence[LayerShape], training: MaskTraining
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    shape: Sequence[LayerShape],
+    training: MaskTraining,
+    *,
+    hidden_size: int,
+    depth: int,
 ) -> tuple[Masks, list[float]]:
     """Train the weights of a model, in place, and masks of its groups.
 
@@ -139,6 +192,8 @@ def learn_masks(
         shape: Sizes of each layer to reach: fewer KV heads with as many query heads each, or fewer query
             heads each, and narrower MLPs.
         training: How.
+        hidden_size: Embedding channels to reach.
+        depth: Layers to reach.
 
     Returns:
         The logits, and the loss of each step under the masks that were drawn for it, in nats a token.
@@ -147,7 +202,7 @@ def learn_masks(
         TrainingError: If a loss or the gradient norm is not finite.
     """
     generator = torch.Generator().manual_seed(training.seed)
-    logits, targets = _open_masks(model, shape)
+    logits, targets = _open_masks(model, shape, hidden_size, depth)
     # A multiplier of the gap and one of its square for each layer and kind.
     multipliers = torch.zeros(2, len(logits), dtype=model.dtype, device=model.device, requires_grad=True)
     weights = list(model.requires_grad_(True).train().parameters())
@@ -186,25 +241,21 @@ def learn_masks(
 
 
 def _open_masks(
-    model: "PreTrainedModel", shape: Sequence[LayerShape]
+    model: "PreTrainedModel", shape: Sequence[LayerShape], hidden_size: int, depth: int
 ) -> tuple[dict[tuple[int, str], Tensor], dict[tuple[int, str], float]]:
-    """Return logits for the groups of each layer and kind that loses some, and the share that stays."""
-    logits: dict[tuple[int, str], Tensor] = {}
-    targets: dict[tuple[int, str], float] = {}
+    """Return logits for the units of each layer and kind that loses some, and the share that stays."""
+    sizes = {HIDDEN: (model.config.hidden_size, hidden_size), LAYERS: (len(shape), depth)}
     for index, (now, after) in enumerate(zip(layer_shapes(model.config), shape, strict=True)):
-        heads = (now.kv_heads, after.kv_heads)
-        if after.kv_heads == now.kv_heads:
-            heads = (now.query_heads, after.query_heads)
-        for path, (count, kept) in (
-            ("self_attn.o_proj", heads),
-            ("mlp.down_proj", (now.mlp_width, after.mlp_width)),
-        ):
-            if kept < count:
-                logits[index, path] = torch.full(
-                    (count,), START, dtype=model.dtype, device=model.device, requires_grad=True
-                )
-                targets[index, path] = kept / count
-    return logits, targets
+        whole = after.kv_heads == now.kv_heads
+        heads = (now.query_heads, after.query_heads) if whole else (now.kv_heads, after.kv_heads)
+        sizes[index, "self_attn.o_proj"] = heads
+        sizes[index, "mlp.down_proj"] = (now.mlp_width, after.mlp_width)
+    masked = {key: (count, kept) for key, (count, kept) in sizes.items() if kept < count}
+    logits = {
+        key: torch.full((count,), START, dtype=model.dtype, device=model.device, requires_grad=True)
+        for key, (count, _) in masked.items()
+    }
+    return logits, {key: kept / count for key, (count, kept) in masked.items()}
 
 
 def _gradients(
@@ -225,49 +276,29 @@ def _gradients(
     return total, gradients
 
 
-def final_masks(model: "PreTrainedModel", logits: Masks, plans: Sequence[LayerPlan]) -> Masks:
-    """Return the masks in the end: 0 for groups that go, and without chance for those that stay."""
+def final_masks(
+    model: "PreTrainedModel", logits: Masks, plans: Sequence[LayerPlan], hidden_size: int
+) -> Masks:
+    """Return the masks in the end: 0 for what goes, and without chance for what stays."""
     masks = {}
     for (index, path), a in logits.items():
-        kept = list(plans[index].mlp_channels)
-        if path == "self_attn.o_proj":
+        if (index, path) == HIDDEN:
+            kept = _highest(a, hidden_size).tolist()
+        elif (index, path) == LAYERS:
+            kept = [number for number, plan in enumerate(plans) if plan.stays]
+        elif path == "self_attn.o_proj":
             a = _of_heads(a, layer_shapes(model.config)[index])
             kept = list(plans[index].query_heads)
+        else:
+            kept = list(plans[index].mlp_channels)
         masks[index, path] = mask = torch.zeros_like(a)
         mask[kept] = _stretched(torch.sigmoid(a))[kept]
     return masks
 
 
-@contextlib.contextmanager
-def masked(model: "PreTrainedModel", masks: Masks) -> Iterator[None]:
-    """Multiply the outputs of groups by their masks within the block."""
-
-    def multiply(columns: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda _, given: (given[0] * columns.to(given[0].dtype),)
-
-    hooks = [
-        _projection(model, index, path).register_forward_pre_hook(multiply(columns))
-        for (index, path), columns in _columns(model, masks).items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _columns(model: "PreTrainedModel", masks: Masks) -> dict[tuple[int, str], Tensor]:
-    """Return the mask of each input of the projections."""
-    return {
-        key: mask.repeat_interleave(_projection(model, *key).in_features // len(mask))
-        for key, mask in masks.items()
-    }
-
-
-def _projection(model: "PreTrainedModel", index: int, path: str) -> nn.Linear:
-    linear = model.get_submodule(f"{family_of(model.config).layers}.{index}.{path}")
-    assert isinstance(linear, nn.Linear), "what reads groups is a linear map"
-    return linear
+def _highest(logits: Tensor, count: int) -> Tensor:
+    """Return the places of the highest logits, ascending; the first of equals stay."""
+    return logits.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _of_heads(a: Tensor, layer: LayerShape) -> Tensor:
@@ -275,9 +306,10 @@ def _of_heads(a: Tensor, layer: LayerShape) -> Tensor:
     return a.repeat_interleave(layer.query_heads // len(a))
 
 
-def _scores(index: int, now: LayerShape, logits: Masks) -> LayerScores:
-    heads = _of_heads(logits.get((index, "self_attn.o_proj"), torch.zeros(now.kv_heads)).cpu(), now)
-    channels = logits.get((index, "mlp.down_proj"), torch.zeros(now.mlp_width)).cpu()
+def _scores(index: int, now: LayerShape, logits: Masks, own: LayerScores) -> LayerScores:
+    """Return the logits of a layer's groups; ``own`` scores where they have no masks."""
+    heads = _of_heads(logits.get((index, "self_attn.o_proj"), own.query_heads).cpu(), now)
+    channels = logits.get((index, "mlp.down_proj"), own.mlp_channels).cpu()
     return LayerScores(
         query_heads=heads, kv_groups=heads.view(now.kv_heads, -1).amax(dim=1), mlp_channels=channels
     )

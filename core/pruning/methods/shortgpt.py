@@ -7,10 +7,14 @@ that stay, the same share of each, by the magnitude of their channels. So the si
 from collections.abc import Sequence
 from dataclasses import replace
 
+from core.errors import TargetError
 from core.model.shape import ModelShape
 from core.pruning.plan import LayerPlan
 from core.pruning.planning import Step, StepRequest, importance_of, sizing_for, step_to
 from core.pruning.sparsity import sizes_for_target
+from core.quantities import is_share, parse_count
+from core.settings.methods import WHOLE_LAYERS
+from core.settings.prune import PruneSettings
 
 _GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
 
@@ -18,7 +22,33 @@ _GONE = LayerPlan(query_heads=(), kv_heads=(), mlp_channels=())
 def plan_step(given: StepRequest) -> Step:
     """Decide the step of a phase: which layers go, and the widths of the others."""
     similarities = given.statistics.similarities.tolist()
-    return step_without(given, _layers_that_go(similarities, given.current, least_params(given)))
+    fewest = fewest_layers(given.settings, given.current, given.target_params)
+    return step_without(given, _layers_that_go(similarities, given.current, least_params(given), fewest))
+
+
+def fewest_layers(settings: PruneSettings, shape: ModelShape, target_params: int) -> int:
+    """Return how many layers of a model stay at least: those that ``settings.layers`` asks for, if it does.
+
+    Raises:
+        TargetError: If those are all, or might have fewer parameters than the target.
+    """
+    asked, whole = settings.layers, len(shape.layers)
+    if asked == "auto":
+        return 1 if settings.method in WHOLE_LAYERS else whole
+    share = float(asked.strip(" %")) / 100 if is_share(asked) else None
+    count = parse_count(asked) if share is None else max(1, round(whole * share))
+    if count >= whole:
+        raise TargetError(
+            f"prune.layers={asked} leaves all {whole} layers of the model. Lower it, or leave it out."
+        )
+    smallest = sorted(shape.layers, key=shape.layer_num_params)[:count]
+    params = shape.with_layers(tuple(smallest)).num_params()
+    if params + settings.width_multiple * shape.mlp_channel_params / 2 < target_params:
+        raise TargetError(
+            f"prune.layers={asked} alone leaves {params:,} parameters ({count} of {whole} layers), fewer "
+            f"than the target of {target_params:,}. Raise it, or lower prune.target."
+        )
+    return count
 
 
 def least_params(given: StepRequest) -> float:
@@ -62,11 +92,11 @@ def step_without(given: StepRequest, gone: frozenset[int]) -> Step:
 
 
 def _layers_that_go(
-    similarities: Sequence[float], current: ModelShape, least_params: float
+    similarities: Sequence[float], current: ModelShape, least_params: float, fewest: int
 ) -> frozenset[int]:
-    """Return the most similar layers, as many as leave ``least_params``, and at least one layer."""
+    """Return the most similar layers, as many as leave ``least_params``, and at least ``fewest`` layers."""
     gone, params = set[int](), current.num_params()
-    for index in sorted(range(len(similarities)), key=lambda i: (-similarities[i], i))[:-1]:
+    for index in sorted(range(len(similarities)), key=lambda i: (-similarities[i], i))[:-fewest]:
         params -= current.layer_num_params(current.layers[index])
         if params < least_params:
             break

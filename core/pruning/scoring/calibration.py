@@ -23,8 +23,9 @@ from core.progress import tracked
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.copies import Arrival, ahead, copies_for
 from core.pruning.scoring.criteria import CRITERIA, LayerScoring
-from core.pruning.scoring.kept_outputs import KeptOutputs
+from core.pruning.scoring.kept_outputs import KeptOutputs, choose_outputs
 from core.pruning.scoring.layer_inputs import LayerInputs, share_out
+from core.pruning.scoring.stages import Stage, Stages
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.settings.prune import CriterionName
 
@@ -83,6 +84,7 @@ def measure(
     state_bytes: int | None = None,
     scratch: Path | None = None,
     keep_bytes: int = 0,
+    stages: Stages | None = None,
 ) -> Statistics:
     """Measure layer similarities and group scores of a model on a calibration set.
 
@@ -100,6 +102,7 @@ def measure(
         keep_bytes: Memory on the model's device. An accelerator keeps there, in this order, the hidden states
             between layers, inputs of layers, and outputs of projections, which the backward pass then does
             not compute again; the CPU only the last.
+        stages: Keeps what has been measured, from time to time, and has what an earlier attempt has kept.
 
     Raises:
         StorageError: If ``scratch`` is full.
@@ -109,15 +112,15 @@ def measure(
     micro_batch = micro_batch or fitting_micro_batch(
         layerwise.model.config, tokens.shape, device=layerwise.model.device
     )
-    passes = _Passes(layerwise, tokens, micro_batch, criterion, seed)
+    passes = _Passes(layerwise, tokens, micro_batch, criterion, seed, stages)
     passes.make_room(state_bytes, scratch, keep_bytes)
     with frozen(layerwise.model):
-        similarities = passes.forward(similarity)
+        passes.forward(similarity)
         loss = passes.head()
         if passes.goes_back:
             passes.backward()
     return Statistics(
-        similarities=similarities / tokens.numel(),
+        similarities=passes.similarities / tokens.numel(),
         scores=tuple(passes.scores[index] for index in range(len(layerwise.layers))),
         loss=loss,
         tokens=tokens.numel(),
@@ -134,16 +137,24 @@ class _Passes:
         micro_batch: int,
         criterion: CriterionName,
         seed: int,
+        stages: Stages | None = None,
     ) -> None:
         self.model, self.tokens = model, tokens
-        self.batches = [slice(i, i + micro_batch) for i in range(0, len(tokens), micro_batch)]
+        self.micro_batch = micro_batch
         self.device = model.model.device
         self.copies = copies_for(self.device)
         self.criterion, self.seed = criterion, seed
         self.goes_back = CRITERIA[criterion].observed in ("weight_gradients", "output_gradients")
+        self.layers = len(model.layers)
         self.scores: dict[int, LayerScores] = {}
+        self.similarities = torch.zeros(self.layers, dtype=torch.float64)
+        self.loss = 0.0
         self.states: list[Tensor] = []
         """Each micro-batch's hidden state between two layers, or in the backward pass its gradient."""
+        self.stages = stages
+        self.found: Stage | None = None
+        self.not_run: set[int] = set()
+        """Layers whose inputs an earlier attempt has kept, but not the outputs of their projections."""
 
     def make_room(self, state_bytes: int | None, scratch: Path | None, keep_bytes: int) -> None:
         """Allocate memory for what is kept between layers, and by the forward pass for the backward pass."""
@@ -167,44 +178,86 @@ class _Passes:
             scratch=scratch,
         )
         self.parked = None if room.stays else self.copies.host_empty(shape, model.dtype)
+        family, a_channel = family_of(model.config), self.tokens.numel() * model.dtype.itemsize
+        outputs_bytes = 0
+        if self.goes_back:
+            chosen = choose_outputs(family, self.model.layers, a_channel, room.left_bytes)
+            outputs_bytes = a_channel * sum(width for *_, width in chosen)
+        if self.stages is not None:
+            outputs_bytes = self._take_up(self.stages, outputs_bytes, room.left_bytes)
+        size = self.micro_batch
+        self.batches = [slice(i, i + size) for i in range(0, len(self.tokens), size)]
         if self.goes_back:
             self.kept = KeptOutputs(
-                family_of(model.config),
+                family,
                 self.model.layers,
                 (shape[0], shape[1]),
                 dtype=model.dtype,
                 device=self.device,
-                budget_bytes=room.left_bytes,
+                budget_bytes=outputs_bytes,
             )
 
+    def _take_up(self, stages: Stages, outputs_bytes: int, most_bytes: int) -> int:
+        """Take up what an earlier attempt has kept; return the memory that outputs take, as they did then."""
+        way = {"micro_batch": self.micro_batch, "outputs_bytes": outputs_bytes}
+        way = dict(stages.agree(way, way | {"outputs_bytes": most_bytes}))
+        self.micro_batch, self.found = way["micro_batch"], stages.newest
+        if self.found is not None:
+            self.scores |= self.found.scores
+            self.similarities += self.found.similarities
+            self.loss = self.found.loss
+        return way["outputs_bytes"]
+
     @torch.no_grad()
-    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> Tensor:
-        """Return each layer's similarity, (L,) float64 summed over tokens."""
-        similarities = torch.zeros(len(self.model.layers), dtype=torch.float64)
+    def forward(self, similarity: Literal["cosine", "euclidean", "manhattan"]) -> None:
+        """Sum each layer's similarity over tokens; what an earlier attempt has kept is not computed again."""
         self.states = [self._park(rows, self.model.embed(self.tokens[rows])) for rows in self.batches]
-        for index in tracked(range(len(similarities)), "forward", "layers"):
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            with self.model.resident(index) as layer:
-                scoring = None if self.goes_back else self._scoring(index, layer)
-                for number, (rows, state) in enumerate(zip(self.batches, self._arriving(), strict=True)):
-                    if scoring is None:
-                        self.inputs.put(index, rows, state)
-                        with self.kept.keep(index, rows, layer):
-                            after = self.model.run(index, state)
-                    else:
-                        with scoring.activations() as seen:
-                            after = self.model.run(index, state)
-                        scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
-                    total += layer_similarity(state, after, similarity).double().sum()
-                    self.states[number] = self._park(rows, after)
-                similarities[index] = total.cpu()
-                _check_finite(f"the similarity of layer {index}", similarities[index])
-                if scoring is not None:
-                    self._keep_scores(index, scoring)
-        return similarities
+        first, last, done = 0, self.layers, 0 if self.found is None else self.found.number
+        if done > last:  # the backward pass needs the inputs of the layers that it has not reached
+            last = 2 * last + 1 - done
+        elif not self.goes_back and self.found is not None:
+            first = done
+            self._enter(self.found.states)
+        for index in tracked(range(first, last), "forward", "layers"):
+            after: Tensor | list[Tensor] | None = None
+            if self.stages is not None and index < done:
+                after = self.states if index + 1 == last < done else self.stages.states(index + 1)
+            if after is None:
+                self._run(index, similarity)
+                self._keep(index + 1, (index + 1) / (4 if self.goes_back else 1) / self.layers)
+                continue
+            for rows, state in zip(self.batches, self._arriving(), strict=True):
+                self.inputs.put(index, rows, state)
+            self.not_run.add(index)
+            if isinstance(after, Tensor):
+                self._enter(after)
+
+    def _run(self, index: int, similarity: Literal["cosine", "euclidean", "manhattan"]) -> None:
+        """Run all micro-batches through a layer."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self.model.resident(index) as layer:
+            scoring = None if self.goes_back else self._scoring(index, layer)
+            for number, (rows, state) in enumerate(zip(self.batches, self._arriving(), strict=True)):
+                if scoring is None:
+                    self.inputs.put(index, rows, state)
+                    with self.kept.keep(index, rows, layer):
+                        after = self.model.run(index, state)
+                else:
+                    with scoring.activations() as seen:
+                        after = self.model.run(index, state)
+                    scoring.add({name: (v,) for name, v in seen.items()}, tokens=state.shape[:2].numel())
+                total += layer_similarity(state, after, similarity).double().sum()
+                self.states[number] = self._park(rows, after)
+            self.similarities[index] = total.cpu()
+            _check_finite(f"the similarity of layer {index}", self.similarities[index])
+            if scoring is not None:
+                self._keep_scores(index, scoring)
 
     def head(self) -> float:
         """Return the loss; the hidden states give way to their gradients."""
+        if self.found is not None and self.found.number > self.layers:
+            self._enter(self.found.states)
+            return self.loss
         losses = []
         sequences, length = self.tokens.shape
         for number, (rows, state) in enumerate(zip(self.batches, self._arriving(), strict=True)):
@@ -214,20 +267,54 @@ class _Passes:
             _check_finite("the calibration loss", torch.tensor(loss))
             losses.append(loss)
             self.states[number] = self._park(rows, gradient)
-        return sum(losses)
+        self.loss = sum(losses)
+        return self.loss
 
     def backward(self) -> None:
-        """Score the layers from last to first."""
-        layers = range(len(self.model.layers))[::-1]
+        """Score the layers from last to first, less those that an earlier attempt has scored."""
+        layers = range(min(self.scores, default=self.layers))[::-1]
         inputs = ahead(self.inputs.take(index, rows) for index in layers for rows in self.batches)
+        if self.stages is not None:
+            self.stages.turn()
         for index in tracked(layers, "backward", "layers"):
             with self.model.resident(index) as layer:
                 scoring = self._scoring(index, layer)
                 for number, (rows, gradient) in enumerate(zip(self.batches, self._arriving(), strict=True)):
+                    state = next(inputs)
+                    if index in self.not_run and self.kept.keeps(index):
+                        with torch.no_grad(), self.kept.keep(index, rows, layer):
+                            self.model.run(index, state)
                     with self.kept.reuse(index, rows, layer):
-                        before = self._layer_backward(index, next(inputs), scoring, gradient)
+                        before = self._layer_backward(index, state, scoring, gradient)
                     self.states[number] = self._park(rows, before)
                 self._keep_scores(index, scoring)
+            if index:
+                done = self.layers - index
+                self._keep(self.layers + 1 + done, (self.layers + 3 * done) / (4 * self.layers))
+
+    def _enter(self, states: Tensor) -> None:
+        """Go on with the states that an earlier attempt has kept."""
+        # Copies: last bits of a product may depend on where its operands lie in memory.
+        self.states = [self._park(rows, states[rows].to(self.device, copy=True)) for rows in self.batches]
+
+    def _keep(self, number: int, share: float) -> None:
+        """Keep the stage ``number`` if that is due; ``share`` of the work is done."""
+        size = self.tokens.numel() * self.model.model.config.hidden_size * self.model.model.dtype.itemsize
+        if self.stages is None or not self.stages.is_due(share, size):
+            return
+        superseded = range(0) if self.goes_back else range(number)
+        if number > self.layers:  # with the inputs of the layers that are scored
+            superseded = range(2 * self.layers + 1 - number, number)
+        self.stages.keep(
+            lambda: Stage(
+                number=number,
+                states=torch.cat([state.cpu() for state in self._arriving()]),
+                similarities=self.similarities.clone(),
+                scores=dict(self.scores),
+                loss=self.loss,
+            ),
+            superseded,
+        )
 
     def _park(self, rows: slice, state: Tensor) -> Tensor:
         """Return a state where it lies until the next layer: on the device, or on its way to the host."""

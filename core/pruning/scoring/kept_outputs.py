@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.model.families import Family
+from core.model.layerwise import replaced
 
 
 class KeptOutputs:
@@ -47,6 +48,10 @@ class KeptOutputs:
         for (index, name, width), piece in zip(chosen, pieces, strict=True):
             self._kept[index][name] = piece.view(*shape, width)
 
+    def keeps(self, index: int) -> bool:
+        """Return whether an output of layer ``index`` is kept."""
+        return bool(self._kept[index])
+
     @contextlib.contextmanager
     def keep(self, index: int, rows: slice, layer: nn.Module) -> Iterator[None]:
         """Keep the chosen outputs of layer ``index`` while it runs on some of the sequences."""
@@ -68,17 +73,13 @@ class KeptOutputs:
         outputs: dict[str, Tensor | None] = {name: kept[rows] for name, kept in self._kept[index].items()}
         if self._needless is not None:
             outputs[self._needless] = None
-        replaced = []
-        for name, output in outputs.items():
-            linear = layer.get_submodule(name)
-            if isinstance(linear, nn.Linear):
-                linear.forward = _known(linear, output)  # type: ignore[method-assign]
-                replaced.append(linear)
-        try:
+        known = {
+            linear: output
+            for name, output in outputs.items()
+            if isinstance(linear := layer.get_submodule(name), nn.Linear)
+        }
+        with replaced(list(known), [_known(*each) for each in known.items()]):
             yield
-        finally:
-            for linear in replaced:
-                del linear.forward
 
 
 def choose_outputs(

@@ -12,6 +12,7 @@ from core.model.checkpoint import Checkpoint
 from core.model.layerwise import LayerwiseModel, exceeds_memory
 from core.pruning.plan import LayerPlan
 from core.pruning.scoring.calibration import measure
+from core.pruning.scoring.stages import Stages
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.surgery import open_pruned, prune_model
 from core.quantities import parse_bytes
@@ -89,11 +90,12 @@ class MeasuredCheckpoint:
             self._checkpoint, self._kept, dtype=self._dtype, device=self._device, streamed=True
         )
 
-    def measure(self, tokens: Tensor) -> Statistics:
+    def measure(self, tokens: Tensor, stages: Stages | None = None) -> Statistics:
         """Measure layer similarities and group scores of what is left.
 
         Args:
             tokens: (S, T) int64 token ids of the calibration set.
+            stages: See ``calibration.measure``.
 
         Raises:
             CheckpointError: If what is measured is not finite.
@@ -120,4 +122,5 @@ class MeasuredCheckpoint:
                 keep_bytes=state_bytes - inputs_bytes
                 if on_cpu
                 else device_memory(available_bytes(self._device)),
+                stages=stages,
             )

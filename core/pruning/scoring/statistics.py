@@ -1,5 +1,6 @@
 """The result of a calibration: layer similarities and group scores."""
 
+import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import PlanError
+from core.untrusted import parse_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,9 @@ class Statistics:
         for index, scores in enumerate(self.scores):
             for kind in fields(scores):
                 tensors[f"layers.{index}.{kind.name}"] = getattr(scores, kind.name).contiguous()
-        save_file(
-            tensors, path, metadata={"format": "1", "loss": repr(self.loss), "tokens": str(self.tokens)}
-        )
+        # One text: safetensors writes several in any order, and equal statistics shall be equal files.
+        about = json.dumps({"format": 1, "loss": self.loss, "tokens": self.tokens})
+        save_file(tensors, path, metadata={"about": about})
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -63,6 +65,8 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
+                about = metadata.get("about")
+                told = metadata if about is None else parse_object(about.encode())  # earlier versions: apart
                 similarities = file.get_tensor("similarities")
                 scores = tuple(
                     LayerScores(
@@ -73,12 +77,18 @@ class Statistics:
                     )
                     for index in range(len(similarities))
                 )
-                loss = float(metadata["loss"])
+                loss = float(told["loss"])
                 values = [similarities, *(value for layer in scores for value in vars(layer).values())]
                 if not math.isfinite(loss) or not all(bool(value.isfinite().all()) for value in values):
                     raise ValueError("a loss, similarity or score is not finite")
-                return cls(
-                    similarities=similarities, scores=scores, loss=loss, tokens=int(metadata["tokens"])
-                )
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+                return cls(similarities=similarities, scores=scores, loss=loss, tokens=int(told["tokens"]))
+        except (
+            SafetensorError,
+            OSError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ) as error:
             raise PlanError(f"{path} is not a statistics file ({error}). Run calibrate again.") from error

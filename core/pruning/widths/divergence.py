@@ -26,20 +26,23 @@ Cut = Sequence[LayerPlan]
 class CutDivergence:
     """Divergence of a model's cuts from the model itself, on fixed tokens, in nats a token."""
 
-    def __init__(self, model: "PreTrainedModel", tokens: Tensor, *, batch_size: int) -> None:
+    def __init__(self, model: "PreTrainedModel", tokens: Tensor, *, batch_size: int, every: int = 1) -> None:
         """Let the whole model run once; its final hidden states are kept.
 
         Args:
             model: Left unchanged.
             tokens: (S, T) integer token ids.
             batch_size: Sequences per forward pass; states between layers are held for one batch at a time.
+            every: Measure at the last of each so many positions of a sequence: all tokens pass the layers,
+                these alone the output head, which costs more than the layers where vocabularies are large.
         """
         self._model, self._family, self._shapes = model, family_of(model.config), layer_shapes(model.config)
         self._layers = list(model.get_submodule(self._family.layers).children())
         self._batches = tokens.to(model.device, torch.long).split(batch_size)
-        self._positions = tokens.numel()
+        self._measured = slice(min(every, tokens.shape[1]) - 1, None, every)
         with frozen(model), torch.no_grad():
-            self._aims = [final_states(model, batch) for batch in self._batches]
+            self._aims = [final_states(model, batch)[:, self._measured] for batch in self._batches]
+        self._positions = sum(aims.shape[:2].numel() for aims in self._aims)
 
     def of(self, cuts: Sequence[Cut]) -> list[float]:
         """Return the divergence of each cut."""
@@ -89,7 +92,8 @@ class CutDivergence:
             yield
 
     def _distance(self, batch: Tensor, aims: Tensor) -> float:
-        return divergence_sum(self._model, final_states(self._model, batch), self._model, aims)
+        states = final_states(self._model, batch)[:, self._measured]
+        return divergence_sum(self._model, states, self._model, aims)
 
     def _means(self, totals: Sequence[float]) -> list[float]:
         means = [total / self._positions for total in totals]

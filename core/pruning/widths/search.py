@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEARCH_TOKENS = 4096
-"""Tokens that divergences are measured on."""
+"""Tokens that pass the layers for a divergence."""
+MEASURED_EVERY = 4
+"""Of so many of these tokens, one has its divergence measured; the others are what it follows."""
 SWEEPS = 2
 _PROBE = 0.1
 """Channels that a layer is measured with more and fewer, as a share of its width in the dense model."""
@@ -69,7 +71,7 @@ class WidthSearch:
             batch_size: Sequences per forward pass.
             sweeps: Most sweeps; the search ends with the first that finds nothing better.
         """
-        self._divergence = CutDivergence(model, tokens, batch_size=batch_size)
+        self._divergence = CutDivergence(model, tokens, batch_size=batch_size, every=MEASURED_EVERY)
         self._sweeps = sweeps
 
     def step(self, given: StepRequest) -> Step:

@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -22,7 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from core.errors import AdaptPrunerError, TrainingError
+from core.errors import AdaptPrunerError, LostRankError, TrainingError
+from core.training.parallel.nodes import Place
 
 T = TypeVar("T")
 
@@ -37,28 +39,41 @@ class _Failure(NamedTuple):
 
 log = logging.getLogger(__name__)
 
+_ALONE = Place()
 _GRACE_S = 10.0
 """How long the other ranks may take to end once one has failed."""
+_LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe|timed out|TCPStore", re.IGNORECASE)
 _TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others; one that has ended is noticed at once, by its process."""
 
 
-def run_ranks(work: Callable[[int], T], size: int, device: str, *, method: str = "spawn") -> T:
+def run_ranks(
+    work: Callable[[int], T],
+    size: int,
+    device: str,
+    *,
+    method: str = "spawn",
+    place: Place = _ALONE,
+    check: Callable[[], None] | None = None,
+) -> T:
     """Run a function on several ranks, which have a process group while it runs.
 
     Their log lines of INFO and above (warnings of the ranks other than 0) go to the loggers of this process.
 
     Args:
         work: Gets the rank's number. It can be pickled, as what rank 0 returns, which holds no tensors.
-        size: Number of ranks.
+        size: Number of ranks on this node.
         device: Type of the device: ranks meet by NCCL on ``cuda``, by gloo on ``cpu``.
         method: How processes start. CUDA needs those that share nothing with this one.
+        place: This node among those whose ranks form one group.
+        check: Called every second; what it raises ends all.
 
     Returns:
-        What rank 0 returns.
+        What the first rank here returns.
 
     Raises:
         AdaptPrunerError: As a rank raised it.
+        LostRankError: If a rank has lost another one.
         TrainingError: If a rank ends otherwise before it is done. The others have ended when this is raised.
     """
     context: Any = multiprocessing.get_context(method)
@@ -70,24 +85,33 @@ def run_ranks(work: Callable[[int], T], size: int, device: str, *, method: str =
             ours, theirs = context.Pipe(duplex=False)
             stack.callback(ours.close)
             process = context.Process(
-                target=_main, args=(work, rank, size, device, Path(folder) / "meet", theirs), daemon=True
+                target=_main,
+                args=(work, rank, size, device, Path(folder) / "meet", theirs, place),
+                daemon=True,
             )
             process.start()
             theirs.close()  # so that the end of the process ends the pipe
             processes.append(process)
             connections.append(ours)
-        return _follow(processes, connections)
+        return _follow(processes, connections, place, check)
 
 
-def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
-    """Wait for all ranks, pass on what they log, and return what rank 0 returns."""
+def _follow(
+    processes: list[BaseProcess],
+    connections: list[Connection],
+    place: Place,
+    check: Callable[[], None] | None,
+) -> Any:
+    """Wait for all ranks, pass on what they log, and return what the first one returns."""
     results: dict[int, Any] = {}
     errors: list[tuple[int, Exception, str]] = []
     ended: list[int] = []
     open_: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
     deadline = None
     while open_ and (deadline is None or time.monotonic() < deadline):
-        ready: list[Any] = wait(list(open_), timeout=None if deadline is None else 1.0)
+        if check is not None and deadline is None:
+            check()
+        ready: list[Any] = wait(list(open_), timeout=1.0 if check or deadline is not None else None)
         for connection in ready:
             rank = open_[connection]
             try:
@@ -109,7 +133,8 @@ def _follow(processes: list[BaseProcess], connections: list[Connection]) -> Any:
     told = {rank for rank, *_ in errors} | results.keys()
     for rank in ended:
         if rank not in told or (processes[rank].exitcode or 0) < 0:
-            raise _ended(rank, processes[rank].exitcode or 0, len(processes))
+            size = len(processes)
+            raise _ended(place.node * size + rank, processes[rank].exitcode or 0, place.nodes * size)
     if errors:
         _, error, where = errors[0]
         if where:
@@ -137,11 +162,18 @@ def _end(processes: list[BaseProcess]) -> None:
 
 
 def _main(
-    work: Callable[[int], Any], rank: int, size: int, device: str, meet: Path, pipe: Connection
+    work: Callable[[int], Any],
+    local: int,
+    size: int,
+    device: str,
+    meet: Path,
+    pipe: Connection,
+    place: Place,
 ) -> None:
-    """Be a rank."""
+    """Be a rank, one of ``size`` on this node."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()
+    rank, ranks = place.node * size + local, place.nodes * size
 
     def send(message: Any) -> None:
         with lock:
@@ -151,34 +183,41 @@ def _main(
     if rank:
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        with _process_group(rank, size, device, meet):
+        with _process_group(local, size, device, meet, place):
             result = work(rank)
-            send((result if rank == 0 else None,))
+            send((result if local == 0 else None,))
     except Exception as error:
         where = ""
         if not isinstance(error, AdaptPrunerError):
             where, text = traceback.format_exc(), " ".join(str(error).split())[:500]
-            error = TrainingError(f"rank {rank} of {size} has failed: {type(error).__name__}: {text}.")
+            kind = TrainingError
+            if place.nodes > 1 and _LOST.search(text):
+                kind, where = LostRankError, ""  # the cause is elsewhere
+            error = kind(f"rank {rank} of {ranks} has failed: {type(error).__name__}: {text}.")
         send(_Failure(error, where))
         os._exit(1)  # at once: what is left of the process group may wait for the others
 
 
 @contextlib.contextmanager
-def _process_group(rank: int, size: int, device: str, meet: Path) -> Iterator[None]:
+def _process_group(local: int, size: int, device: str, meet: Path, place: Place) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(local)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    met: dict[str, Any] = {"init_method": f"file://{meet}"}
+    if place.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+    else:
+        met = {"store": dist.PrefixStore("ranks", place.connect())}  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{meet}",
-        rank=rank,
-        world_size=size,
+        rank=place.node * size + local,
+        world_size=place.nodes * size,
         timeout=_TIMEOUT,
+        **met,
     )
     yield
     dist.destroy_process_group()  # not after an error: it may wait for the others

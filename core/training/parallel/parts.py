@@ -4,7 +4,7 @@ They are safetensors files of torch.distributed.checkpoint, which say where in i
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,28 +21,31 @@ from core.untrusted import foreign_errors, parse_object
 _PARTS = "shard-*.safetensors"  # torch's name for them
 
 
-def merged(directory: Path, to: Path) -> Path:
+def merged(folders: Sequence[Path], to: Path) -> Path:
     """Put the parts of a state that ranks have written together, in the files that one process writes.
 
     Args:
-        directory: The state; it may be the store's own folder and stays as it is.
+        folders: The state, and what other nodes have published of it; they may be the store's own folders
+            and stay as they are.
         to: Where the files go.
 
     Returns:
-        The folder of the state to use: that of a state by one process is ``directory``.
+        The folder of the state to use: that of a state by one process is the first one.
 
     Raises:
         CheckpointError: If the parts do not make whole tensors.
     """
-    parts = sorted(directory.glob(_PARTS))
+    directory = folders[0]
+    parts = sorted(path for folder in folders for path in folder.glob(_PARTS))
     if not parts:
         return directory
-    with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
-        stored = HuggingFaceStorageReader(str(directory)).read_metadata().storage_data
-        files = {path: safe_open(path, framework="pt") for path in parts}
     places: dict[str, list[tuple[tuple[int, ...], Path]]] = {}
-    for index, info in stored.items():
-        places.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(info.relative_path)))
+    with foreign_errors(lambda said: CheckpointError(f"{directory} holds no whole state: {said}.")):
+        for folder in folders:
+            stored = HuggingFaceStorageReader(str(folder)).read_metadata().storage_data
+            for index, info in stored.items():
+                places.setdefault(index.fqn, []).append((tuple(index.offset or ()), Path(info.relative_path)))
+        files = {path: safe_open(path, framework="pt") for path in parts}
 
     def wholes() -> Iterator[tuple[str, Tensor]]:
         for name, found in sorted(places.items()):

@@ -9,22 +9,26 @@ from core.redaction import without_password
 from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
-from core.steps.frame import tracker_of
-from core.storage.layout import PLAN, REPORT, STEPS
+from core.storage.layout import PLAN, REPORT, STEPS, TEACHER
 from core.storage.publication import find_publication
 from core.storage.transfer import in_parallel
+from core.tracking.mlflow import Tracker
 
 
-def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunRecord:
+def collect_record(
+    run: Run, checkpoint_uri: str, phases: Iterable[int], *, tracker: Tracker | None = None
+) -> RunRecord:
     """Gather what a run's steps have published so far.
 
     Args:
         run: The run.
         checkpoint_uri: Where the last of the checkpoints is, or will be.
         phases: Of which phases, 0 being the dense model.
+        tracker: Says where it is tracked; None leaves that out.
     """
-    tracker = tracker_of(run)
     steps = [(phase, step) for phase in phases for step in (STEPS if phase else ("evaluated",))]
+    if run.settings.training.of_teacher is not None and (1, "recovered") in steps:
+        steps.append((1, TEACHER))  # it is trained before the first phase trains
     # At once: one after the other, twenty phases would take minutes from a distant store.
     files = dict(zip(steps, in_parallel(lambda at: _published_files(run, *at), steps), strict=True))
     reports = defaultdict[int, dict[str, dict[str, Any]]](dict)
@@ -42,16 +46,15 @@ def collect_record(run: Run, checkpoint_uri: str, phases: Iterable[int]) -> RunR
             for phase, found in reports.items()
         ),
         checkpoint_uri=checkpoint_uri,
-        tracking_uri=without_password(tracker.uri),  # a record is handed on
-        tracking_run=tracker.parent_run_id,
+        tracking_uri=without_password(tracker.uri) if tracker else "",  # a record is handed on
+        tracking_run=tracker.parent_run_id if tracker else "",
     )
 
 
 def _published_files(run: Run, phase: int, step: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the report and, of score-layers, the plan that a step has published; {} if it has not."""
-    published = find_publication(
-        run.measured_uri(phase) if step == "evaluated" else run.phase_uri(phase, step)
-    )
+    apart = {"evaluated": run.measured_uri(phase), TEACHER: run.uri(TEACHER)}
+    published = find_publication(apart.get(step) or run.phase_uri(phase, step))
     if published is None:
         return {}, {}
     return published.read_json(REPORT), published.read_json(PLAN) if step == "scored" else {}
@@ -90,10 +93,14 @@ def _phase_record(
         )
         if "distill_s" in cut
         else None,
+        teacher_tokens=reports.get(TEACHER, {}).get("tokens", 0),
         tokens=trained.get("tokens", 0),
         losses=tuple((int(s), float(loss), float(rate)) for s, loss, rate in trained.get("losses", ())),
         held_out=tuple((int(s), float(x)) for s, x in trained.get("series", {}).get("held_out_loss", ())),
         seconds=seconds,
+        accelerators={
+            step: report["accelerators"] for step, report in reports.items() if "accelerators" in report
+        },
     )
 
 

@@ -1,0 +1,1 @@
+"""Training on several nodes: a TrainJob of Kubeflow Trainer, made and followed by recover-train."""

@@ -1,0 +1,89 @@
+"""What pods get where the recipe leaves it to the plan of memory."""
+
+import pytest
+
+from core.model.checkpoint import Checkpoint
+from core.quantities import parse_bytes
+from core.steps.footprint import Footprint
+from core.steps.needs import host_bytes, needs_of_tasks, shortages
+from core.steps.pod_sizes import card_bytes, too_large_for_cards, with_pod_sizes
+from tests.steps.test_needs import settings_with
+
+GB = 10**9
+NEEDS = {
+    "calibrate": Footprint(parts={"weights": 16 * GB}, host_bytes=8 * GB, disk_bytes=30 * GB),
+    "recover-train": Footprint(parts={"all": 110 * GB}, host_bytes=32 * GB, disk_bytes=100 * GB),
+}
+H100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+
+
+def sized(needs=NEEDS, **cluster):
+    settings = settings_with(cluster=cluster)
+    return with_pod_sizes(settings, needs), settings
+
+
+def memory(settings, component):
+    return parse_bytes(settings.cluster.of(component).memory)
+
+
+def test_pods_get_what_the_plan_says_and_room_to_spare():
+    settings, before = sized(scratch="auto")
+    for component, footprint in NEEDS.items():
+        assert memory(settings, component) > 1.2 * host_bytes(component, footprint, before)
+        assert parse_bytes(settings.cluster.of(component).scratch) > 1.2 * footprint.disk_bytes
+    assert memory(settings, "calibrate") > 2 * 8 * GB + 3 * GB, "it takes half of what it finds free"
+    assert settings.cluster.of("finalize").memory == "4Gi"
+    assert settings.cluster.of("prepare-data").memory == "32Gi"
+    assert settings.cluster.of("prepare-data").scratch == ""
+    assert list(shortages(NEEDS, settings)) == []
+
+
+def test_what_is_given_wins_and_what_is_not_known_stays():
+    settings, _ = sized(memory="48Gi", scratch="7Gi")
+    assert {settings.cluster.of(c).memory for c in ("calibrate", "finalize", "publish")} == {"48Gi"}
+    assert settings.cluster.of("calibrate").scratch == "7Gi"
+    own = {"calibrate": {"memory": "9Gi", "cpu": "7"}}
+    settings, _ = sized(components=own)
+    assert (settings.cluster.of("calibrate").memory, settings.cluster.of("calibrate").cpu) == ("9Gi", "7")
+    assert settings.cluster.of("recover-train").memory != "9Gi"
+    assert settings.cluster.of("recover-train").scratch == "", "no volume was asked for"
+    settings, before = sized(needs={})
+    assert settings == before
+    assert settings.cluster.of("calibrate").memory == "32Gi"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "size"),
+    [
+        ({"gpu_node_selector": H100}, 80),
+        ({"gpu_node_selector": {"cloud.google.com/gke-accelerator": "nvidia-tesla-t4"}}, 16),
+        ({"gpu_node_selector": {"nvidia.com/gpu.product": "NVIDIA-L40S"}}, 48),
+        ({"gpu_node_selector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}, 24),
+        ({"gpu_type": "nvidia.com/mig-1g.10gb"}, 10),
+        ({"node_selector": {"node.kubernetes.io/instance-type": "p5.48xlarge"}}, 0),
+        ({"gpus": 0, "gpu_node_selector": H100}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_card_is_the_one_that_the_selector_names(cluster, size):
+    assert card_bytes(settings_with(cluster=cluster), "recover-train") == size * GB
+
+
+def test_what_has_no_room_on_the_card_waits_in_host_memory():
+    on_any, _ = sized()
+    on_h100, _ = sized(gpu_node_selector=H100)
+    more = memory(on_h100, "recover-train") - memory(on_any, "recover-train")
+    assert more == pytest.approx(1.25 * 30 * GB, abs=2**30)
+    hints = list(too_large_for_cards(settings_with(cluster={"gpu_node_selector": {"gpu": "T4"}}), NEEDS))
+    assert hints == []
+    larger = {"calibrate": Footprint(parts={"weights": 17 * GB})}
+    (hint,) = too_large_for_cards(settings_with(cluster={"gpu_node_selector": {"gpu": "T4"}}), larger)
+    assert hint.startswith("calibrate needs about 17.0 GB on its GPU, and the card ")
+
+
+def test_a_real_plan_gives_sizes_to_all_that_holds_a_model(project):
+    settings = settings_with(cluster={"gpus": 0})
+    needs = needs_of_tasks(Checkpoint(project / "base").config, settings)
+    found = with_pod_sizes(settings, needs).cluster
+    sizes = {component: parse_bytes(found.of(component).memory) for component in needs}
+    assert all(4 * 2**30 <= size <= 6 * 2**30 for size in sizes.values()), "the model has 0.1 GB"
