@@ -292,7 +292,7 @@ def test_training_does_not_wait_for_a_slow_store(s3_server, s3_store_uri, tmp_pa
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, log):
     (tmp_path / "work").touch()  # nothing can be written below a file
-    result = attempt(str(tmp_path / "store"), tmp_path / "work" / "states")
+    result = attempt(str(tmp_path / "store"), tmp_path / "work" / "states", settled=True)
     assert log.text.count("is not saved") == STEPS - 1
     assert states_at(str(tmp_path / "store")) == []
     assert_undisturbed(result, tmp_path)
