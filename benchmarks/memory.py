@@ -184,7 +184,10 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
 
     batch, length = settings["micro_batch"], settings["sequence_length"]
     training = TrainingSettings(
-        tokens=str(4 * batch * length), sources=(TextSource(path="x"),), global_batch=2 * batch, **settings
+        tokens=str(4 * batch * length),
+        sources=(TextSource(path="x"),),
+        global_batch=2 * batch,
+        **{"teacher": "none"} | settings,
     )
 
     taught = training.teacher == "base"

@@ -56,6 +56,7 @@ COMMON = (
     "calibration.precision=float32",
     "training.tokens=30k",
     "training.precision=float32",
+    "training.teacher=none",
     "model.dtype=bfloat16",  # as models on the hub are; the demo's is float32, which leaves nothing to round
 )
 """Of all rows, beside the demo's recipe."""

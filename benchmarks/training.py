@@ -190,6 +190,7 @@ def with_recover(model: PreTrainedModel, rows: Rows, options: argparse.Namespace
         min_learning_rate=RATE,
         warmup_share=0,
         decay_share=0,
+        teacher="none",
         precision=options.precision,
         compile=options.compile,
     )

@@ -46,10 +46,11 @@ class TrainingSettings:
     """AdamW's decoupled weight decay, in [0, 1]."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this l2 norm; 0 clips nothing."""
-    teacher: Literal["none", "base"] = "none"
+    teacher: Literal["none", "base"] = field(default="base", metadata=formerly("none"))
     """``base``: the dense base model teaches, in every phase. What is trained is also to expect what that one
     expects: the forward Kullback-Leibler divergence, on the trained tokens. It is in memory beside the model,
-    in ``precision``, and runs forward over the same tokens. ``none`` (the paper): the next token is all."""
+    in ``precision``, and runs forward over the same tokens, which takes half as long again. ``none`` (the
+    paper): the next token is all."""
     teacher_tokens: str = "0"
     """How many tokens of the mixture, its first, the teacher is trained on before it teaches (``100M``):
     Minitron's teacher correction, for a base model that has seen other texts. Once a run, on the next token,
@@ -238,9 +239,9 @@ class TrainingSettings:
         """The settings by which the teacher itself is trained; None if it is the base model as it is."""
         if not parse_count(self.teacher_tokens):
             return None
-        reset = ("teacher", "hidden_layers", "teacher_top_k", "optimizer_state", *_OF_A_TEACHER)
+        reset = ("hidden_layers", "teacher_top_k", "optimizer_state", *_OF_A_TEACHER)
         defaults = {name: getattr(TrainingSettings, name) for name in reset}
-        return replace(self, tokens=self.teacher_tokens, **defaults)
+        return replace(self, tokens=self.teacher_tokens, teacher="none", **defaults)
 
     @property
     def total_steps(self) -> int:

@@ -327,9 +327,22 @@ def check_scoring(
 
 
 def check_fit(
-    step: str, needed: Footprint, free: int, device: str, alternatives: Iterable[tuple[str, Footprint]]
+    step: str,
+    needed: Footprint,
+    free: int,
+    device: str,
+    alternatives: Iterable[tuple[str, Footprint]],
+    other_runs: Iterable[tuple[str, Footprint]] = (),
 ) -> None:
-    """Log what a step will take; ``alternatives`` are settings under which it takes less.
+    """Log what a step will take.
+
+    Args:
+        step: Its name.
+        needed: What it takes.
+        free: Bytes that are free.
+        device: Type of the device.
+        alternatives: Settings under which it takes less.
+        other_runs: Such that change the result, too.
 
     Raises:
         OutOfMemoryError: If it cannot fit.
@@ -343,7 +356,10 @@ def check_fit(
             way = f"Set {text}: it takes about {gigabytes(other.device_bytes)}, and the same run resumes"
             break
     else:
+        fitting = [text for text, other in other_runs if other.device_bytes <= free]
         way = "No setting makes it fit: take a machine with more memory, or end what else uses it"
+        if fitting:
+            way = f"Set {' or '.join(fitting)}, which begins another run, or take a machine with more memory"
     raise OutOfMemoryError(f"{step} needs about {needed} on {where}, where {gigabytes(free)} is free. {way}.")
 
 

@@ -116,7 +116,18 @@ def planned_training(
                 text = f"{gpus}, training.gradient_checkpointing=true"
                 yield f"{text}, training.micro_batch=1", needed(_with(sharded, 1))
 
-    check_fit("recover-train", needed(chosen), free, device, alternatives())
+    def without_teacher() -> "Iterator[tuple[str, Footprint]]":
+        if dense is None:
+            return
+        for text, other in (
+            ("training.teacher_logits=stored", replace(settings, teacher_logits="stored", hidden_weight=0.0)),
+            ("training.teacher=none", replace(settings, teacher="none", hidden_weight=0.0)),
+        ):
+            plan = _with(_ways(other, ranks, device)[-1], 1)
+            alone = training_footprint(config, None, replace(plan.settings, moments="device"), device=device)
+            yield text, rank_footprint(alone, shape, plan)
+
+    check_fit("recover-train", needed(chosen), free, device, alternatives(), without_teacher())
     return chosen
 
 

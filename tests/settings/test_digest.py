@@ -100,7 +100,7 @@ def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_n
             "calibration": {"source": {"path": "p"}},
             "model": {"dtype_between_phases": "float32"},
             "prune": {"repair": "ridge"},
-            "training": {"packing": "whole"},
+            "training": {"packing": "whole", "teacher": "base"},
         },
     }
     assert settings.digest() == hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
@@ -111,14 +111,15 @@ def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_n
 def test_a_setting_that_older_versions_did_not_have_keeps_the_key_of_what_they_did():
     recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}}
     before = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
-    former = {"prune": {"repair": "none"}, "training": {"packing": "cut"}}
+    former = {"prune": {"repair": "none"}, "training": {"packing": "cut", "teacher": "none"}}
     former["model"] = {"base": "b", "dtype_between_phases": "same"}
     older = settings_from_dict(recipe | former)
     assert older.digest() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     assert settings_from_dict(recipe).digest() != older.digest()
     stored = older.to_dict()
     assert settings_from_dict(with_former(Settings, stored)) == older
-    del stored["prune"]["repair"], stored["training"]["packing"], stored["model"]["dtype_between_phases"]
+    del stored["prune"]["repair"], stored["model"]["dtype_between_phases"]
+    del stored["training"]["packing"], stored["training"]["teacher"]
     assert settings_from_dict(with_former(Settings, stored)) == older
     assert "repair" not in stored["prune"]
 
@@ -133,6 +134,7 @@ def test_whole_plain_texts_and_pinned_data_sets_have_new_keys_and_nothing_else_o
     def earlier(packing, **source):
         counted = {"global_batch": 2, "sequence_length": 10, "sources": [source], "tokens": "10k"}
         counted |= {"packing": packing} if packing == "whole" else {}
+        counted |= {"teacher": "base"}
         former = {"model": {"dtype_between_phases": "float32"}, "prune": {"repair": "ridge"}}
         settings = {"calibration": {"source": {"path": "p"}}, "training": counted} | former
         text = json.dumps({"algorithm": 1, "settings": settings}, sort_keys=True)

@@ -1,5 +1,6 @@
 """How a phase is trained so that it fits: ranks, what each of them holds, and micro-batches."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -97,6 +98,19 @@ def test_training_beyond_any_setting_says_so(free):
     free(10_000)
     with pytest.raises(OutOfMemoryError, match="No setting makes it fit"):
         planned_training(CONFIG, None, TRAINING, "cpu")
+
+
+def test_without_room_for_a_teacher_the_ways_without_one_in_memory_are_named(free):
+    alone = dataclasses.replace(TRAINING, micro_batch=1, gradient_checkpointing=True)
+    stored = dataclasses.replace(alone, teacher_logits="stored")
+    free(training_footprint(CONFIG, None, stored, device="cpu").device_bytes)
+    dense = copy.deepcopy(CONFIG)
+    dense.intermediate_size *= 1000
+    ways = r"Set training\.teacher_logits=stored or training\.teacher=none, which begins another run"
+    with pytest.raises(OutOfMemoryError, match=ways):
+        planned_training(CONFIG, dense, alone, "cpu")
+    planned_training(CONFIG, None, stored, "cpu")
+    planned_training(CONFIG, None, dataclasses.replace(alone, teacher="none"), "cpu")
 
 
 def test_a_step_is_refused_where_85_percent_of_its_estimate_is_not_free(free):

@@ -41,6 +41,7 @@ RECIPE = {
         "min_learning_rate": 0.001,
         "warmup_share": 0.2,
         "decay_share": 0.4,
+        "teacher": "none",
         "precision": "float32",
     },
     "evaluation": {

@@ -19,6 +19,7 @@ def training_settings(**changes):
         micro_batch=4,
         learning_rate=1e-2,
         min_learning_rate=1e-3,
+        teacher="none",
         precision="float32",
     )
     return TrainingSettings(**defaults | changes)
