@@ -169,6 +169,8 @@ def _headline(record: RunRecord) -> list[_Card]:
         phases = f"{len(record.phases) - 1} phase{'' if len(record.phases) == 2 else 's'}"
         tokens = count_text(sum(phase.tokens for phase in record.phases)) if record.trained else ""
         text = f"{phases}, {tokens} training tokens" if tokens else f"{phases}, no training"
+        if record.taught:
+            text += ", taught by the base model"
         if masks := record.mask_tokens:
             text += f", {count_text(masks)} tokens of masks"
         if distilled := record.distilled_tokens:

@@ -174,6 +174,11 @@ class RunRecord:
         """Whether any phase has trained."""
         return any(phase.tokens for phase in self.phases)
 
+    @property
+    def taught(self) -> bool:
+        """Whether the base model taught in training."""
+        return self.trained and self.settings.get("training", {}).get("teacher") == "base"
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         return {"format": FORMAT} | dataclasses.asdict(self)

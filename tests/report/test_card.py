@@ -205,6 +205,23 @@ def test_what_was_not_measured_or_trained_is_left_out(record, config):
     distilled = (*phases[:-1], dataclasses.replace(phases[-1], distillation=distillation))
     _, text = parsed(model_card(dataclasses.replace(bare, phases=distilled), config=config, licence={}))
     assert "without any training, and 98,304 tokens of distillation from the base model right after" in text
+    assert "learnt from" not in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (0, "In training it learnt from the base model, too."),
+        (4096, "too, which was itself trained on 4,096 tokens of the same texts before."),
+    ],
+)
+def test_a_teacher_is_named(tokens, said, record, config):
+    first, *phases = record.phases
+    phases[0] = dataclasses.replace(phases[0], teacher_tokens=tokens)
+    taught = record.settings | {"training": record.settings["training"] | {"teacher": "base"}}
+    taught = dataclasses.replace(record, phases=(first, *phases), settings=taught)
+    assert said in parsed(model_card(taught, config=config, licence={}))[1]
+    assert "learnt from" not in parsed(model_card(record, config=config, licence={}))[1]
 
 
 def test_nothing_tells_where_it_was_made(record, config):

@@ -54,6 +54,15 @@ def test_the_numbers_of_the_record_appear(page):
         assert expected in page.text, expected
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_teacher_is_named_where_it_taught(trained):
+    record = make_record(trained=trained, settings={"training": {"teacher": "base"}})
+    text = Page(build_report(record)).text
+    assert ("60.0k training tokens, taught by the base model" in text) == trained
+    assert ("taught by" in text) == trained
+    assert "taught by" not in Page(build_report(make_record())).text
+
+
 def test_the_pictures_are_there_and_are_well_formed(html):
     pictures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert len(pictures) == 4
