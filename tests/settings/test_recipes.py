@@ -161,6 +161,7 @@ def test_recipes_of_the_paper_share_its_settings(path):
         calibration, training, prune = settings.calibration, settings.training, settings.prune
         assert (calibration.sequences, calibration.sequence_length) == (512, 64)
         assert (prune.similarity, prune.phase_sizes, prune.width_multiple) == ("cosine", "geometric", 1)
+        assert (prune.repair, training.teacher) == ("none", "none")
         assert (training.sequence_length, training.global_batch) == (1024, 128)
         assert (training.learning_rate, training.min_learning_rate) == (2e-5, 2e-6)
         assert (training.warmup_share, training.decay_share, training.weight_decay) == (0.05, 0.10, 0)
