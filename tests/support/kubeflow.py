@@ -43,6 +43,8 @@ class Followed:
 
     process: subprocess.Popen
     log: Path
+    labels: list = field(default_factory=list)
+    """Of its pods, if somebody took them."""
 
     @property
     def text(self):

@@ -62,9 +62,8 @@ def largest_difference(uri, other, folder):
 
 
 def test_pods_carry_their_component_and_phase(pods, undisturbed):
-    _, followed = undisturbed
-    labels = [pod.metadata.labels for pod in pods.pods(followed.run_ids[0])]
-    found = {(each[COMPONENT], each["adapt-pruner/phase"]) for each in labels if "adapt-pruner/phase" in each}
+    labels = [each for each in undisturbed[1].labels if "adapt-pruner/phase" in each]
+    found = {(each[COMPONENT], each["adapt-pruner/phase"]) for each in labels}
     assert {("evaluate", "0"), ("evaluate", "1"), ("recover-train", "1")} <= found
 
 
