@@ -70,7 +70,7 @@ def run(undisturbed, tab):
 def test_the_graph_leads_to_the_tasks(run, tab):
     shows(tab, "run", "finalize")
     open_group(tab, "run")
-    shows(tab, "resolve-base", "needs-run", "prepare-data", "evaluate dense model")
+    shows(tab, "resolve-base", "needs-run", "prepare", "evaluate dense model")
     shows(tab, "phase 1 of 1", "evaluate phase 1", "publish")
 
 
