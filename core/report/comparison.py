@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LABELS = ("run", "key", "base", "method", "of dense")
 _BEFORE = ("params", "perplexity", "accuracy")
-_NORMAL_975 = 1.959964
+_NORMAL_975 = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, kw_only=True)

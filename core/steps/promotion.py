@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 from core.errors import AdaptPrunerError, DataError, TrackingError
@@ -30,7 +31,7 @@ Verdict = Literal[
 DECISION, AGAINST = "adapt_pruner.decision", "adapt_pruner.decided_against"
 """Tags of a version: ``promoted`` or ``not promoted``, and over which version."""
 
-_Z = 1.959964  # of a normal distribution's middle 95 %
+_NORMAL_975 = NormalDist().inv_cdf(0.975)
 _ROUNDS = 5
 _METRIC = re.compile(rf"(.+)/({'|'.join(ACCURACIES)})(_stderr)?(?:_[\w-]+)?")  # lm-eval's ",none" is "_none"
 
@@ -258,7 +259,7 @@ def _by_figures(metric: str, candidate: Version, champion: Version) -> Compariso
     if own_error is None or other_error is None:
         how = "none, as there are no standard errors; the difference alone decides"
         return Comparison(candidate=own, champion=other, worse=worse, low=None, high=None, how=how)
-    half = _Z * math.hypot(own_error, other_error)
+    half = _NORMAL_975 * math.hypot(own_error, other_error)
     how = "from the standard errors of both means, as there are no results by item that both have"
     return Comparison(
         candidate=own, champion=other, worse=worse, low=worse - half, high=worse + half, how=how

@@ -71,13 +71,14 @@ def planned_training(
     wanted = settings.micro_batch or max(1, MOST_TOKENS.get(device, 32768) // settings.sequence_length)
     sizes = [size for size in range(min(wanted, share), 0, -1) if share % size == 0]
 
-    shape, by_settings = (
-        model_shape(config),
-        functools.cache(functools.partial(training_footprint, config, dense, device=device)),
-    )
+    shape = model_shape(config)
 
-    def needed(plan: TrainingPlan) -> Footprint:
-        return rank_footprint(by_settings(replace(plan.settings, moments="device")), shape, plan)
+    @functools.cache
+    def by_settings(settings: "TrainingSettings", taught: bool) -> Footprint:
+        return training_footprint(config, dense if taught else None, settings, device=device)
+
+    def needed(plan: TrainingPlan, *, taught: bool = True) -> Footprint:
+        return rank_footprint(by_settings(replace(plan.settings, moments="device"), taught), shape, plan)
 
     def candidates(settings: "TrainingSettings", sizes: list[int]) -> Iterator[TrainingPlan]:
         """Leave out what would move to a host without room for it, unless that is asked for."""
@@ -123,9 +124,7 @@ def planned_training(
             ("training.teacher_logits=stored", replace(settings, teacher_logits="stored", hidden_weight=0.0)),
             ("training.teacher=none", replace(settings, teacher="none", hidden_weight=0.0)),
         ):
-            plan = _with(_ways(other, ranks, device)[-1], 1)
-            alone = training_footprint(config, None, replace(plan.settings, moments="device"), device=device)
-            yield text, rank_footprint(alone, shape, plan)
+            yield text, needed(_with(_ways(other, ranks, device)[-1], 1), taught=False)
 
     check_fit("recover-train", needed(chosen), free, device, alternatives(), without_teacher())
     return chosen

@@ -16,12 +16,10 @@ from core.tracking.client import connect
 from core.tracking.live import logging_live
 from tests.support.servers import free_ports, mlflow_server
 from tests.tracking.test_mlflow import (  # noqa: F401
-    clean_environment,
     client,
     series,
     tracker,
     tracker_of,
-    uri,
 )
 from tests.training.test_training_kills import (  # noqa: F401
     TRAINING_STEPS,

@@ -20,17 +20,6 @@ from core.tracking.presentation import data_sets, run_title, summary_params
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def client(uri):
     from mlflow import MlflowClient

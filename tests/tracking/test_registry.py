@@ -18,17 +18,6 @@ from core.tracking.registry import CHAMPION, EVALUATED, MEASURED, Registry, Vers
 from pipelines.cli import main
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def name(request):
     return request.node.originalname
