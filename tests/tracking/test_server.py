@@ -27,9 +27,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick_and_alone(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.delenv(name, raising=False)
+def quick(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
