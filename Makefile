@@ -24,7 +24,7 @@ PIP_FLAGS ?=
 # The versions that were tested together, here and in the image; empty takes the newest that pyproject.toml allows.
 LOCK ?= docker/requirements.lock
 
-# Options for pytest, such as -k NAME; and how many processes run the quick tests, one thread each.
+# Options for pytest, such as -k NAME; and how many processes run the tests, one thread each.
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 
@@ -39,7 +39,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not torture and not gpu and not cluster" $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m "slow and not torture and not gpu and not cluster" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile -m "slow and not torture and not gpu and not cluster" $(PYTEST_FLAGS)
 
 test-image: $(INSTALLED)
 	@test -n "$(IMAGE)" || { echo "error: no image is named. Build one and give it: make test-image IMAGE=..." >&2; exit 1; }
