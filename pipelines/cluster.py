@@ -7,6 +7,7 @@ from kfp import dsl, kubernetes
 
 from components.nodes.train_job import QUEUE_LABEL, VARIABLE, NodeSettings
 from core.settings.cluster import ClusterSettings, Toleration, seconds_of
+from core.storage.cache import CACHE
 
 SECRET_KEYS = (
     "AWS_ACCESS_KEY_ID",
@@ -21,7 +22,7 @@ SECRET_KEYS = (
 CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")
 """The same of the config map."""
 
-SCRATCH = "/scratch"
+SCRATCH, SHARED = "/scratch", "/cache"
 
 COMPONENT_LABEL, PHASE_LABEL, RECIPE_LABEL = (
     f"adapt-pruner/{name}" for name in ("component", "phase", "recipe")
@@ -130,6 +131,9 @@ def _tolerate(task: dsl.PipelineTask, toleration: Toleration) -> None:
 def _set_volumes(task: dsl.PipelineTask, settings: ClusterSettings) -> None:
     if settings.shared_memory:
         kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", settings.shared_memory)
+    if settings.cache_claim:
+        kubernetes.mount_pvc(task, pvc_name=settings.cache_claim, mount_path=SHARED)
+        task.set_env_variable(CACHE, SHARED)
     if not settings.scratch:
         return
     if settings.scratch_storage_class:

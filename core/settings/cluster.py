@@ -153,6 +153,10 @@ class ClusterSettings:
     puts them on the container's own disk. ``auto``: as the plan says, and empty where there is none."""
     scratch_storage_class: str = ""
     """Storage class of that volume, which group 0 must be able to write; empty takes the node's disk."""
+    cache_claim: str = ""
+    """PersistentVolumeClaim with files of checkpoints that the tasks of a node share, mounted in all of them:
+    what one has fetched from the store the others copy. Group 0 must be able to write it. A tenth of it stays
+    free: what was used longest ago makes room. Empty for none."""
     timeout: str = "0"
     """How long an attempt of a task may take (``24h``, ``90min``) before it counts as failed; 0 sets no
     limit."""
@@ -198,7 +202,7 @@ class ClusterSettings:
         if not self.image or re.search(r"\s", self.image):
             yield f"image={self.image} is not a valid image. Write it as registry.example/pruner:0.1.0."
         yield from in_range("run_as_user", self.run_as_user, 0, 2**31 - 1)
-        for name in ("secret", "config_map"):
+        for name in ("secret", "config_map", "cache_claim"):
             yield from _wrong_name(name, getattr(self, name), optional=True)
         yield from _wrong_name("training_runtime", self.training_runtime)
         for i, secret in enumerate(self.image_pull_secrets):

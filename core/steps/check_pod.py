@@ -19,6 +19,7 @@ from typing import Any, Literal
 from core.errors import AdaptPrunerError, ClusterError, StorageError
 from core.quantities import parse_bytes
 from core.runs.record import bytes_text, seconds_text
+from core.storage.cache import CACHE
 from core.storage.layout import pointer_of
 from core.storage.store import open_store
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MARK = "findings: "
 """Stands before the JSON in the log."""
-CHECKS = ("image", "credentials", "store", "mlflow", "accelerators", "/dev/shm", "scratch")
+CHECKS = ("image", "credentials", "store", "mlflow", "accelerators", "/dev/shm", "scratch", "cache")
 """Names of the checks, in their order."""
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -55,7 +56,7 @@ def run_check_pod(*, expected: Mapping[str, Any]) -> None:
     Raises:
         ClusterError: With a line for each thing that keeps a run from working.
     """
-    checks = (_image, _credentials, _store, _mlflow, _accelerators, _shared_memory, _scratch)
+    checks = (_image, _credentials, _store, _mlflow, _accelerators, _shared_memory, _scratch, _cache)
     found = [finding for check in checks for finding in check(expected)]
     log.info("%s%s", MARK, json.dumps([asdict(finding) for finding in found]))
     if wrong := [f"{finding.check}: {finding.said}" for finding in found if finding.state == "fix"]:
@@ -207,6 +208,20 @@ def _scratch(expected: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         free = bytes_text(disk_usage(folder).free)
         yield Finding(check="scratch", state="ok", said=f"{folder} has {free} free")
+
+
+def _cache(expected: Mapping[str, Any]) -> Iterator[Finding]:
+    """Look at what tasks share; a run goes on without, so nothing keeps it from working."""
+    folder = os.environ.get(CACHE, "")
+    if not folder:
+        return
+    if problem := _why_not_writable(Path(folder)):
+        said = f"{folder} cannot be written ({problem}), so that each task fetches from the store. "
+        said += "The claim that cluster.cache_claim names must be writable for group 0."
+        yield Finding(check="cache", state="note", said=said)
+    else:
+        free = bytes_text(disk_usage(folder).free)
+        yield Finding(check="cache", state="ok", said=f"{folder} has {free} free")
 
 
 def _why_not_writable(folder: Path) -> str:

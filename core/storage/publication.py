@@ -77,9 +77,11 @@ class Publication:
             self._verify(self.folder, entries)
             return self.folder
         start = time.monotonic()
-        moved = download(self.store, self.manifest, directory, entries)
-        if any(moved):
-            _log_rate("fetched", self.store.uri, [size for size in moved if size], start)
+        places = download(self.store, self.manifest, directory, entries)
+        for place, action in (("store", "fetched"), ("cache", "copied from the node's cache, not from")):
+            sizes = [entry.size for entry, found in zip(entries, places, strict=True) if found == place]
+            if sizes:
+                _log_rate(action, self.store.uri, sizes, start)
         return directory
 
     def read_bytes(self, name: str) -> bytes:

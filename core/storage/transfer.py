@@ -15,9 +15,10 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from core.errors import IntegrityError, StorageError
+from core.storage.cache import FileCache
 from core.storage.hashing import file_sha256
 from core.storage.interface import Store, check_key, join_uri, local_errors
 from core.storage.layout import way_back
@@ -124,11 +125,13 @@ def read_verified(store: Store, manifest: Manifest, entry: FileEntry) -> bytes:
     return content
 
 
-def download(store: Store, manifest: Manifest, directory: Path, entries: Iterable[FileEntry]) -> list[int]:
+def download(
+    store: Store, manifest: Manifest, directory: Path, entries: Iterable[FileEntry]
+) -> list[Literal["there", "cache", "store"]]:
     """Bring files of a publication to ``directory``, less those that are there and verify.
 
     Returns:
-        The bytes moved of each.
+        Where each was found.
 
     Raises:
         IntegrityError: If a file is not what its entry says; it is then not in ``directory``.
@@ -136,12 +139,16 @@ def download(store: Store, manifest: Manifest, directory: Path, entries: Iterabl
     return in_parallel(functools.partial(_download, store, manifest, directory), entries)
 
 
-def _download(store: Store, manifest: Manifest, directory: Path, entry: FileEntry) -> int:
-    path = directory / entry.path
+def _download(
+    store: Store, manifest: Manifest, directory: Path, entry: FileEntry
+) -> Literal["there", "cache", "store"]:
+    path, cache = directory / entry.path, FileCache.of_environment()
     if not entry.fault_of(path):
-        return 0
+        return "there"
     # Not flushed to the disk: what a power cut takes away is found missing, and fetched again.
     with replacing(path, durable=False) as temporary:
+        if cache is not None and cache.take(entry, temporary):
+            return "cache"
         try:
             sha256 = store.download(manifest.key(entry), temporary)
             fault = entry.fault(temporary.stat().st_size, sha256)
@@ -149,7 +156,9 @@ def _download(store: Store, manifest: Manifest, directory: Path, entry: FileEntr
             fault = "it is missing"
         if fault:
             raise _unlike(join_uri(store.uri, manifest.folder), entry, fault)
-    return entry.size
+    if cache is not None:
+        cache.keep(entry, path)
+    return "store"
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -105,6 +105,26 @@ CASES = [
         "container.env",
         ENVIRONMENT,
     ),
+    (
+        "cache_claim",
+        {"cache_claim": "checkpoints"},
+        "evaluate",
+        "pvcMount",
+        [
+            {
+                "constant": "checkpoints",
+                "pvcNameParameter": {"runtimeValue": {"constant": "checkpoints"}},
+                "mountPath": "/cache",
+            }
+        ],
+    ),
+    (
+        "cache_claim",
+        {"cache_claim": "checkpoints"},
+        "evaluate",
+        "container.env",
+        [{"name": "ADAPT_PRUNER_CACHE", "value": "/cache"}],
+    ),
     ("timeout", {"timeout": "1.5h"}, "recover-train", "activeDeadlineSeconds", "5400"),
     ("retries", {"retries": 5}, "calibrate", "retryPolicy.maxRetryCount", 5),
     ("retries", {"retries": 0}, "calibrate", "retryPolicy", None),

@@ -13,6 +13,7 @@ import torch
 from components.check_pod import check_pod
 from core.errors import ClusterError
 from core.steps.check_pod import CHECKS, MARK, run_check_pod
+from core.storage.cache import CACHE
 from core.storage.store import open_store
 
 GPU = "nvidia.com/gpu"
@@ -61,7 +62,7 @@ def test_everything_is_there(expected, store_uri, caplog):
     on_s3 = store_uri.startswith("s3://")
     found = found_by(expected | {"store": store_uri}, caplog)
     assert {check for check, (state, _) in found.items() if state != "ok"} == {"mlflow"}
-    assert set(found) == set(CHECKS) - {"accelerators"} - (set() if on_s3 else {"credentials"})
+    assert set(found) == set(CHECKS) - {"accelerators", "cache"} - (set() if on_s3 else {"credentials"})
     assert list(open_store(store_uri).list()) == [], "it has left nothing behind"
 
 
@@ -183,6 +184,19 @@ def test_a_cache_that_an_image_built_on_ours_has_left_to_root(expected, caplog, 
         f"{cache}/huggingface, the HF_HOME of the image, cannot be written (File exists)." in found["scratch"]
     )
     assert f"remove {cache} " in found["scratch"]
+
+
+def test_a_shared_cache_is_looked_at_and_keeps_nothing_from_working(expected, caplog, monkeypatch, tmp_path):
+    assert "cache" not in found_by(expected, caplog)
+    caplog.clear()
+    monkeypatch.setenv(CACHE, str(tmp_path / "shared"))
+    assert found_by(expected, caplog)["cache"][1].endswith(" free")
+    caplog.clear()
+    (tmp_path / "shared").rmdir()
+    (tmp_path / "shared").touch()
+    found = found_by(expected, caplog)
+    assert found["cache"][0] == "note"
+    assert "each task fetches from the store" in found["cache"][1]
 
 
 def test_the_component_runs_it(expected, capfd):
