@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from demo import model_folder, parser_for, peak_bytes, restart_peak, table_of
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel
@@ -52,10 +53,11 @@ WAYS = {"text": ("trainer", "recover"), "conversations": ("padded", "grouped", "
 OURS = "recover"
 RATE = 1e-5
 MEDIAN_TOKENS, SPREAD = 162, 0.62
-"""Of a conversation: log-normal, so that a twentieth has over 450 tokens, as in Alpaca's 52,000."""
+"""Of a conversation: log-normal, so that a twentieth has over 450 tokens, as of 999 of Alpaca's."""
 FULLEST = 0.97
 """Share of rows that conversations fill."""
-SHAPE = ("length", "batch", "micro_batch", "layers", "steps", "trained", "precision", "compile")
+SHAPE = ("length", "batch", "micro_batch", "layers", "steps", "trained", "precision")
+SHAPE += ("compile", "compile_trainer")
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--trained", type=float, default=0.4, help="share of a conversation that is a reply")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="our loop with training.compile")
+    parser.add_argument("--compile-trainer", action="store_true", help="Trainer with torch_compile")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -203,7 +206,11 @@ def work(way: str, kind: str, options: argparse.Namespace) -> None:
 
 def texts_of(kind: str, length: int, vocabulary: int, options: argparse.Namespace) -> Texts:
     """Return random texts."""
-    generator = np.random.default_rng(1)
+    generator, drawing = np.random.default_rng(1), np.random.default_rng(2)
+
+    def lengths(number: int) -> NDArray[np.int64]:
+        drawn = drawing.lognormal(np.log(MEDIAN_TOKENS), SPREAD, size=number)
+        return drawn.clip(8, length).astype(np.int64)
 
     def document(tokens: int, trained: float = 1.0) -> Tokenized:
         ids = generator.integers(vocabulary, size=tokens, dtype=np.int32)
@@ -215,15 +222,14 @@ def texts_of(kind: str, length: int, vocabulary: int, options: argparse.Namespac
         ids, trained = (np.stack(column) for column in list(zip(*documents, strict=True))[:2])
         return Texts(Rows(torch.from_numpy(ids), torch.from_numpy(trained)), documents)
     documents, rows = [], []
-    passes = options.batch // options.micro_batch
+    a_pass = round(FULLEST * options.micro_batch * length / lengths(10**5).mean())
+    each = a_pass * options.batch // options.micro_batch
     for _ in range(options.steps):
-        while True:  # until as many as in each step just fill the step's rows
-            drawn = generator.lognormal(np.log(MEDIAN_TOKENS), SPREAD, size=10**4).clip(8, length).astype(int)
-            each = round(FULLEST * options.micro_batch * length / drawn.mean())
-            lengths = drawn[: passes * each]
-            if not 0.95 <= lengths.sum() / (options.batch * length) <= 1:
+        while True:  # until those of a step just fill its rows
+            drawn = lengths(each)
+            if not 0.95 <= drawn.sum() / (options.batch * length) <= 1:
                 continue
-            step = [document(tokens, options.trained) for tokens in lengths.tolist()]
+            step = [document(tokens, options.trained) for tokens in drawn.tolist()]
             packed = list(pack_whole(step, length, opening=(), padding=0, held=options.batch))
             if len(packed) == options.batch:
                 break
@@ -302,6 +308,7 @@ def with_trainer(
             max_grad_norm=1.0,
             bf16=options.precision == "bfloat16",
             use_cpu=model.device.type == "cpu",
+            torch_compile=options.compile_trainer,
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",

@@ -7,6 +7,7 @@ used, a warning says so, and the run goes on without.
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ class FileCache:
 
     def __init__(self, folder: Path) -> None:
         """Use a folder, which the first file creates; several processes may use it at once."""
-        self._folder = folder
+        self._folder, self._lock, self._given_up = folder, threading.Lock(), False
 
     @classmethod
     def of_environment(cls) -> "FileCache | None":
@@ -42,7 +43,7 @@ class FileCache:
 
     def take(self, entry: FileEntry, path: Path) -> bool:
         """Copy what an entry describes to ``path``; return whether it was there, and whole."""
-        if entry.size < _SMALLEST_BYTES:
+        if entry.size < _SMALLEST_BYTES or self._given_up:
             return False
         kept = self._place(entry)
         try:
@@ -50,23 +51,31 @@ class FileCache:
             if not (fault := entry.fault(path.stat().st_size, sha256)):
                 os.utime(kept)
                 return True
+            log.warning("%s is damaged: %s. It comes from the store instead.", kept, fault)
             kept.unlink(missing_ok=True)
         except FileNotFoundError:
-            return False  # never kept, or it made room meanwhile
+            log.debug("%s is not there", kept)  # never was, or made room meanwhile
         except OSError as error:
-            fault = str(error)
-        log.warning("%s is not used: %s. It comes from the store instead.", kept, fault)
+            self._give_up(error)
         return False
 
     def keep(self, entry: FileEntry, file: Path) -> None:
         """Keep a copy of a file that an entry describes, if there is room for it."""
+        if entry.size < _SMALLEST_BYTES or self._given_up:
+            return
         kept = self._place(entry)
         try:
-            if entry.size >= _SMALLEST_BYTES and not kept.exists() and self._make_room(entry.size):
+            if not kept.exists() and self._make_room(entry.size):
                 with suppress(FileExistsError), replacing(kept, if_absent=True, durable=False) as temporary:
                     copy_hashed(file, temporary)  # another task may be faster
         except (OSError, StorageError) as error:
-            log.warning("%s keeps no copy of %s: %s", self._folder, entry.path, error)
+            self._give_up(error)
+
+    def _give_up(self, error: OSError | StorageError) -> None:
+        with self._lock:
+            if not self._given_up:
+                log.warning("the cache in %s is not used: %s", self._folder, error)
+            self._given_up = True
 
     def _place(self, entry: FileEntry) -> Path:
         return self._folder / entry.sha256[:2] / entry.sha256
@@ -76,7 +85,7 @@ class FileCache:
         disk = shutil.disk_usage(self._folder)
         stays_free = round(_STAYS_FREE * disk.total)
         files = sorted(self._files())
-        if disk.free + sum(size for _, size, _ in files) < size + stays_free:
+        if disk.free + sum(held for _, held, _ in files) < size + stays_free:
             return False
         for _, _, file in files:
             if shutil.disk_usage(self._folder).free >= size + stays_free:

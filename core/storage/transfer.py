@@ -32,6 +32,8 @@ _THREADS = 8
 
 log = logging.getLogger(__name__)
 
+Origin = Literal["there", "cache", "store"]
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -125,9 +127,7 @@ def read_verified(store: Store, manifest: Manifest, entry: FileEntry) -> bytes:
     return content
 
 
-def download(
-    store: Store, manifest: Manifest, directory: Path, entries: Iterable[FileEntry]
-) -> list[Literal["there", "cache", "store"]]:
+def download(store: Store, manifest: Manifest, directory: Path, entries: Iterable[FileEntry]) -> list[Origin]:
     """Bring files of a publication to ``directory``, less those that are there and verify.
 
     Returns:
@@ -136,13 +136,14 @@ def download(
     Raises:
         IntegrityError: If a file is not what its entry says; it is then not in ``directory``.
     """
-    return in_parallel(functools.partial(_download, store, manifest, directory), entries)
+    cache = FileCache.of_environment()
+    return in_parallel(functools.partial(_download, store, manifest, directory, cache), entries)
 
 
 def _download(
-    store: Store, manifest: Manifest, directory: Path, entry: FileEntry
-) -> Literal["there", "cache", "store"]:
-    path, cache = directory / entry.path, FileCache.of_environment()
+    store: Store, manifest: Manifest, directory: Path, cache: FileCache | None, entry: FileEntry
+) -> Origin:
+    path = directory / entry.path
     if not entry.fault_of(path):
         return "there"
     # Not flushed to the disk: what a power cut takes away is found missing, and fetched again.
