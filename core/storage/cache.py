@@ -74,7 +74,13 @@ class FileCache:
     def _give_up(self, error: OSError | StorageError) -> None:
         with self._lock:
             if not self._given_up:
-                log.warning("the cache in %s is not used: %s", self._folder, error)
+                said = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
+                log.warning(
+                    "the cache in %s is not used, all comes from the store: %s. It should be a folder that "
+                    "can be written: see ADAPT_PRUNER_CACHE, in pods the claim of cluster.cache_claim.",
+                    self._folder,
+                    said,
+                )
             self._given_up = True
 
     def _place(self, entry: FileEntry) -> Path:

@@ -105,13 +105,13 @@ def test_a_disk_that_cannot_be_written_costs_a_warning(uri, shared, asked, tmp_p
         for task in ("first", "second"):
             assert fetch(uri, tmp_path / task) == CONTENT
     assert len(asked) == 4
-    assert caplog.text.count(f"the cache in {shared} is not used: ") == 2, "once a fetch, not once a file"
+    assert caplog.text.count(f"the cache in {shared} is not used, ") == 2, "once a fetch, not once a file"
 
 
 def test_a_file_in_place_of_the_folder_costs_a_warning(uri, shared, tmp_path, caplog):
     shared.write_bytes(b"")
     assert fetch(uri, tmp_path / "first") == CONTENT
-    assert caplog.text.count(f"the cache in {shared} is not used: ") == 1
+    assert caplog.text.count(f"the cache in {shared} is not used, ") == 1
 
 
 def test_what_was_used_longest_ago_makes_room(tmp_path):
