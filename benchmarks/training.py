@@ -47,7 +47,7 @@ from core.model.build import load_model, load_tokenizer, pick_device
 from core.settings.texts import TextSource
 from core.settings.training import TrainingSettings
 from core.training.recover import recover
-from core.training.rows import Rows, positions_of
+from core.training.rows import Rows, documents_of
 
 WAYS = {"text": ("trainer", "recover"), "conversations": ("padded", "grouped", "trainer", "recover")}
 OURS = "recover"
@@ -248,7 +248,7 @@ def train(way: str, model: PreTrainedModel, texts: Texts, options: argparse.Name
     columns["labels"] = rows.input_ids.long().masked_fill(rows.trained == 0, -100)
     if way == "trainer":
         if rows.starts is not None:
-            columns["position_ids"] = positions_of(rows.starts)
+            columns["position_ids"] = documents_of(rows.starts).positions
         items = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return with_trainer(model, items, options.micro_batch, options)
     each = len(texts.documents) // options.steps

@@ -97,6 +97,10 @@ class TrainingSettings:
     layer_inputs: Literal["auto", "device", "host"] = field(default="auto", metadata=HOW)
     """Where ``gradient_checkpointing`` keeps the input of each layer until the backward pass: on the GPU, or
     in host memory. ``auto``: on the GPU if they fit."""
+    attention: Literal["auto", "torch", "flash"] = field(default="auto", metadata=HOW)
+    """What computes the attention on a GPU. ``flash``: the package flash-attn, which needs no mask for the
+    documents of a row, in bfloat16. ``torch``: torch itself. ``auto``: flash-attn if it is installed. Losses
+    differ by rounding. With flash-attn it has not run on a GPU yet."""
     compile: bool = field(default=False, metadata=HOW)
     """Let torch.compile fuse the operations of the layers, which share its graphs though they differ in size.
     The first step waits for that; it needs a C++ compiler. Losses differ by rounding. Not with ``lora_rank``.

@@ -10,6 +10,7 @@ import torch
 
 from core.quantities import parse_interval
 from core.settings.training import TrainingSettings
+from core.training.attention import attention_of
 from core.training.compilation import check_compiler
 from core.training.objective import load_teacher
 from core.training.parallel.ranks import ALONE, Ranks
@@ -91,18 +92,19 @@ def train_here(
         check_compiler(model.device)
     teacher = load_teacher(job.base, job.settings, model.device)
     torch.manual_seed(job.seed)
-    return recover(
-        model,
-        read_rows(job.rows, job.lessons),
-        job.settings,
-        held_out=None if job.held_out is None else read_rows(job.held_out),
-        teacher=teacher,
-        first_step=job.first_step,
-        total_steps=job.total_steps,
-        carry=carry,
-        resume_from=resume_from,
-        save=save,
-        hand_on=hand_on,
-        live=None if ranks.rank else job.live,
-        ranks=ranks,
-    )
+    with attention_of(job.settings, model, teacher.model if teacher else None):
+        return recover(
+            model,
+            read_rows(job.rows, job.lessons),
+            job.settings,
+            held_out=None if job.held_out is None else read_rows(job.held_out),
+            teacher=teacher,
+            first_step=job.first_step,
+            total_steps=job.total_steps,
+            carry=carry,
+            resume_from=resume_from,
+            save=save,
+            hand_on=hand_on,
+            live=None if ranks.rank else job.live,
+            ranks=ranks,
+        )

@@ -60,7 +60,7 @@ class Teacher:
             layers = self.hidden_layers or range(self.model.config.num_hidden_layers)
         positions = counted_positions(part.trained, part.ids.device)
         with outputs_kept(self.model, layers, positions) as kept:
-            aims = final_states(self.model, part.ids, part.positions)
+            aims = final_states(self.model, part.ids, part.documents)
         lesson = Lesson(teacher=self.model, aims=aims, weight=self.weight, temperature=self.temperature)
         hidden = HiddenLesson(aims=kept, positions=positions, weight=self.hidden_weight) if kept else None
         return lesson, hidden
@@ -116,7 +116,7 @@ def write_lessons(
     count, size = min(top_k, vocabulary), chunk_positions(vocabulary, model.device.type)
     ids, logs, kept, left_out = [], [], 0.0, 0.0
     for part in rows.micro_batches(micro_batch, model.device):
-        states = final_states(model, part.ids, part.positions)
+        states = final_states(model, part.ids, part.documents)
         for chunk in states[:, :-1][counted_positions(part.trained, model.device)].split(size):
             tokens, found, lost = likeliest(head_logits(model, chunk), count, temperature)
             ids.append(tokens.to("cpu", format_of_ids(vocabulary)))

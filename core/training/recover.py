@@ -217,7 +217,7 @@ def _accumulate(
             # The teacher goes first, as the activations of the model stay.
             lesson, hidden = (None, None) if teacher is None else teacher.lesson(part)
             with nullcontext() if hidden is None else hidden.taught(model, scale=1 / counted) as distance:
-                states = final_states(model, part.ids, part.positions)
+                states = final_states(model, part.ids, part.documents)
             loss, gradient = loss_gradient(
                 model, states, part.ids, scale=1 / counted, trained=part.trained, lesson=lesson
             )
@@ -237,7 +237,7 @@ def held_out_loss(model: PreTrainedModel, rows: Rows, settings: TrainingSettings
     total = 0.0
     for part in rows.micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
-            states = final_states(model, part.ids, part.positions)
+            states = final_states(model, part.ids, part.documents)
             total += loss_sum(model, states, part.ids, trained=part.trained)
     model.train()
     return total / max(rows.trained_tokens, 1)

@@ -1,7 +1,7 @@
 """Packed sequences on their way into a model."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.machine.memory import sent
+from core.model.loss import Documents
 from core.training.lessons import Lessons, open_lessons
 
 
@@ -50,13 +51,13 @@ class Rows(NamedTuple):
             device: Where the model is.
         """
         ids = sent(self.input_ids, device).long().split(size)
-        positions: tuple[Tensor | None, ...] = (None,) * len(ids)
+        documents: Iterable[Documents | None] = itertools.repeat(None)
         if self.starts is not None:
-            positions = sent(positions_of(self.starts), device).split(size)
+            documents = [documents_of(starts).to(device) for starts in self.starts.split(size)]
         lessons: Iterator[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
         if self.lessons is not None:
             lessons = self.lessons.micro_batches(size, device)
-        yield from map(MicroBatch, ids, positions, self.trained.split(size), lessons)
+        yield from map(MicroBatch, ids, documents, self.trained.split(size), lessons)
 
 
 def read_rows(file: Path, lessons: Sequence[Path] = ()) -> Rows:
@@ -74,15 +75,19 @@ class MicroBatch(NamedTuple):
 
     ids: Tensor
     """(B, T) int64 token ids, on the model's device."""
-    positions: Tensor | None
-    """(B, T) int64 positions, there; None for one document a row."""
+    documents: Documents | None
+    """Those in the rows, there; None for one document a row."""
     trained: Tensor
     """(B, T) as in ``Rows``, in host memory, where it is looked up what is a target."""
     expected: tuple[Tensor, Tensor] | None = None
     """Ids and logarithms as in ``StoredLesson``, on the model's device, in the formats of their files."""
 
 
-def positions_of(starts: Tensor) -> Tensor:
-    """Return (B, T) int64 positions that start again from 0 where ``starts`` is not 0."""
+def documents_of(starts: Tensor) -> Documents:
+    """Return the documents of (B, T) rows: one begins where ``starts`` is not 0, and with each row."""
+    begins = starts != 0
+    begins[:, 0] = True
     index = torch.arange(starts.shape[1]).expand(starts.shape)
-    return index - torch.where(starts != 0, index, 0).cummax(dim=1).values
+    positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+    edges = torch.cat([begins.flatten().nonzero().squeeze(1), torch.tensor([starts.numel()])])
+    return Documents(positions, edges.int())

@@ -42,7 +42,8 @@ NO_RESULT = {
     ("calibration", "source", "max_malformed"),
     *(("calibration", name) for name in ("micro_batch", "weights", "state_memory")),
     *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every", "eval_every")),
-    *(("training", name) for name in ("ranks", "nodes", "sharding", "moments", "layer_inputs", "compile")),
+    *(("training", name) for name in ("ranks", "nodes", "sharding", "moments", "layer_inputs")),
+    *(("training", name) for name in ("attention", "compile")),
 }
 """Settings that change no result, beside the sections that are about something else."""
 

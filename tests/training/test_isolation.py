@@ -6,9 +6,10 @@ import torch
 
 from core.data.packing import Tokenized
 from core.data.whole_packing import pack_whole
-from core.model.loss import final_states, loss_gradient
+from core.model.loss import FLASH, final_states, loss_gradient
 from core.training import recover as training
-from core.training.rows import Rows, positions_of
+from core.training.rows import Rows, documents_of
+from tests.support.flash_attention import install
 from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
 from tests.support.training import training_settings, weights
 
@@ -39,6 +40,13 @@ def ways_of_attention(model):
     yield "eager"
     if model._supports_sdpa:  # Gemma 2's soft caps are beyond it
         yield "sdpa"
+    assert model._supports_flash_attn
+    yield FLASH
+
+
+@pytest.fixture(autouse=True)
+def flash_attention(monkeypatch):
+    install(monkeypatch)
 
 
 @pytest.mark.parametrize("layers", [None, UNEQUAL], ids=["equal", "unequal"])
@@ -46,11 +54,11 @@ def ways_of_attention(model):
 def test_a_packed_row_gives_each_document_the_logits_that_it_has_alone(name, layers):
     model = tiny(name, layers)
     (ids, _, starts), documents = rows_of(SIZES)
-    positions = positions_of(starts)
+    held = documents_of(starts)
     for way in ways_of_attention(model):
         model.set_attn_implementation(way)
         with torch.no_grad(), Float64Throughout():
-            packed = model.lm_head(final_states(model, ids.long(), positions))
+            packed = model.lm_head(final_states(model, ids.long(), held))
             for row, parts in enumerate(documents):
                 first = 0
                 for document in parts:
@@ -60,13 +68,16 @@ def test_a_packed_row_gives_each_document_the_logits_that_it_has_alone(name, lay
                     first += len(document.ids)
 
 
+@pytest.mark.parametrize("flash", [False, True], ids=["torch", "flash"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_of_packed_rows_are_the_sums_of_those_alone(name):
+def test_loss_and_gradients_of_packed_rows_are_the_sums_of_those_alone(name, flash):
     packed, apart = tiny(name, UNEQUAL), tiny(name, UNEQUAL)
+    if flash:
+        packed.set_attn_implementation(FLASH)
     (ids, trained, starts), documents = rows_of(SIZES)
     total = 0.0
     with Float64Throughout():
-        states = final_states(packed, ids.long(), positions_of(starts))
+        states = final_states(packed, ids.long(), documents_of(starts))
         loss, gradient = loss_gradient(packed, states, ids.long(), scale=1.0, trained=trained)
         states.backward(gradient)
         for document in (document for row in documents for document in row):
