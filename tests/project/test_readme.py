@@ -54,6 +54,7 @@ def run(folder, command):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_what_the_readme_promises(demo):
     folder, shown = demo
     for command in ("mlflow ui --backend-store-uri", "adapt-pruner generate output/demo/model"):
@@ -62,6 +63,7 @@ def test_the_demo_ends_with_what_the_readme_promises(demo):
     assert (folder / "output/demo/report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("adapt-pruner") and "--output output/larger" not in c]
 )
@@ -71,6 +73,7 @@ def test_commands_on_the_demo_work(demo, command):
     assert shown.strip()
 
 
+@pytest.mark.slow
 def test_what_is_compiled_for_a_cluster_names_no_place_of_this_machine(demo):
     """A recipe whose base or texts lie here cannot run there, nor one that is tracked in a file."""
     folder, _ = demo
@@ -92,6 +95,7 @@ def test_overrides_of_the_run_command_are_settings():
     assert load_recipe(ROOT / "recipes/demo.yaml", overrides).prune.target == "120M"
 
 
+@pytest.mark.slow
 def test_the_mlflow_command_shows_the_run(demo):
     folder, _ = demo
     (command,) = [c for c in COMMANDS if c.startswith("mlflow")]
@@ -102,6 +106,7 @@ def test_the_mlflow_command_shows_the_run(demo):
         assert page == b"OK"
 
 
+@pytest.mark.slow
 def test_the_python_example_loads_the_model(demo, monkeypatch):
     folder, _ = demo
     (example,) = re.findall(r"```python\n(.*?)```", MODELS, re.DOTALL)
@@ -112,6 +117,7 @@ def test_the_python_example_loads_the_model(demo, monkeypatch):
     assert len(names["tokenizer"]) == names["model"].config.vocab_size
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_there(demo):
     folder, _ = demo
     named = re.findall(r"^\| `(output/demo/[\w./]+)` \|", README, re.MULTILINE)
