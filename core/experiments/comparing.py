@@ -24,10 +24,10 @@ def compare_runs(
     It comes first, if it is not one of them. What cannot be read of a run, or cannot be compared, is a note.
     """
     chosen = list(runs)
-    if against is not None and all(run.overview.key != against.overview.key for run in runs):
+    if against is not None and all(run.place != against.place for run in runs):
         chosen.insert(0, against)
     found = in_parallel(_read, chosen)
-    other = next((each for each in found if against and each[0].key == against.overview.key), None)
+    other = next((each for each in found if against and each[0].place == against.place), None)
     compared = [_compared(*each, other=other) for each in found]
     return compared, compared[found.index(other)] if other else None
 
@@ -41,7 +41,14 @@ def _read(stored: StoredRun) -> _Read:
         record, problem = stored.record(), () if stored.run else ("its run.json is damaged",)
     except AdaptPrunerError as error:
         record, problem = None, (str(error),)
-    run = ComparedRun(key=seen.key, name=seen.name, state=stored.state, record=record, notes=problem)
+    run = ComparedRun(
+        place=stored.place,
+        key=seen.key,
+        name=seen.name,
+        state=stored.state,
+        record=record,
+        notes=problem,
+    )
     items = None
     if stored.run is not None and run.shown is not None:
         try:
@@ -57,7 +64,7 @@ def _compared(run: ComparedRun, items: Items | None, *, other: _Read | None) -> 
         certain = Observations(ids=text.ids, values=[0.0] * len(text.ids), weights=text.weights)
         itself = perplexity_ratio(text, certain)  # of which the perplexity is 1
         run = dataclasses.replace(run, perplexity_interval=(itself.low, itself.high))
-    if other is None or other[0].key == run.key:
+    if other is None or other[0].place == run.place:
         return run
     reference, others = other
     if items is None or others is None:

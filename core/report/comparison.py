@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from core.redaction import without_password
 from core.report.compared_figures import (
     FEW_RUNS,
     Point,
@@ -32,6 +33,8 @@ _NORMAL_975 = statistics.NormalDist().inv_cdf(0.975)
 class ComparedRun:
     """A run in a comparison."""
 
+    place: str
+    """Where it is; its store may be one of several that hold it."""
     key: str
     name: str
     state: str
@@ -64,7 +67,7 @@ def comparison_table(
         most_tasks: With more tasks, their mean alone has a column.
     """
     names = titles(runs)
-    rows = [*_dense_rows(runs), *(_row(run, names[run.key]) for run in runs)]
+    rows = [*_dense_rows(runs), *(_row(run, names[run.place]) for run in runs)]
     known = dict.fromkeys(name for row in rows for name in row.measured)
     if not any(sum(row.measured.get("gpu_seconds", ())) for row in rows):
         known.pop("gpu_seconds", None)  # no run had a GPU
@@ -82,7 +85,7 @@ def comparison_table(
         metrics=tuple(metric for metric in metrics if metric in known or metric in ("params", "perplexity")),
         rows=tuple(rows),
         notes=tuple(_notes(runs, names, rows, against or runs[0])),
-        against=names.get(against.key, against.name) if against else "",
+        against=names.get(against.place, against.name) if against else "",
     )
 
 
@@ -105,7 +108,7 @@ def comparison_parts(
         label = "Quality against parameters of all runs and phases"
         quality = inline_svg(quality_against_size(panels), name="compared", label=label)
     ordered = sorted(runs, key=lambda run: run is not against)
-    known = [(names[run.key], run.shown.layers) for run in ordered if run.shown and run.shown.layers]
+    known = [(names[run.place], run.shown.layers) for run in ordered if run.shown and run.shown.layers]
     pair = dict(known[:2])
     if len(pair) == 2:
         label = "Widths of the layers of two runs"
@@ -122,12 +125,14 @@ def comparison_parts(
 
 
 def titles(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    """Return the key of each run to its name, with the key where several have that name."""
-    often = Counter(run.name for run in runs)
-    return {
-        run.key: run.name if often[run.name] == 1 and run.name else f"{run.name} {run.key[:6]}".strip()
-        for run in runs
-    }
+    """Return the place of each run to its name, with the key or the place where several have that name."""
+    names = {run.place: run.name for run in runs}
+    with_key = {run.place: f"{run.name} {run.key[:6]}".strip() for run in runs}
+    with_place = {run.place: f"{run.name} in {without_password(run.place)}".strip() for run in runs}
+    for longer in (with_key, with_place):
+        often = Counter(names.values())
+        names = {place: name if name and often[name] == 1 else longer[place] for place, name in names.items()}
+    return names
 
 
 def _row(run: ComparedRun, name: str) -> Row:
@@ -202,15 +207,15 @@ def _notes(
     for run in runs:
         phase = run.shown
         if phase is None:
-            yield f"{names[run.key]}: {run.state}; nothing of it can be shown."
+            yield f"{names[run.place]}: {run.state}; nothing of it can be shown."
         elif phase.perplexity is None and not phase.tasks:
-            yield f"{names[run.key]}: {run.state}; not evaluated."
+            yield f"{names[run.place]}: {run.state}; not evaluated."
         elif run.state != "done":
-            yield f"{names[run.key]}: {run.state}; its figures are those of phase {phase.phase}."
-        yield from (f"{names[run.key]}: {note}" for note in run.notes)
-    if others := [names[run.key] for run in runs if _way(run) not in (None, _way(first))]:
+            yield f"{names[run.place]}: {run.state}; its figures are those of phase {phase.phase}."
+        yield from (f"{names[run.place]}: {note}" for note in run.notes)
+    if others := [names[run.place] for run in runs if _way(run) not in (None, _way(first))]:
         yield (
-            f"Measured under other settings than {names[first.key]}, so not comparable without care: "
+            f"Measured under other settings than {names[first.place]}, so not comparable without care: "
             f"{', '.join(others)}."
         )
 
@@ -235,8 +240,8 @@ def _perplexities(runs: Sequence[ComparedRun], names: Mapping[str, str]) -> Qual
     for run in runs:
         for phase in run.record.phases if run.record else ():
             if phase.perplexity is not None and math.isfinite(phase.perplexity):
-                point = (phase.params, phase.perplexity, _called(names[run.key], phase))
-                found.setdefault(names[run.key], []).append(point)
+                point = (phase.params, phase.perplexity, _called(names[run.place], phase))
+                found.setdefault(names[run.place], []).append(point)
     return QualityPanel(title="perplexity (lower is better)", lower_is_better=True, runs=found)
 
 
@@ -250,8 +255,8 @@ def _accuracies(runs: Sequence[ComparedRun], names: Mapping[str, str]) -> Qualit
             right = accuracies(phase)
             if common <= right.keys():
                 mean = 100 * statistics.fmean(right[task] for task in sorted(common))
-                point = (phase.params, mean, _called(names[run.key], phase))
-                found.setdefault(names[run.key], []).append(point)
+                point = (phase.params, mean, _called(names[run.place], phase))
+                found.setdefault(names[run.place], []).append(point)
     of = f"mean accuracy of {len(common)} tasks" if len(common) > 1 else f"accuracy, {''.join(common)}"
     title = f"{of}, % (higher is better)".replace("$", r"\$")
     return QualityPanel(title=title, lower_is_better=False, runs=found)

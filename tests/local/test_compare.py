@@ -67,6 +67,18 @@ def test_a_run_that_an_older_version_has_measured_shows_what_it_was_published_wi
     assert "" not in before
 
 
+def test_a_run_that_two_stores_hold_has_two_names(store, tmp_path):
+    folder, keys = store
+    other = tmp_path / "copied"
+    shutil.copytree(folder, other)
+    place = f"runs/{keys['demo']}"
+    compare(f"{folder}/{place}", f"{other}/{place}", "--against", f"{other}/{place}", "--csv", tmp_path / "c")
+    dense, *rows = csv.DictReader((tmp_path / "c").open())
+    assert [row["run"] for row in rows] == [f"demo in {where}/{place}" for where in (folder, other)]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"] != dense["perplexity"]
+    assert [bool(row["perplexity_difference"]) for row in rows] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [

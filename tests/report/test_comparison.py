@@ -16,7 +16,10 @@ from tests.support.reports import Page, make_record
 
 def compared(key="3f9ac1d27be0", name="demo", state="done", differences=(), **changes):
     record = make_record(key=key, name=name, **changes)
-    return ComparedRun(key=key, name=name, state=state, record=record, differences=dict(differences))
+    place = f"s3://a/store/runs/{key}"
+    return ComparedRun(
+        place=place, key=key, name=name, state=state, record=record, differences=dict(differences)
+    )
 
 
 @pytest.fixture
@@ -30,7 +33,9 @@ def runs():
         compared("a" * 12, differences={"arc_easy": gain, "perplexity": ratio}),
         compared("b" * 12, "other", phases=4, tasks=("arc_easy",)),
         compared("c" * 12, "bare", "interrupted, phase 0 of 3", tasks=(), phases=1),
-        ComparedRun(key="d" * 12, name="", state="damaged", record=None, notes=("run.json is damaged",)),
+        ComparedRun(
+            place="", key="d" * 12, name="", state="damaged", record=None, notes=("run.json is damaged",)
+        ),
     ]
 
 
@@ -53,8 +58,8 @@ def test_the_front_is_what_no_other_model_beats(lower_is_better):
 
 
 def test_the_picture_holds_each_phase_of_each_run_and_rings_the_front(runs):
-    names = {run.key: run.name or "?" for run in runs}
-    panels = [_perplexities(runs[2:4], names), _accuracies(runs[:3], names | {"a" * 12: "twin"})]
+    names = {run.place: run.name or "?" for run in runs}
+    panels = [_perplexities(runs[2:4], names), _accuracies(runs[:3], names | {runs[1].place: "twin"})]
     figure = quality_against_size(panels)
     left, right = figure.axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines()}
@@ -141,6 +146,7 @@ def test_notes_say_what_is_missing_and_what_is_not_comparable(runs):
     runs.append(compared("e" * 12, "unmeasured", "running, phase 1 of 2"))
     empty = [p.__class__(**vars(p) | {"perplexity": None, "tasks": {}}) for p in runs[-1].record.phases]
     runs[-1] = ComparedRun(
+        place="s3://a/store/runs/eeeeeeeeeeee",
         key="e" * 12,
         name="unmeasured",
         state="running, phase 1 of 2",
