@@ -23,6 +23,7 @@ import random
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -200,6 +201,7 @@ def attempt(task: Task, log: Path, events: Path, sender: Any, folder: str) -> No
     """Be the process of a step: log, and note each item that it counts."""
     import importlib
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.chdir(folder)
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
@@ -227,6 +229,14 @@ def attempt(task: Task, log: Path, events: Path, sender: Any, folder: str) -> No
     module, _, name = function.rpartition(".")
     step = getattr(importlib.import_module(f"core.steps.{module}"), name)
     sender.send(step(**{key: Artifact(v) if isinstance(v, Path) else v for key, v in given.items()}))
+
+
+def end_with_parent() -> None:
+    """End this process with the benchmark, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def add_events(account: Account, events: Path, began: float, ended: float, killed: bool) -> None:
