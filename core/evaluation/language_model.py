@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from core.errors import CheckpointError
 from core.evaluation.likelihoods import Request, can_share, log_likelihoods
-from core.model.loss import final_states, loss_sum
+from core.model.decoder import final_states
+from core.model.loss import loss_sum
 from core.progress import Progress
 from core.training.parallel.ranks import ALONE, Ranks
 

@@ -14,7 +14,8 @@ from core.errors import CheckpointError, DataError
 from core.evaluation.cache import AnswerCache
 from core.evaluation.items import ItemResults, MetricItems, numbered
 from core.evaluation.results import TaskAnswers
-from core.model.loss import final_states, loss_sum
+from core.model.decoder import final_states
+from core.model.loss import loss_sum
 from core.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from core.machine.memory import available_bytes
 from core.model.build import build_model, model_shape
 from core.model.checkpoint import ChangeLayer, Checkpoint
 from core.model.config import config_with_layers, refuse_sliced
+from core.model.decoder import final_states
 from core.model.families import family_of
-from core.model.loss import final_states, loss_gradient
+from core.model.loss import loss_gradient
 from core.model.shape import LayerShape
 
 if TYPE_CHECKING:

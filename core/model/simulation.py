@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from core.model.build import build_model
+from core.model.decoder import final_states
 from core.model.families import family_of
 from core.model.hidden import HiddenLesson
 from core.model.layerwise import LayerwiseModel, frozen
@@ -29,7 +30,6 @@ from core.model.loss import (
     chunk_gradient,
     chunk_lesson,
     chunk_positions,
-    final_states,
 )
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from torch import Tensor
 from core.errors import CheckpointError, TargetError
 from core.model.build import model_shape
 from core.model.config import layer_shapes
+from core.model.decoder import final_states
 from core.model.families import Family, family_of
 from core.model.layerwise import replaced
-from core.model.loss import final_states, loss_sum
+from core.model.loss import loss_sum
 from core.model.shape import LayerShape, ModelShape
 from core.progress import Progress
 from core.pruning.attention import attention_cuts

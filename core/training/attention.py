@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from core.errors import SettingsError
-from core.model.loss import FLASH
+from core.model.decoder import FLASH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

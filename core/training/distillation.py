@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
-from core.model.loss import divergence_gradient, divergence_sum, final_states
+from core.model.decoder import final_states
+from core.model.loss import divergence_gradient, divergence_sum
 from core.progress import Progress
 from core.training.state import TrainingProgress, TrainingState, restore_state
 from core.training.wsd import wsd_learning_rate

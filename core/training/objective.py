@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from core.model.build import dtype_of, load_model
+from core.model.decoder import final_states
 from core.model.hidden import HiddenLesson, outputs_kept
 from core.model.loss import (
     Lesson,
     StoredLesson,
     chunk_positions,
     counted_positions,
-    final_states,
     head_logits,
     likeliest,
 )

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from core.errors import TrainingError
-from core.model.loss import final_states, loss_gradient, loss_sum
+from core.model.decoder import final_states
+from core.model.loss import loss_gradient, loss_sum
 from core.progress import Progress
 from core.settings.training import TrainingSettings
 from core.training.compilation import compiled_layers

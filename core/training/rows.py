@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from core.machine.memory import sent
-from core.model.loss import Documents
+from core.model.decoder import Documents
 from core.training.lessons import Lessons, open_lessons
 
 

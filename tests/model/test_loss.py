@@ -5,12 +5,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.model import loss as module
 from core.model.build import model_shape
+from core.model.decoder import final_states
 from core.model.loss import (
     Lesson,
     StoredLesson,
     divergence_gradient,
     divergence_sum,
-    final_states,
     likeliest,
     loss_gradient,
     loss_sum,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core.model.loss import final_states
+from core.model.decoder import final_states
 from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
 from core.training.adapters import add_adapters
 from tests.support.models import CONFIGS, tiny

@@ -36,6 +36,7 @@ INSIDES = {
     "transformers": [
         "transformers.PreTrainedConfig._attn_implementation",
         "transformers.PreTrainedConfig.is_heterogeneous",
+        "transformers.PreTrainedModel._supports_flash_attn",
         "transformers.initialization.no_init_weights",
         "transformers.modeling_utils.local_torch_dtype",
     ],

@@ -8,7 +8,7 @@ import torch
 from core.errors import OutOfMemoryError
 from core.model.build import build_model, model_shape
 from core.model.config import config_with_layers, layer_shapes
-from core.model.loss import final_states
+from core.model.decoder import final_states
 from core.pruning.methods.masks import LAYERS, masked
 from core.settings.calibration import CalibrationSettings
 from core.settings.prune import PruneSettings

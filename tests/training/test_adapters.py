@@ -5,7 +5,8 @@ import torch
 from safetensors import safe_open
 
 from core.errors import CheckpointError, SettingsError
-from core.model.loss import final_states, loss_gradient
+from core.model.decoder import final_states
+from core.model.loss import loss_gradient
 from core.quantities import Interval
 from core.settings.recipe import settings_from_dict
 from core.storage.interface import join_uri

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from core.errors import SettingsError
-from core.model.loss import FLASH
+from core.model.decoder import FLASH
 from core.training import attention
 from core.training import recover as training
 from core.training.attention import attention_of

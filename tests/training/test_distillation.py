@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from core.errors import TrainingError
-from core.model.loss import final_states
+from core.model.decoder import final_states
 from core.pruning.plan import LayerPlan
 from core.pruning.surgery import prune_model
 from core.training import distillation as module

@@ -6,7 +6,8 @@ import torch
 
 from core.data.packing import Tokenized
 from core.data.whole_packing import pack_whole
-from core.model.loss import FLASH, final_states, loss_gradient
+from core.model.decoder import FLASH, final_states
+from core.model.loss import loss_gradient
 from core.training import recover as training
 from core.training.rows import Rows, documents_of
 from tests.support.flash_attention import install

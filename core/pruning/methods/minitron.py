@@ -21,9 +21,10 @@ from torch import Tensor
 from core.errors import CheckpointError, TargetError
 from core.model.build import build_empty, model_shape
 from core.model.config import config_with_hidden_size
+from core.model.decoder import final_states
 from core.model.families import family_of
 from core.model.layerwise import frozen, replaced
-from core.model.loss import final_states, loss_sum
+from core.model.loss import loss_sum
 from core.model.shape import ModelShape
 from core.progress import Progress
 from core.pruning.methods.opened import OpenedModel

@@ -33,8 +33,9 @@ from core.errors import TrainingError
 from core.model.build import model_shape
 from core.model.checkpoint import model_parts
 from core.model.config import layer_shapes
+from core.model.decoder import final_states
 from core.model.layerwise import LayerwiseModel
-from core.model.loss import final_states, loss_gradient
+from core.model.loss import loss_gradient
 from core.model.shape import LayerShape
 from core.progress import Progress
 from core.pruning.methods.masks import HIDDEN, LAYERS, Masks, masked, put_into_weights

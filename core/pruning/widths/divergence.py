@@ -9,9 +9,10 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from core.model.config import layer_shapes
+from core.model.decoder import final_states
 from core.model.families import family_of
 from core.model.layerwise import frozen, replaced
-from core.model.loss import divergence_sum, final_states
+from core.model.loss import divergence_sum
 from core.progress import Progress
 from core.pruning.plan import LayerPlan
 from core.pruning.sensitivity import recorded, silenced
