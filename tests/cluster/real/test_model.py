@@ -1,6 +1,7 @@
 """A real model, SmolLM2-135M, by the demo's recipe, in one phase."""
 
 import json
+import os
 from pathlib import Path
 
 import yaml
@@ -14,13 +15,17 @@ def test_smollm2(kubeflow, tmp_path):
     recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
     own = kubeflow.recipe("model")
     recipe |= {key: own[key] for key in ("name", "storage", "cluster")} | {"tracking": {}}
-    recipe["cluster"]["memory"] = "6Gi"
+    recipe["cluster"] |= {"memory": "6Gi", "cache_claim": os.environ.get("CACHE_CLAIM", "")}
     recipe["prune"] |= {"phases": 1, "repair_tokens": "2k"}
     recipe["calibration"] |= {"sequences": 8}
     recipe["training"] |= {"tokens": "4k"}
     recipe["evaluation"] |= {"limit": 5, "perplexity_windows": 4, "speed": False}
-    code, text = kubeflow.submit(recipe, tmp_path).end()
+    followed = kubeflow.submit(recipe, tmp_path)
+    code, text = followed.end()
     assert code == 0, text
+    if recipe["cluster"]["cache_claim"] and kubeflow.core is not None:
+        (pod,) = kubeflow.pods(followed.run_ids[0], "evaluate")[-1:]
+        assert "copied from the node's cache" in kubeflow.log(pod.metadata.name)
     final = Path(open_publication(final_of(recipe)).fetch(tmp_path / "final"))
     record = json.loads((final / "record.json").read_text())
     params = [phase["params"] for phase in record["phases"]]
