@@ -2,7 +2,7 @@
 # make test        the quick tests          make test-slow   the long ones, on the real model
 # make torture     kills, faults, damage: what docs/reliability.md promises; rewrites its evidence (40 minutes)
 # make test-image  the image that IMAGE=... names, by Docker or by Podman's service (DOCKER_HOST)
-# make test-cluster  a real Kubeflow Pipelines: docs/operating.md, "Test your cluster" (an hour)
+# make test-cluster  a real Kubeflow Pipelines: docs/operating.md, "Test your cluster" (an hour and a half)
 # make lint        ruff, mypy, hadolint     make lock        rewrite docker/requirements.lock
 # make docs        write docs/settings.md from the settings' docstrings
 # make clean       remove what was made here, except output/
