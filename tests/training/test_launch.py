@@ -19,6 +19,7 @@ log = logging.getLogger("core.of_a_rank")
 def fail(rank, how):
     """Fail on rank 1 in some way, while the others wait for it."""
     log.info("rank %d begins", rank)
+    dist.barrier()  # one that ends at once may do so before the other has heard of it
     if rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
