@@ -22,6 +22,7 @@ import os
 import random
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -35,9 +36,12 @@ import yaml
 from demo import RECIPE, ROOT, parser_for, table_of
 from rich.console import Console
 
+sys.path.insert(0, str(ROOT))  # for the small project of the tests
+
 from core.progress import Progress
 from core.storage.publication import find_publication
 from core.storage.store import open_store
+from core.training.parallel.launch import end_with_parent
 from tests.support.project import Artifact, make_project, recipe_with, resolve
 
 TIMED = {"report.json", "record.json", "report.html", "README.md"}
@@ -229,14 +233,6 @@ def attempt(task: Task, log: Path, events: Path, sender: Any, folder: str) -> No
     module, _, name = function.rpartition(".")
     step = getattr(importlib.import_module(f"core.steps.{module}"), name)
     sender.send(step(**{key: Artifact(v) if isinstance(v, Path) else v for key, v in given.items()}))
-
-
-def end_with_parent() -> None:
-    """End this process with the benchmark, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def add_events(account: Account, events: Path, began: float, ended: float, killed: bool) -> None:

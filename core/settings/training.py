@@ -152,6 +152,11 @@ class TrainingSettings:
                 f"lora_rank={self.lora_rank} begins each phase with new adapters, and optimizer_state=carry "
                 "has no moments for them. Set one of the two to its default."
             )
+        if self.attention == "flash" and self.precision == "float32":
+            yield (
+                "attention=flash computes in bfloat16, and precision is float32, or comes to that here. Set "
+                "attention to auto, or precision to bfloat16."
+            )
         if self.lora_rank and self.compile:
             yield f"compile=true is not for adapters (lora_rank={self.lora_rank}). Set one to its default."
         if not self.distillation_weight:

@@ -5,6 +5,7 @@ package flash-attn is told where documents begin; it works in bfloat16, on GPUs.
 """
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from core.errors import SettingsError
+from core.machine.precision import has_native_bfloat16
 from core.model.decoder import FLASH
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def attention_of(settings: "TrainingSettings", *models: "PreTrainedModel | None"
             ]
         )
     if settings.attention == "torch" or obstacle:
+        if settings.attention == "auto" and is_flash_attn_2_available():
+            log.info("attention by torch, not by flash-attn: %s", obstacle)
         yield
         return
     before = [model.config._attn_implementation for model in present]
@@ -62,7 +66,13 @@ def _obstacle(settings: "TrainingSettings", models: list["PreTrainedModel"]) -> 
         return "it needs a GPU"
     if not is_flash_attn_2_available():
         return "the package flash-attn is not installed"
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # such as one that was built for another torch
+        return f"the package flash-attn cannot be imported ({error})"
+    if not has_native_bfloat16():
+        return "it needs a GPU that computes in bfloat16 itself"
     if settings.precision != "bfloat16":
-        return f"it needs training.precision=bfloat16, which is {settings.precision}"
+        return f"training.precision is {settings.precision}"
     beyond = [model.config.model_type for model in models if not model._supports_flash_attn]
     return f"transformers has none for {beyond[0]}" if beyond else ""

@@ -1,6 +1,7 @@
 """The package flash-attn, as far as training calls it, computed by a loop: it runs on GPUs alone.
 
-The parameters are those of flash-attn 2.8. What its kernels refuse is refused, but for the number format.
+The parameters are those of flash-attn 2.8. It takes float64 too, for comparisons, and nothing that training
+has no use for.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 
+@torch.compiler.disable
 def flash_attn_varlen_func(
     q,
     k,
@@ -47,23 +49,12 @@ def flash_attn_varlen_func(
     return torch.cat(parts)
 
 
-def flash_attn_func(
-    q,
-    k,
-    v,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
+def flash_attn_func(q, k, v, **options):
     """Attention of (rows, tokens, heads, head size), each row by itself."""
-    assert (causal, dropout_p, alibi_slopes) == (True, 0.0, None)
-    rows = zip(q, k, v, strict=True)
-    return torch.stack([_attention(*row, softmax_scale, window_size, softcap) for row in rows])
+    rows, length = q.shape[:2]
+    edges = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+    flat = (part.flatten(0, 1) for part in (q, k, v))
+    return flash_attn_varlen_func(*flat, edges, edges, length, length, **options).view(q.shape)
 
 
 def _attention(q, k, v, scale, window, softcap):

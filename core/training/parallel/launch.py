@@ -171,7 +171,7 @@ def _main(
     place: Place,
 ) -> None:
     """Be a rank, one of ``size`` on this node."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     lock = threading.Lock()
     rank, ranks = place.node * size + local, place.nodes * size
 
@@ -234,7 +234,8 @@ def _log_to(send: Callable[[Any], None], level: int) -> None:
     logger.propagate = False
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the process that has started this one, and end this one when that ends, however it does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
