@@ -282,6 +282,11 @@ def explained(uri: str) -> Iterator[None]:
 
 def _explain(error: Exception, uri: str) -> str:
     text = without_password(" ".join(str(error).split()))
+    if found := re.search(r"too many (\d+) error responses", text):
+        return (
+            f"MLflow at {uri} answers with HTTP {found[1]}. Its log says why; start the run again once that "
+            "is mended, or leave tracking.uri and MLFLOW_TRACKING_URI empty to run without tracking."
+        )
     if re.search("Max retries exceeded|Connection refused|ConnectTimeout|timed out|could not connect", text):
         return (
             f"MLflow at {uri} cannot be reached. Start the server, correct tracking.uri or "

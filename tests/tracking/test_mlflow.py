@@ -1,9 +1,11 @@
+import http.server
 import logging
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -285,6 +287,7 @@ def test_a_database_that_another_process_made_meanwhile_is_kept(tmp_path, monkey
 def test_without_a_uri_everything_works_and_mlflow_is_not_imported(tmp_path):
     code = """
 import sys
+import threading
 from pathlib import Path
 from core.settings.storage import TrackingSettings
 from core.tracking.mlflow import open_tracker
@@ -325,6 +328,27 @@ def test_an_unreachable_server_is_one_line_and_quick(caplog, capfd):
     assert time.monotonic() - start < 15
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_fails_is_not_called_unreachable():
+    class Failing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(TrackingError) as caught:
+            tracker_of(uri, "k").start({}, {})
+        server.shutdown()
+    assert str(caught.value).startswith(f"MLflow at {uri} answers with HTTP 500. Its log says why")
 
 
 @pytest.mark.parametrize(
