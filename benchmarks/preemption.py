@@ -94,13 +94,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a small random model and two phases of it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to work, and to find the undisturbed run again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as temporary:
         folder = arguments.folder or Path(temporary)
         recipe = recipe_of(folder, arguments.small, arguments.set)
         stores = {name: str(folder / name) for name in ("undisturbed", "killed")}
-        undisturbed = run(recipe, stores["undisturbed"], folder / "log-undisturbed", iter(()))
+        undisturbed = undisturbed_run(recipe, stores["undisturbed"], folder)
         kills = moments(arguments.every, 60 * arguments.minutes, arguments.seed)
         killed = run(recipe, stores["killed"], folder / "log-killed", kills)
         expected, found = (content(store) for store in stores.values())
@@ -128,6 +128,17 @@ def recipe_of(folder: Path, small: bool, changes: list[str]) -> dict[str, Any]:
         place[key] = yaml.safe_load(value)
     recipe.pop("tracking", None)
     return recipe
+
+
+def undisturbed_run(recipe: dict[str, Any], store: str, folder: Path) -> dict[str, Account]:
+    """Return what the steps have taken where nothing is killed; such a run in ``folder`` is not repeated."""
+    kept = folder / "undisturbed.json"
+    if kept.exists() and (known := json.loads(kept.read_text()))["recipe"] == recipe:
+        return {name: Account(**account) for name, account in known["accounts"].items()}
+    accounts = run(recipe, store, folder / "log-undisturbed", iter(()))
+    taken = {name: vars(account) for name, account in accounts.items()}
+    kept.write_text(json.dumps({"recipe": recipe, "accounts": taken}))
+    return accounts
 
 
 def moments(every_s: float, last_s: float, seed: int) -> Iterator[float]:

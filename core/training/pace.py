@@ -50,7 +50,7 @@ class Pace:
             clock: Gives the time in seconds.
         """
         self._every, self._least_s, self._clock = every, least_s, clock
-        self._last = (0, clock())
+        self._last, self._resumed = (0, clock()), False
         self._told: set[bool] = set()
         self.blocked_s: float | None = None
         """For how long the last save let the work stand still."""
@@ -67,8 +67,8 @@ class Pace:
         }
 
     def resume(self, done: int) -> None:
-        """Count from here, after so many steps, when it is time to save."""
-        self._last = (done, self._clock())
+        """Count from here, after so many steps; it is time soon, as what was killed may be killed again."""
+        self._last, self._resumed = (done, self._clock()), True
 
     def is_due(self, done: int, *, size: int, transferring: bool) -> bool:
         """Return whether it is time; call it after each step.
@@ -119,6 +119,8 @@ class Pace:
 
     def interval_s(self, size: int = 0) -> float:
         """Return the time from one save to the next; ``size`` tells the cost before the first one."""
+        if self.blocked_s is None and self._resumed:
+            return self._least_s
         if self.blocked_s is None:
             return min(max(self._least_s, size / _FIRST_RATE / MOST_SHARE), MOST_LOST_S)
         wanted = max(self._least_s, self.transfer_s / _MOST_TRANSFER)

@@ -11,7 +11,9 @@ from core.quantities import Interval
 from core.training.pace import LEAST_S, MOST_LOST_S, MOST_SHARE, Pace
 
 
-def train(*, every=None, step_s, blocked_s, transfer_s, slower=1.0, hours=6.0, size=0, noise=0.0):
+def train(
+    *, every=None, step_s, blocked_s, transfer_s, slower=1.0, hours=6.0, size=0, noise=0.0, resumed=False
+):
     """Train on a clock of its own; return (start, stored at) of each save, and the share of time lost.
 
     Lost to saving is the standstill, and what steps last longer while a transfer is under way.
@@ -19,6 +21,8 @@ def train(*, every=None, step_s, blocked_s, transfer_s, slower=1.0, hours=6.0, s
     now, chance = [0.0], random.Random(0)
     pace = Pace(every, clock=lambda: now[0])
     saves, stored_at, lost, done = [], None, 0.0, 0
+    if resumed:
+        pace.resume(done)
     while now[0] < hours * 3600:
         alone = step_s * (1 + noise * chance.uniform(-1, 1))
         beside = alone * (slower if stored_at is not None else 1.0)
@@ -92,6 +96,13 @@ def test_before_anything_is_measured_the_size_decides():
     small, large = (train(**CHEAP["a tiny model"], size=size, hours=1)[0][0][0] for size in (0, 10**10))
     assert small == pytest.approx(LEAST_S, abs=0.3)
     assert large == pytest.approx(500, abs=0.3)
+
+
+def test_what_was_killed_before_saves_soon_and_waits_then_for_as_long_as_that_cost():
+    saves, share = train(**CHEAP["12 GB to a server"], size=12 * 10**9, resumed=True)
+    assert saves[0][0] == 20.0, "after a step"
+    assert share <= 1.05 * MOST_SHARE
+    assert min(b[0] - a[0] for a, b in pairwise(saves)) >= 0.99 * 4.0 / MOST_SHARE
 
 
 def test_a_number_keeps_its_meaning(caplog):
