@@ -34,14 +34,17 @@ KNOWN |= {"images", "patches"}
 # --- kustomize: the part of it that our folders use
 
 
-def render(folder):
-    """The objects of a kustomization, as ``kubectl kustomize`` writes them; examples stand in for secrets."""
+def render(folder, images=None):
+    """The objects of a kustomization, as ``kubectl kustomize`` writes them; examples stand in for secrets.
+
+    ``images`` maps the names of images to what takes the place of the placeholders.
+    """
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert not kustomization.keys() - KNOWN, kustomization.keys() - KNOWN
     objects = []
     for resource in kustomization["resources"]:
         path = folder / resource
-        objects += render(path) if path.is_dir() else yaml.safe_load_all(path.read_text())
+        objects += render(path, images) if path.is_dir() else yaml.safe_load_all(path.read_text())
     for generator in kustomization.get("secretGenerator", ()):
         data = {}
         for name in generator["envs"]:
@@ -59,7 +62,8 @@ def render(folder):
         for container in containers(found):
             for image in kustomization.get("images", ()):
                 if container["image"] == image["name"]:
-                    container["image"] = f"{image['newName']}:{image['newTag']}@{image['digest']}"
+                    pinned = f"{image['newName']}:{image['newTag']}@{image['digest']}"
+                    container["image"] = (images or {}).get(image["name"], pinned)
     return objects
 
 
