@@ -108,7 +108,8 @@ class TrainingSettings:
     save_every: str = field(default="auto", metadata=HOW)
     """How often the state of training (12 bytes a parameter) is stored, for a killed task to resume from.
     ``auto``: by what it costs, which is measured: at most 2 % of the time goes to it, and within that at most
-    10 minutes of work are lost. Otherwise ``90s``, ``10min``, ``2h``, ``200 steps``, or 0 for never."""
+    10 minutes of work are lost; after a kill it is stored more often at first. Otherwise ``90s``, ``10min``,
+    ``2h``, ``200 steps``, or 0 for never."""
 
     held_out_sequences: int = 0
     """Sequences of the mixture that are set aside: their loss is measured while others are trained on, before

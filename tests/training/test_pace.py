@@ -1,6 +1,7 @@
 """When a state is saved under ``training.save_every: auto``: a training on a clock that the test turns."""
 
 import logging
+import math
 import random
 import re
 from itertools import pairwise
@@ -8,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from core.quantities import Interval
-from core.training.pace import LEAST_S, MOST_LOST_S, MOST_SHARE, Pace
+from core.training.pace import LEAST_S, MOST_LOST_S, MOST_SHARE, SPARED_S, Pace
 
 
 def train(
@@ -98,11 +99,31 @@ def test_before_anything_is_measured_the_size_decides():
     assert large == pytest.approx(500, abs=0.3)
 
 
-def test_what_was_killed_before_saves_soon_and_waits_then_for_as_long_as_that_cost():
-    saves, share = train(**CHEAP["12 GB to a server"], size=12 * 10**9, resumed=True)
-    assert saves[0][0] == 20.0, "after a step"
-    assert share <= 1.05 * MOST_SHARE
-    assert min(b[0] - a[0] for a, b in pairwise(saves)) >= 0.99 * 4.0 / MOST_SHARE
+def test_what_was_killed_before_saves_soon_then_by_youngs_rule_and_in_the_end_by_the_share():
+    given = dict(step_s=1.0, blocked_s=3.0, transfer_s=4.0, size=12 * 10**9, resumed=True)
+    saves, share = train(**given, hours=12)
+    assert saves[0][0] == LEAST_S
+    waits = [(b[0], b[0] - a[0]) for a, b in pairwise(saves)]
+    for at, wait in waits:
+        young = math.sqrt(2 * 3.0 * max(SPARED_S, at))
+        assert wait == pytest.approx(min(young, 3.0 / MOST_SHARE), abs=4.1)  # a step and the standstill
+    assert share <= 1.1 * MOST_SHARE
+    assert train(**given | {"resumed": False}, hours=1)[1] <= 1.05 * MOST_SHARE
+
+
+@pytest.mark.parametrize(("mean_s", "gain"), [(120.0, 1.5), (600.0, 1.03), (20000.0, 0.99)])
+def test_where_kills_are_frequent_youngs_rule_loses_less_than_the_share_alone(mean_s, gain):
+    """Attempts end at random moments; what they have stored counts."""
+
+    def stored(resumed):
+        chance, steps = random.Random(1), 0
+        for _ in range(min(200, round(200_000 / mean_s))):
+            hours = chance.expovariate(1 / mean_s) / 3600
+            saves, _ = train(step_s=5.0, blocked_s=3.0, transfer_s=4.0, resumed=resumed, hours=hours)
+            steps += (saves[-1][0] - 3.0 * (len(saves) - 1)) / 5.0 if saves else 0
+        return steps
+
+    assert stored(True) > gain * stored(False)
 
 
 def test_a_number_keeps_its_meaning(caplog):
