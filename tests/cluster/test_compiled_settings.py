@@ -17,6 +17,7 @@ from pipelines.adapt_accel import build_pipeline, compile_pipeline
 from tests.support.ir import dags, gpus, parse, settings, the_dag
 
 
+@pytest.mark.slow
 def test_the_table_of_parameters_is_true_of_the_pipeline(tmp_path):
     """Only what the table calls compiled changes anything beyond the defaults of parameters."""
 

@@ -21,7 +21,7 @@ from core.errors import AdaptPrunerError, DataError, StorageError
 from core.settings.texts import TextSource
 from tests.support.texts import drawn
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 
 def lines(path, rows):

@@ -29,6 +29,8 @@ from tests.support.evidence import note
 from tests.support.project import command_line, recipe_with, write_recipe
 from tests.support.servers import BUCKET, mlflow_server
 
+pytestmark = pytest.mark.slow
+
 CANARIES = {
     "HF_TOKEN": "hf_canaryHubTokenQm4tZ8",
     "HUGGING_FACE_HUB_TOKEN": "hf_canaryOldTokenWk2rP6",
@@ -112,7 +114,6 @@ def environment_of(s3_server):
     return s3_server.environment() | CANARIES | TALKATIVE
 
 
-@pytest.mark.slow
 def test_a_whole_run_leaves_no_credential_anywhere(folder, tmp_path, s3_server, s3_store_uri, canaries):
     (tmp_path / "mlflow").mkdir()
     write_recipe(folder / "recipe.yaml", {"prune.phases": 1, "training.tokens": "384", "storage.keep": "all"})
@@ -162,7 +163,7 @@ def key_of(uri):
 OTHERS = ("token", "endpoint", "profile", "tracking")
 
 
-@pytest.mark.parametrize("wrong", ["secret", *(pytest.param(w, marks=pytest.mark.slow) for w in OTHERS)])
+@pytest.mark.parametrize("wrong", ["secret", *OTHERS])
 def test_runs_that_fail_tell_no_credential(folder, tmp_path, s3_server, s3_store_uri, canaries, wrong):
     environment = environment_of(s3_server)
     environment["AWS_MAX_ATTEMPTS"] = "1"

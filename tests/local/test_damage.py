@@ -21,6 +21,8 @@ from tests.support.evidence import note
 from tests.support.project import recipe_with, run_all
 from tests.support.publications import read
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "inspect": ["inspect", "MODEL"],
     "generate": ["generate", "MODEL", "hello"],

@@ -22,6 +22,8 @@ from pipelines.cli import main
 from tests.support.project import command_line, run_all
 from tests.support.servers import killed_at_the_end
 
+pytestmark = pytest.mark.slow
+
 FILE = {
     "title": "Two methods",
     "recipe": "recipe.yaml",
@@ -313,7 +315,6 @@ def started(folder, path):
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
-@pytest.mark.slow
 def test_a_killed_experiment_goes_on_and_a_run_that_fails_stops_no_other(folder):
     methods = {"Too small": {"prune.target": "1k"}, **FILE["axes"]["method"]}
     path = write(folder, axes={"removed": FILE["axes"]["removed"], "method": methods})

@@ -34,6 +34,8 @@ from tests.support.project import (
 )
 from tests.support.servers import BUCKET, killed_at_the_end
 
+pytestmark = pytest.mark.slow
+
 PHASE_STEPS = ("calibrate", "score-layers", "prune-step", "recover-train", "evaluate")
 PUBLISHED = ("calibrated", "scored", "pruned", "recovered", "evaluated")
 KILLED_IN = "phase 2 recover-train"

@@ -9,6 +9,8 @@ import pytest
 from core.machine.cores import usable_cores, use_own_cores
 from tests.support.groups import proc_with
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -289,6 +289,7 @@ def finished(project, tmp_path_factory):
     return Run.load(handle), Path(final)
 
 
+@pytest.mark.slow
 def test_a_run_slices_trains_and_evaluates(finished, project):
     run, final = finished
     base = load_model(project / "base")

@@ -111,6 +111,7 @@ def smallest(sizing):
     return smallest_params(sizing, 10**18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["auto", "kv_group", "query_head", "none"])
 @pytest.mark.parametrize("multiple", [1, 2, 8])
 def test_random_models_end_at_the_exact_target(unit, multiple):
@@ -157,6 +158,7 @@ def totals(sizing):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["kv_group", "query_head", "none"])
 def test_a_size_is_missed_by_more_than_half_a_channel_only_where_every_way_misses_it(unit):
     """Where MLPs are narrow the last head may take too much, and no width can make up for it."""

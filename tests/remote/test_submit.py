@@ -62,6 +62,7 @@ def test_a_version_is_uploaded_once(api, recipe):
     assert len(api.uploads) == api.asked("POST /pipelines/upload_version") == 2
 
 
+@pytest.mark.slow
 def test_equal_settings_compile_to_equal_bytes_in_every_process(recipe, tmp_path):
     code = (
         "from pathlib import Path; from core.settings.recipe import load_recipe\n"

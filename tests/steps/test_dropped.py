@@ -11,6 +11,8 @@ from core.steps.prepare_data import run_prepare_data
 from core.storage.publication import find_publication, open_publication
 from tests.support.project import evaluate, recipe_with, resolve, run_phase
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def begun(project, tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from core.storage.publication import open_publication
 from core.storage.store import open_store
 from tests.support.project import recipe_with, resolve
 
+pytestmark = pytest.mark.slow
+
 ROWS = 300
 TALKS = [{"q": f"question {n}", "a": "answer " * (n % 40)} for n in range(90)]
 

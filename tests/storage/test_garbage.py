@@ -22,6 +22,8 @@ from tests.support.publications import read, write
 from tests.support.runs import claimed, make_run, put, snapshot
 from tests.support.servers import Reply, s3_proxy
 
+pytestmark = pytest.mark.slow
+
 TABLE = "Leases and cleaning"
 CLEANER = Owner.of("clean-test")
 KEY = "0123456789ab"

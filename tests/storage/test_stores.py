@@ -78,6 +78,7 @@ def test_json_is_for_machines(store):
     }
 
 
+@pytest.mark.slow
 def test_a_real_run_is_shown_as_it_is(project, tmp_path):
     changes = {"storage.store": str(tmp_path / "store"), "training.tokens": "0", "training.sources": []}
     with contextlib.chdir(project):

@@ -237,6 +237,7 @@ report.unlink()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_log_onto_one_parent_in_a_new_database_and_are_silent(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
     running = [

@@ -250,6 +250,7 @@ def test_a_run_that_carries_and_is_killed_in_each_phase_is_the_same_to_the_last_
     assert [a == b for a, b in zip(undisturbed[1], reset, strict=True)] == [True, False, False]
 
 
+@pytest.mark.slow
 def test_a_phase_whose_moments_are_gone_is_trained_again(begun, tmp_path, caplog):
     handle, uri, data_uri = begun()
     for phase in (1, 2):

@@ -238,6 +238,7 @@ def test_peak_memory_is_what_the_process_took():
     assert peak_bytes() > block.nbytes
 
 
+@pytest.mark.slow
 def test_a_run_sets_part_of_the_mixture_aside_and_tracks_its_curves(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -34,6 +34,8 @@ from tests.training.test_training_kills import (  # noqa: F401
     run_in_a_process,
 )
 
+pytestmark = pytest.mark.slow
+
 SILENT_S = 4.0
 BOUND_S = 120.0
 """Within it all nodes have ended on a machine that is busy."""
@@ -230,7 +232,6 @@ def started_nodes(processes, job):
     return both
 
 
-@pytest.mark.slow
 def test_two_nodes_train_die_with_one_and_one_process_goes_on(processes, job_in, tmp_path):  # noqa: F811
     expected = job_in(str(tmp_path / "one"), save_every="0")
     run_in_a_process(processes, expected)
