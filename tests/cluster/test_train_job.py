@@ -86,7 +86,7 @@ def api(tmp_path, monkeypatch):
 
 def by_steps(api, *steps):
     """Take one step at each look at the TrainJob; the last one stays."""
-    left = iter([*steps, *itertools.repeat(steps[-1], 100)])
+    left = iter([*steps, *itertools.repeat(steps[-1], 2000)])
     api.act = lambda job: next(left)(job)
 
 
