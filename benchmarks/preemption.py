@@ -239,7 +239,7 @@ def attempt(task: Task, log: Path, events: Path, sender: Any, folder: str) -> No
         add(self, items, text)
         note(self._what, items)
 
-    Progress.add = noting  # type: ignore[method-assign]
+    Progress.add = noting
     _, function, given = task
     module, _, name = function.rpartition(".")
     step = getattr(importlib.import_module(f"core.steps.{module}"), name)

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from core.data.json_lists import elements
 from core.data.locations import data_files, is_hub_id, locate
 from core.data.plain_text import merge_paragraphs
 from core.errors import DataError, full_disk
+from core.scratch import scratch_folder
 from core.settings.texts import TextSource
 from core.untrusted import parse_json
 
@@ -151,15 +151,15 @@ def open_rows(
         DataError: If there is no such data set, if it cannot be read, lacks a column, or is empty.
     """
     location = locate(source.path)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         with reading(source):
             if location is not None:
-                rows = _local(source, location, Path(scratch))
+                rows = _local(source, location, scratch)
             elif "[" in source.split:
                 rows = Table(_hub(source, streaming=False))
             else:
                 stream = _hub(source, streaming=True)
-                rows = _fetched(source, stream, Path(scratch), seed, most_rows, most_bytes)
+                rows = _fetched(source, stream, scratch, seed, most_rows, most_bytes)
             if not len(rows):
                 raise DataError(f"{source.path} holds no data. Check the path and split={source.split}.")
             check_columns(source, rows.columns)

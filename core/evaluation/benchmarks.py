@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from core.evaluation.items import Items
 from core.evaluation.language_model import AnswerCounter, language_model
 from core.evaluation.results import TaskAnswers, TaskResults, answers_of, collect_results
 from core.evaluation.task_data import load_tasks
+from core.scratch import scratch_folder
 from core.settings.evaluation import EvaluationSettings
 from core.settings.presets import PRESETS
 from core.training.parallel.ranks import ALONE, Ranks
@@ -91,8 +91,8 @@ def measure_tasks(
     if not settings.tasks:
         return TaskResults(figures={}, items=Items())
     started = time.monotonic()
-    with _quiet(), TemporaryDirectory() as folder:
-        loaded = _load(settings, seed, Path(folder))
+    with _quiet(), scratch_folder() as folder:
+        loaded = _load(settings, seed, folder)
         tasks = {name: task for part in loaded.values() for name, task in part["tasks"].items()}
         keys = {
             name: cache.key(task, stride=settings.stride) if cache else "" for name, task in tasks.items()
@@ -125,8 +125,8 @@ def answer_in_rank(
     Returns:
         All answers, the same on each rank.
     """
-    with _quiet(), TemporaryDirectory() as folder:
-        loaded = _load(asking.settings, asking.seed, Path(folder))
+    with _quiet(), scratch_folder() as folder:
+        loaded = _load(asking.settings, asking.seed, folder)
         tasks = {name: task for part in loaded.values() for name, task in part["tasks"].items()}
         return _answer(*load(), tasks, asking, Ranks(rank=rank, size=size))
 

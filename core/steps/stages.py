@@ -103,6 +103,7 @@ class SavedStages:
             except IntegrityError as error:
                 self._remove(number, error)
         if self.newest is not None:
+            self._pace.resume(0)
             log.info("goes on after %d of %d passes of layers", self.newest.number, self._passes(self.newest))
         return self._way
 

@@ -7,7 +7,6 @@ import os
 import re
 import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.errors import AdaptPrunerError, TrackingError
 from core.redaction import without_password
+from core.scratch import scratch_folder
 from core.tracking.presentation import EXPERIMENT_TAGS
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def _ensure_database(path: Path) -> None:
     from sqlalchemy.engine import Engine
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
-        draft = Path(folder) / "mlflow.db"
+    with scratch_folder(path.parent) as folder:
+        draft = folder / "mlflow.db"
         event.listen(Engine, "connect", _without_waiting)
         try:
             MlflowClient(tracking_uri=f"sqlite:///{draft}").get_experiment("0")

@@ -57,7 +57,8 @@ class Pace:
             clock: Gives the time in seconds.
         """
         self._every, self._least_s, self._clock = every, least_s, clock
-        self._last, self._resumed_at = (0, clock()), math.nan
+        self._last = (0, clock())
+        self._resumed_at: float | None = None
         self._told: set[bool] = set()
         self.blocked_s: float | None = None
         """For how long the last save let the work stand still."""
@@ -75,8 +76,8 @@ class Pace:
 
     def resume(self, done: int) -> None:
         """Count from here, after so many steps: what was killed may be killed again."""
-        self._resumed_at = self._clock()
-        self._last = (done, self._resumed_at)
+        now = self._resumed_at = self._clock()
+        self._last = (done, now)
 
     def is_due(self, done: int, *, size: int, transferring: bool) -> bool:
         """Return whether it is time; call it after each step.
@@ -128,12 +129,13 @@ class Pace:
     def interval_s(self, size: int = 0) -> float:
         """Return the time from one save to the next; ``size`` tells the cost before the first one."""
         if self.blocked_s is None:
-            first_s = min(max(self._least_s, size / _FIRST_RATE / MOST_SHARE), MOST_LOST_S)
-            return first_s if math.isnan(self._resumed_at) else self._least_s
+            if self._resumed_at is not None:
+                return self._least_s
+            return min(max(self._least_s, size / _FIRST_RATE / MOST_SHARE), MOST_LOST_S)
         wanted = max(self._least_s, self.transfer_s / _MOST_TRANSFER)
         longest = MOST_LOST_S - self._until_stored_s
         affordable = self.cost_s / MOST_SHARE
-        if not math.isnan(self._resumed_at):
+        if self._resumed_at is not None:
             spared_s = max(SPARED_S, self._clock() - self._resumed_at)
             affordable = min(affordable, math.sqrt(2 * self.cost_s * spared_s))
         return max(affordable, min(wanted, longest), self.transfer_s)

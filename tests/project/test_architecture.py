@@ -132,6 +132,17 @@ def test_no_module_is_imported_by_what_it_imports():
     assert [name for name in imports if name in below(name)] == []
 
 
+def test_temporary_folders_are_those_that_are_removed_after_a_kill():
+    makers = {"TemporaryDirectory", "mkdtemp"}
+    found = [
+        name
+        for path, name in (parameters.values for parameters in modules())
+        if makers
+        & {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(ast.parse(path.read_text()))}
+    ]
+    assert found == ["core.scratch"]
+
+
 def test_no_module_has_more_than_400_lines():
     folders = ("benchmarks", "components", "core", "docker", "docs", "pipelines", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]

@@ -125,6 +125,16 @@ def test_what_is_kept_is_not_run_again(uri, tmp_path):
     assert len(runs) == embedding + (LAYERS - 1) * micro_batches  # of the backward pass
 
 
+def test_what_goes_on_may_be_killed_again_and_keeps_more(uri, tmp_path):
+    attempt(uri, tmp_path / "work", after=2)
+    resumed, pace = [], Always()
+    pace.resume = resumed.append
+    for place in (uri, uri + "-none"):
+        with SavedStages(place, tmp_path / "work", made_of=MADE_OF, pace=pace) as stages:
+            stages.agree({}, {})
+            assert len(resumed) == 1
+
+
 @pytest.mark.parametrize("criterion", ["wanda_sp", "fluctuation", "taylor_signed", "random"])
 def test_every_kind_of_criterion(criterion, uri, tmp_path):
     attempt(uri, tmp_path / "work", criterion=criterion, after=2)

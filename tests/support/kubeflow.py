@@ -308,3 +308,45 @@ def estimated_bytes(recipe, folder):
     path = folder / "pipeline.yaml"
     compile_pipeline(settings_from_dict(recipe), path)
     return workflow_bytes(*read_ir(path))
+
+
+class Objects:
+    """Objects of manifests in a namespace, by Kubernetes' API."""
+
+    def __init__(self, namespace):
+        from kubernetes import client, dynamic
+
+        self._client = dynamic.DynamicClient(client.ApiClient())
+        self._namespace = namespace
+
+    def resource(self, each):
+        return self._client.resources.get(api_version=each["apiVersion"], kind=each["kind"])
+
+    def find(self, each):
+        from kubernetes.dynamic.exceptions import NotFoundError
+
+        with contextlib.suppress(NotFoundError):
+            return self.get(each)
+
+    def get(self, each):
+        return self.resource(each).get(name=each["metadata"]["name"], namespace=self._namespace)
+
+    def apply(self, each, *query):
+        return self._client.server_side_apply(
+            self.resource(each),
+            body=each,
+            name=each["metadata"]["name"],
+            namespace=self._namespace,
+            field_manager="cluster-test",
+            query_params=[("fieldValidation", "Strict"), *query],
+        )
+
+    def delete(self, each):
+        if self.find(each):
+            self.resource(each).delete(name=each["metadata"]["name"], namespace=self._namespace)
+
+    def ready(self, each):
+        """Whether the one pod of a deployment or a stateful set is, in its present form."""
+        found = self.get(each)
+        current = found.status.observedGeneration == found.metadata.generation
+        return current and found.status.readyReplicas == found.spec.replicas == 1

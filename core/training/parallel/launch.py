@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from core.errors import AdaptPrunerError, LostRankError, TrainingError
+from core.scratch import scratch_folder
 from core.training.parallel.nodes import Place
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def run_ranks(
         TrainingError: If a rank ends otherwise before it is done. The others have ended when this is raised.
     """
     context: Any = multiprocessing.get_context(method)
-    with tempfile.TemporaryDirectory(prefix="adapt-pruner-ranks-") as folder, contextlib.ExitStack() as stack:
+    with scratch_folder() as folder, contextlib.ExitStack() as stack:
         processes: list[BaseProcess] = []
         connections: list[Connection] = []
         stack.callback(_end, processes)
@@ -86,7 +86,7 @@ def run_ranks(
             stack.callback(ours.close)
             process = context.Process(
                 target=_main,
-                args=(work, rank, size, device, Path(folder) / "meet", theirs, place),
+                args=(work, rank, size, device, folder / "meet", theirs, place),
                 daemon=True,
             )
             process.start()
