@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--folder", type=Path, help="where to work, and to find the undisturbed run again")
     arguments = parser.parse_args()
+    if arguments.every <= 0:
+        parser.error(f"--every={arguments.every} must be above 0: the mean seconds from one kill to the next")
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as temporary:
         folder = arguments.folder or Path(temporary)
         recipe = recipe_of(folder, arguments.small, arguments.set)

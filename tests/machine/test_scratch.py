@@ -69,6 +69,17 @@ def test_what_was_made_just_now_and_what_others_have_made_stays(tmp_path):
         assert set(tmp_path.iterdir()) == {folder, *made}
 
 
+def test_a_link_is_not_followed(tmp_path):
+    with scratch_folder(tmp_path) as folder:
+        name = folder.name.rpartition("-")[0]
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "kept").mkdir(parents=True)
+    os.utime(elsewhere, (1e9, 1e9))
+    (tmp_path / f"{name}-link").symlink_to(elsewhere)
+    with scratch_folder(tmp_path):
+        assert (elsewhere / "kept").exists()
+
+
 def test_a_file_system_without_locks_gives_folders_and_loses_none(holder, tmp_path, monkeypatch):
     def without(*_):
         raise OSError("no locks available")
