@@ -116,9 +116,10 @@ class TrainingSettings:
     the first and after the last step of each phase too. 0 measures none."""
     eval_every: int = field(default=50, metadata=HOW)
     """Optimizer steps from one such measurement to the next."""
-    max_loss_rise: float = field(default=0.0, metadata=HOW)
+    max_loss_rise: float = field(default=2.0, metadata=HOW)
     """Training stops when for 20 steps in a row the loss has been above this multiple of its median of 100
-    steps; no state is saved of such steps. 0 lets it run; 1.5 is a cautious limit."""
+    steps (in the first 20 steps of a phase, of its first loss); no state is saved of such steps. 0 lets it
+    run; 1.5 is a cautious limit."""
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

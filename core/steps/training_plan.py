@@ -12,7 +12,7 @@ import torch
 from core.errors import SettingsError, TrainingError
 from core.machine.memory import available_bytes
 from core.model.build import model_shape
-from core.steps.footprint import MOST_TOKENS, TOLERANCE, Footprint, check_fit, gigabytes, training_footprint
+from core.steps.footprint import MOST_TOKENS, Footprint, check_fit, gigabytes, training_footprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,7 +90,7 @@ def planned_training(
                 if not moved or needed(plan).host_bytes <= available_bytes("cpu"):
                     yield plan
 
-    limit = free / TOLERANCE if settings.micro_batch else 0.8 * free
+    limit = free if settings.micro_batch else 0.8 * free
     for chosen in candidates(settings, sizes[:1] if settings.micro_batch else sizes):
         if needed(chosen).device_bytes <= limit:
             break

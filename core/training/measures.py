@@ -169,7 +169,8 @@ class DivergenceWatch:
         Raises:
             TrainingError: If it has been too high for too long.
         """
-        usual = median(self._usual) if len(self._usual) >= _AT_LEAST else math.inf
+        # The first loss is the cut model's, before it has learnt.
+        usual = median(self._usual) if len(self._usual) >= _AT_LEAST else next(iter(self._usual), math.inf)
         if not self._most or loss <= self._most * usual:
             self.steps_above = 0
             self._usual.append(loss)
@@ -178,7 +179,7 @@ class DivergenceWatch:
         if self.steps_above == _PATIENCE:
             raise TrainingError(
                 f"training has stopped at step {step + 1}: for {_PATIENCE} steps the loss, now {loss:.3g}, "
-                f"has been above training.max_loss_rise={self._most:g} times its median of {usual:.3g}. "
+                f"has been above training.max_loss_rise={self._most:g} times its level of {usual:.3g}. "
                 "Lower training.learning_rate, which makes it another run. Rerunning this one resumes from "
                 "the last state before the rise; it goes beyond with a higher max_loss_rise."
             )

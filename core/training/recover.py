@@ -116,7 +116,7 @@ def recover(
     tokens, resumed = steps * batch_tokens, time.monotonic()
     started = resumed - done.seconds
     if held_out is not None and not done.losses:
-        measures.add(first_step, {"held_out_loss": held_out_loss(model, held_out, settings)})
+        measures.add(first_step, {"held_out_loss": held_out_loss(model, held_out, settings, ranks)})
     with (
         compiled_layers(model) if settings.compile else nullcontext() as graphs,
         nullcontext() if live is None else live(measures.curves),
@@ -132,7 +132,7 @@ def recover(
             left_s = (now - resumed) / (finished - len(done.losses)) * (steps - finished)
             measures.add_step(step, values, batch=batch, rate=rate, seconds=now - began, left_s=left_s)
             if held_out is not None and (finished % settings.eval_every == 0 or finished == steps):
-                measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings)})
+                measures.add(step + 1, {"held_out_loss": held_out_loss(model, held_out, settings, ranks)})
             watch.see(step, values["loss"])
             progress.add(batch_tokens, f"{place}, loss {values['loss']:.3f}, lr {rate:.2g}")
             # What is saved is from before the loss began to rise.
@@ -232,16 +232,21 @@ def _accumulate(
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, rows: Rows, settings: TrainingSettings) -> float:
-    """Return the mean loss over the trained tokens of rows; the model goes on training afterwards."""
+def held_out_loss(
+    model: PreTrainedModel, rows: Rows, settings: TrainingSettings, ranks: Ranks = ALONE
+) -> float:
+    """Return the mean loss over the trained tokens of rows; the model goes on training afterwards.
+
+    Each rank takes a part of the rows.
+    """
     model.eval()
-    total = 0.0
-    for part in rows.micro_batches(settings.micro_batch, model.device):
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for part in ranks.share(rows.filled(ranks.size)).micro_batches(settings.micro_batch, model.device):
         with _autocast(model, settings):
             states = final_states(model, part.ids, part.documents)
             total += loss_sum(model, states, part.ids, trained=part.trained)
     model.train()
-    return total / max(rows.trained_tokens, 1)
+    return ranks.total(total).item() / max(rows.trained_tokens, 1)
 
 
 def _autocast(model: PreTrainedModel, settings: TrainingSettings) -> torch.autocast:

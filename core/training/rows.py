@@ -43,6 +43,17 @@ class Rows(NamedTuple):
         lessons = None if self.lessons is None else self.lessons.part(first, count)
         return Rows(self.input_ids[rows], self.trained[rows], starts, lessons)
 
+    def filled(self, multiple: int) -> "Rows":
+        """Return them, and copies of the last one in which nothing is trained, up to a multiple of rows."""
+        more = -len(self.input_ids) % multiple
+        if not more:
+            return self
+        assert self.lessons is None, "they are of other rows"
+        columns = [self.input_ids, self.trained, *([] if self.starts is None else [self.starts])]
+        ids, trained, *starts = (torch.cat([column, column[-1:].expand(more, -1)]) for column in columns)
+        trained[-more:] = 0
+        return Rows(ids, trained, starts[0] if starts else None)
+
     def micro_batches(self, size: int, device: torch.device) -> "Iterator[MicroBatch]":
         """Yield what passes through a model at once, whose copy to an accelerator takes no time of the host.
 

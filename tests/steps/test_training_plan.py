@@ -142,10 +142,13 @@ def test_weights_are_shared_out_where_they_do_not_fit_whole(free, gpus, caplog):
         for sharded in (False, True)
     ]
     assert sizes[1] < sizes[0]
-    free(TOLERANCE * sizes[0] - 1)
+    free(sizes[0])
+    assert not planned_training(CONFIG, None, settings, "cuda").sharded
+    free(sizes[0] - 1)
     assert planned_training(CONFIG, None, settings, "cuda").sharded
     assert "shared out (FSDP2): whole, it would take 0.1 GB of 0.1 GB" in caplog.text
     told = dataclasses.replace(settings, sharding="none")
+    free(TOLERANCE * sizes[0] - 1)
     with pytest.raises(OutOfMemoryError):
         planned_training(CONFIG, None, dataclasses.replace(told, micro_batch=3), "cuda")
     free(80e9)
@@ -163,13 +166,14 @@ def test_moments_go_to_the_host_where_one_gpu_has_no_room(free, gpus, caplog):
     gpus(1)
     caplog.set_level(logging.INFO)
     on_device = training_bytes()
-    free(TOLERANCE * on_device + 1)
+    free(on_device)
     assert planned_training(CONFIG, None, AUTO, "cuda").settings.moments == "device"
-    free(TOLERANCE * on_device - 1, host=64e9)
+    free(on_device - 1, host=64e9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_plan, "_PASSING", 1000)  # as it would be of a large model
         assert planned_training(CONFIG, None, AUTO, "cuda").settings.moments == "host"
         assert "1 ranks, 6 sequences at once on each; the optimizer's moments stay in host" in caplog.text
+        free(TOLERANCE * on_device - 1, host=64e9)
         with pytest.raises(OutOfMemoryError):
             planned_training(CONFIG, None, TRAINING, "cuda")
         free(TOLERANCE * on_device - 1, host=1000)
@@ -198,7 +202,7 @@ def test_inputs_of_layers_go_to_the_host_where_moments_there_are_not_enough(free
         (whole[1].device_bytes, ("device", "host")),
         (whole[1].device_bytes - moments, ("host", "host")),
     ):
-        free(TOLERANCE * left + 1, host=64e9)
+        free(left, host=64e9)
         plan = planned_training(CONFIG, None, auto, "cuda").settings
         assert (plan.moments, plan.layer_inputs) == places
     assert "the optimizer's moments and the inputs of layers stay in host memory: it would" in caplog.text

@@ -175,14 +175,21 @@ def test_losses_far_above_their_median_end_the_training():
     assert watch.steps_above == 0, "one step at the old level, and the count begins again"
     for step in range(50, 69):
         watch.see(step, 3.1)
-    with pytest.raises(TrainingError, match=r"step 70: for 20 steps .* now 3\.1, .* its median of 2\."):
+    with pytest.raises(TrainingError, match=r"step 70: for 20 steps .* now 3\.1, .* its level of 2\."):
         watch.see(69, 3.1)
 
 
-def test_losses_may_rise_slowly_and_at_the_start():
-    watch = DivergenceWatch(1.5, [])
-    for step in range(19):
-        watch.see(step, 100.0 * step)  # too few for a median
+def test_a_loss_that_rises_at_once_ends_the_training():
+    watch = DivergenceWatch(2.0, [])
+    for step in range(5):
+        watch.see(step, 3.0 + step / 2)  # not yet twice the first
+    for step in range(5, 24):
+        watch.see(step, 11.0)
+    with pytest.raises(TrainingError, match=r"step 25: for 20 steps .* now 11, .* its level of 3\."):
+        watch.see(24, 11.0)
+
+
+def test_losses_may_rise_slowly():
     watch = DivergenceWatch(1.2, [])
     for step in range(1000):
         watch.see(step, 1.0 + step / 500)  # never 1.2 times the median of 100 steps
