@@ -216,16 +216,18 @@ class ResultTable:
 def figures_of(record: RunRecord, phase: PhaseRecord) -> dict[str, float]:
     """Return the metrics of a phase: sizes, perplexities, each task's headline metric, their mean, time.
 
-    Tokens and seconds are those of the run up to the phase; GPU-seconds are those of each step times the
-    accelerators that it took. What was not measured is left out.
+    Tokens, also those of masks, distillation and the teacher's own training, and seconds are those of the run
+    up to the phase; GPU-seconds are those of each step times the accelerators that it took. What was not
+    measured is left out.
     """
     before = [each for each in record.phases if each.phase <= phase.phase]
-    distilled = sum(each.distillation.tokens for each in before if each.distillation)
+    others = sum(each.distillation.tokens for each in before if each.distillation)
+    others += sum(each.mask_tokens + each.teacher_tokens for each in before)
     found = {
         "params": float(phase.params),
         "perplexity": phase.perplexity,
         "perplexity_pruned": phase.perplexity_pruned,
-        "tokens": float(sum(each.tokens for each in before) + distilled),
+        "tokens": float(sum(each.tokens for each in before) + others),
         "seconds": sum(sum(each.seconds.values()) for each in before),
     }
     on_gpus = [each.gpu_seconds for each in before]

@@ -10,7 +10,8 @@ import pytest
 from core.evaluation.significance import Difference
 from core.report.compared_figures import pareto_front, quality_against_size
 from core.report.comparison import ComparedRun, _accuracies, _perplexities, comparison_page, comparison_table
-from core.runs.record import seconds_text
+from core.report.tables import figures_of
+from core.runs.record import DistillationRecord, seconds_text
 from tests.support.reports import Page, make_record
 
 
@@ -94,6 +95,17 @@ def test_a_row_says_what_the_record_says_with_intervals_and_differences(runs):
     assert columns[f"arc_easy, %{against}"][at + 1] == "+1.2 [-0.4, +2.8], no difference shown (2 left out)"
     assert columns[f"perplexity{against}"][at + 1] == "+5.0 % [+2.0, +8.0], worse"
     assert columns["parameters"][-1] == columns["perplexity"][-1] == "-"
+
+
+def test_tokens_are_all_that_a_model_was_trained_on():
+    record = make_record(phases=2)
+    _, first, last = record.phases
+    distilled = DistillationRecord(seconds=9.0, tokens=98_304, before=0.7, after=0.5)
+    first = dataclasses.replace(first, tokens=10_000, teacher_tokens=50_000, distillation=distilled)
+    last = dataclasses.replace(last, tokens=20_720, mask_tokens=102_400)
+    record = dataclasses.replace(record, phases=(record.phases[0], first, last))
+    assert figures_of(record, first)["tokens"] == 10_000 + 50_000 + 98_304
+    assert figures_of(record, last)["tokens"] == 30_720 + 50_000 + 98_304 + 102_400
 
 
 def test_gpu_seconds_are_the_seconds_of_each_step_times_its_gpus():
