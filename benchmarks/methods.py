@@ -11,8 +11,12 @@ the file but ignored. --items measures accuracies, too.
 
 The last line is a JSON object: the dense figures; for each size the row of the lowest perplexity, the rise of
 each row over the dense model as a share of the rise of the best compared method (rise_ratios), and of our
-default (rise_ratio); time and memory. A figure is a mean over seeds, the standard deviation (null for one
-seed) and the number of seeds.
+default (rise_ratio), over the seeds that both were measured with; time and memory. A figure is a mean over
+seeds, the standard deviation (null for one seed) and the number of seeds; rows with fewer seeds than others
+are listed (incomplete).
+
+Ours takes its steps of 5 % unless a row has steps_per_phase=1, each scored on a draw of its own; compared
+methods score once.
 
     python benchmarks/methods.py --measure-on c4=c4.jsonl --measure-on wikitext2=wikitext2.txt
     python benchmarks/methods.py --rows criterion=wanda_sp criterion=obs,repair_ridge=0.03 --seeds 1
@@ -323,11 +327,11 @@ def figures(study: Study) -> dict[str, object]:
 
 def of_size(here: dict[str, list[dict[str, object]]], dense: dict[str, float]) -> dict[str, object]:
     """Return the figures of one size."""
-    seeds = max(map(len, here.values()))
-    here = {row: found for row, found in here.items() if len(found) == seeds}
+    most = max(map(len, here.values()))
     ranked = {text: sorted(here, key=lambda row: fmean(perplexities(here[row], text))) for text in dense}
     best = {text: rows[0] for text, rows in ranked.items()}
     found: dict[str, object] = {
+        "incomplete": {row: len(rows) for row, rows in here.items() if len(rows) < most},
         "best": best,
         "best_ppl": {text: summary(perplexities(here[row], text)) for text, row in best.items()},
         "seconds": {row: round(fmean(one["seconds"] for one in rows), 1) for row, rows in here.items()},
@@ -335,8 +339,8 @@ def of_size(here: dict[str, list[dict[str, object]]], dense: dict[str, float]) -
     }
     right = {row: accuracies(rows) for row, rows in here.items() if accuracies(rows)}
     if right:
-        found["best_acc_of"] = most = max(right, key=lambda row: fmean(right[row]))
-        found["best_acc"] = summary(right[most])
+        found["best_acc_of"] = first = max(right, key=lambda row: fmean(right[row]))
+        found["best_acc"] = summary(right[first])
         found["acc"] = {row: summary(values) for row, values in right.items()}
     peers = {text: [row for row in rows if is_peer(row)] for text, rows in ranked.items()}
     if all(peers.values()):
@@ -358,12 +362,15 @@ def is_peer(row: str) -> bool:
 
 def risen(
     rows: list[dict[str, object]], others: list[dict[str, object]], text: str, dense: dict[str, float]
-) -> dict[str, float | int | None]:
-    """Return the rise of perplexity over the dense model as a share of that of other rows, seed by seed."""
-    beside = {row["seed"]: row["perplexity"][text] for row in others}
-    return summary(
-        [(row["perplexity"][text] - dense[text]) / (beside[row["seed"]] - dense[text]) for row in rows]
-    )
+) -> dict[str, float | int | None] | None:
+    """Return the rise of perplexity over the dense model as a share of that of other rows, seed by seed.
+
+    None if they share no seed.
+    """
+    beside = {row["seed"]: row["perplexity"][text] - dense[text] for row in others}
+    shared = [row for row in rows if row["seed"] in beside]
+    ratios = [(row["perplexity"][text] - dense[text]) / beside[row["seed"]] for row in shared]
+    return summary(ratios) if ratios else None
 
 
 if __name__ == "__main__":
