@@ -210,12 +210,18 @@ class _Sums:
             self._gram.new_zeros(len(stay)),
             self._lost.new_zeros(len(self._lost)),
         )
+        # Sums of large means would lose in rounding what varies about them.
+        self._about = self._inputs_sum.clone(), self._error_sum.clone()
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Take in (B, T, F) inputs of the projection."""
         rows = inputs.flatten(0, 1).to(self._lost.dtype)
         x, error = rows[:, self._stay], rows[:, self._goes] @ self._lost.T
+        if self._biased:
+            if not self._tokens:
+                self._about = x.mean(dim=0), error.mean(dim=0)
+            x, error = x - self._about[0], error - self._about[1]
         if self._kind != "bias":
             self._gram.addmm_(x.T, x)
             self._error.addmm_(error.T, x)
@@ -235,6 +241,7 @@ class _Sums:
         if self._biased:
             gram -= self._tokens * mean.outer(mean)
             error -= self._tokens * of_mean.outer(mean)
+            mean, of_mean = mean + self._about[0], of_mean + self._about[1]
         if not all(bool(sums.isfinite().all()) for sums in (gram, error, of_mean)):
             raise ValueError("a sum is not finite")
         if self._kind == "bias":

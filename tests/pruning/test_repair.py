@@ -13,7 +13,7 @@ from core.model.config import head_dim
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel, open_streamed
 from core.pruning.plan import LayerPlan
-from core.pruning.repair import Repair
+from core.pruning.repair import Repair, _Sums
 from core.pruning.surgery import prune_checkpoint, prune_model
 from tests.pruning.test_surgery import plan_for, without_head_cuts
 from tests.support.models import CONFIGS, Float64Throughout, random_tokens, tiny
@@ -116,6 +116,22 @@ def test_a_model_in_float32_is_repaired_alike_to_rounding(name):
     found = repaired(tiny(name).float(), CUT)
     for (key, a), b in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
+
+
+def test_means_far_above_what_varies_about_them_do_not_drown_it_in_rounding():
+    generator = torch.Generator().manual_seed(0)
+    x = 1000 * torch.randn(40, generator=generator) + torch.randn(4, 512, 40, generator=generator)
+    linear = torch.nn.Linear(40, 8)
+
+    def solved(linear, x):
+        sums = _Sums(linear, torch.arange(30), "ridge")
+        for part in x:
+            sums.add(part[None])
+        weight, bias = sums.solve(1e-3)
+        return torch.cat([weight, bias[:, None]], dim=1).float()
+
+    found = solved(linear, x)
+    torch.testing.assert_close(found, solved(linear.double(), x.double()), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])
