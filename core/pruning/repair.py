@@ -3,16 +3,18 @@
 What a cut removes from the output of o_proj or down_proj is W_R x_R, of which x_K, the inputs that stay,
 predict a part. By a ridge regression that is centred on the kept weights,
 
-    W' = W_K + E (G_KK + lambda I)^-1,   E = sum (W_R x_R) x_K^T,   G_KK = sum x_K x_K^T
+    W' = W_K + E (G_KK + lambda diag G_KK)^-1,   E = sum (W_R x_R) x_K^T,   G_KK = sum x_K x_K^T
 
-over the tokens of a calibration set; lambda is a share of the mean diagonal of G_KK. Where the projection has
-a bias, the sums are about the means, and the bias takes over what the means contributed. Layers are repaired
-in order, each on the activations that the repaired ones before it give, with the sums of one projection and
-one hidden state a token in memory.
+over the tokens of a calibration set. Each input has a ridge of its own size: some layers have an input that
+is hundreds of times as large as the others, and a ridge of the mean would leave nothing of theirs to change.
+Where the projection has a bias, the sums are about the means, and the bias takes over what the means
+contributed. Layers are repaired in order, each on the activations that the repaired ones before it give, with
+the sums of one projection and one hidden state a token in memory.
 
-Two other repairs are those of compared methods. ``ridge_to_zero`` pulls W' to zero instead of W_K, so E is
-less by lambda W_K. ``bias`` leaves the weights alone and adds what went on average, W_R mean(x_R), to the
-bias; the means are those of the model before the cut, as in FLAP.
+Two other repairs are those of compared methods. ``ridge_to_zero`` pulls W' to zero instead of W_K, by the
+mean of diag G_KK for all inputs, so E is less by lambda mean(diag G_KK) W_K. ``bias`` leaves the weights
+alone and adds what went on average, W_R mean(x_R), to the bias; the means are those of the model before the
+cut, as in FLAP.
 """
 
 import contextlib
@@ -56,7 +58,7 @@ class Repair:
             model: The model before the cut. Layers in memory are changed: weights that go become 0.
             tokens: (S, T) int64 token ids.
             kind: What takes over.
-            ridge: lambda as a share of the mean diagonal of G_KK.
+            ridge: lambda.
             micro_batch: Sequences that pass through a layer at once; 0 for as many as the free memory
                 suggests.
             keep_bytes: Memory on the model's device for activations that would otherwise be computed twice.
@@ -247,7 +249,10 @@ class _Sums:
         if self._kind == "bias":
             return None, of_mean.to(dtype)
         # Inputs that are 0 throughout tell nothing, and change nothing.
-        strength = ridge * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        squares = gram.diagonal()
+        if self._kind == "ridge_to_zero":
+            squares = squares.mean()
+        strength = ridge * squares + torch.finfo(gram.dtype).tiny
         gram.diagonal().add_(strength)
         if self._kind == "ridge_to_zero":
             error -= strength * self._weight[:, self._stay]

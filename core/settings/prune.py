@@ -89,8 +89,9 @@ class PruneSettings:
     pulls to zero instead of to the weights as they were (GRAIL, MoDeGPT). ``bias``: o_proj and down_proj get
     biases that make up for the mean of what went (FLAP). ``none`` (the paper): nothing."""
     repair_ridge: float = 0.0
-    """Strength of the ridge of a repair, as a share of the mean square of the activations that the repaired
-    weights read. 0 takes the method's own: 0.001 for ``grail``, 0.0001 for ``modegpt``, else 0.1."""
+    """Strength of the ridge of a repair, as a share of the mean square of the activation that a repaired
+    weight reads (under ``ridge_to_zero``: of all of them). 0 takes the method's own: 0.001 for ``grail``,
+    0.0001 for ``modegpt``, else 0.1."""
     repair_tokens: str = "128k"
     """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``, or the ranking of
     embedding channels) is computed from, in sequences of ``calibration.sequence_length``; at most what the

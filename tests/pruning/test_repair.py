@@ -66,8 +66,8 @@ def repaired_by_least_squares(model, plans, *, to_zero=False):
             if linear.bias is not None:
                 unrepaired = unrepaired - linear.bias
             spread = rows - rows.mean(dim=0) if linear.bias is not None else rows
-            ridge = RIDGE * spread.square().sum(dim=0).mean()
-            penalty = ridge.sqrt() * torch.eye(len(kept), dtype=x.dtype)
+            squares = spread.square().sum(dim=0)
+            penalty = (RIDGE * (squares.mean().expand(len(kept)) if to_zero else squares)).sqrt().diag()
             if linear.bias is not None:
                 rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=x.dtype)], dim=1)
                 penalty = torch.cat([penalty, torch.zeros(len(kept), 1, dtype=x.dtype)], dim=1)
@@ -132,6 +132,27 @@ def test_means_far_above_what_varies_about_them_do_not_drown_it_in_rounding():
 
     found = solved(linear, x)
     torch.testing.assert_close(found, solved(linear.double(), x.double()), rtol=1e-3, atol=1e-3)
+
+
+def test_an_input_of_a_thousand_times_the_size_leaves_the_others_their_repair():
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(4, 512, 8, generator=generator).double()
+        @ torch.randn(8, 40, generator=generator).double()
+    )
+    linear = torch.nn.Linear(40, 6, bias=False).double().requires_grad_(False)
+
+    def left(x):
+        sums = _Sums(linear, torch.arange(30), "ridge")
+        sums.add(x)
+        change, _ = sums.solve(RIDGE)
+        lost = x[..., 30:] @ linear.weight[:, 30:].T
+        return float((lost - x[..., :30] @ change.T).norm() / lost.norm())
+
+    large = x.clone()
+    large[:, ::128, 0] = 3000.0
+    assert left(x) < 0.05
+    assert left(large) < 0.05
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])
