@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +88,7 @@ class Draw:
         seed: int,
         share: float = 1.0,
         drawn: Drawn | None = None,
+        tokens_of: Callable[[Tokenized], int] = lambda document: len(document.ids),
     ) -> None:
         """Begin a draw, or go on with one.
 
@@ -99,7 +100,9 @@ class Draw:
             seed: Of the first pass; each later one has the next.
             share: Its share of the tokens, in [0, 1].
             drawn: How far an earlier draw went.
+            tokens_of: Counts what a document gives.
         """
+        self._tokens_of = tokens_of
         self.source, self.share, self.drawn = source, share, drawn or Drawn()
         self._reader, self._workers = reader, workers
         self._rows, self._seed = rows, seed
@@ -123,7 +126,7 @@ class Draw:
             DataError: If there is none, the source cannot be read, or too much of it is malformed.
         """
         document = next(self._stream)
-        self.drawn.tokens += len(document.ids)
+        self.drawn.tokens += self._tokens_of(document)
         self.drawn.trained_tokens += int(document.trained.sum())
         self.drawn.documents += 1
         return document

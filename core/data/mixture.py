@@ -17,7 +17,7 @@ from core.data.files import writing_rows
 from core.data.packing import body_length, end_id, opening_ids, pack
 from core.data.position import Position
 from core.data.rows import open_rows
-from core.data.whole_packing import Waiting, pack_whole
+from core.data.whole_packing import Waiting, pack_whole, packed_tokens
 from core.data.workers import Reader, Workers
 from core.errors import StorageError
 from core.progress import Progress
@@ -45,7 +45,8 @@ class SourceReport:
     share: float
     """Its share of the tokens, in [0, 1]."""
     tokens: int
-    """Tokens drawn from it, with those of documents that no slice had a row for at the end."""
+    """Tokens drawn from it, with those of documents that no slice had a row for at the end, and without those
+    of pieces that train nothing."""
     trained_tokens: int
     """Those of them that are targets of the loss."""
     documents: int
@@ -225,6 +226,10 @@ class _Mixture:
         self.padding = position.padding if position else 0
         self._waiting = Waiting(position.waiting, position.unread) if position else Waiting()
         self._rest = list(position.unread) if position and not self._whole else []
+        count: dict[str, Any] = {}
+        if self._whole:
+            opening = readers[0].opening
+            count["tokens_of"] = lambda document: packed_tokens(document, length, opening)
         self.draws = [
             Draw(
                 reader.source,
@@ -234,6 +239,7 @@ class _Mixture:
                 seed=seed,
                 share=shares[number],
                 drawn=position.drawn[number] if position else None,
+                **count,
             )
             for number, reader in enumerate(readers)
         ]

@@ -213,6 +213,20 @@ def test_prompts_are_masked_in_the_slices_and_texts_are_not(tmp_path, tokenizer,
     assert abs(report.sources[0].tokens - report.sources[1].tokens) < 100
 
 
+def test_tokens_of_prompts_that_fill_whole_rows_are_neither_packed_nor_counted(tmp_path, tokenizer):
+    rows = [{"q": f"{n} " + "long question " * 400, "a": f"answer {n}"} for n in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TextSource(
+        path=str(tmp_path / "a.jsonl"), format="instruction", prompt_fields=("q",), response_field="a"
+    )
+    report = write_slices(
+        [source], tokenizer, sequence_length=64, sequences=[8], packing="whole", seed=0, directory=tmp_path
+    )
+    _, trained = read_slices(tmp_path, 1)
+    assert trained.any(axis=1).all()
+    assert report.sources[0].tokens <= 64 * report.sources[0].documents  # of each the last piece or two
+
+
 def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenizer):
     full = text_source(tmp_path / "full.jsonl", documents(1, 5, (5, 9)))
     empty = text_source(tmp_path / "empty.jsonl", ["", " "])
