@@ -175,18 +175,13 @@ class Draw:
 def mix(draws: Sequence[Draw]) -> Iterator[Tokenized]:
     """Yield documents, the next one always from the source that is furthest behind its share of the tokens.
 
-    A source that has given its ``max_tokens`` is left out, and the others share the rest as before.
+    A source that has given its ``max_tokens`` is left out, and the others share the rest as before. Once all
+    have given theirs, it ends.
 
     Raises:
-        DataError: If all have given theirs, or see ``Draw.take``.
+        DataError: See ``Draw.take``.
     """
-    while True:
-        left = [draw for draw in draws if not draw.is_capped]
-        if not left:
-            raise DataError(
-                f"training.tokens is more than the max_tokens of all training.sources give, "
-                f"{sum(draw.drawn.tokens for draw in draws):,}. Lower it, or raise one of them."
-            )
+    while left := [draw for draw in draws if not draw.is_capped]:
         whole = sum(draw.share for draw in left) if len(left) < len(draws) else 1.0
         total = sum(draw.drawn.tokens for draw in left)
         # Counting tokens, not documents: the sources' documents differ in length by orders of magnitude.

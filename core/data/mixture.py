@@ -19,7 +19,7 @@ from core.data.position import Position
 from core.data.rows import open_rows
 from core.data.whole_packing import Waiting, pack_whole, packed_tokens
 from core.data.workers import Reader, Workers
-from core.errors import StorageError
+from core.errors import DataError, StorageError
 from core.progress import Progress
 from core.settings.texts import TextSource
 
@@ -134,7 +134,8 @@ def write_slices(
         parts: Keeps what is done.
 
     Raises:
-        DataError: If a source cannot be read, is empty, or has too many malformed rows.
+        DataError: If a source cannot be read, is empty, or has too many malformed rows, or if the
+            ``max_tokens`` of all of them fill fewer sequences.
         StorageError: If a file cannot be written.
     """
     weights, whole = sum(source.weight for source in sources), packing == "whole"
@@ -151,8 +152,7 @@ def write_slices(
             readers.append(Reader(source=source, rows=rows, tokenizer=tokenizer, opening=opening))
         started = processes if processes > 1 and tokens >= _PARALLEL_TOKENS else 0
         workers = stack.enter_context(Workers(readers, started))
-        held = min(_HELD_ROWS, sum(sequences))
-        mixture = _Mixture(readers, workers, shares, seed, sequence_length, packing, held, parts)
+        mixture = _Mixture(readers, workers, shares, seed, sequence_length, packing, sum(sequences), parts)
         for phase, wanted in enumerate(sequences, start=1):
             with (
                 Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
@@ -211,10 +211,10 @@ class _Mixture:
         seed: int,
         length: int,
         packing: str,
-        held: int,
+        wanted: int,
         parts: Parts | None,
     ) -> None:
-        self._held = held
+        self._wanted = wanted
         self._sizes = tuple(len(reader.rows) for reader in readers)
         self._parts, self._length, self._whole = parts, length, packing == "whole"
         position = parts.position() if parts is not None else None
@@ -260,7 +260,7 @@ class _Mixture:
                 self._length,
                 opening=opening,
                 padding=padding,
-                held=self._held,
+                held=min(_HELD_ROWS, self._wanted),
                 waiting=self._waiting,
             )
         for row in stream:
@@ -270,6 +270,11 @@ class _Mixture:
             if self._parts is not None and self._parts.add(b"".join(array.tobytes() for array in arrays)):
                 self._parts.keep(self._position())
             yield arrays
+        given = sum(draw.drawn.tokens for draw in self.draws)
+        raise DataError(
+            f"training.tokens is more than the max_tokens of all training.sources give, {given:,} tokens in "
+            f"{self._done:,} of {self._wanted:,} sequences. Lower it, or raise one of them."
+        )
 
     def _unpacked(self, row: bytes) -> list[NDArray[Any]]:
         """Return the arrays of a row that was kept: the ids, and one or two of bytes."""

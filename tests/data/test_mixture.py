@@ -1,5 +1,6 @@
 """The slices of a training's phases: disjoint, in the shares of their sources, the same each time."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -225,6 +226,32 @@ def test_tokens_of_prompts_that_fill_whole_rows_are_neither_packed_nor_counted(t
     _, trained = read_slices(tmp_path, 1)
     assert trained.any(axis=1).all()
     assert report.sources[0].tokens <= 64 * report.sources[0].documents  # of each the last piece or two
+
+
+@pytest.mark.parametrize("packing", ["whole", "cut"])
+def test_sources_whose_caps_just_cover_the_sequences_fill_them(tmp_path, tokenizer, packing):
+    sources = [
+        dataclasses.replace(text_source(tmp_path / f"{n}.jsonl", documents(n, 80, (3, 9))), max_tokens="640")
+        for n in (1, 2)
+    ]
+
+    def written(sequences):
+        return write_slices(
+            sources,
+            tokenizer,
+            sequence_length=64,
+            sequences=sequences,
+            packing=packing,
+            seed=0,
+            directory=tmp_path / packing,
+        )
+
+    report = written([12, 8])
+    assert all(640 <= source.tokens < 680 for source in report.sources)
+    given = sum(source.tokens for source in report.sources)
+    said = rf"more than the max_tokens of all training\.sources give, {given:,} tokens in 2\d of 30 sequences"
+    with pytest.raises(DataError, match=said):
+        written([30])
 
 
 def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenizer):
