@@ -111,12 +111,12 @@ def tokenize_conversations(
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, which cannot mask prompts. Provide a tokenizer.json.")
-    template = _fixed_template(tokenizer)
 
     def failed(said: str) -> DataError:
         return DataError(f"the tokenizer's chat template fails: {said}. Correct or remove it.")
 
     with foreign_errors(failed):  # it is a program, though in a sandbox
+        template = _fixed_template(tokenizer)
         rendered = [_render_replies(turns, tokenizer, template) for turns in conversations]
     found = [
         (n, *conversation) for n, conversation in enumerate(rendered) if conversation and conversation[1]

@@ -1,9 +1,10 @@
 """Rows of text sources become tokens, in this process or in several; what comes out is the same."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_ASKED = 8
 """Batches that a process is asked for at once: requests that it has not read fit into the pipe."""
+_END_S = 10
+"""How long a process whose pipe is closed may take to end."""
 
 
 class Batch(NamedTuple):
@@ -141,7 +144,7 @@ class Workers:
         try:
             worker.connection.send((reader, numbers))
         except OSError as error:
-            raise _ended() from error
+            raise _ended(worker) from error
         worker.asked.append(ticket)
         return ticket
 
@@ -153,7 +156,8 @@ class Workers:
         """
         if not self._workers:
             reader, numbers = self._asked.pop(ticket)
-            return self._readers[reader].read(numbers)
+            with _one_line(self._readers[reader].source):
+                return self._readers[reader].read(numbers)
         while ticket not in self._arrived:
             self._receive(next(worker for worker in self._workers if ticket in worker.asked))
         arrived = self._arrived.pop(ticket)
@@ -165,15 +169,33 @@ class Workers:
         try:
             self._arrived[worker.asked[0]] = worker.connection.recv()
         except (EOFError, OSError) as error:
-            raise _ended() from error
+            raise _ended(worker) from error
         del worker.asked[0]
 
 
-def _ended() -> DataError:
+def _ended(worker: _Worker) -> DataError:
+    worker.process.join(_END_S)
+    code = worker.process.exitcode
+    advice = f"with exit code {code}. What it wrote at its end is in the log above: correct that"
+    if code == -signal.SIGKILL:
+        advice = "as it was killed. Look for a lack of memory, give the task more of it"
     return DataError(
-        "a process that tokenizes texts has ended. Look for a lack of memory, give the task more of it, and "
-        "run it again: it goes on from there."
+        f"a process that tokenizes texts has ended {advice}, and run it again: it goes on from there."
     )
+
+
+@contextlib.contextmanager
+def _one_line(source: TextSource) -> Iterator[None]:
+    """Turn whatever the rows of a source make a library raise into one line; our own errors pass."""
+    try:
+        yield
+    except AdaptPrunerError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":. ")
+        raise DataError(
+            f"{source.path}: rows cannot be tokenized ({said}). Check the texts and the tokenizer."
+        ) from error
 
 
 def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
@@ -186,7 +208,8 @@ def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: Batch | AdaptPrunerError = readers[reader].read(numbers)
+            with _one_line(readers[reader].source):
+                answer: Batch | AdaptPrunerError = readers[reader].read(numbers)
         except AdaptPrunerError as error:
             answer = error
         try:

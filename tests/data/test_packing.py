@@ -179,6 +179,15 @@ def test_a_template_that_rewrites_replies_gives_nothing_rather_than_a_wrong_mask
     assert tokenize_conversations([TWO_TURNS], tokenizer) == [None]
 
 
+def test_named_templates_without_a_default_are_one_clear_error(tokenizer):
+    tokenizer.chat_template = {"tool_use": SMOLLM2, "rag": SMOLLM2}
+    with pytest.raises(
+        DataError, match=r"the tokenizer's chat template fails: .*no default.*remove it\."
+    ) as it:
+        tokenize_conversations([TWO_TURNS], tokenizer)
+    assert "\n" not in str(it.value)
+
+
 def test_a_template_that_writes_todays_date_gives_the_same_tokens_every_day(tokenizer):
     tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + SMOLLM2
     (tokenized,) = tokenize_conversations([TWO_TURNS], tokenizer)
