@@ -63,6 +63,8 @@ class Drawn:
     """Rows read in all passes."""
     malformed: int = 0
     """Malformed ones among them."""
+    empty: int = 0
+    """Those of them without anything to train on."""
     tokens: int = 0
     trained_tokens: int = 0
     documents: int = 0
@@ -106,7 +108,8 @@ class Draw:
         self.source, self.share, self.drawn = source, share, drawn or Drawn()
         self._reader, self._workers = reader, workers
         self._rows, self._seed = rows, seed
-        self._count = RowCount(source, rows=self.drawn.rows, malformed=self.drawn.malformed)
+        done = self.drawn
+        self._count = RowCount(source, rows=done.rows, malformed=done.malformed, empty=done.empty)
         self._stream = self._endless()
 
     @property
@@ -133,7 +136,7 @@ class Draw:
 
     def one_pass(self) -> Iterator[Tokenized]:
         """Yield what is left of this pass."""
-        drawn = self.drawn
+        drawn, count = self.drawn, self._count
         order = np.random.default_rng(self._seed + drawn.passes).permutation(self._rows)
         starts = iter(range(drawn.row, self._rows, _BATCH_ROWS))
         asked: deque[tuple[int, NDArray[np.int64]]] = deque()
@@ -150,12 +153,12 @@ class Draw:
                 numbers.tolist(), *self._workers.result(ticket), strict=True
             ):
                 drawn.row += 1
-                self._count.add(number, problem)
-                drawn.rows, drawn.malformed = self._count.rows, self._count.malformed
+                count.add(number, problem, empty=document is None)
+                drawn.rows, drawn.malformed, drawn.empty = count.rows, count.malformed, count.empty
                 if document is not None and (not digest or drawn.seen.add(digest)):
                     drawn.found += 1
                     yield document
-        self._count.end()
+        count.end()
 
     def _endless(self) -> Iterator[Tokenized]:
         drawn = self.drawn

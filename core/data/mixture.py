@@ -55,6 +55,8 @@ class SourceReport:
     """How many times it was read, the last one perhaps in part; 0 if it was never drawn from."""
     malformed: int
     """Malformed rows that were left out, repetitions included."""
+    empty: int
+    """Rows without anything to train on, repetitions included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,7 @@ def _source_report(draw: Draw) -> SourceReport:
         documents=drawn.documents,
         passes=draw.passes,
         malformed=drawn.malformed,
+        empty=drawn.empty,
     )
 
 

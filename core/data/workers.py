@@ -59,18 +59,20 @@ class Reader:
         places = [n for n, item in enumerate(parsed) if item is not None and not isinstance(item, RowError)]
         usable: list[Any] = [parsed[place] for place in places]
         tokenized = tokenize(usable, self.source.format, self.tokenizer, self.opening) if usable else []
-        batch = Batch([None] * len(rows), [0] * len(rows), [""] * len(rows))
+        problems = [str(item) if isinstance(item, RowError) else "" for item in parsed]
+        batch = Batch([None] * len(rows), [0] * len(rows), problems)
         for place, text, document in zip(places, usable, tokenized, strict=True):
-            if document is not None:
+            if isinstance(document, RowError):
+                batch.problems[place] = str(document)
+            elif document is not None:
                 batch.documents[place] = Tokenized(document.ids, document.trained, self.rows.divisible)
             batch.digests[place] = digest_of(text) if isinstance(text, str) else 0
-        batch.problems[:] = [str(item) if isinstance(item, RowError) else "" for item in parsed]
         return batch
 
 
 def tokenize(
     documents: Sequence[Any], kind: str, tokenizer: "PreTrainedTokenizerBase", opening: Sequence[int] = ()
-) -> Sequence[Tokenized | None]:
+) -> Sequence[Tokenized | RowError | None]:
     """Tokenize documents of a source's format: texts or conversations."""
     if kind == "text":
         return tokenize_documents(documents, tokenizer)

@@ -43,8 +43,9 @@ class TextSource:
     max_tokens: str = ""
     """Most training tokens to take (``50M``); the other sources then fill the rest. Empty for no limit."""
     max_malformed: float = dataclasses.field(default=0.01, metadata=HOW)
-    """Share of the rows that may be malformed, such as a broken line or an unknown role: they are counted and
-    left out. More of them are an error."""
+    """Share of the rows that may be malformed, such as a broken line, an unknown role or a conversation that
+    the chat template refuses: they are counted and left out. More of them are an error. More empty rows, of
+    no text or no reply, are a warning."""
 
     def __post_init__(self) -> None:
         """Check combinations."""

@@ -254,6 +254,48 @@ def test_sources_whose_caps_just_cover_the_sequences_fill_them(tmp_path, tokeniz
         written([30])
 
 
+def talks_of(path, tokenizer, *, refused=0, empty=0):
+    """A source of 200 conversations, of which the template refuses some, and some have no reply."""
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace(
+        "{{ message.role.",
+        "{% if 'BAD' in message.content %}{{ raise_exception('no BAD') }}{% endif %}{{ message.role.",
+    )
+    rows = [
+        {"q": f"question {n}" + " BAD" * (n < refused), "a": "" if n >= 200 - empty else "so"}
+        for n in range(200)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextSource(path=str(path), format="instruction", prompt_fields=("q",), response_field="a")
+
+
+def one_slice(source, tokenizer, directory):
+    return write_slices(
+        [source], tokenizer, sequence_length=64, sequences=[60], packing="whole", seed=0, directory=directory
+    ).sources[0]
+
+
+def test_conversations_that_the_template_refuses_are_malformed_rows(tmp_path, tokenizer, caplog):
+    report = one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, refused=1), tokenizer, tmp_path)
+    assert (report.passes > 1, report.empty) == (True, 0)
+    assert report.passes - 1 <= report.malformed <= report.passes
+    assert "row 1 is left out: the chat template refuses it (no BAD)" in caplog.text
+    with pytest.raises(DataError, match=r"9 of 200 rows are malformed.*row \d: the chat .* it \(no BAD\)\."):
+        one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, refused=9), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(2, 0), (50, 1)])
+def test_rows_that_give_nothing_are_counted_and_many_are_one_warning(
+    tmp_path, tokenizer, caplog, empty, warned
+):
+    report = one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, empty=empty), tokenizer, tmp_path)
+    assert report.passes > 1
+    assert (report.passes - 1) * empty <= report.empty <= report.passes * empty
+    assert report.malformed == 0
+    shown = [record.message for record in caplog.records if "are empty" in record.message]
+    assert len(shown) == warned
+    assert all("rows are empty (no text, or no reply to train on) and left out" in said for said in shown)
+
+
 def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenizer):
     full = text_source(tmp_path / "full.jsonl", documents(1, 5, (5, 9)))
     empty = text_source(tmp_path / "empty.jsonl", ["", " "])

@@ -160,6 +160,16 @@ def test_a_system_turn_that_the_template_refuses_joins_the_users(tokenizer):
     assert tokenizer.decode(tokenized.ids).startswith("[INST] Be brief.\n\nWhat is two and three? [/INST]")
 
 
+def test_a_conversation_that_the_template_refuses_comes_back_with_what_it_said(tokenizer):
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('tools are\nnot for me.') }}{% endif %}"
+    tokenizer.chat_template = refusing + SMOLLM2
+    refused, fine = tokenize_conversations(
+        [[{"role": "tool", "content": "x"}, *TWO_TURNS], TWO_TURNS], tokenizer
+    )
+    assert str(refused) == "the chat template refuses it (tools are not for me)"
+    assert trained_text(tokenizer, fine).startswith(TWO_TURNS[1]["content"])
+
+
 def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
     tokenizer.chat_template = SMOLLM2
     user, reply = TWO_TURNS[:2]
