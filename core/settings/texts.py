@@ -58,6 +58,12 @@ class TextSource:
             problems.append(f"weight={self.weight} must be at most {_LARGEST_WEIGHT:,}. Lower all weights.")
         if self.format == "instruction" and not (self.prompt_fields and self.response_field):
             problems.append("format=instruction needs prompt_fields and response_field. Name the columns.")
+        if self.format != "instruction":
+            problems += [
+                f"{name} needs format instruction. Leave it out, or set format."
+                for name in ("prompt_fields", "response_field")
+                if getattr(self, name)
+            ]
         if self.format == "text" and self.system_field:
             problems.append("system_field needs format chat or instruction. Leave it out.")
         problems += in_range("max_malformed", self.max_malformed, 0, 1)

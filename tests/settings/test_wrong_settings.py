@@ -177,6 +177,14 @@ def test_a_teacher_is_trained_only_where_it_teaches_on_what_there_is(values, pro
             "calibration.source.format=instruction needs prompt_fields and response_field.",
         ),
         (
+            {"calibration__source__prompt_fields": ["q"]},
+            "calibration.source.prompt_fields needs format instruction.",
+        ),
+        (
+            {"calibration__source__format": "chat", "calibration__source__response_field": "a"},
+            "calibration.source.response_field needs format instruction.",
+        ),
+        (
             {"prune__profile": "portable", "prune__attention_unit": "kv_group"},
             "prune.attention_unit=kv_group removes heads, but profile=portable leaves attention whole.",
         ),
