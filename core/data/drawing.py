@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +63,8 @@ class Drawn:
     """Rows read in all passes."""
     malformed: int = 0
     """Malformed ones among them."""
+    empty: int = 0
+    """Those of them without anything to train on."""
     tokens: int = 0
     trained_tokens: int = 0
     documents: int = 0
@@ -88,6 +90,7 @@ class Draw:
         seed: int,
         share: float = 1.0,
         drawn: Drawn | None = None,
+        tokens_of: Callable[[Tokenized], int] = lambda document: len(document.ids),
     ) -> None:
         """Begin a draw, or go on with one.
 
@@ -99,11 +102,14 @@ class Draw:
             seed: Of the first pass; each later one has the next.
             share: Its share of the tokens, in [0, 1].
             drawn: How far an earlier draw went.
+            tokens_of: Counts what a document gives.
         """
+        self._tokens_of = tokens_of
         self.source, self.share, self.drawn = source, share, drawn or Drawn()
         self._reader, self._workers = reader, workers
         self._rows, self._seed = rows, seed
-        self._count = RowCount(source, rows=self.drawn.rows, malformed=self.drawn.malformed)
+        done = self.drawn
+        self._count = RowCount(source, rows=done.rows, malformed=done.malformed, empty=done.empty)
         self._stream = self._endless()
 
     @property
@@ -123,14 +129,14 @@ class Draw:
             DataError: If there is none, the source cannot be read, or too much of it is malformed.
         """
         document = next(self._stream)
-        self.drawn.tokens += len(document.ids)
+        self.drawn.tokens += self._tokens_of(document)
         self.drawn.trained_tokens += int(document.trained.sum())
         self.drawn.documents += 1
         return document
 
     def one_pass(self) -> Iterator[Tokenized]:
         """Yield what is left of this pass."""
-        drawn = self.drawn
+        drawn, count = self.drawn, self._count
         order = np.random.default_rng(self._seed + drawn.passes).permutation(self._rows)
         starts = iter(range(drawn.row, self._rows, _BATCH_ROWS))
         asked: deque[tuple[int, NDArray[np.int64]]] = deque()
@@ -147,12 +153,12 @@ class Draw:
                 numbers.tolist(), *self._workers.result(ticket), strict=True
             ):
                 drawn.row += 1
-                self._count.add(number, problem)
-                drawn.rows, drawn.malformed = self._count.rows, self._count.malformed
+                count.add(number, problem, empty=document is None)
+                drawn.rows, drawn.malformed, drawn.empty = count.rows, count.malformed, count.empty
                 if document is not None and (not digest or drawn.seen.add(digest)):
                     drawn.found += 1
                     yield document
-        self._count.end()
+        count.end()
 
     def _endless(self) -> Iterator[Tokenized]:
         drawn = self.drawn
@@ -172,18 +178,13 @@ class Draw:
 def mix(draws: Sequence[Draw]) -> Iterator[Tokenized]:
     """Yield documents, the next one always from the source that is furthest behind its share of the tokens.
 
-    A source that has given its ``max_tokens`` is left out, and the others share the rest as before.
+    A source that has given its ``max_tokens`` is left out, and the others share the rest as before. Once all
+    have given theirs, it ends.
 
     Raises:
-        DataError: If all have given theirs, or see ``Draw.take``.
+        DataError: See ``Draw.take``.
     """
-    while True:
-        left = [draw for draw in draws if not draw.is_capped]
-        if not left:
-            raise DataError(
-                f"training.tokens is more than the max_tokens of all training.sources give, "
-                f"{sum(draw.drawn.tokens for draw in draws):,}. Lower it, or raise one of them."
-            )
+    while left := [draw for draw in draws if not draw.is_capped]:
         whole = sum(draw.share for draw in left) if len(left) < len(draws) else 1.0
         total = sum(draw.drawn.tokens for draw in left)
         # Counting tokens, not documents: the sources' documents differ in length by orders of magnitude.

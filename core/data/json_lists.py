@@ -2,17 +2,49 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 _CHUNK_CHARS = 2**20
 _MAX_ELEMENT_CHARS = 2**28
+_LINE_BYTES = 2**24
+_SHOWN_CHARS = 40
+
+
+def is_list(file: Path) -> bool:
+    """Return whether a file is one list; if not, its lines are rows.
+
+    A first line that opens with ``[`` is a row if others follow, and it is a list of its own, or the
+    beginning of none.
+    """
+    with file.open("rb") as opened:
+        lines = iter(lambda: opened.readline(_LINE_BYTES), b"")
+        raw = next((line for line in lines if _bare(line)), b"")
+        first = _bare(raw)
+        if not first.startswith(b"["):
+            return False
+        if not raw.endswith(b"\n") or not any(line.strip() for line in lines):
+            return True  # the only line, or one so long that it was read in part
+    text = first.decode(errors="replace")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)  # valid as far as it goes
+    except (RecursionError, ValueError):  # of a number of thousands of digits, too
+        return False
+    return False
+
+
+def _bare(line: bytes) -> bytes:
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
 
 
 def elements(file: TextIO) -> Iterator[Any]:
     """Yield the elements of the list that a file holds; memory holds little more than one.
 
     Raises:
-        ValueError: If the file is not valid, an element is nested too deeply, or is larger than 256 MB.
+        ValueError: If the file is not valid or goes on after the list, an element is nested too deeply, or is
+            larger than 256 MB.
     """
     decoder = json.JSONDecoder()
     text, place = file.read(_CHUNK_CHARS).lstrip()[1:], 0
@@ -20,6 +52,7 @@ def elements(file: TextIO) -> Iterator[Any]:
         while place < len(text) and text[place] in " \t\r\n,":
             place += 1
         if text.startswith("]", place):
+            _check_end(text[place + 1 :], file)
             return
         try:
             element, end = decoder.raw_decode(text, place)
@@ -35,3 +68,10 @@ def elements(file: TextIO) -> Iterator[Any]:
         if not more or len(text) - place > _MAX_ELEMENT_CHARS:
             raise ValueError("an element of the list is not valid, or does not end")
         text, place = text[place:] + more, 0
+
+
+def _check_end(text: str, file: TextIO) -> None:
+    while not (after := text.strip()):
+        if not (text := file.read(_CHUNK_CHARS)):
+            return
+    raise ValueError(f"after the ] of its list it goes on with {after[:_SHOWN_CHARS]!r}")

@@ -17,9 +17,9 @@ from core.data.files import writing_rows
 from core.data.packing import body_length, end_id, opening_ids, pack
 from core.data.position import Position
 from core.data.rows import open_rows
-from core.data.whole_packing import Waiting, pack_whole
+from core.data.whole_packing import Waiting, pack_whole, packed_tokens
 from core.data.workers import Reader, Workers
-from core.errors import StorageError
+from core.errors import DataError, StorageError
 from core.progress import Progress
 from core.settings.texts import TextSource
 
@@ -45,7 +45,8 @@ class SourceReport:
     share: float
     """Its share of the tokens, in [0, 1]."""
     tokens: int
-    """Tokens drawn from it, with those of documents that no slice had a row for at the end."""
+    """Tokens drawn from it, with those of documents that no slice had a row for at the end, and without those
+    of pieces that train nothing."""
     trained_tokens: int
     """Those of them that are targets of the loss."""
     documents: int
@@ -54,6 +55,8 @@ class SourceReport:
     """How many times it was read, the last one perhaps in part; 0 if it was never drawn from."""
     malformed: int
     """Malformed rows that were left out, repetitions included."""
+    empty: int
+    """Rows without anything to train on, repetitions included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,8 @@ def write_slices(
         parts: Keeps what is done.
 
     Raises:
-        DataError: If a source cannot be read, is empty, or has too many malformed rows.
+        DataError: If a source cannot be read, is empty, or has too many malformed rows, or if the
+            ``max_tokens`` of all of them fill fewer sequences.
         StorageError: If a file cannot be written.
     """
     weights, whole = sum(source.weight for source in sources), packing == "whole"
@@ -150,8 +154,7 @@ def write_slices(
             readers.append(Reader(source=source, rows=rows, tokenizer=tokenizer, opening=opening))
         started = processes if processes > 1 and tokens >= _PARALLEL_TOKENS else 0
         workers = stack.enter_context(Workers(readers, started))
-        held = min(_HELD_ROWS, sum(sequences))
-        mixture = _Mixture(readers, workers, shares, seed, sequence_length, packing, held, parts)
+        mixture = _Mixture(readers, workers, shares, seed, sequence_length, packing, sum(sequences), parts)
         for phase, wanted in enumerate(sequences, start=1):
             with (
                 Progress(f"slice {phase}", wanted * sequence_length, "tokens") as progress,
@@ -196,6 +199,7 @@ def _source_report(draw: Draw) -> SourceReport:
         documents=drawn.documents,
         passes=draw.passes,
         malformed=drawn.malformed,
+        empty=drawn.empty,
     )
 
 
@@ -210,10 +214,10 @@ class _Mixture:
         seed: int,
         length: int,
         packing: str,
-        held: int,
+        wanted: int,
         parts: Parts | None,
     ) -> None:
-        self._held = held
+        self._wanted = wanted
         self._sizes = tuple(len(reader.rows) for reader in readers)
         self._parts, self._length, self._whole = parts, length, packing == "whole"
         position = parts.position() if parts is not None else None
@@ -225,6 +229,10 @@ class _Mixture:
         self.padding = position.padding if position else 0
         self._waiting = Waiting(position.waiting, position.unread) if position else Waiting()
         self._rest = list(position.unread) if position and not self._whole else []
+        count: dict[str, Any] = {}
+        if self._whole:
+            opening = readers[0].opening
+            count["tokens_of"] = lambda document: packed_tokens(document, length, opening)
         self.draws = [
             Draw(
                 reader.source,
@@ -234,6 +242,7 @@ class _Mixture:
                 seed=seed,
                 share=shares[number],
                 drawn=position.drawn[number] if position else None,
+                **count,
             )
             for number, reader in enumerate(readers)
         ]
@@ -254,7 +263,7 @@ class _Mixture:
                 self._length,
                 opening=opening,
                 padding=padding,
-                held=self._held,
+                held=min(_HELD_ROWS, self._wanted),
                 waiting=self._waiting,
             )
         for row in stream:
@@ -264,6 +273,11 @@ class _Mixture:
             if self._parts is not None and self._parts.add(b"".join(array.tobytes() for array in arrays)):
                 self._parts.keep(self._position())
             yield arrays
+        given = sum(draw.drawn.tokens for draw in self.draws)
+        raise DataError(
+            f"training.tokens is more than the max_tokens of all training.sources give, {given:,} tokens in "
+            f"{self._done:,} of {self._wanted:,} sequences. Lower it, or raise one of them."
+        )
 
     def _unpacked(self, row: bytes) -> list[NDArray[Any]]:
         """Return the arrays of a row that was kept: the ids, and one or two of bytes."""

@@ -5,7 +5,6 @@ text, not in the tokens: the rendering of the turns before it, with the generati
 mark behind every reply its end. This holds for templates that change a reply once another turn follows, too.
 """
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.rows import RowError
 from core.data.texts import Message
 from core.errors import DataError
 from core.untrusted import foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role.capitalize() + ': ' + message.content }}"
@@ -32,6 +30,7 @@ PLAIN_TEMPLATE = (
 
 _MARK = "\ufdd0"  # a code point that Unicode reserves for internal use: no text holds it
 _DATE = "26 Jul 2024"
+_SHOWN_CHARS = 200
 
 
 class Tokenized(NamedTuple):
@@ -92,7 +91,7 @@ def tokenize_conversations(
     conversations: Iterable[Sequence[Message]],
     tokenizer: "PreTrainedTokenizerBase",
     opening: Sequence[int] = (),
-) -> list[Tokenized | None]:
+) -> list[Tokenized | RowError | None]:
     """Tokenize conversations as the tokenizer's chat template writes them; only replies are trained.
 
     Without a chat template, ``PLAIN_TEMPLATE`` is used. Turns after the last reply are left out.
@@ -104,24 +103,28 @@ def tokenize_conversations(
             begin-of-text token.
 
     Returns:
-        None for those that the template refuses or in which no reply can be located.
+        What the template said of those that it refuses; None for those in which no reply can be located.
 
     Raises:
         DataError: If the tokenizer is not a fast one, or has no end token.
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer is a slow one, which cannot mask prompts. Provide a tokenizer.json.")
-    template = _fixed_template(tokenizer)
 
     def failed(said: str) -> DataError:
         return DataError(f"the tokenizer's chat template fails: {said}. Correct or remove it.")
 
     with foreign_errors(failed):  # it is a program, though in a sandbox
+        template = _fixed_template(tokenizer)
         rendered = [_render_replies(turns, tokenizer, template) for turns in conversations]
     found = [
-        (n, *conversation) for n, conversation in enumerate(rendered) if conversation and conversation[1]
+        (n, *conversation)
+        for n, conversation in enumerate(rendered)
+        if conversation and not isinstance(conversation, RowError) and conversation[1]
     ]
-    tokenized: list[Tokenized | None] = [None] * len(rendered)
+    tokenized: list[Tokenized | RowError | None] = [
+        conversation if isinstance(conversation, RowError) else None for conversation in rendered
+    ]
     if not found:
         return tokenized
     batch = tokenizer(
@@ -171,8 +174,8 @@ def _fixed_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _render_replies(
     turns: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", template: str
-) -> tuple[str, list[tuple[int, int]]] | None:
-    """Return the rendered text and the character span of each reply; None if the template refuses it.
+) -> tuple[str, list[tuple[int, int]]] | RowError | None:
+    """Return the rendered text and the character span of each reply, or why the template refuses it.
 
     If the template refuses a system turn, that becomes part of the user's turn.
     """
@@ -191,8 +194,8 @@ def _render_replies(
         try:
             return _reply_spans(way, tokenizer, template)
         except TemplateError as error:
-            log.debug("the chat template refuses a conversation: %s", error)
-    return None
+            said = " ".join(str(error).split())[:_SHOWN_CHARS].rstrip(".") or type(error).__name__
+    return RowError(f"the chat template refuses it ({said})")
 
 
 def _reply_spans(

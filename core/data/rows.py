@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.data.archives import check_compressed, unpacked
-from core.data.json_lists import elements
+from core.data.json_lists import elements, is_list
 from core.data.locations import data_files, is_hub_id, locate
 from core.data.plain_text import merge_paragraphs
 from core.errors import DataError, full_disk
@@ -305,12 +305,9 @@ def _local(source: TextSource, location: Path, scratch: Path) -> Rows:
         lines = scratch / "texts.jsonl"
         _write_lines(lines, _text_rows(plain))
         return dataclasses.replace(_lines([lines], scratch, split), divisible=True)
-    if kind == "json":
-        starts = [_start(file) for file in plain]
-        found = list(zip(plain, starts, strict=True))
-        if not any(_is_one_object(file, start) for file, start in found):
-            lists = [_list_as_lines(file, scratch) if start[:1] == b"[" else file for file, start in found]
-            return _lines(lists, scratch, split)
+    if kind == "json" and not any(map(_is_one_object, plain)):
+        lists = [_list_as_lines(file, scratch) if is_list(file) else file for file in plain]
+        return _lines(lists, scratch, split)
     return Table(datasets.load_dataset(kind, data_files=[str(file) for file in files], split=split))
 
 
@@ -323,9 +320,10 @@ def _start(file: Path) -> bytes:
     return b""
 
 
-def _is_one_object(file: Path, start: bytes) -> bool:
+def _is_one_object(file: Path) -> bool:
     """Return whether a file is one JSON object in many lines, not an object a line."""
-    if file.suffix != ".json" or not start.startswith(b"{") or len(start) == _BLOCK_BYTES:
+    start = _start(file) if file.suffix == ".json" else b""
+    if not start.startswith(b"{") or len(start) == _BLOCK_BYTES:
         return False
     return isinstance(_parsed(start), RowError)
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from core.data.drawing import Draw
 from core.data.files import save_sequences, writing_rows
 from core.data.packing import Tokenized, body_length, opening_ids, pack
-from core.data.rows import open_rows
-from core.data.texts import iter_conversations, iter_documents
+from core.data.rows import RowError, open_rows
+from core.data.texts import RowCount, iter_conversations, iter_documents
 from core.data.workers import Reader, Workers, tokenize
 from core.errors import DataError
 from core.settings.texts import TextSource
@@ -167,12 +167,16 @@ def _in_order(
     source: TextSource, tokenizer: "PreTrainedTokenizerBase", opening: Sequence[int]
 ) -> Iterator[Tokenized]:
     """Yield the documents of a source in its order, without their opening."""
-    documents = iter_documents(source) if source.format == "text" else iter_conversations(source)
+    count = RowCount(source)
+    documents = iter_documents(source) if source.format == "text" else iter_conversations(source, count)
     while batch := list(islice(documents, _BATCH_DOCUMENTS)):
         for document in tokenize(batch, source.format, tokenizer):
-            if document is not None:
+            if isinstance(document, RowError):
+                count.refuse(str(document))
+            elif document is not None:
                 ids = _without(opening, document.ids)
                 yield Tokenized(ids, document.trained[-len(ids) :])
+    count.end()
 
 
 def _without(opening: Sequence[int], ids: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -32,26 +32,40 @@ _ROLES = {name: role for role, names in _SPEAKERS.items() for name in names}
 class RowCount:
     """Counts the rows of a source; too many malformed ones are an error, the first ones are shown."""
 
-    def __init__(self, source: TextSource, *, rows: int = 0, malformed: int = 0) -> None:
+    def __init__(self, source: TextSource, *, rows: int = 0, malformed: int = 0, empty: int = 0) -> None:
         """Go on from so many rows."""
-        self.rows, self.malformed = rows, malformed
-        self._source, self._first = source, ""
+        self.rows, self.malformed, self.empty = rows, malformed, empty
+        self._source, self._first, self._warned = source, "", False
 
-    def add(self, number: int, problem: str) -> None:
-        """Count a row; ``problem`` is "" if there is none.
+    def add(self, number: int, problem: str, *, empty: bool = False) -> None:
+        """Count a row.
+
+        Args:
+            number: Its number, from 0.
+            problem: What is wrong with it; "" for nothing.
+            empty: Whether it holds nothing to train on.
 
         Raises:
             DataError: If the malformed ones are clearly more than ``max_malformed`` of all so far.
         """
         self.rows += 1
-        if not problem:
-            return
+        if problem:
+            self.refuse(problem, f"row {number + 1}")
+        elif empty:
+            self.empty += 1
+            self._judge_empty(self._surely)
+
+    def refuse(self, problem: str, row: str = "a row") -> None:
+        """Count one of the rows as malformed.
+
+        Raises:
+            DataError: As ``add``.
+        """
         self.malformed += 1
         if self.malformed <= _SHOWN_ROWS:
-            self._first = self._first or f"row {number + 1}: {problem}"
-            log.warning("%s: row %d is left out: %s", self._source.path, number + 1, problem)
-        expected = self._source.max_malformed * max(self.rows, _JUDGED_ROWS)
-        self._judge(expected + 4 * expected**0.5)  # not by chance
+            self._first = self._first or f"{row}: {problem}"
+            log.warning("%s: %s is left out: %s", self._source.path, row, problem)
+        self._judge(self._surely)
 
     def end(self) -> None:
         """Judge by the rows so far: the source has no more.
@@ -60,6 +74,13 @@ class RowCount:
             DataError: If the malformed ones are more than ``max_malformed`` of them.
         """
         self._judge(self._source.max_malformed * self.rows)
+        self._judge_empty(self._source.max_malformed * self.rows)
+
+    @property
+    def _surely(self) -> float:
+        """More than these are not by chance."""
+        expected = self._source.max_malformed * max(self.rows, _JUDGED_ROWS)
+        return float(expected + 4 * expected**0.5)
 
     def _judge(self, most: float) -> None:
         if self.malformed > most:
@@ -68,6 +89,17 @@ class RowCount:
                 f"{self._source.path}: {self.malformed} of {self.rows} rows are malformed, and "
                 f"max_malformed={self._source.max_malformed:g} of them may be.{first} Correct format and "
                 "columns, convert the data, or raise max_malformed."
+            )
+
+    def _judge_empty(self, most: float) -> None:
+        if self.empty > most and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: %d of %d rows are empty (no text, or no reply to train on) and left out. Check format "
+                "and columns",
+                self._source.path,
+                self.empty,
+                self.rows,
             )
 
 
@@ -84,20 +116,25 @@ def iter_documents(source: TextSource) -> Iterator[str]:
             yield text
 
 
-def iter_conversations(source: TextSource) -> Iterator[list[Message]]:
+def iter_conversations(source: TextSource, count: RowCount | None = None) -> Iterator[list[Message]]:
     """Yield the conversations of a source of format ``chat`` or ``instruction`` in order that have a reply.
+
+    Args:
+        source: The source.
+        count: Counts its rows.
 
     Raises:
         DataError: If the source cannot be read, lacks a column, or has messages of an unknown layout.
     """
-    return _parsed(source)
+    return _parsed(source, count)
 
 
-def _parsed(source: TextSource) -> Iterator[Any]:
-    count = RowCount(source)
+def _parsed(source: TextSource, count: RowCount | None = None) -> Iterator[Any]:
+    count = count or RowCount(source)
     for number, row in enumerate(stream_rows(source)):
         parsed = parse_row(row, source)
-        count.add(number, str(parsed) if isinstance(parsed, RowError) else "")
+        problem = str(parsed) if isinstance(parsed, RowError) else ""
+        count.add(number, problem, empty=parsed is None)
         if parsed is not None and not isinstance(parsed, RowError):
             yield parsed
     count.end()

@@ -109,6 +109,8 @@ def pack_whole(
 ) -> Iterator[PackedRow]:
     """Pack whole documents into rows of T tokens; only one that is longer than a row is cut into several.
 
+    Pieces of a cut one without any target of the loss, such as the middle of a long prompt, are left out.
+
     A row takes the documents that wait longest, in their order, and once the next one does not fit, the
     longest ones that do. So no document waits for more than ``held`` rows. What is left of the row takes the
     beginning of a piece of plain text, if one waits.
@@ -136,14 +138,26 @@ def pack_whole(
         yield _row(_fitting(waiting, sequence_length, opening), sequence_length, padding)
 
 
+def packed_tokens(document: Tokenized, sequence_length: int, opening: Sequence[int]) -> int:
+    """Return how many tokens of a document ``pack_whole`` packs: not those of pieces without a target."""
+    return sum(end - start for start, end in _cuts(document, sequence_length, opening))
+
+
+def _cuts(document: Tokenized, length: int, opening: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the pieces of a document, but those of a cut one that hold no target."""
+    size, step = len(document.ids), length - len(opening)
+    cuts = [(start, min(start + step, size)) for start in range(length, size, step)]
+    for start, end in [(0, min(length, size)), *cuts]:
+        if document.trained[start:end].any() or 0 < size <= length:
+            yield start, end
+
+
 def _pieces(document: Tokenized, length: int, opening: Sequence[int]) -> Iterator[Tokenized]:
     """Cut a document that is longer than a row into pieces that are not; each opens as the document does."""
     ids, trained, divisible = document
-    if len(ids):
-        yield Tokenized(ids[:length], trained[:length], divisible)
-    step = length - len(opening)
-    for start in range(length, len(ids), step):
-        yield opened(ids[start : start + step], trained[start : start + step], opening, divisible=divisible)
+    for start, end in _cuts(document, length, opening):
+        before = opening if start else ()
+        yield opened(ids[start:end], trained[start:end], before, divisible=divisible)
 
 
 def _fitting(waiting: Waiting, room: int, opening: Sequence[int]) -> list[Tokenized]:

@@ -1,9 +1,10 @@
 """Rows of text sources become tokens, in this process or in several; what comes out is the same."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_ASKED = 8
 """Batches that a process is asked for at once: requests that it has not read fit into the pipe."""
+_END_S = 10
+"""How long a process whose pipe is closed may take to end."""
 
 
 class Batch(NamedTuple):
@@ -56,18 +59,20 @@ class Reader:
         places = [n for n, item in enumerate(parsed) if item is not None and not isinstance(item, RowError)]
         usable: list[Any] = [parsed[place] for place in places]
         tokenized = tokenize(usable, self.source.format, self.tokenizer, self.opening) if usable else []
-        batch = Batch([None] * len(rows), [0] * len(rows), [""] * len(rows))
+        problems = [str(item) if isinstance(item, RowError) else "" for item in parsed]
+        batch = Batch([None] * len(rows), [0] * len(rows), problems)
         for place, text, document in zip(places, usable, tokenized, strict=True):
-            if document is not None:
+            if isinstance(document, RowError):
+                batch.problems[place] = str(document)
+            elif document is not None:
                 batch.documents[place] = Tokenized(document.ids, document.trained, self.rows.divisible)
             batch.digests[place] = digest_of(text) if isinstance(text, str) else 0
-        batch.problems[:] = [str(item) if isinstance(item, RowError) else "" for item in parsed]
         return batch
 
 
 def tokenize(
     documents: Sequence[Any], kind: str, tokenizer: "PreTrainedTokenizerBase", opening: Sequence[int] = ()
-) -> Sequence[Tokenized | None]:
+) -> Sequence[Tokenized | RowError | None]:
     """Tokenize documents of a source's format: texts or conversations."""
     if kind == "text":
         return tokenize_documents(documents, tokenizer)
@@ -141,7 +146,7 @@ class Workers:
         try:
             worker.connection.send((reader, numbers))
         except OSError as error:
-            raise _ended() from error
+            raise _ended(worker) from error
         worker.asked.append(ticket)
         return ticket
 
@@ -153,7 +158,8 @@ class Workers:
         """
         if not self._workers:
             reader, numbers = self._asked.pop(ticket)
-            return self._readers[reader].read(numbers)
+            with _one_line(self._readers[reader].source):
+                return self._readers[reader].read(numbers)
         while ticket not in self._arrived:
             self._receive(next(worker for worker in self._workers if ticket in worker.asked))
         arrived = self._arrived.pop(ticket)
@@ -165,15 +171,33 @@ class Workers:
         try:
             self._arrived[worker.asked[0]] = worker.connection.recv()
         except (EOFError, OSError) as error:
-            raise _ended() from error
+            raise _ended(worker) from error
         del worker.asked[0]
 
 
-def _ended() -> DataError:
+def _ended(worker: _Worker) -> DataError:
+    worker.process.join(_END_S)
+    code = worker.process.exitcode
+    advice = f"with exit code {code}. What it wrote at its end is in the log above: correct that"
+    if code == -signal.SIGKILL:
+        advice = "as it was killed. Look for a lack of memory, give the task more of it"
     return DataError(
-        "a process that tokenizes texts has ended. Look for a lack of memory, give the task more of it, and "
-        "run it again: it goes on from there."
+        f"a process that tokenizes texts has ended {advice}, and run it again: it goes on from there."
     )
+
+
+@contextlib.contextmanager
+def _one_line(source: TextSource) -> Iterator[None]:
+    """Turn whatever the rows of a source make a library raise into one line; our own errors pass."""
+    try:
+        yield
+    except AdaptPrunerError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":. ")
+        raise DataError(
+            f"{source.path}: rows cannot be tokenized ({said}). Check the texts and the tokenizer."
+        ) from error
 
 
 def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
@@ -186,7 +210,8 @@ def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: Batch | AdaptPrunerError = readers[reader].read(numbers)
+            with _one_line(readers[reader].source):
+                answer: Batch | AdaptPrunerError = readers[reader].read(numbers)
         except AdaptPrunerError as error:
             answer = error
         try:

@@ -43,8 +43,9 @@ class TextSource:
     max_tokens: str = ""
     """Most training tokens to take (``50M``); the other sources then fill the rest. Empty for no limit."""
     max_malformed: float = dataclasses.field(default=0.01, metadata=HOW)
-    """Share of the rows that may be malformed, such as a broken line or an unknown role: they are counted and
-    left out. More of them are an error."""
+    """Share of the rows that may be malformed, such as a broken line, an unknown role or a conversation that
+    the chat template refuses: they are counted and left out. More of them are an error. More empty rows, of
+    no text or no reply, are a warning."""
 
     def __post_init__(self) -> None:
         """Check combinations."""
@@ -57,6 +58,12 @@ class TextSource:
             problems.append(f"weight={self.weight} must be at most {_LARGEST_WEIGHT:,}. Lower all weights.")
         if self.format == "instruction" and not (self.prompt_fields and self.response_field):
             problems.append("format=instruction needs prompt_fields and response_field. Name the columns.")
+        if self.format != "instruction":
+            problems += [
+                f"{name} needs format instruction. Leave it out, or set format."
+                for name in ("prompt_fields", "response_field")
+                if getattr(self, name)
+            ]
         if self.format == "text" and self.system_field:
             problems.append("system_field needs format chat or instruction. Leave it out.")
         problems += in_range("max_malformed", self.max_malformed, 0, 1)

@@ -225,6 +225,14 @@ class TrainingSettings:
                 "Raise it or shrink the batch."
             )
 
+        given = [source.most_tokens for source in self.sources]
+        most = sum(count for count in given if count is not None)
+        if given and None not in given and most < tokens:
+            yield (
+                f"tokens={self.tokens} is more than the max_tokens of all sources allow, {most:,}. Lower it, "
+                "or raise one of them."
+            )
+
     def _teacher_problems(self, tokens: int) -> Iterator[str]:
         try:
             taught = parse_count(self.teacher_tokens)

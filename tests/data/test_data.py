@@ -272,3 +272,60 @@ def test_an_unreachable_hub_is_a_one_line_error_with_advice(monkeypatch):
         with pytest.raises(DataError, match=r"no-owner/no-data cannot be read: .*network") as caught:
             next(stream_rows(TextSource(path="no-owner/no-data", split=split)))
         assert "\n" not in str(caught.value)
+
+
+OBJECTS = '{"text": "a"}\n{"text": "b"}\n'
+LISTS = [
+    '[{"text": "a"}, {"text": "b"}]',
+    '\ufeff[{"text": "a"},{"text": "b"}]\n \n',
+    '[\n{"text": "a"},\n{"text": "b"}\n]\n',
+    '[{"text": "a"}\n,{"text": "b"}]',
+    '[{\n"text":\n"a"}, {"text": "b"}]',
+    '["a",\n"b"]',
+]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("content", LISTS)
+def test_a_list_in_one_line_or_in_several_is_read_as_one(tmp_path, content, suffix):
+    (tmp_path / f"a.{suffix}").write_text(content)
+    assert list(iter_documents(TextSource(path=str(tmp_path / f"a.{suffix}")))) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "[INFO] export started",
+        "[]",
+        "[1, 2]",
+        '[{"text": "x"}]',
+        "[2026-01-05] started",
+        '["cut',
+        "[1],",
+        "[" * 9999,
+    ],
+)
+def test_a_first_line_that_begins_no_list_is_one_malformed_row(tmp_path, caplog, first):
+    (tmp_path / "a.jsonl").write_text(f"{first}\n{OBJECTS}")
+    assert list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"), max_malformed=0.5))) == ["a", "b"]
+    (shown,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert "row 1 is left out: it is" in shown
+    with pytest.raises(DataError, match=r"1 of 3 rows are malformed"):
+        list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"))))
+
+
+@pytest.mark.parametrize("after", [OBJECTS, "]", " " * 2**21 + "x", "[]"], ids=["rows", "]", "far", "[]"])
+def test_what_stands_behind_a_list_is_an_error(tmp_path, after):
+    (tmp_path / "a.jsonl").write_text(f'[\n{{"text": "a"}}\n]{after}')
+    with pytest.raises(
+        DataError, match=r"a\.jsonl cannot be read: after the \] of its list it goes"
+    ) as caught:
+        list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_that_is_longer_than_a_block_is_a_list(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.data.json_lists._LINE_BYTES", 16)  # ends in a space
+    (tmp_path / "a.jsonl").write_text('[{"text": "many words are here"}, {"text": "b"}]')
+    found = list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"))))
+    assert found == ["many words are here", "b"]

@@ -1,5 +1,6 @@
 """The slices of a training's phases: disjoint, in the shares of their sources, the same each time."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -211,6 +212,88 @@ def test_prompts_are_masked_in_the_slices_and_texts_are_not(tmp_path, tokenizer,
     assert words == [{"question"}, {"answer"}]
     assert report.sources[0].trained_tokens < report.sources[0].tokens
     assert abs(report.sources[0].tokens - report.sources[1].tokens) < 100
+
+
+def test_tokens_of_prompts_that_fill_whole_rows_are_neither_packed_nor_counted(tmp_path, tokenizer):
+    rows = [{"q": f"{n} " + "long question " * 400, "a": f"answer {n}"} for n in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TextSource(
+        path=str(tmp_path / "a.jsonl"), format="instruction", prompt_fields=("q",), response_field="a"
+    )
+    report = write_slices(
+        [source], tokenizer, sequence_length=64, sequences=[8], packing="whole", seed=0, directory=tmp_path
+    )
+    _, trained = read_slices(tmp_path, 1)
+    assert trained.any(axis=1).all()
+    assert report.sources[0].tokens <= 64 * report.sources[0].documents  # of each the last piece or two
+
+
+@pytest.mark.parametrize("packing", ["whole", "cut"])
+def test_sources_whose_caps_just_cover_the_sequences_fill_them(tmp_path, tokenizer, packing):
+    sources = [
+        dataclasses.replace(text_source(tmp_path / f"{n}.jsonl", documents(n, 80, (3, 9))), max_tokens="640")
+        for n in (1, 2)
+    ]
+
+    def written(sequences):
+        return write_slices(
+            sources,
+            tokenizer,
+            sequence_length=64,
+            sequences=sequences,
+            packing=packing,
+            seed=0,
+            directory=tmp_path / packing,
+        )
+
+    report = written([12, 8])
+    assert all(640 <= source.tokens < 680 for source in report.sources)
+    given = sum(source.tokens for source in report.sources)
+    said = rf"more than the max_tokens of all training\.sources give, {given:,} tokens in 2\d of 30 sequences"
+    with pytest.raises(DataError, match=said):
+        written([30])
+
+
+def talks_of(path, tokenizer, *, refused=0, empty=0):
+    """A source of 200 conversations, of which the template refuses some, and some have no reply."""
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace(
+        "{{ message.role.",
+        "{% if 'BAD' in message.content %}{{ raise_exception('no BAD') }}{% endif %}{{ message.role.",
+    )
+    rows = [
+        {"q": f"question {n}" + " BAD" * (n < refused), "a": "" if n >= 200 - empty else "so"}
+        for n in range(200)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextSource(path=str(path), format="instruction", prompt_fields=("q",), response_field="a")
+
+
+def one_slice(source, tokenizer, directory):
+    return write_slices(
+        [source], tokenizer, sequence_length=64, sequences=[60], packing="whole", seed=0, directory=directory
+    ).sources[0]
+
+
+def test_conversations_that_the_template_refuses_are_malformed_rows(tmp_path, tokenizer, caplog):
+    report = one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, refused=1), tokenizer, tmp_path)
+    assert (report.passes > 1, report.empty) == (True, 0)
+    assert report.passes - 1 <= report.malformed <= report.passes
+    assert "row 1 is left out: the chat template refuses it (no BAD)" in caplog.text
+    with pytest.raises(DataError, match=r"9 of 200 rows are malformed.*row \d: the chat .* it \(no BAD\)\."):
+        one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, refused=9), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(("empty", "warned"), [(2, 0), (50, 1)])
+def test_rows_that_give_nothing_are_counted_and_many_are_one_warning(
+    tmp_path, tokenizer, caplog, empty, warned
+):
+    report = one_slice(talks_of(tmp_path / "a.jsonl", tokenizer, empty=empty), tokenizer, tmp_path)
+    assert report.passes > 1
+    assert (report.passes - 1) * empty <= report.empty <= report.passes * empty
+    assert report.malformed == 0
+    shown = [record.message for record in caplog.records if "are empty" in record.message]
+    assert len(shown) == warned
+    assert all("rows are empty (no text, or no reply to train on) and left out" in said for said in shown)
 
 
 def test_a_source_without_documents_is_an_error_that_names_it(tmp_path, tokenizer):

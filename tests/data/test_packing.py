@@ -12,7 +12,7 @@ from core.data.packing import (
     tokenize_conversations,
     tokenize_documents,
 )
-from core.data.whole_packing import Waiting, pack_whole
+from core.data.whole_packing import Waiting, pack_whole, packed_tokens
 from core.errors import DataError
 
 # As SmolLM2-135M-Instruct ships it.
@@ -160,6 +160,16 @@ def test_a_system_turn_that_the_template_refuses_joins_the_users(tokenizer):
     assert tokenizer.decode(tokenized.ids).startswith("[INST] Be brief.\n\nWhat is two and three? [/INST]")
 
 
+def test_a_conversation_that_the_template_refuses_comes_back_with_what_it_said(tokenizer):
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('tools are\nnot for me.') }}{% endif %}"
+    tokenizer.chat_template = refusing + SMOLLM2
+    refused, fine = tokenize_conversations(
+        [[{"role": "tool", "content": "x"}, *TWO_TURNS], TWO_TURNS], tokenizer
+    )
+    assert str(refused) == "the chat template refuses it (tools are not for me)"
+    assert trained_text(tokenizer, fine).startswith(TWO_TURNS[1]["content"])
+
+
 def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
     tokenizer.chat_template = SMOLLM2
     user, reply = TWO_TURNS[:2]
@@ -177,6 +187,15 @@ def test_what_has_no_reply_that_answers_something_is_left_out(tokenizer):
 def test_a_template_that_rewrites_replies_gives_nothing_rather_than_a_wrong_mask(tokenizer, turn):
     tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
     assert tokenize_conversations([TWO_TURNS], tokenizer) == [None]
+
+
+def test_named_templates_without_a_default_are_one_clear_error(tokenizer):
+    tokenizer.chat_template = {"tool_use": SMOLLM2, "rag": SMOLLM2}
+    with pytest.raises(
+        DataError, match=r"the tokenizer's chat template fails: .*no default.*remove it\."
+    ) as it:
+        tokenize_conversations([TWO_TURNS], tokenizer)
+    assert "\n" not in str(it.value)
 
 
 def test_a_template_that_writes_todays_date_gives_the_same_tokens_every_day(tokenizer):
@@ -248,6 +267,12 @@ def test_every_token_is_in_one_row_and_only_what_is_longer_than_a_row_is_cut(len
         trained[0] = 0
         assert ids[:place].tolist() == opening
         while place < len(ids):
+            end = place + length - len(opening)
+            begin = 0 if place == len(opening) else place
+            if len(ids) > length and not document.trained[begin:end].any():
+                assert int(ids[place]) not in pieces  # it would train nothing
+                place = end
+                continue
             piece = pieces.pop(int(ids[place]))
             assert piece.ids[: len(opening)].tolist() == opening
             body = piece.ids[len(opening) :]
@@ -259,6 +284,20 @@ def test_every_token_is_in_one_row_and_only_what_is_longer_than_a_row_is_cut(len
             assert np.array_equal(piece.trained[len(opening) :], want)
             place += len(body)
     assert all(key < 0 for key in pieces)  # nothing else, but documents that are openings alone
+
+
+def test_pieces_of_a_cut_conversation_that_train_nothing_are_left_out():
+    ids, trained = np.arange(100, 195, dtype=np.int32), np.zeros(95, np.uint8)
+    trained[[35, 36, 94]] = 1  # pieces of 20, 18, 18, 18, 18 and 3 tokens
+    ids[:2] = opening = [7, 8]
+    long, short = Tokenized(ids, trained), Tokenized(ids[:20], trained[:20])
+    rows = list(pack_whole([long, short], 20, opening=opening, padding=9, held=1))
+    found = [part.ids.tolist() for row in rows for part in parts_of(row)[0]]
+    assert sorted(found) == sorted([[7, 8, *range(120, 138)], [7, 8, *range(192, 195)], ids[:20].tolist()])
+    assert packed_tokens(long, 20, opening) == 18 + 3
+    assert packed_tokens(short, 20, opening) == 20  # not cut
+    text = Tokenized(ids, np.ones(95, np.uint8))
+    assert packed_tokens(text, 20, opening) == 95
 
 
 @pytest.mark.parametrize("held", [1, 3, 50])
@@ -308,7 +347,7 @@ def test_pieces_of_plain_text_are_cut_to_fill_rows_and_nothing_else_is(opening):
     length, sizes = 64, [*like_conversations(120), 3, 64, 65, 200]
     rng = np.random.default_rng(4)
     documents = [
-        document._replace(divisible=bool(rng.random() < 0.3))
+        document._replace(trained=np.ones_like(document.trained), divisible=bool(rng.random() < 0.3))
         for document in random_documents([max(size, 4) for size in sizes], opening=opening)
     ]
     rows = list(pack_whole(iter(documents), length, opening=opening, padding=9, held=6))
@@ -328,9 +367,11 @@ def test_pieces_of_plain_text_are_cut_to_fill_rows_and_nothing_else_is(opening):
 
 def test_packing_goes_on_from_what_is_left():
     sizes = [*like_conversations(200), 900, 2]
+    sizes[9] = 700
     documents = [
         document._replace(divisible=n % 3 == 0) for n, document in enumerate(random_documents(sizes))
     ]
+    documents[9].trained[:-1] = 0
     for cut in (1, 17, 100):
         stream, waiting, rest = iter(documents), Waiting(), []
         whole = list(pack_whole(iter(documents), 128, opening=[7], padding=9, held=5))

@@ -1,5 +1,6 @@
 """Calibration sequences and perplexity windows are cut out of documents."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -152,3 +153,15 @@ def test_calibration_and_perplexity_rows_open_with_the_begin_token(tmp_path, tok
         assert (rows[:, 0] == begin).all()
         assert begin not in rows[:, 1:]
     assert windows[:, 1:].reshape(-1).tolist() == stream[: 9 * 15]
+
+
+def test_conversations_that_the_template_refuses_are_malformed_rows_of_a_text_to_measure_on(
+    tmp_path, tokenizer
+):
+    source = chat_source(tmp_path / "a.jsonl", 40)
+    refusing = "{% if '7' in messages[0].content %}{{ raise_exception('no 7') }}{% endif %}"
+    tokenizer.chat_template = refusing + PLAIN_TEMPLATE
+    with pytest.raises(DataError, match=r"4 of 40 rows are malformed.* a row: the chat .* it \(no 7\)\."):
+        write_perplexity_windows(source, tokenizer, windows=99, length=16, path=tmp_path / "x")
+    source = dataclasses.replace(source, max_malformed=0.1)
+    assert write_perplexity_windows(source, tokenizer, windows=99, length=16, path=tmp_path / "x") > 9

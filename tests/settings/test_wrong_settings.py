@@ -157,6 +157,16 @@ def test_a_teacher_is_trained_only_where_it_teaches_on_what_there_is(values, pro
             {"training__tokens": "1M", "training__sources": [{"path": "a"}]},
             "training.tokens=1M gives 7 optimizer steps for prune.phases=20.",
         ),
+        (
+            {
+                "training__tokens": "100M",
+                "training__sources": [
+                    {"path": "a", "max_tokens": "50M"},
+                    {"path": "b", "max_tokens": "49M"},
+                ],
+            },
+            "training.tokens=100M is more than the max_tokens of all sources allow, 99,000,000.",
+        ),
         ({"training__micro_batch": 7}, "training.global_batch=128 must be a multiple of micro_batch=7."),
         (
             {"training__warmup_share": 0.6, "training__decay_share": 0.5},
@@ -165,6 +175,14 @@ def test_a_teacher_is_trained_only_where_it_teaches_on_what_there_is(values, pro
         (
             {"calibration__source__format": "instruction"},
             "calibration.source.format=instruction needs prompt_fields and response_field.",
+        ),
+        (
+            {"calibration__source__prompt_fields": ["q"]},
+            "calibration.source.prompt_fields needs format instruction.",
+        ),
+        (
+            {"calibration__source__format": "chat", "calibration__source__response_field": "a"},
+            "calibration.source.response_field needs format instruction.",
         ),
         (
             {"prune__profile": "portable", "prune__attention_unit": "kv_group"},
@@ -182,6 +200,13 @@ def test_a_teacher_is_trained_only_where_it_teaches_on_what_there_is(values, pro
 def test_impossible_combinations_are_errors(values, problem):
     (found,) = problems(changed(LEAST, **values))
     assert found.startswith(problem)
+
+
+def test_sources_of_which_one_has_no_max_tokens_may_fill_any_training():
+    sources = [{"path": "a", "max_tokens": "50M"}, {"path": "b"}]
+    for caps in ({}, {"max_tokens": "50M"}):
+        data = changed(LEAST, training__tokens="100M", training__sources=[sources[0], sources[1] | caps])
+        assert settings_from_dict(data).training.total_steps == 762
 
 
 def test_a_base_model_and_a_calibration_corpus_must_be_named():

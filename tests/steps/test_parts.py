@@ -24,7 +24,7 @@ from tests.support.project import recipe_with, resolve
 pytestmark = pytest.mark.slow
 
 ROWS = 300
-TALKS = [{"q": f"question {n}", "a": "answer " * (n % 40)} for n in range(90)]
+TALKS = [{"q": f"question {n} " + "long " * 90 * (n % 9 == 4), "a": "answer " * (n % 40)} for n in range(90)]
 
 
 @pytest.fixture(params=["whole", "cut"])
