@@ -351,15 +351,18 @@ def check_fit(
     log.info("memory: %s needs about %s; %s is free on %s", step, needed, gigabytes(free), where)
     if needed.device_bytes * TOLERANCE <= free:
         return
+    fitting = [text for text, other in other_runs if other.device_bytes <= free]
+    anew = f"Set {' or '.join(fitting)}, which begins another run"
     for text, other in alternatives:
         if other.device_bytes <= free:
             way = f"Set {text}: it takes about {gigabytes(other.device_bytes)}, and the same run resumes"
+            if fitting and text.startswith("cluster."):
+                way += f". {anew}, to stay on {where}"
             break
     else:
-        fitting = [text for text, other in other_runs if other.device_bytes <= free]
         way = "No setting makes it fit: take a machine with more memory, or end what else uses it"
         if fitting:
-            way = f"Set {' or '.join(fitting)}, which begins another run, or take a machine with more memory"
+            way = f"{anew}, or take a machine with more memory"
     raise OutOfMemoryError(f"{step} needs about {needed} on {where}, where {gigabytes(free)} is free. {way}.")
 
 

@@ -11,7 +11,7 @@ import torch
 from core.errors import OutOfMemoryError, SettingsError
 from core.model.build import model_shape
 from core.steps import footprint, training_plan
-from core.steps.footprint import TOLERANCE, training_footprint
+from core.steps.footprint import TOLERANCE, Footprint, check_fit, training_footprint
 from core.steps.training_plan import TrainingPlan, planned_training, rank_footprint
 from tests.steps import test_footprint
 from tests.steps.test_footprint import CONFIG
@@ -235,6 +235,15 @@ def test_what_fits_on_no_gpu_names_the_number_that_it_fits_on(free, gpus, monkey
     told = r"Set cluster\.components\.recover-train\.gpus=3, training\.gradient_checkpointing=true, training"
     with pytest.raises(OutOfMemoryError, match=told):
         planned_training(CONFIG, None, dataclasses.replace(AUTO, micro_batch=1), "cuda")
+
+
+def test_beside_more_gpus_the_runs_that_this_one_has_room_for_are_named():
+    whole, half = (Footprint(parts={"weights": size}) for size in (100 * 10**9, 50 * 10**9))
+    told = r"Set cluster\.gpus=2: .* resumes\. Set training\.teacher=none, which begins another run, to stay on the"
+    with pytest.raises(OutOfMemoryError, match=told):
+        check_fit(
+            "s", whole, 80 * 10**9, "cuda", [("cluster.gpus=2", half)], [("training.teacher=none", half)]
+        )
 
 
 def test_gpus_that_cannot_have_equal_parts_stay_idle(free, gpus, caplog):
