@@ -239,12 +239,7 @@ def learn_masks(
             rows = torch.arange(step * training.batch, (step + 1) * training.batch) % len(tokens)
             loss, gradients = _gradients(model, tokens[rows], drawn, training)
             norm = float(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"learning masks has stopped at step {step + 1} of {steps}: the loss is {loss}, the norm "
-                    f"of its gradient {norm}. Lower prune.distill_rate (it is {training.rate:g}), or set "
-                    "calibration.precision to float32; either makes it another run."
-                )
+            _check_finite(loss, norm, step, training)
             penalty = (multipliers[0] * gaps + multipliers[1] * gaps.square()).sum()
             torch.autograd.backward([penalty, *drawn.values()], [None, *gradients])
             for optimizer in (learner, opponent):
@@ -282,6 +277,16 @@ def _open_masks(
     }
     targets = {key: kept / count for key, (count, kept) in masked.items()}
     return logits, targets, {key: rows.get(key, 1) for key in masked}
+
+
+def _check_finite(loss: float, norm: float, step: int, training: MaskTraining) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise TrainingError(
+        f"learning masks has stopped at step {step + 1} of {training.steps}: the loss is {loss}, the norm "
+        f"of its gradient {norm}. Lower prune.distill_rate (it is {training.rate:g}), or set "
+        "calibration.precision to float32; either makes it another run."
+    )
 
 
 def _hold_open(rows: Tensor, share: float) -> None:
