@@ -213,7 +213,64 @@ def test_the_multipliers_bring_the_expected_shape_to_the_target():
     for (index, path), a in logits.items():
         size = "kv_heads" if path == "self_attn.o_proj" else "mlp_width"
         wanted = getattr(SHAPE[index], size) / getattr(dense[index], size)
-        assert kept_share(a).item() == pytest.approx(wanted, abs=0.06)
+        assert kept_share(a).item() == pytest.approx(wanted, abs=0.04)
+
+
+def closed_groups(model):
+    """The query heads and the MLP channels that nothing reads."""
+    closed = 0
+    for layer in model.model.layers:
+        heads = layer.self_attn.o_proj.weight.view(48, -1, 10)
+        closed += int((heads == 0).all(dim=2).all(dim=0).sum())
+        closed += int((layer.mlp.down_proj.weight == 0).all(dim=0).sum())
+    return closed
+
+
+LONG = dict(phases=1, width_multiple=1, distill_batch_tokens="24", mask_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("unit", "share", "steps"),
+    [("kv_group", 0.7, 60), ("kv_group", 0.7, 200), ("query_head", 0.7, 60), ("none", 0.85, 60)],
+)
+def test_no_mask_of_what_stays_is_closed_and_the_shares_meet_the_target(unit, share, steps):
+    model = tiny("llama", dtype=torch.float32)
+    step, made, figures = decided(model, share, attention_unit=unit, mask_steps=steps, **LONG)
+    cut = prune_model(made, step.layers)
+    assert closed_groups(cut) == 0
+    assert figures["mask_closed"] == 0
+    for path, size, whole in (("self_attn.o_proj", "query_heads", 6), ("mlp.down_proj", "mlp_width", 40)):
+        left = [getattr(layer, size) / whole for layer in layer_shapes(cut.config)]
+        masked = [each for each in left if each < 1]
+        assert bool(masked) == (f"mask_share/{path}" in figures)
+        if masked:
+            wanted = sum(masked) / len(masked)
+            assert figures[f"mask_share/{path}"] == pytest.approx(wanted, abs=0.06)
+
+
+def test_closed_masks_of_what_stays_are_counted_and_told(monkeypatch, caplog):
+    def close(*arguments, **others):
+        logits, losses = learn_masks(*arguments, **others)
+        logits[0, "mlp.down_proj"].fill_(-5)
+        logits[1, "self_attn.o_proj"].fill_(-5)
+        return logits, losses
+
+    monkeypatch.setattr(sheared_llama, "learn_masks", close)
+    with caplog.at_level("INFO", logger="core.pruning.methods.sheared_llama"):
+        step, made, figures = decided(
+            tiny("llama", dtype=torch.float32), 0.7, attention_unit="kv_group", mask_steps=6, **LONG
+        )
+    closed = len(step.layers[0].mlp_channels) + len(step.layers[1].query_heads)
+    assert figures["mask_closed"] == closed == closed_groups(prune_model(made, step.layers))
+    assert f"of mlp.down_proj; {closed} groups that stay have a mask of 0" in caplog.text
+
+
+def test_the_highest_of_each_row_are_held_open_and_no_others_change():
+    rows = torch.tensor([[-9.0, 2.0, -3.0, -4.0], [-5.0, -1.0, 0.5, -6.0]])
+    sheared_llama._hold_open(rows, 0.5)
+    expected = [[-9.0, 2.0, sheared_llama.FLOOR, -4.0], [-5.0, -1.0, 0.5, -6.0]]
+    torch.testing.assert_close(rows, torch.tensor(expected))
+    assert kept_share(torch.tensor([sheared_llama.FLOOR])).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("hidden_size", [24, 36])
@@ -222,8 +279,7 @@ def test_the_multipliers_bring_the_embedding_channels_near_the_target(hidden_siz
     whole, training = layer_shapes(model.config), replace(TRAINING, steps=100)
     logits, _ = learn_masks(model, TOKENS, whole, training, hidden_size=hidden_size, depth=3)
     assert list(logits) == [HIDDEN]
-    # The loss of a random model falls as channels go, so the last steps are still below the target.
-    assert kept_share(logits[HIDDEN]).item() == pytest.approx(hidden_size / 48, abs=0.14)
+    assert kept_share(logits[HIDDEN]).item() == pytest.approx(hidden_size / 48, abs=0.04)
 
 
 def test_a_loss_that_is_not_finite_ends_it():
@@ -240,7 +296,7 @@ def test_the_multipliers_bring_the_layers_near_the_target(depth):
     whole, training = layer_shapes(model.config), replace(TRAINING, steps=100)
     logits, _ = learn_masks(model, TOKENS, whole, training, hidden_size=48, depth=depth)
     assert list(logits) == [LAYERS]
-    assert kept_share(logits[LAYERS]).item() == pytest.approx(depth / 3, abs=0.1)
+    assert kept_share(logits[LAYERS]).item() == pytest.approx(depth / 3, abs=0.04)
 
 
 def test_the_gradient_of_layer_logits_is_the_difference_of_the_loss_of_models_with_scaled_blocks():

@@ -18,8 +18,15 @@ signal.
 Left out: batches that are shared out among domains by their loss, as there is one calibration corpus, and
 rows of the training mixture hold several sources. Our choice: the logits start at ``START``, and the shape is
 uniform.
+
+Unlike the paper's, the target is no equality that the Lagrangian alone keeps. In a few hundred updates its
+multipliers wind up while there are too many masks, and go on to close those of groups that are to stay; once
+closed, a mask has no gradient left that would open it. So the multiplier of the gap never goes below 0: it
+pushes down only. And after each update the highest logits, as many as stay at the target of that update, are
+raised to ``FLOOR`` where they are lower, which is the projection onto what has that many open masks.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -51,9 +58,13 @@ from core.quantities import parse_count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 START = 2.5
 """All masks are open at first: 98 % are not 0."""
+FLOOR = BETA * math.log(-LOW / HIGH)
+"""The least logit of a group that stays: it is open in half of the draws, and its mask in the end is 0.1."""
 RAMP = 0.2
 """Share of the steps in which the target goes from the dense shape to the one that is asked for."""
 _MAX_GRAD_NORM = 1.0
@@ -131,7 +142,9 @@ def masking_decision(opened: OpenedModel) -> DecideStep:
                 importance=step.importance,
                 sparsity=step.sparsity,
             )
-        put_into_weights(model, final_masks(model, logits, step.layers, config.hidden_size))
+        masks = final_masks(model, logits, step.layers, config.hidden_size)
+        opened.figures.update(_outcome(logits, masks, step.layers, config.hidden_size))
+        put_into_weights(model, masks)
         if settings.narrows:
             kept = _highest(logits[HIDDEN], config.hidden_size)
             opened.remake(config, narrowed_parts(LayerwiseModel(model), config, kept))
@@ -167,7 +180,7 @@ def sampled(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def kept_share(logits: Tensor) -> Tensor:
     """Return the expected share of masks that are not 0."""
-    return torch.sigmoid(logits - BETA * math.log(-LOW / HIGH)).mean()
+    return torch.sigmoid(logits - FLOOR).mean()
 
 
 def _stretched(share: Tensor) -> Tensor:
@@ -185,7 +198,8 @@ def learn_masks(
 ) -> tuple[Masks, list[float]]:
     """Train the weights of a model, in place, and masks of its groups.
 
-    AdamW without weight decay, at constant rates; the norm of the weights' gradient is at most 1.
+    AdamW without weight decay, at constant rates; the norm of the weights' gradient is at most 1. What bounds
+    multipliers and logits after each update, and why, is at the top of this module.
 
     Args:
         model: Float32 weights.
@@ -203,7 +217,7 @@ def learn_masks(
         TrainingError: If a loss or the gradient norm is not finite.
     """
     generator = torch.Generator().manual_seed(training.seed)
-    logits, targets = _open_masks(model, shape, hidden_size, depth)
+    logits, targets, rows_of = _open_masks(model, shape, hidden_size, depth)
     # A multiplier of the gap and one of its square for each layer and kind.
     multipliers = torch.zeros(2, len(logits), dtype=model.dtype, device=model.device, requires_grad=True)
     weights = list(model.requires_grad_(True).train().parameters())
@@ -219,22 +233,22 @@ def learn_masks(
     with Progress("masks", steps * a_step, "tokens") as progress:
         for step in range(steps):
             ramp = min(1.0, (step + 1) / max(1, round(RAMP * steps)))
-            gaps = torch.stack([kept_share(a) - (1 - ramp * (1 - targets[key])) for key, a in logits.items()])
+            aims = {key: 1 - ramp * (1 - target) for key, target in targets.items()}
+            gaps = torch.stack([kept_share(a) - aims[key] for key, a in logits.items()])
             drawn = {key: sampled(a, generator) for key, a in logits.items()}
             rows = torch.arange(step * training.batch, (step + 1) * training.batch) % len(tokens)
             loss, gradients = _gradients(model, tokens[rows], drawn, training)
             norm = float(torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"learning masks has stopped at step {step + 1} of {steps}: the loss is {loss}, the norm "
-                    f"of its gradient {norm}. Lower prune.distill_rate (it is {training.rate:g}), or set "
-                    "calibration.precision to float32; either makes it another run."
-                )
+            _check_finite(loss, norm, step, training)
             penalty = (multipliers[0] * gaps + multipliers[1] * gaps.square()).sum()
             torch.autograd.backward([penalty, *drawn.values()], [None, *gradients])
             for optimizer in (learner, opponent):
                 optimizer.step()
                 optimizer.zero_grad()
+            with torch.no_grad():
+                multipliers.clamp_(min=0)
+                for key, a in logits.items():
+                    _hold_open(a.view(rows_of[key], -1), aims[key])
             losses.append(loss)
             progress.add(a_step, f"step {step + 1} of {steps}, loss {loss:.3f}")
     model.eval()
@@ -243,20 +257,42 @@ def learn_masks(
 
 def _open_masks(
     model: "PreTrainedModel", shape: Sequence[LayerShape], hidden_size: int, depth: int
-) -> tuple[dict[tuple[int, str], Tensor], dict[tuple[int, str], float]]:
-    """Return logits for the units of each layer and kind that loses some, and the share that stays."""
-    sizes = {HIDDEN: (model.config.hidden_size, hidden_size), LAYERS: (len(shape), depth)}
+) -> tuple[dict[tuple[int, str], Tensor], dict[tuple[int, str], float], dict[tuple[int, str], int]]:
+    """Return logits for the units of each layer and kind that loses some, and the share that stays.
+
+    The last of the three says in how many rows, each of which keeps that share: one, but for query heads,
+    which compete within their group.
+    """
+    rows, sizes = {}, {HIDDEN: (model.config.hidden_size, hidden_size), LAYERS: (len(shape), depth)}
     for index, (now, after) in enumerate(zip(layer_shapes(model.config), shape, strict=True)):
         whole = after.kv_heads == now.kv_heads
         heads = (now.query_heads, after.query_heads) if whole else (now.kv_heads, after.kv_heads)
         sizes[index, "self_attn.o_proj"] = heads
+        rows[index, "self_attn.o_proj"] = now.kv_heads if whole else 1
         sizes[index, "mlp.down_proj"] = (now.mlp_width, after.mlp_width)
     masked = {key: (count, kept) for key, (count, kept) in sizes.items() if kept < count}
     logits = {
         key: torch.full((count,), START, dtype=model.dtype, device=model.device, requires_grad=True)
         for key, (count, _) in masked.items()
     }
-    return logits, {key: kept / count for key, (count, kept) in masked.items()}
+    targets = {key: kept / count for key, (count, kept) in masked.items()}
+    return logits, targets, {key: rows.get(key, 1) for key in masked}
+
+
+def _check_finite(loss: float, norm: float, step: int, training: MaskTraining) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise TrainingError(
+        f"learning masks has stopped at step {step + 1} of {training.steps}: the loss is {loss}, the norm "
+        f"of its gradient {norm}. Lower prune.distill_rate (it is {training.rate:g}), or set "
+        "calibration.precision to float32; either makes it another run."
+    )
+
+
+def _hold_open(rows: Tensor, share: float) -> None:
+    """Raise the highest logits of each row, a ``share`` of them, to ``FLOOR`` where they are lower."""
+    highest, places = rows.topk(max(1, round(share * rows.shape[1])))
+    rows.scatter_(1, places, highest.clamp(min=FLOOR))
 
 
 def _gradients(
@@ -282,19 +318,37 @@ def final_masks(
 ) -> Masks:
     """Return the masks in the end: 0 for what goes, and without chance for what stays."""
     masks = {}
-    for (index, path), a in logits.items():
-        if (index, path) == HIDDEN:
-            kept = _highest(a, hidden_size).tolist()
-        elif (index, path) == LAYERS:
-            kept = [number for number, plan in enumerate(plans) if plan.stays]
-        elif path == "self_attn.o_proj":
-            a = _of_heads(a, layer_shapes(model.config)[index])
-            kept = list(plans[index].query_heads)
-        else:
-            kept = list(plans[index].mlp_channels)
-        masks[index, path] = mask = torch.zeros_like(a)
+    for key, a in logits.items():
+        kept = _kept(key, a, plans, hidden_size)
+        if key[1] == "self_attn.o_proj":
+            a = _of_heads(a, layer_shapes(model.config)[key[0]])
+        masks[key] = mask = torch.zeros_like(a)
         mask[kept] = _stretched(torch.sigmoid(a))[kept]
     return masks
+
+
+def _kept(key: tuple[int, str], a: Tensor, plans: Sequence[LayerPlan], hidden_size: int) -> list[int]:
+    """Return which embedding channels, layers, query heads or MLP channels stay."""
+    if key == HIDDEN:
+        return _highest(a, hidden_size).tolist()
+    if key == LAYERS:
+        return [number for number, plan in enumerate(plans) if plan.stays]
+    plan = plans[key[0]]
+    return list(plan.query_heads if key[1] == "self_attn.o_proj" else plan.mlp_channels)
+
+
+def _outcome(
+    logits: Masks, masks: Masks, plans: Sequence[LayerPlan], hidden_size: int
+) -> dict[str, float | int]:
+    """Return the expected share of open masks of each kind, and how many groups stay with a mask of 0."""
+    shares, closed = dict[str, list[float]](), 0
+    for key, a in logits.items():
+        shares.setdefault(key[1], []).append(kept_share(a).item())
+        closed += int((masks[key][_kept(key, a, plans, hidden_size)] == 0).sum())
+    means = {kind: sum(each) / len(each) for kind, each in shares.items()}
+    text = ", ".join(f"{share:.3f} of {kind}" for kind, share in means.items())
+    log.info("masks: expected to be open are %s; %d groups that stay have a mask of 0", text, closed)
+    return {"mask_closed": closed} | {f"mask_share/{kind}": share for kind, share in means.items()}
 
 
 def _highest(logits: Tensor, count: int) -> Tensor:
