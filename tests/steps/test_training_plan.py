@@ -239,7 +239,7 @@ def test_what_fits_on_no_gpu_names_the_number_that_it_fits_on(free, gpus, monkey
 
 def test_beside_more_gpus_the_runs_that_this_one_has_room_for_are_named():
     whole, half = (Footprint(parts={"weights": size}) for size in (100 * 10**9, 50 * 10**9))
-    told = r"Set cluster\.gpus=2: .* resumes\. Set training\.teacher=none, which begins another run, to stay on the"
+    told = r"Set cluster\.gpus=2: .* resumes\. Set training\.teacher=none, which begins another run, to stay"
     with pytest.raises(OutOfMemoryError, match=told):
         check_fit(
             "s", whole, 80 * 10**9, "cuda", [("cluster.gpus=2", half)], [("training.teacher=none", half)]
