@@ -68,11 +68,13 @@ class SavedParts:
         return Position.load(self._fetched[-1] / _POSITION) if self._fetched else None
 
     def rows(self) -> Iterator[bytes]:
-        """Return the rows of all parts."""
+        """Return the rows of all parts, once; copies that were read are removed: slices take their space."""
         for part, folder in zip(self._parts, self._fetched, strict=True):
             with (folder / _ROWS).open("rb") as file:
                 while row := file.read(int(part.manifest.metadata["row_bytes"])):
                     yield row
+            if folder.parent == self._folder:  # not the store's own
+                shutil.rmtree(folder)
 
     def discard(self) -> None:
         """Remove all parts."""

@@ -40,7 +40,9 @@ def recipe(request, project, tmp_path):
         "training.sources": [{"path": "texts.jsonl"}, source, {"path": str(prose)}],
     }
     with contextlib.chdir(project):
-        yield lambda store: recipe_with(changes | {"storage.store": str(tmp_path / store)})
+        yield lambda store: recipe_with(
+            changes | {"storage.store": store if "://" in store else str(tmp_path / store)}
+        )
 
 
 def prepared(recipe, **options):
@@ -118,6 +120,25 @@ def test_a_killed_process_is_followed_by_one_that_goes_on(recipe, monkeypatch):
     packed = rows_packed(monkeypatch)
     assert prepared(recipe("store")) == expected
     assert len(packed) < 130
+
+
+def test_copies_of_parts_that_were_read_leave_their_space_to_the_slices(recipe, s3_store_uri):
+    fetched, left = [], []
+
+    class Looking(SavedParts):
+        def rows(self):
+            fetched.extend(self._folder.glob("fetched-*"))
+            return super().rows()
+
+        def add(self, row):
+            left.extend(self._folder.glob("fetched-*"))
+            return super().add(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(recipe(s3_store_uri), kind=Interrupted, after=200)
+    prepared(recipe(s3_store_uri), kind=Looking)
+    assert fetched
+    assert not left
 
 
 def test_several_interruptions_in_several_processes_change_nothing(recipe, monkeypatch):
