@@ -43,7 +43,7 @@ NO_RESULT = {
     *(("calibration", name) for name in ("micro_batch", "weights", "state_memory")),
     *(("training", name) for name in ("micro_batch", "gradient_checkpointing", "save_every", "eval_every")),
     *(("training", name) for name in ("ranks", "nodes", "sharding", "moments", "layer_inputs")),
-    *(("training", name) for name in ("attention", "compile")),
+    *(("training", name) for name in ("attention", "compile", "max_loss_rise")),
 }
 """Settings that change no result, beside the sections that are about something else."""
 
