@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from core.data.drawing import Draw, mix
 from core.data.files import writing_rows
-from core.data.packing import body_length, end_id, opening_ids, pack
+from core.data.packing import Tokenized, body_length, end_id, opening_ids, pack
 from core.data.position import Position
 from core.data.rows import open_rows
 from core.data.whole_packing import Waiting, pack_whole, packed_tokens
@@ -220,6 +220,7 @@ class _Mixture:
         self._wanted = wanted
         self._sizes = tuple(len(reader.rows) for reader in readers)
         self._parts, self._length, self._whole = parts, length, packing == "whole"
+        self._opening = readers[0].opening
         position = parts.position() if parts is not None else None
         if parts is not None and position is not None and position.source_rows != self._sizes:
             log.warning("the texts have changed since they were prepared in part: starting over")
@@ -229,10 +230,6 @@ class _Mixture:
         self.padding = position.padding if position else 0
         self._waiting = Waiting(position.waiting, position.unread) if position else Waiting()
         self._rest = list(position.unread) if position and not self._whole else []
-        count: dict[str, Any] = {}
-        if self._whole:
-            opening = readers[0].opening
-            count["tokens_of"] = lambda document: packed_tokens(document, length, opening)
         self.draws = [
             Draw(
                 reader.source,
@@ -242,13 +239,13 @@ class _Mixture:
                 seed=seed,
                 share=shares[number],
                 drawn=position.drawn[number] if position else None,
-                **count,
+                tokens_of=self._tokens_of,
             )
             for number, reader in enumerate(readers)
         ]
-        self.rows = self._rows(readers[0])
+        self.rows = self._rows(readers[0].tokenizer)
 
-    def _rows(self, any_reader: Reader) -> Iterator[Sequence[Any]]:
+    def _rows(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sequence[Any]]:
         if self._done:
             assert self._parts is not None
             log.info("%d sequences were packed by an earlier attempt", self._done)
@@ -257,12 +254,11 @@ class _Mixture:
         documents = mix(self.draws)
         stream: Iterator[Any] = pack(documents, self._length, rest=self._rest)
         if self._whole:
-            opening, padding = any_reader.opening, end_id(any_reader.tokenizer)
             stream = pack_whole(
                 documents,
                 self._length,
-                opening=opening,
-                padding=padding,
+                opening=self._opening,
+                padding=end_id(tokenizer),
                 held=min(_HELD_ROWS, self._wanted),
                 waiting=self._waiting,
             )
@@ -278,6 +274,11 @@ class _Mixture:
             f"training.tokens is more than the max_tokens of all training.sources give, {given:,} tokens in "
             f"{self._done:,} of {self._wanted:,} sequences. Lower it, or raise one of them."
         )
+
+    def _tokens_of(self, document: Tokenized) -> int:
+        if not self._whole:
+            return len(document.ids)
+        return packed_tokens(document, self._length, self._opening)
 
     def _unpacked(self, row: bytes) -> list[NDArray[Any]]:
         """Return the arrays of a row that was kept: the ids, and one or two of bytes."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.data.archives import check_compressed, unpacked
-from core.data.json_lists import elements, is_list
+from core.data.json_files import elements, is_list, is_object
 from core.data.locations import data_files, is_hub_id, locate
 from core.data.plain_text import merge_paragraphs
 from core.errors import DataError, full_disk
@@ -305,27 +305,10 @@ def _local(source: TextSource, location: Path, scratch: Path) -> Rows:
         lines = scratch / "texts.jsonl"
         _write_lines(lines, _text_rows(plain))
         return dataclasses.replace(_lines([lines], scratch, split), divisible=True)
-    if kind == "json" and not any(map(_is_one_object, plain)):
+    if kind == "json" and not any(file.suffix == ".json" and is_object(file) for file in plain):
         lists = [_list_as_lines(file, scratch) if is_list(file) else file for file in plain]
         return _lines(lists, scratch, split)
     return Table(datasets.load_dataset(kind, data_files=[str(file) for file in files], split=split))
-
-
-def _start(file: Path) -> bytes:
-    """Return the first line of a file, without the space around it, or as much as fits into a block."""
-    with file.open("rb") as opened:
-        for line in iter(lambda: opened.readline(_BLOCK_BYTES), b""):
-            if start := line.removeprefix(b"\xef\xbb\xbf").strip():
-                return start
-    return b""
-
-
-def _is_one_object(file: Path) -> bool:
-    """Return whether a file is one JSON object in many lines, not an object a line."""
-    start = _start(file) if file.suffix == ".json" else b""
-    if not start.startswith(b"{") or len(start) == _BLOCK_BYTES:
-        return False
-    return isinstance(_parsed(start), RowError)
 
 
 def _list_as_lines(file: Path, scratch: Path) -> Path:

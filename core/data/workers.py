@@ -1,10 +1,9 @@
 """Rows of text sources become tokens, in this process or in several; what comes out is the same."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -16,6 +15,7 @@ from core.data.rows import Numbers, RowError, Rows, reading
 from core.data.texts import digest_of, parse_row
 from core.errors import AdaptPrunerError, DataError
 from core.settings.texts import TextSource
+from core.untrusted import foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +158,7 @@ class Workers:
         """
         if not self._workers:
             reader, numbers = self._asked.pop(ticket)
-            with _one_line(self._readers[reader].source):
-                return self._readers[reader].read(numbers)
+            return _read(self._readers[reader], numbers)
         while ticket not in self._arrived:
             self._receive(next(worker for worker in self._workers if ticket in worker.asked))
         arrived = self._arrived.pop(ticket)
@@ -186,18 +185,16 @@ def _ended(worker: _Worker) -> DataError:
     )
 
 
-@contextlib.contextmanager
-def _one_line(source: TextSource) -> Iterator[None]:
-    """Turn whatever the rows of a source make a library raise into one line; our own errors pass."""
-    try:
-        yield
-    except AdaptPrunerError:
-        raise
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":. ")
-        raise DataError(
-            f"{source.path}: rows cannot be tokenized ({said}). Check the texts and the tokenizer."
-        ) from error
+def _read(reader: Reader, numbers: Numbers) -> Batch:
+    """Let a reader read; whatever its rows make a library raise is one line."""
+
+    def failed(said: str) -> DataError:
+        return DataError(
+            f"{reader.source.path}: rows cannot be tokenized ({said}). Check the texts and the tokenizer."
+        )
+
+    with foreign_errors(failed):
+        return reader.read(numbers)
 
 
 def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
@@ -210,8 +207,7 @@ def _serve(connection: Connection, readers: Sequence[Reader]) -> None:
         except (EOFError, OSError):
             return
         try:
-            with _one_line(readers[reader].source):
-                answer: Batch | AdaptPrunerError = readers[reader].read(numbers)
+            answer: Batch | AdaptPrunerError = _read(readers[reader], numbers)
         except AdaptPrunerError as error:
             answer = error
         try:

@@ -325,7 +325,7 @@ def test_what_stands_behind_a_list_is_an_error(tmp_path, after):
 
 
 def test_a_line_that_is_longer_than_a_block_is_a_list(tmp_path, monkeypatch):
-    monkeypatch.setattr("core.data.json_lists._LINE_BYTES", 16)  # ends in a space
+    monkeypatch.setattr("core.data.json_files._LINE_BYTES", 16)  # ends in a space
     (tmp_path / "a.jsonl").write_text('[{"text": "many words are here"}, {"text": "b"}]')
     found = list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"))))
     assert found == ["many words are here", "b"]

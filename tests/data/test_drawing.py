@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from core.data import mixture
 from core.data.drawing import Seen
-from core.data.json_lists import elements
+from core.data.json_files import elements
 from core.data.mixture import slice_name, write_slices
 from core.data.rows import open_rows
 from core.data.workers import Reader, Workers

@@ -29,7 +29,7 @@ class Failing:
 @pytest.mark.parametrize("processes", [0, 1])
 def test_whatever_is_raised_is_one_line_and_the_process_goes_on(processes):
     with Workers([Failing(KeyError("a\nb")), Failing(MemoryError()), Failing(None)], processes) as workers:
-        for reader, says in ((0, r"\(KeyError: 'a\\nb'\)"), (1, r"\(MemoryError\)")):
+        for reader, says in ((0, r"\('a\\nb'\)"), (1, r"\(MemoryError\)")):
             said = rf"^a\.jsonl: rows cannot be tokenized {says}\. Check the texts and the tokenizer\.$"
             with pytest.raises(DataError, match=said):
                 workers.result(workers.ask(reader, [0]))

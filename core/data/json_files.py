@@ -1,14 +1,29 @@
-"""A JSON file that is one list, read one element after the other."""
+"""JSON files that are one value: what they are, and the elements of a list, one after the other."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
+
+from core.untrusted import parse_json
 
 _CHUNK_CHARS = 2**20
 _MAX_ELEMENT_CHARS = 2**28
 _LINE_BYTES = 2**24
 _SHOWN_CHARS = 40
+
+
+def is_object(file: Path) -> bool:
+    """Return whether a file is one object in many lines; if not, its lines are rows, or it is a list."""
+    with file.open("rb") as opened:
+        raw = _first_line(opened)
+    if not _bare(raw).startswith(b"{") or len(raw) == _LINE_BYTES:
+        return False
+    try:
+        parse_json(_bare(raw))
+    except ValueError:
+        return True
+    return False
 
 
 def is_list(file: Path) -> bool:
@@ -18,14 +33,12 @@ def is_list(file: Path) -> bool:
     beginning of none.
     """
     with file.open("rb") as opened:
-        lines = iter(lambda: opened.readline(_LINE_BYTES), b"")
-        raw = next((line for line in lines if _bare(line)), b"")
-        first = _bare(raw)
-        if not first.startswith(b"["):
+        raw = _first_line(opened)
+        if not _bare(raw).startswith(b"["):
             return False
-        if not raw.endswith(b"\n") or not any(line.strip() for line in lines):
+        if not raw.endswith(b"\n") or not _first_line(opened):
             return True  # the only line, or one so long that it was read in part
-    text = first.decode(errors="replace")
+    text = _bare(raw).decode(errors="replace")
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -33,6 +46,12 @@ def is_list(file: Path) -> bool:
     except (RecursionError, ValueError):  # of a number of thousands of digits, too
         return False
     return False
+
+
+def _first_line(file: BinaryIO) -> bytes:
+    """Read on to a line that is not empty, and return it, or as much of it as a block holds."""
+    lines = iter(lambda: file.readline(_LINE_BYTES), b"")
+    return next((line for line in lines if _bare(line)), b"")
 
 
 def _bare(line: bytes) -> bytes:
