@@ -141,6 +141,25 @@ def test_copies_of_parts_that_were_read_leave_their_space_to_the_slices(recipe, 
     assert not left
 
 
+def test_parts_in_a_folder_stay_there_while_they_are_needed(recipe, tmp_path):
+    seen = []
+
+    class Looking(SavedParts):
+        def rows(self):
+            seen.append({*(tmp_path / "store").rglob("rows.bin")})
+            return super().rows()
+
+        def add(self, row):
+            seen.append({*(tmp_path / "store").rglob("rows.bin")})
+            return super().add(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(recipe("store"), kind=Interrupted, after=200)
+    prepared(recipe("store"), kind=Looking)
+    assert seen[0]
+    assert all(seen[0] <= later for later in seen[1:])
+
+
 def test_several_interruptions_in_several_processes_change_nothing(recipe, monkeypatch):
     expected = prepared(recipe("whole"))
     for after in (90, 70, 50):
