@@ -32,8 +32,8 @@ _HELD_ROWS = 128
 """Documents for so many rows are chosen from: then 1 to 2 % of rows of 512 tokens are padding."""
 _PARALLEL_TOKENS = 4_000_000
 """Fewer are tokenized sooner than processes start."""
-_FETCHED_BYTES = 32
-"""Bytes of a hub data set that are fetched for each token, at most; a token of English has 4 or 5."""
+_FETCHED_BYTES = 16
+"""Bytes of a hub data set that will do for each token; a token of English has 4 or 5."""
 _LEAST_FETCHED_BYTES = 2**26
 
 
@@ -104,6 +104,11 @@ def slice_name(phase: int) -> str:
     return f"slices/phase-{phase:02d}.safetensors"
 
 
+def bytes_that_do(tokens: float) -> int:
+    """Return the bytes of a hub data set that will do for a number of tokens."""
+    return max(_LEAST_FETCHED_BYTES, int(tokens * _FETCHED_BYTES))
+
+
 def write_slices(
     sources: Sequence[TextSource],
     tokenizer: "PreTrainedTokenizerBase",
@@ -149,8 +154,7 @@ def write_slices(
     with contextlib.ExitStack() as stack:
         readers = []
         for source, share in zip(sources, shares, strict=True):
-            most_bytes = max(_LEAST_FETCHED_BYTES, int(share * tokens * _FETCHED_BYTES))
-            rows = stack.enter_context(open_rows(source, seed=seed, most_bytes=most_bytes))
+            rows = stack.enter_context(open_rows(source, seed=seed, most_bytes=bytes_that_do(share * tokens)))
             readers.append(Reader(source=source, rows=rows, tokenizer=tokenizer, opening=opening))
         started = processes if processes > 1 and tokens >= _PARALLEL_TOKENS else 0
         workers = stack.enter_context(Workers(readers, started))

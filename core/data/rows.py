@@ -6,7 +6,6 @@ first written as such lines to a scratch folder, or is the memory-mapped table o
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from core.data.archives import check_compressed, unpacked
 from core.data.json_files import elements, is_list, is_object
 from core.data.locations import data_files, is_hub_id, locate
 from core.data.plain_text import merge_paragraphs
+from core.data.sampling import in_turn, write_sample
 from core.errors import DataError, full_disk
 from core.scratch import scratch_folder
 from core.settings.texts import TextSource
@@ -38,7 +38,6 @@ _OF_MESSAGES = ("role", "content", "from", "value")
 _BLOCK_BYTES = 2**24
 _HEAD_ROWS = 1_000
 """So many rows name the columns of lines."""
-_OPEN_SHARDS = 16
 _TURN_ROWS = 64
 
 
@@ -138,14 +137,15 @@ def open_rows(
 ) -> Iterator[Rows]:
     """Open a source; what it needs on disk is kept until the block ends.
 
-    Of a hub data set the rows come over the network once, in full, or, if it holds more than is asked for,
-    as many as that, from up to 16 of its files in turn.
+    The rows of a hub data set come over the network once. If it holds more than will do, a part of them is
+    kept that is equally likely to be any. If it holds far more, the rest is not read: then that part is of
+    the first rows of its files, which take turns, up to 16 at a time.
 
     Args:
         source: The source.
-        seed: Chooses the files of a hub data set that is not read in full.
+        seed: Chooses the rows of a hub data set that is not kept in full.
         most_rows: Rows that will do of a hub data set; None for all.
-        most_bytes: Bytes of text that will do; None for all.
+        most_bytes: Bytes that will do, as lines of JSON; None for all.
 
     Raises:
         DataError: If there is no such data set, if it cannot be read, lacks a column, or is empty.
@@ -245,43 +245,19 @@ def _fetched(
     most_rows: int | None,
     most_bytes: int | None,
 ) -> Lines:
-    """Write the columns in use of a stream as lines."""
+    """Write the columns in use of a stream as lines, or those of a part of its rows."""
 
     def wanted() -> Iterator[dict[str, Any]]:
-        size = 0
-        for number, row in enumerate(_in_turn(stream, seed)):
+        for number, row in enumerate(in_turn(stream, seed)):
             if not number:
                 check_columns(source, tuple(row))
-            if number == most_rows or (most_bytes is not None and size >= most_bytes):
-                log.info("%s: %d rows will do, the rest is not fetched", source.path, number)
-                return
-            kept = {name: _without_notes(row[name]) for name in source.columns}
-            size += sum(len(str(value)) for value in kept.values())
-            yield kept
+            yield {name: _without_notes(row[name]) for name in source.columns}
 
     file = scratch / "rows.jsonl"
-    _write_lines(file, wanted())
+    kept, read = write_sample(file, wanted(), seed=seed, most_rows=most_rows, most_bytes=most_bytes)
+    if kept < read:
+        log.info("%s: %d rows will do, drawn from the %d that were read", source.path, kept, read)
     return _lines([file], scratch, "train")
-
-
-def _in_turn(stream: "datasets.IterableDataset", seed: int) -> Iterator[dict[str, Any]]:
-    """Yield all rows, some from each of the open files in turn; files are opened in random order."""
-    shards = stream.num_shards
-    if shards == 1:
-        yield from stream
-        return
-    order = iter(np.random.default_rng(seed).permutation(shards).tolist())
-    opened: list[Iterator[Any]] = []
-    while True:
-        for number in itertools.islice(order, _OPEN_SHARDS - len(opened)):
-            opened.append(iter(stream.shard(num_shards=shards, index=number)))
-        if not opened:
-            return
-        for shard in list(opened):
-            rows = list(itertools.islice(shard, _TURN_ROWS))
-            if len(rows) < _TURN_ROWS:
-                opened.remove(shard)
-            yield from rows
 
 
 def _without_notes(value: Any) -> Any:

@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 _PROCESS_BYTES = 1_500_000_000
 """Python with its libraries; with an accelerator's, about twice that."""
-_ROW_BYTES = 6
-"""A token of the mixture's rows, with what is trained and where documents begin."""
 _TIMEOUT_S = 5.0
 
 
@@ -156,6 +154,7 @@ def _training_need(
 ) -> "Footprint":
     """Return what recover-train takes: of the model, and of what teaches it, one after the other."""
     from core.model.build import model_shape
+    from core.steps.data_needs import ROW_BYTES
     from core.steps.footprint import lessons_footprint, training_footprint
     from core.steps.training_plan import TrainingPlan, rank_footprint
 
@@ -185,7 +184,7 @@ def _training_need(
         found = replace(larger, disk_bytes=disk_bytes)
     if (of_teacher := training.of_teacher) is not None:
         taught = need(config, None, of_teacher)
-        rows = _ROW_BYTES * of_teacher.total_steps * training.global_batch * training.sequence_length
+        rows = ROW_BYTES * of_teacher.total_steps * training.global_batch * training.sequence_length
         found = replace(
             max(found, taught, key=lambda need: need.device_bytes),
             host_bytes=max(found.host_bytes, taught.host_bytes),

@@ -26,25 +26,37 @@ _CARDS |= {"V100": 16, "T4": 16}
 """Gigabytes of a card whose name does not say them; of several kinds, the smallest."""
 
 
-def with_pod_sizes(settings: "Settings", needs: "Mapping[ComponentName, Footprint]") -> "Settings":
+def with_pod_sizes(
+    settings: "Settings", needs: "Mapping[ComponentName, Footprint]", *, data_bytes: int = 0
+) -> "Settings":
     """Return settings in which ``auto`` is a size, of all tasks that there is a plan of.
 
     Args:
         settings: Of the run.
         needs: What tasks take; empty if that is not known.
+        data_bytes: Scratch space of prepare-data; 0 if that is not known.
     """
     cluster = settings.cluster
     own = dict(cluster.components)
-    for component in (*needs, *(_BOOKKEEPING if needs else ())):
+    disk_bytes = {component: footprint.disk_bytes for component, footprint in needs.items()}
+    if data_bytes:
+        disk_bytes["prepare-data"] = data_bytes
+    in_memory = (*needs, *(_BOOKKEEPING if needs else ()))
+    for component in dict.fromkeys((*in_memory, *disk_bytes)):
         given = own.get(component, ComponentSettings())
-        scratch = cluster.scratch if given.scratch is None else given.scratch
-        if (given.memory or cluster.memory) == AUTO:
+        if component in in_memory and (given.memory or cluster.memory) == AUTO:
             given = replace(given, memory=_memory(component, needs.get(component), settings))
-        if scratch == AUTO and component in needs:
-            given = replace(given, scratch=_size(_HEADROOM * needs[component].disk_bytes))
+        if component in disk_bytes and asked_scratch(settings, component) == AUTO:
+            given = replace(given, scratch=_size(_HEADROOM * disk_bytes[component]))
         if given != ComponentSettings():
             own[component] = given
     return replace(settings, cluster=replace(cluster, components=own))
+
+
+def asked_scratch(settings: "Settings", component: "ComponentName") -> str:
+    """Return the scratch volume that a component's settings ask for: a size, ``auto``, or empty."""
+    own = settings.cluster.components.get(component, ComponentSettings()).scratch
+    return settings.cluster.scratch if own is None else own
 
 
 def too_large_for_cards(settings: "Settings", needs: "Mapping[ComponentName, Footprint]") -> Iterator[str]:

@@ -127,7 +127,25 @@ def planned_training(
             yield text, needed(_with(_ways(other, ranks, device)[-1], 1), taught=False)
 
     check_fit("recover-train", needed(chosen), free, device, alternatives(), without_teacher())
+    for setting in _without_effect(settings, chosen, device):
+        log.warning("%s", setting)
     return chosen
+
+
+def _without_effect(settings: "TrainingSettings", plan: TrainingPlan, device: str) -> Iterator[str]:
+    """Yield what is set and changes nothing here: a recipe may be for other machines, too."""
+    if settings.sharding == "full" and not plan.sharded:
+        why = "a single rank trains" if plan.ranks == 1 else "adapters are trained"
+        yield f"training.sharding=full has no effect: {why}, and each rank holds all weights"
+    if device == "cpu":
+        named = {"moments": settings.moments, "layer_inputs": settings.layer_inputs}
+        for name in (name for name, place in named.items() if place == "host"):
+            yield f"training.{name}=host has no effect on a CPU, whose memory is the host's"
+    elif settings.moments == "host" and plan.settings.moments != "host":
+        yield (
+            f"training.moments=host has no effect: {plan.ranks} ranks train, and each keeps its moments on "
+            "its GPU. training.sharding=full shares them out"
+        )
 
 
 def number_of_ranks(settings: "TrainingSettings", device: str) -> int:

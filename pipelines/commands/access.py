@@ -98,11 +98,13 @@ def prepared(
 
 def show_hints(settings: "Settings", needs: "Needs") -> None:
     """Print what may not be intended, and, where it is known, what the tasks and their pods take."""
+    from core.steps.data_needs import data_shortage
     from core.steps.needs import shortages, summary_line
     from core.steps.pod_sizes import pods_line, too_large_for_cards
     from pipelines.remote.submission import hints
 
-    for hint in (*hints(settings), *shortages(needs, settings), *too_large_for_cards(settings, needs)):
+    short = (*shortages(needs, settings), *data_shortage(settings))
+    for hint in (*hints(settings), *short, *too_large_for_cards(settings, needs)):
         click.echo(f"hint: {hint}", err=True)
     if needs:
         click.echo(summary_line(needs, settings), err=True)

@@ -20,7 +20,7 @@ import yaml
 from core.errors import refuse
 from core.evaluation.task_data import unknown_tasks
 from core.scratch import scratch_folder
-from core.settings.cluster import ComponentName
+from core.settings.cluster import AUTO, ComponentName
 from core.settings.parameters import PARAMETERS, compiled_settings, parameters_of, settings_of_run
 from core.settings.schema import Settings
 from pipelines.adapt_accel import compile_pipeline
@@ -90,12 +90,14 @@ def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_accoun
 
 def planned(settings: Settings) -> tuple[Settings, Needs]:
     """Return the settings with the sizes of all pods that can be planned, and what the tasks take."""
+    from core.steps.data_needs import data_disk_bytes
     from core.steps.needs import base_config, needs_of_tasks
-    from core.steps.pod_sizes import with_pod_sizes
+    from core.steps.pod_sizes import asked_scratch, with_pod_sizes
 
     config = base_config(settings.model)
     needs = needs_of_tasks(config, settings) if config is not None else {}
-    return with_pod_sizes(settings, needs), needs
+    data_bytes = data_disk_bytes(settings) if asked_scratch(settings, "prepare-data") == AUTO else 0
+    return with_pod_sizes(settings, needs, data_bytes=data_bytes), needs
 
 
 def compile_package(settings: Settings) -> Package:

@@ -108,7 +108,7 @@ def seen(project, tmp_path_factory):
         ("seed 2", "rows", ["team/lines"], {"seed": 2}),
         ("parquet", "documents", ["team/columns"], {}),
         ("parquet shuffled", "rows", ["team/columns"], {"seed": 1}),
-        ("few", "few", ["team/lines", 30], {}),
+        ("few", "few", ["team/lines", 6], {}),
         ("pinned", "rows", ["team/lines"], {"revision": old}),
         ("no revision", "rows", ["team/lines"], {"revision": "v9"}),
         ("slice", "rows", ["team/lines"], {"split": "train[10:30]"}),
@@ -194,9 +194,9 @@ def test_the_seed_alone_decides_the_order(value):
     assert sorted(shuffled) == sorted(value("parquet")) != shuffled
 
 
-def test_no_more_is_fetched_than_will_do_and_of_several_files(value):
+def test_no_more_is_kept_than_will_do_and_of_several_files(value):
     numbers = [ROWS.index(row) for row in value("few")]
-    assert len(set(numbers)) == 30
+    assert 6 <= len(set(numbers)) == len(numbers) <= 18
     assert {number < 25 for number in numbers} == {True, False}
 
 

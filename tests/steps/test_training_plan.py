@@ -246,6 +246,34 @@ def test_beside_more_gpus_the_runs_that_this_one_has_room_for_are_named():
         )
 
 
+@pytest.mark.parametrize(
+    ("number", "changes", "says"),
+    [
+        (1, {"sharding": "full"}, "sharding=full has no effect: a single rank trains"),
+        (4, {"sharding": "full", "lora_rank": 8}, "sharding=full has no effect: adapters are trained"),
+        (4, {"moments": "host"}, "moments=host has no effect: 4 ranks train"),
+        (
+            0,
+            {"layer_inputs": "host", "gradient_checkpointing": True},
+            "layer_inputs=host has no effect on a CPU",
+        ),
+        (0, {"moments": "host"}, "moments=host has no effect on a CPU"),
+        (4, {"sharding": "full"}, ""),
+        (1, {"moments": "host"}, ""),
+        (1, {"layer_inputs": "host", "gradient_checkpointing": True}, ""),
+        (4, {}, ""),
+    ],
+)
+def test_a_setting_that_changes_nothing_here_is_a_warning(free, gpus, caplog, number, changes, says):
+    free(80e9)
+    gpus(number)
+    settings = dataclasses.replace(AUTO, optimizer_state="reset", **changes)
+    planned_training(CONFIG, None, settings, "cuda" if number else "cpu")
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == bool(says)
+    assert says in "".join(warned)
+
+
 def test_gpus_that_cannot_have_equal_parts_stay_idle(free, gpus, caplog):
     free(80e9)
     gpus(5)

@@ -225,7 +225,7 @@ class _Handler(Handler):
             "downloads": 0,
             "likes": 0,
             "tags": [],
-            "siblings": [{"rfilename": path} for path in files],
+            "siblings": [{"rfilename": path, "size": len(content)} for path, content in files.items()],
         }
 
     def file(self, dataset, name, revision, path, *, query, body):
