@@ -253,6 +253,7 @@ def _fetched(
                 check_columns(source, tuple(row))
             yield {name: _without_notes(row[name]) for name in source.columns}
 
+    log.info("%s: reading rows over the network", source.path)
     file = scratch / "rows.jsonl"
     kept, read = write_sample(file, wanted(), seed=seed, most_rows=most_rows, most_bytes=most_bytes)
     if kept < read:

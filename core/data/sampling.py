@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import datasets
 
-READ_FOR_EACH = 32
+READ_FOR_EACH = 8
 """So many times what will do is read of a stream, at most."""
 MOST_BYTES = 5
 """So many times the bytes that will do lie on the disk while a sample is made, with a single row more."""
@@ -34,6 +34,7 @@ def write_sample(
 
     As soon as there are more than three times as many as will do, each of them stays with a chance of one
     half, and as many of those that follow are taken. Reading ends at ``READ_FOR_EACH`` times what will do.
+    No fewer rows stay than will do, and at least one.
 
     Args:
         file: Is created, with the rows in the order of the stream.
@@ -54,14 +55,15 @@ def write_sample(
     out = file.open("wb")
     try:
         for row in rows:
-            line = json.dumps(row, default=str).encode() + b"\n"
+            text = json.dumps(row, default=str, ensure_ascii=False)
+            line = text.encode(errors="backslashreplace") + b"\n"  # half a character as JSON escapes it
             read, read_bytes = read + 1, read_bytes + len(line)
             if share == 1 or chance.random() < share:
                 out.write(line)
                 kept, size = kept + 1, size + len(line)
-            while kept > _MOST_KEPT * rows_do or (size > _MOST_KEPT * bytes_do and kept > 1):
+            while (too_many := kept > _MOST_KEPT * rows_do) or (size > _MOST_KEPT * bytes_do and kept > 1):
                 out.close()
-                kept, size = _halve(file, chance)
+                kept, size = _halve(file, chance, max(1, rows_do) if too_many else 1)
                 out, share = file.open("ab"), share / 2
             if read >= READ_FOR_EACH * rows_do or read_bytes >= READ_FOR_EACH * bytes_do:
                 break
@@ -70,14 +72,19 @@ def write_sample(
     return kept, read
 
 
-def _halve(file: Path, chance: np.random.Generator) -> tuple[int, int]:
-    """Let each line stay with a chance of one half; return how many did, and their bytes."""
+def _halve(file: Path, chance: np.random.Generator, least: float) -> tuple[int, int]:
+    """Let each line stay with a chance of one half; return how many did, and their bytes.
+
+    If fewer than ``least`` of them would, they are drawn again.
+    """
     half, kept, size = file.with_name(f"{file.name}.half"), 0, 0
-    with file.open("rb") as lines, half.open("wb") as out:
-        for line in lines:
-            if chance.random() < 0.5:
-                out.write(line)
-                kept, size = kept + 1, size + len(line)
+    while kept < least:
+        kept, size = 0, 0
+        with file.open("rb") as lines, half.open("wb") as out:
+            for line in lines:
+                if chance.random() < 0.5:
+                    out.write(line)
+                    kept, size = kept + 1, size + len(line)
     os.replace(half, file)
     return kept, size
 

@@ -142,9 +142,10 @@ def _without_effect(settings: "TrainingSettings", plan: TrainingPlan, device: st
         for name in (name for name, place in named.items() if place == "host"):
             yield f"training.{name}=host has no effect on a CPU, whose memory is the host's"
     elif settings.moments == "host" and plan.settings.moments != "host":
+        advice = "" if plan.sharded or settings.lora_rank else ". training.sharding=full shares them out"
         yield (
             f"training.moments=host has no effect: {plan.ranks} ranks train, and each keeps its moments on "
-            "its GPU. training.sharding=full shares them out"
+            f"its GPU{advice}"
         )
 
 

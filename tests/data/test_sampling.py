@@ -10,6 +10,12 @@ from core.data import sampling
 from core.data.sampling import MOST_BYTES, READ_FOR_EACH, in_turn, write_sample
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Streams that halve the sample several times are read to their end."""
+    monkeypatch.setattr(sampling, "READ_FOR_EACH", 32)
+
+
 def numbers_of(file):
     return [json.loads(line)["n"] for line in file.read_bytes().splitlines()]
 
@@ -28,7 +34,7 @@ def test_what_is_not_far_more_than_will_do_is_kept_in_full(tmp_path, limit):
 
 
 @pytest.mark.parametrize(("limit", "rows"), [({"most_rows": 40}, 1_000), ({"most_bytes": 400}, 1_000)])
-def test_every_row_is_equally_likely(tmp_path, limit, rows):
+def test_every_row_is_equally_likely(patient, tmp_path, limit, rows):
     found, sizes = np.zeros(rows, int), []
     for seed in range(120):
         kept, read = write_sample(tmp_path / "rows", ({"n": n} for n in range(rows)), seed=seed, **limit)
@@ -55,13 +61,13 @@ def test_the_seed_alone_decides(tmp_path):
 def test_reading_ends_where_far_more_than_will_do_was_read(tmp_path, limit):
     read = []
     kept, seen = write_sample(tmp_path / "rows", counting(10**6, read), seed=0, **limit)
-    assert len(read) == seen <= 10 * READ_FOR_EACH  # a row has 9 bytes and more
+    assert len(read) == seen <= 11 * READ_FOR_EACH  # a row has 9 bytes and more
     assert seen >= (10 if "most_rows" in limit else 7) * READ_FOR_EACH
     assert max(numbers_of(tmp_path / "rows")) > seen / 2
     assert kept >= 10 or "most_bytes" in limit
 
 
-def test_the_disk_holds_no_more_than_is_said(tmp_path, monkeypatch):
+def test_the_disk_holds_no_more_than_is_said(patient, tmp_path, monkeypatch):
     most, sizes, replace = 1_000, [], os.replace
 
     def replacing(half, file):
@@ -80,7 +86,32 @@ def test_a_single_row_larger_than_all_that_will_do_is_kept(tmp_path):
     assert write_sample(tmp_path / "rows", [{"n": 0, "text": "x" * 999}], seed=0, most_bytes=10) == (1, 1)
 
 
-def test_files_are_in_the_sample_by_their_sizes(tmp_path):
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_no_fewer_rows_stay_than_will_do(tmp_path, most):
+    for seed in range(200):
+        rows = ({"n": n} for n in range(3 * most + 1 + seed % (30 * most)))
+        kept, _ = write_sample(tmp_path / "rows", rows, seed=seed, most_rows=most)
+        assert most <= kept <= 3 * most
+
+
+def test_of_rows_larger_than_all_that_will_do_one_stays(tmp_path):
+    rows = [{"n": n, "text": "x" * 99} for n in range(4)]
+    for seed in range(50):
+        assert write_sample(tmp_path / "rows", rows, seed=seed, most_bytes=64)[0] >= 1
+
+
+def test_a_text_has_as_many_bytes_as_in_utf8(tmp_path):
+    text = "Ещё одно предложение. " * 50
+    write_sample(tmp_path / "rows", [{"text": text}], seed=0)
+    assert (tmp_path / "rows").stat().st_size == len(text.encode()) + len('{"text": ""}\n')
+
+
+def test_half_a_character_is_kept_as_it_came(tmp_path):
+    write_sample(tmp_path / "rows", [{"text": "a\ud83d\\b"}], seed=0)
+    assert json.loads((tmp_path / "rows").read_bytes()) == {"text": "a\ud83d\\b"}
+
+
+def test_files_are_in_the_sample_by_their_sizes(patient, tmp_path):
     import datasets
 
     for name, count in (("a", 900), ("b", 300)):

@@ -37,21 +37,41 @@ def tokens_of(settings):
 
 
 def test_texts_that_lie_here_leave_the_slices_alone(project):
-    settings = run_of({"path": str(project / "docs.jsonl")}, tokens="20k")
+    settings = run_of({"path": str(project / "texts.jsonl")}, tokens="20k")
     assert data_disk_bytes(settings) == ROW_BYTES * tokens_of(settings)
-    assert data_disk_bytes(run_of({"path": str(project / "docs.jsonl")}, tokens="0")) == 0
+    assert data_disk_bytes(run_of({"path": str(project / "texts.jsonl")}, tokens="0")) == 0
 
 
-def test_hub_data_sets_count_with_what_is_kept_of_them_or_less_if_they_are_small(hub):
+def test_hub_data_sets_count_with_what_is_kept_of_them_or_less_if_they_are_small(hub, project):
     known, unknown = {"path": "team/lines", "weight": 3.0}, {"path": "team/gone", "weight": 1.0}
-    settings = run_of(unknown, {"path": "package:no_such_package/x", "weight": 1.0})
+    settings = run_of(unknown, {"path": str(project / "texts.jsonl"), "weight": 1.0})
     slices = ROW_BYTES * tokens_of(settings)
     half = MOST_BYTES * bytes_that_do(tokens_of(settings) / 2)
     assert half > 5 * slices
     assert data_disk_bytes(settings) == half + slices
     assert data_disk_bytes(run_of(known)) == 8 * SMALL + slices
     quarter = MOST_BYTES * bytes_that_do(tokens_of(settings) / 4)
-    assert data_disk_bytes(run_of(known, unknown)) == 8 * SMALL + quarter + slices
+    for both in ((known, unknown), (unknown, known)):
+        assert data_disk_bytes(run_of(*both)) == 8 * SMALL + quarter + slices
+
+
+def test_a_slice_of_a_hub_data_set_is_downloaded_in_full(hub):
+    settings = run_of({"path": "team/lines", "split": "train[:50%]"})
+    assert data_disk_bytes(settings) == 9 * SMALL + ROW_BYTES * tokens_of(settings)
+    assert data_disk_bytes(run_of({"path": "team/gone", "split": "train[:50%]"})) == 0
+
+
+@pytest.mark.parametrize(("name", "times"), [("a.jsonl", 0), ("a.txt", 3), ("a.txt.gz", 9), ("a.parquet", 9)])
+def test_files_count_with_what_is_written_of_them(hub, tmp_path, name, times):
+    (tmp_path / name).write_bytes(b"x" * 1_000)
+    settings = run_of({"path": str(tmp_path / name)})
+    assert data_disk_bytes(settings) == times * 1_000 + ROW_BYTES * tokens_of(settings)
+
+
+@pytest.mark.parametrize("path", ["package:no_such_package/x", "/nowhere/texts.txt"])
+def test_texts_that_pods_alone_have_leave_an_automatic_volume_out(hub, path):
+    settings, _ = planned(run_of({"path": "team/lines"}, {"path": path}, scratch="auto"))
+    assert settings.cluster.of("prepare-data").scratch == ""
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch):

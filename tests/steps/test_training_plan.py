@@ -251,7 +251,9 @@ def test_beside_more_gpus_the_runs_that_this_one_has_room_for_are_named():
     [
         (1, {"sharding": "full"}, "sharding=full has no effect: a single rank trains"),
         (4, {"sharding": "full", "lora_rank": 8}, "sharding=full has no effect: adapters are trained"),
-        (4, {"moments": "host"}, "moments=host has no effect: 4 ranks train"),
+        (4, {"moments": "host"}, "on its GPU. training.sharding=full shares them out"),
+        (4, {"moments": "host", "sharding": "full"}, "each keeps its moments on its GPU;"),
+        (4, {"moments": "host", "lora_rank": 8}, "each keeps its moments on its GPU;"),
         (
             0,
             {"layer_inputs": "host", "gradient_checkpointing": True},
@@ -271,7 +273,7 @@ def test_a_setting_that_changes_nothing_here_is_a_warning(free, gpus, caplog, nu
     planned_training(CONFIG, None, settings, "cuda" if number else "cpu")
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == bool(says)
-    assert says in "".join(warned)
+    assert says in "".join(f"{text};" for text in warned)
 
 
 def test_gpus_that_cannot_have_equal_parts_stay_idle(free, gpus, caplog):
