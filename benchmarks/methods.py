@@ -51,6 +51,7 @@ from core.model.build import load_model, load_tokenizer, model_shape, pick_devic
 from core.pruning.methods.pruned import pruned_model
 from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
+from core.pruning.self_calibration import write_text
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings
 from core.settings.identity import settings_of_kind
@@ -104,6 +105,7 @@ class Study:
         self.rows = [
             row for row in map(json.loads, known) if self.alike.items() <= row.items() and still_meant(row)
         ]
+        self.written: dict[tuple[int, int], Tensor] = {}
         self.of_base: dict[tuple[str, str, int], Statistics] = {}
 
     def run(self, row: str, removed: float, seed: int) -> None:
@@ -140,17 +142,24 @@ class Study:
             settings=settings,
             target_params=round(self.params * (1 - removed)),
             remeasure=lambda left, step: self.statistics(left, settings, seed, step),
-            tokens=self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
+            tokens=torch.cat(
+                [
+                    self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
+                    self.own_text(settings, seed),
+                ]
+            ),
             keep_bytes=KEEP_BYTES,
             seed=seed,
         )
         if settings.distill_steps:
             model = copy.deepcopy(model).requires_grad_(True)
             batch = parse_count(settings.distill_batch_tokens) // self.pool.shape[1]
+            pool = self.drawn(len(self.pool), seed, REPAIR_DRAW)
+            pool = torch.cat([self.own_text(settings, seed), pool])
             distill(
                 model,
                 self.base,
-                self.drawn(len(self.pool), seed, REPAIR_DRAW)[-settings.distill_steps * batch :],
+                pool[-settings.distill_steps * batch :],
                 steps=settings.distill_steps,
                 rate=settings.distill_rate,
                 batch=batch,
@@ -159,6 +168,24 @@ class Study:
                 seed=seed,
             )
         return model
+
+    def own_text(self, settings: PruneSettings, seed: int) -> Tensor:
+        """Return (S, T) token ids that the base model writes itself."""
+        length = self.pool.shape[1]
+        wanted = -(-parse_count(settings.generated_tokens) // length)
+        if not wanted:
+            return self.pool[:0].long()
+        if (wanted, seed) not in self.written:
+            dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+            self.written[wanted, seed] = write_text(
+                torch.nn.Module.to(copy.deepcopy(self.base), dtype),
+                self.tokenizer,
+                sequences=wanted,
+                length=length,
+                batch=128,
+                seed=seed,
+            )
+        return self.written[wanted, seed]
 
     def drawn(self, sequences: int, seed: int, step: int) -> Tensor:
         """Return (S, T) token ids of a calibration draw."""

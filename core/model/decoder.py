@@ -1,5 +1,6 @@
-"""The hidden states that the output head reads, of rows that may hold several documents."""
+"""Passes of a decoder: hidden states of rows that may hold several documents, and token after token."""
 
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,3 +47,12 @@ def final_states(model: "PreTrainedModel", ids: Tensor, documents: Documents | N
     states = model.get_decoder()(input_ids=ids, use_cache=False, **about).last_hidden_state
     assert isinstance(states, Tensor)
     return states
+
+
+def empty_cache(model: "PreTrainedModel") -> dict[str, Any]:
+    """Return the argument by which passes hand on keys and values: each adds those of its tokens."""
+    from transformers import DynamicCache
+
+    arguments = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in arguments else "past_key_values"  # until transformers 5.23
+    return {name: DynamicCache(config=model.config)}

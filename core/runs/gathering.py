@@ -9,7 +9,7 @@ from core.redaction import without_password
 from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord
 from core.runs.run import Run
 from core.settings.addresses import base_name
-from core.storage.layout import PLAN, REPORT, STEPS, TEACHER
+from core.storage.layout import GENERATED, PLAN, REPORT, STEPS, TEACHER
 from core.storage.publication import find_publication
 from core.storage.transfer import in_parallel
 from core.tracking.mlflow import Tracker
@@ -29,6 +29,8 @@ def collect_record(
     steps = [(phase, step) for phase in phases for step in (STEPS if phase else ("evaluated",))]
     if run.settings.training.of_teacher is not None and (1, "recovered") in steps:
         steps.append((1, TEACHER))  # it is trained before the first phase trains
+    if run.settings.prune.generates and (1, "pruned") in steps:
+        steps.append((1, GENERATED))
     # At once: one after the other, twenty phases would take minutes from a distant store.
     files = dict(zip(steps, in_parallel(lambda at: _published_files(run, *at), steps), strict=True))
     reports = defaultdict[int, dict[str, dict[str, Any]]](dict)
@@ -54,6 +56,7 @@ def collect_record(
 def _published_files(run: Run, phase: int, step: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the report and, of score-layers, the plan that a step has published; {} if it has not."""
     apart = {"evaluated": run.measured_uri(phase), TEACHER: run.uri(TEACHER)}
+    apart[GENERATED] = run.uri(GENERATED)
     published = find_publication(apart.get(step) or run.phase_uri(phase, step))
     if published is None:
         return {}, {}

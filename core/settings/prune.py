@@ -96,6 +96,11 @@ class PruneSettings:
     """Tokens of the calibration corpus that a repair (or the bases of ``slicegpt``, or the ranking of
     embedding channels) is computed from, in sequences of ``calibration.sequence_length``; at most what the
     corpus holds."""
+    generated_tokens: str = "0"
+    """Tokens that the base model writes itself, beside ``repair_tokens`` of the corpus
+    ([self-calibration](https://arxiv.org/abs/2410.17170)): once a run, in sequences of
+    ``calibration.sequence_length``. A distillation takes them when the corpus is used up. Such text is
+    closer to what the model was trained on than most corpora."""
     distill_steps: int = 0
     """Updates right after a cut and its repair that teach what is left to expect what the dense base model
     expects (Kullback-Leibler divergence). 0 (the paper): none."""
@@ -168,6 +173,16 @@ class PruneSettings:
                     yield f"{name}={value} must be positive. Or set {instead}."
             except ValueError:
                 yield f"{name}={value} is not a count. Give one such as {getattr(PruneSettings, name)}."
+        try:
+            if (generated := parse_count(self.generated_tokens)) < 0:
+                yield f"generated_tokens={self.generated_tokens} must be 0 or more."
+            if generated and not self.takes_repair_tokens and not self.distill_steps:
+                yield (
+                    f"generated_tokens={self.generated_tokens} is for a repair or a distillation, and this "
+                    "recipe has none. Set repair to ridge, or generated_tokens to 0."
+                )
+        except ValueError:
+            yield f"generated_tokens={self.generated_tokens} is not a count. Give one such as 128k, or 0."
         if self.narrows:
             yield from self._smaller_problems(
                 "hidden_size", "embedding channels", method=NARROWING, phases=(1,), profile=("free",)
@@ -245,6 +260,17 @@ class PruneSettings:
         return self.applied().repair_ridge or _RIDGE
 
     @property
+    def generates(self) -> bool:
+        """Whether the base model writes text for its own calibration."""
+        return parse_count(self.generated_tokens) > 0
+
+    @property
+    def takes_repair_tokens(self) -> bool:
+        """Whether something is computed from ``repair_tokens``."""
+        repair = FIXED[self.method].get("repair", self.repair)
+        return repair != "none" or slices_or_narrows(self)
+
+    @property
     def narrows(self) -> bool:
         """Whether embedding channels go."""
         return self.hidden_size != _WHOLE
@@ -259,6 +285,11 @@ class PruneSettings:
         if is_share(self.target):
             return round(base_params * float(self.target.strip(" %")) / 100)
         return parse_count(self.target)
+
+
+def slices_or_narrows(settings: PruneSettings) -> bool:
+    """Return whether score-layers computes bases, or a ranking of channels, from ``repair_tokens``."""
+    return settings.method == "slicegpt" or settings.narrows
 
 
 def decides_on_model(settings: PruneSettings) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
 from core.settings.methods import WHOLE_LAYERS
+from core.settings.prune import slices_or_narrows
 from core.steps.frame import Workspace, provenance_of
 from core.steps.measuring import REPAIR_DRAW, draw, opened_for_repair
 from core.storage.publication import Publication
@@ -59,7 +60,7 @@ def open_for_decision(
 
     if prune.method == "sheared-llama":
         model, tokens, micro_batch = _opened_for_masks(run, phase, opened, data, work.scratch)
-    elif prune.method == "slicegpt" or prune.narrows:
+    elif slices_or_narrows(prune):
         what = "the ranking of embedding channels" if prune.narrows else "the slicing"
         model, tokens = opened_for_repair(run, phase, opened, data, work.scratch, what=what)
         micro_batch = calibration.micro_batch

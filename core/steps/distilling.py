@@ -68,11 +68,13 @@ def distill_cut(
     from core.model.checkpoint import save_model
     from core.steps.footprint import explaining_memory
     from core.steps.prune_footprint import distill_batch, planned_distillation
+    from core.steps.self_text import own_text
     from core.training.distillation import distill, mean_divergence
 
     prune, calibration, device = run.settings.prune, run.settings.calibration, pick_device()
     batch = distill_batch(calibration, prune)
     pool = draw(run, phase, number, data, scratch, sequences=calibration.pool_documents, or_all=True)
+    pool = torch.cat([own_text(run, scratch), pool])
     tokens, held_out = _divided(pool, prune.distill_steps * batch)
     micro_batch = planned_distillation(cut.config, dense.config, calibration, prune, device.type)
     student = load_model(cut, dtype=torch.float32, device=device)

@@ -59,14 +59,18 @@ def opened_for_repair(
     Raises:
         OutOfMemoryError: If ``what`` is computed would not fit into the memory.
     """
+    import torch
+
     from core.model.build import dtype_of, pick_device
     from core.pruning.scoring.measurement import is_streamed
     from core.pruning.surgery import open_pruned
     from core.steps.prune_footprint import check_repair
+    from core.steps.self_text import own_text
 
     prune, calibration = run.settings.prune.applied(), run.settings.calibration
     sequences = -(-parse_count(prune.repair_tokens) // calibration.sequence_length)
     tokens = draw(run, phase, REPAIR_DRAW, data, scratch, sequences=sequences, or_all=True)
+    tokens = torch.cat([tokens, own_text(run, scratch)])
     dtype, device = dtype_of(calibration.precision), pick_device()
     check_repair(checkpoint.config, calibration, prune, device.type, what=what)
     streamed = is_streamed(checkpoint, calibration, dtype)

@@ -12,7 +12,7 @@ from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address, is_head, registry_address
 from core.settings.calibration import Precision
-from core.settings.prune import decides_on_model
+from core.settings.prune import decides_on_model, slices_or_narrows
 from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
@@ -68,7 +68,12 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     """
     from core.steps.deciding import search_footprint
     from core.steps.footprint import evaluation_footprint, scoring_footprint
-    from core.steps.prune_footprint import distillation_footprint, masks_footprint, repair_footprint
+    from core.steps.prune_footprint import (
+        distillation_footprint,
+        masks_footprint,
+        repair_footprint,
+        writing_footprint,
+    )
 
     def on(component: "ComponentName") -> tuple[str, Precision]:
         gpu = settings.cluster.gpus_of(component, gpu_task=True) > 0
@@ -101,7 +106,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         needs["score-layers"] = masks_footprint(
             config, decided, prune, device=deciding, stored_bytes=stored_bytes
         )
-    elif prune.method == "slicegpt" or prune.narrows:
+    elif slices_or_narrows(prune):
         needs["score-layers"] = repair_footprint(
             config, decided, prune, device=deciding, free_bytes=free("score-layers")
         )
@@ -117,6 +122,12 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         needs["prune-step"] = repair_footprint(
             config, measured, prune, device=kind, free_bytes=free("prune-step")
         )
+    if prune.generates:
+        component: ComponentName = "score-layers" if slices_or_narrows(prune) else "prune-step"
+        device, precision = on(component)[0], settled(calibration.precision, component)
+        at_once = replace(calibration, precision=precision, micro_batch=calibration.micro_batch or 1)
+        writing = writing_footprint(config, at_once, at_once.micro_batch, device=device)
+        needs[component] = max(needs.get(component, writing), writing, key=lambda need: need.device_bytes)
     if prune.distill_steps:
         distilled = distillation_footprint(
             smaller,

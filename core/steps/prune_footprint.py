@@ -10,7 +10,7 @@ import torch
 from core.machine.memory import available_bytes
 from core.model.build import dtype_of, model_shape
 from core.model.config import head_dim
-from core.model.simulation import simulate_layer, simulate_training
+from core.model.simulation import simulate_inference, simulate_layer, simulate_training
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.measurement import state_memory
 from core.quantities import parse_count
@@ -39,7 +39,7 @@ def repair_footprint(
     Args:
         config: Of the model before the cut.
         calibration: Number format, and what may be kept.
-        prune: ``repair_tokens`` counts.
+        prune: ``repair_tokens`` and ``generated_tokens`` count.
         device: Type of the device.
         free_bytes: Memory that is free there.
         stored_bytes: Bytes a parameter of the checkpoints.
@@ -47,6 +47,7 @@ def repair_footprint(
     dtype, length = dtype_of(calibration.precision) or torch.float32, calibration.sequence_length
     shape, hidden = model_shape(config), config.hidden_size
     sequences = min(-(-parse_count(prune.repair_tokens) // length), calibration.pool_documents)
+    sequences += written_sequences(calibration, prune)
     states = sequences * length * hidden * dtype.itemsize
     inputs = max(max(layer.mlp_width, layer.query_heads * head_dim(config)) for layer in shape.layers)
     here = device == "cpu"
@@ -72,6 +73,40 @@ def repair_footprint(
         },
         host_bytes=(states + layer_bytes) * (not here),
         disk_bytes=2 * shape.num_params() * stored_bytes,
+    )
+
+
+def written_sequences(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
+    """Return how many sequences the base model writes for its own calibration."""
+    return -(-parse_count(prune.generated_tokens) // calibration.sequence_length)
+
+
+def writing_footprint(
+    config: "PreTrainedConfig", calibration: "CalibrationSettings", batch: int, *, device: str
+) -> Footprint:
+    """Estimate the writing of text by the base model.
+
+    Args:
+        config: Of the base model.
+        calibration: Number format, and length of the sequences.
+        batch: Sequences at once.
+        device: Type of the device.
+    """
+    dtype, shape = dtype_of(calibration.precision) or torch.float32, model_shape(config)
+    heads = [layer.kv_heads for layer in shape.layers]
+    of_a_head = 2 * batch * calibration.sequence_length * head_dim(config) * dtype.itemsize
+    passes = simulate_inference(config, dtype, batch, 1)
+    weights = shape.num_params() * dtype.itemsize
+    return Footprint(
+        parts={
+            "weights": weights,
+            "keys and values": of_a_head * (sum(heads) + max(heads)),  # those of a layer are copied
+            # What is expected: the logits, their softmax and its sums in float64.
+            "activations and logits": passes.peak + batch * config.vocab_size * (24 + dtype.itemsize),
+            "libraries": LIBRARIES,
+        },
+        host_bytes=weights * (device != "cpu"),
+        disk_bytes=weights,
     )
 
 

@@ -12,7 +12,7 @@ from core.steps.frame import Artifact, Workspace, compute_once, describe_checkpo
 from core.steps.measuring import REPAIR_DRAW, opened_for_repair
 from core.storage.interface import join_uri
 from core.storage.layout import PLAN, RESUME
-from core.storage.publication import Publication, open_publication
+from core.storage.publication import Publication, find_publication, open_publication
 from core.tracking.mlflow import ChildRun
 from core.training.resume import remove_states
 
@@ -102,6 +102,10 @@ def run_prune_step(
     def track(child: ChildRun, report: dict[str, Any], _: Publication) -> None:
         child.log_series("divergence", list(enumerate(report.get("divergences", ()), start=1)))
 
+    if this.settings.prune.generates and find_publication(uri) is None:
+        from core.steps.self_text import write_own_text
+
+        write_own_text(this)
     published = compute_once(this, uri, phase=phase, step="prune-step", compute=compute, track=track)
     remove_states(join_uri(uri, RESUME))
     describe_checkpoint(published, model)

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
+from core.settings.prune import slices_or_narrows
 from core.steps.deciding import open_for_decision
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
 from core.steps.measuring import PhaseMeasurement
 from core.storage.interface import join_uri
 from core.storage.layout import PLAN, RESUME, STATISTICS
-from core.storage.publication import Publication, open_publication
+from core.storage.publication import Publication, find_publication, open_publication
 from core.tracking.mlflow import ChildRun
 from core.training.resume import remove_states
 
@@ -101,6 +102,11 @@ def run_score_layers(
         for name in ("importance", "sparsity"):
             child.log_series(name, enumerate(decided[name]))
 
+    prune = this.settings.prune
+    if prune.generates and slices_or_narrows(prune) and find_publication(uri) is None:
+        from core.steps.self_text import write_own_text
+
+        write_own_text(this)
     published = compute_once(this, uri, phase=phase, step="score-layers", compute=compute, track=track)
     remove_states(join_uri(uri, RESUME))
     hand_over(published, PLAN, plan)

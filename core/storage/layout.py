@@ -22,6 +22,9 @@ MOMENTS = "moments"
 TEACHER = "teacher"
 """Folder of a run for the checkpoint that teaches it, where that is not the base model as it is."""
 
+GENERATED = "generated"
+"""Folder of a run for the text that the base model has written for its calibration."""
+
 RESUME = "_resume"
 """Folder in a publication's, until it is published: what lets a task that was killed go on."""
 
@@ -49,7 +52,7 @@ _FOLDER = re.compile(r"((?:runs|bases)/[^/]+)/.+")
 _MEASURED = "(?:-[0-9a-f]{8})"  # the settings of what is measured
 _ALONE = re.compile(r"(answers|jobs|precisions|revisions)/[^/]+")
 _OF_A_RUN = (
-    rf"runs/[^/]+/(?:data|final|{TEACHER}|(?:held-out|report){_MEASURED}"
+    rf"runs/[^/]+/(?:data|final|{TEACHER}|{GENERATED}|(?:held-out|report){_MEASURED}"
     rf"|phases/[0-9]{{2,}}/(?:{MOMENTS}|(?:{'|'.join(STEPS)}){_MEASURED}?))"
 )
 _PUBLICATION = re.compile(rf"({_OF_A_RUN})/.+")

@@ -1,6 +1,5 @@
 """The runtimes whose speed is measured; each runs in its own process."""
 
-import inspect
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -34,19 +33,17 @@ class Torch:
 
         torch.set_num_threads(workload.threads or usable_cores())
         checkpoint = Checkpoint(path)  # importing transformers takes seconds, which are not part of loading
-        from transformers import DynamicCache
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
 
-        self._new_cache = DynamicCache
+        from core.model.decoder import empty_cache
+
+        self._empty_cache = empty_cache
         self._torch, self._workload, self.device = torch, workload, device
         self._empty_bytes = psutil.Process().memory_info().rss
         start = time.perf_counter()
         self._model: Any = load_model(checkpoint, dtype=dtype_of(workload.dtype), device=device)
         self._wait()
         self.load_s = time.perf_counter() - start
-        # Its name until transformers 5.23.
-        arguments = inspect.signature(self._model.forward).parameters
-        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
         vocabulary = int(self._model.config.vocab_size)
         shape = (max(workload.batches), workload.prompt_tokens)
         generator = torch.Generator().manual_seed(_SEED)
@@ -54,7 +51,7 @@ class Torch:
 
     def time(self, kind: Kind, batch: int) -> float:
         """Return the seconds of one job."""
-        cache = {self._cache_argument: self._new_cache(config=self._model.config)}
+        cache = self._empty_cache(self._model)
         with self._torch.inference_mode():
             self._wait()
             start = time.perf_counter()

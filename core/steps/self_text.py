@@ -1,0 +1,89 @@
+"""The text that the base model writes for its own calibration: ``prune.generated_tokens``.
+
+It is written once a run, before the first step that takes it: that needs an accelerator, and prepare-data has
+none. Later phases find it published.
+"""
+
+import functools
+import gc
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.machine.memory import available_bytes
+from core.machine.precision import warn_if_emulated
+from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
+from core.model.checkpoint import Checkpoint
+from core.pruning.self_calibration import write_text
+from core.runs.run import Run
+from core.steps.footprint import Footprint, check_fit, explaining_memory
+from core.steps.frame import Workspace, compute_once
+from core.steps.prune_footprint import writing_footprint, written_sequences
+from core.storage.layout import GENERATED
+from core.storage.publication import open_publication
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_FILE = "generated.safetensors"
+_MOST_AT_ONCE = {"cpu": 128}
+"""Sequences beyond which writing gets no faster."""
+
+
+def write_own_text(run: Run) -> None:
+    """Let the base model write what ``prune.generated_tokens`` asks for, unless that is published."""
+    compute_once(run, run.uri(GENERATED), phase=0, step="generate", compute=functools.partial(_compute, run))
+    gc.collect()  # what it took is free memory for what is planned now
+    torch.cuda.empty_cache()
+
+
+def own_text(run: Run, scratch: Path) -> "Tensor":
+    """Return (S, T) token ids that the base model has written; none where the recipe asks for none."""
+    calibration = run.settings.calibration
+    if not run.settings.prune.generates:
+        return torch.empty(0, calibration.sequence_length, dtype=torch.long)
+    folder = open_publication(run.uri(GENERATED)).fetch(scratch / GENERATED)
+    return load_file(folder / _FILE)["input_ids"].long()
+
+
+def _compute(run: Run, work: Workspace) -> dict[str, Any]:
+    settings, device = run.settings, pick_device()
+    calibration, sequences = settings.calibration, written_sequences(settings.calibration, settings.prune)
+    checkpoint = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
+    warn_if_emulated("calibration", calibration.precision, device)
+    batch = _planned_batch(run, checkpoint, device.type, sequences)
+    with explaining_memory("calibration.micro_batch=1"):
+        model = load_model(checkpoint, dtype=dtype_of(calibration.precision), device=device)
+        tokens = write_text(
+            model,
+            load_tokenizer(checkpoint.directory),
+            sequences=sequences,
+            length=calibration.sequence_length,
+            batch=batch,
+            seed=settings.seed,
+        )
+    save_file({"input_ids": tokens.int()}, work.out / _FILE)
+    log.info("the base model has written %s tokens", f"{tokens.numel():,}")
+    return {"tokens": tokens.numel()}
+
+
+def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int) -> int:
+    """Return how many sequences are written at once; logs what that will take.
+
+    Raises:
+        OutOfMemoryError: If the base model does not fit.
+    """
+    free, calibration = available_bytes(device), run.settings.calibration
+    footprint = functools.partial(writing_footprint, checkpoint.config, calibration, device=device)
+    size = min(sequences, calibration.micro_batch or _MOST_AT_ONCE.get(device, 512))
+    while not calibration.micro_batch and size > 1 and footprint(size).device_bytes > 0.8 * free:
+        size = -(-size // 2)
+    smaller = [("calibration.micro_batch=1", footprint(1))] if size > 1 else []
+    without = [("prune.generated_tokens=0", Footprint(parts={}))]
+    check_fit("the base model's own text", footprint(size), free, device, smaller, without)
+    return size
