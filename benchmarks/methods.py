@@ -177,14 +177,9 @@ class Study:
             return self.pool[:0].long()
         if (wanted, seed) not in self.written:
             dtype = torch.bfloat16 if self.bfloat16 else torch.float32
-            self.written[wanted, seed] = write_text(
-                torch.nn.Module.to(copy.deepcopy(self.base), dtype),
-                self.tokenizer,
-                sequences=wanted,
-                length=length,
-                batch=128,
-                seed=seed,
-            )
+            model = torch.nn.Module.to(copy.deepcopy(self.base), dtype)
+            asked = {"sequences": wanted, "length": length, "batch": 128, "seed": seed}
+            self.written[wanted, seed] = write_text(model, self.tokenizer, **asked)
         return self.written[wanted, seed]
 
     def drawn(self, sequences: int, seed: int, step: int) -> Tensor:
