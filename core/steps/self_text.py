@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILE = "generated.safetensors"
-_MOST_AT_ONCE = {"cpu": 128}
+_MOST_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Sequences beyond which writing gets no faster."""
+_FOR_EACH_SCORED = 8
+"""Sequences at once for each of ``calibration.micro_batch``: nothing is kept for a backward pass."""
 
 
 def write_own_text(run: Run) -> None:
@@ -80,10 +82,12 @@ def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int
     """
     free, calibration = available_bytes(device), run.settings.calibration
     footprint = functools.partial(writing_footprint, checkpoint.config, calibration, device=device)
-    size = min(sequences, calibration.micro_batch or _MOST_AT_ONCE.get(device, 512))
+    asked = _FOR_EACH_SCORED * calibration.micro_batch
+    size = min(sequences, asked or _MOST_AT_ONCE.get(device, 128))
     while not calibration.micro_batch and size > 1 and footprint(size).device_bytes > 0.8 * free:
         size = -(-size // 2)
-    smaller = [("calibration.micro_batch=1", footprint(1))] if size > 1 else []
+    least = min(size, _FOR_EACH_SCORED)
+    smaller = [("calibration.micro_batch=1", footprint(least))] if size > least else []
     without = [("prune.generated_tokens=0", Footprint(parts={}))]
     check_fit("the base model's own text", footprint(size), free, device, smaller, without)
     return size
