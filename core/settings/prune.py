@@ -174,12 +174,11 @@ class PruneSettings:
             except ValueError:
                 yield f"{name}={value} is not a count. Give one such as {getattr(PruneSettings, name)}."
         try:
-            if (generated := parse_count(self.generated_tokens)) < 0:
-                yield f"generated_tokens={self.generated_tokens} must be 0 or more."
-            if generated and not self.takes_repair_tokens and not self.distill_steps:
+            if self.generates and not self.takes_repair_tokens and not self.distill_steps:
+                which = "distill_steps" if "repair" in FIXED[self.method] else "repair to ridge"
                 yield (
                     f"generated_tokens={self.generated_tokens} is for a repair or a distillation, and this "
-                    "recipe has none. Set repair to ridge, or generated_tokens to 0."
+                    f"recipe has none. Set {which}, or generated_tokens to 0."
                 )
         except ValueError:
             yield f"generated_tokens={self.generated_tokens} is not a count. Give one such as 128k, or 0."

@@ -108,10 +108,16 @@ def test_a_base_model_that_does_not_fit_is_one_line_with_a_way_out(project, tmp_
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"generated_tokens": "-5"}, "generated_tokens=-5"),
+        ({"generated_tokens": "-5"}, "generated_tokens=-5 is not a count. Give one such as 128k, or 0."),
         ({"generated_tokens": "many"}, "generated_tokens=many is not a count. Give one such as 128k, or 0."),
-        ({"generated_tokens": "1k", "repair": "none"}, "is for a repair or a distillation, and this recipe"),
-        ({"generated_tokens": "1k", "method": "magnitude"}, "is for a repair or a distillation"),
+        (
+            {"generated_tokens": "1k", "repair": "none"},
+            "recipe has none. Set repair to ridge, or generated_tokens to 0.",
+        ),
+        (
+            {"generated_tokens": "1k", "method": "magnitude"},
+            "recipe has none. Set distill_steps, or generated",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(changes, says):
