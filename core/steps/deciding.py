@@ -8,6 +8,8 @@ from core.settings.methods import WHOLE_LAYERS
 from core.settings.prune import slices_or_narrows
 from core.steps.frame import Workspace, provenance_of
 from core.steps.measuring import REPAIR_DRAW, draw, opened_for_repair
+from core.storage.interface import join_uri
+from core.storage.layout import RESUME
 from core.storage.publication import Publication
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def open_for_decision(
 
     from core.model.checkpoint import Checkpoint, write_checkpoint
     from core.pruning.methods.opened import OpenedModel
+    from core.steps.kept_training import kept_states
 
     opened, prune, calibration = (
         Checkpoint(checkpoint.fetch(work.scratch)),
@@ -73,6 +76,15 @@ def open_for_decision(
         autocast=calibration.precision == "bfloat16",
         seed=run.settings.seed + phase,
         remake=remake,
+        kept=kept_states(
+            join_uri(run.phase_uri(phase, "scored"), RESUME, "training"),
+            work.scratch / "states",
+            {
+                "checkpoint": checkpoint.digest,
+                "data": data.digest,
+                "settings": run.settings.digest(),
+            },
+        ),
         figures=figures,
     )
 

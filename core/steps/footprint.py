@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STATE_BYTES = 12
+"""Of a saved state, for each trained parameter: the weight and two moments."""
 LIBRARIES = 100_000_000
 """What torch's libraries take for themselves during the work: threads, kernels, packed weights."""
 TOLERANCE = 0.85
@@ -123,7 +125,7 @@ def training_footprint(
         },
         host_bytes=max(4 * params, teacher),
         waiting_bytes=sum(held_bytes(size, crosses=device != "cpu") for size in passes.handed_over),
-        disk_bytes=stored_bytes * (2 * params + base_params) + 12 * trained + carried * params,
+        disk_bytes=stored_bytes * (2 * params + base_params) + STATE_BYTES * trained + carried * params,
     )
 
 

@@ -14,7 +14,7 @@ from core.model.simulation import simulate_inference, simulate_layer, simulate_t
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.measurement import state_memory
 from core.quantities import parse_count
-from core.steps.footprint import LIBRARIES, MOST_TOKENS, Footprint, check_fit, weights_bytes
+from core.steps.footprint import LIBRARIES, MOST_TOKENS, STATE_BYTES, Footprint, check_fit, weights_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -154,7 +154,7 @@ def distillation_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
-        disk_bytes=stored_bytes * (2 * of_dense + params) + 4 * params,
+        disk_bytes=stored_bytes * (2 * of_dense + params) + (4 + STATE_BYTES) * params,
     )
 
 
@@ -204,7 +204,7 @@ def masks_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=4 * params,
-        disk_bytes=(stored_bytes + 4) * params,
+        disk_bytes=(stored_bytes + 4 + STATE_BYTES) * params,
     )
 
 

@@ -22,8 +22,8 @@ from core.storage.store import open_store
 from core.training.pace import Pace
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from torch.optim import Optimizer
-    from transformers import PreTrainedModel
 
     from core.training.state import TrainingProgress, TrainingState
 
@@ -68,7 +68,7 @@ class SavedStates:
         self._publisher.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def newest(self, model: "PreTrainedModel", *, first_step: int) -> "TrainingState | None":
+    def newest(self, model: "Module", *, first_step: int) -> "TrainingState | None":
         """Return the newest state that verifies and fits the model; its files stay until the next save.
 
         States that are damaged or belong to another training are removed: this one will need the name.
@@ -92,7 +92,7 @@ class SavedStates:
                 return state
         return None
 
-    def fetch(self, step: int, model: "PreTrainedModel", first_step: int) -> "TrainingState":
+    def fetch(self, step: int, model: "Module", first_step: int) -> "TrainingState":
         """Return the state of a step; see ``newest``.
 
         Raises:
@@ -118,7 +118,7 @@ class SavedStates:
         check_fits(state, model)
         return state
 
-    def save(self, model: "PreTrainedModel", optimizer: "Optimizer", progress: "TrainingProgress") -> None:
+    def save(self, model: "Module", optimizer: "Optimizer", progress: "TrainingProgress") -> None:
         """Save the state if one is due and the previous one is published; failures are logged.
 
         It is copied to host memory when this returns, if that has room, and written and published while

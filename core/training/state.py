@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from core.errors import CheckpointError, StorageError
 from core.storage.interface import local_errors
@@ -122,12 +121,12 @@ def write_progress(
     (directory / STATE).write_text(json.dumps(content | {"belongs_to": dict(belongs_to)}))
 
 
-def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
+def trained_parameters(model: Module) -> dict[str, Parameter]:
     """Return the parameters that are trained, by name, tied ones once: those that require a gradient."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a state by their names in it; sharded ones as they are."""
     for name, parameter in trained_parameters(model).items():
         yield f"{_WEIGHT}.{name}", parameter.detach()
@@ -136,7 +135,7 @@ def state_tensors(model: PreTrainedModel, optimizer: Optimizer) -> Iterator[tupl
     yield from ((f"{_RNG}.{name}", state) for name, state in _random_states(model).items())
 
 
-def state_bytes(model: PreTrainedModel) -> int:
+def state_bytes(model: Module) -> int:
     """Return the size of a state: a weight and two moments of four bytes for each trained parameter."""
     return 12 * sum(parameter.numel() for parameter in trained_parameters(model).values())
 
@@ -148,11 +147,15 @@ def drained(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield name, tensors.pop(name)
 
 
-def _random_states(model: PreTrainedModel) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(model.device)
+def _random_states(model: Module) -> dict[str, Tensor]:
+    states, device = {"cpu": torch.get_rng_state()}, _device_of(model)
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def _device_of(model: Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -211,7 +214,7 @@ def read_state(directory: Path) -> TrainingState:
         raise CheckpointError(f"{path} is not a training state: {error}.") from error
 
 
-def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
+def check_fits(state: TrainingState, model: Module) -> None:
     """Check that a state holds exactly the tensors of the model's training, by name, shape and number format.
 
     Raises:
@@ -235,7 +238,7 @@ def check_fits(state: TrainingState, model: PreTrainedModel) -> None:
         )
 
 
-def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optimizer) -> TrainingProgress:
+def restore_state(state: TrainingState, model: Module, optimizer: Optimizer) -> TrainingProgress:
     """Load a state that ``check_fits`` has accepted into a model and its optimizer, one tensor at a time.
 
     Returns:
@@ -254,8 +257,8 @@ def restore_state(state: TrainingState, model: PreTrainedModel, optimizer: Optim
             optimizer.state[parameter][kind] = _part_of(tensor.to(device, copy=True), parameter)
         elif name == "cpu":
             torch.set_rng_state(tensor)
-        elif model.device.type == "cuda":
-            torch.cuda.set_rng_state(tensor, model.device)
+        elif _device_of(model).type == "cuda":
+            torch.cuda.set_rng_state(tensor, _device_of(model))
     return state.progress
 
 

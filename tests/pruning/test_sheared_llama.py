@@ -12,17 +12,12 @@ from core.model.config import layer_shapes
 from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel
 from core.model.shape import LayerShape
-from core.pruning.methods import sheared_llama
+from core.pruning.methods import mask_learning, sheared_llama
 from core.pruning.methods.masks import HIDDEN, LAYERS, masked, put_into_weights
 from core.pruning.methods.opened import OpenedModel
 from core.pruning.methods.pruned import pruned_model
-from core.pruning.methods.sheared_llama import (
-    MaskTraining,
-    kept_share,
-    learn_masks,
-    masking_decision,
-    sampled,
-)
+from core.pruning.methods.sheared_llama import masking_decision
+from core.pruning.methods.mask_learning import MaskTraining, kept_share, learn_masks, sampled
 from core.pruning.planning import StepRequest, settings_for
 from core.pruning.scoring.calibration import measure
 from core.pruning.surgery import prune_model
@@ -93,9 +88,9 @@ def test_the_masked_model_is_the_one_that_is_made_and_the_one_that_is_cut(
     model, learnt = tiny(name), {}
 
     def remember(model, *arguments, **others):
-        learnt["logits"], losses = learn_masks(model, *arguments, **others)
-        learnt["weights"] = copy.deepcopy(model)
-        return learnt["logits"], losses
+        found = learn_masks(model, *arguments, **others)
+        learnt.update(logits=found.logits, weights=copy.deepcopy(model))
+        return found
 
     monkeypatch.setattr(sheared_llama, "learn_masks", remember)
     before = model.model.embed_tokens.weight.clone()
@@ -191,7 +186,7 @@ def test_the_gradients_are_those_of_the_models_own_loss():
     }
     model.requires_grad_(True)
     with Float64Throughout():
-        loss, gradients = sheared_llama._gradients(model, TOKENS, drawn, replace(TRAINING, micro_batch=1))
+        loss, gradients = mask_learning._gradients(model, TOKENS, drawn, replace(TRAINING, micro_batch=1))
         of_weights = {name: p.grad.clone() for name, p in model.named_parameters()}
         masks = {key: mask.requires_grad_() for key, mask in drawn.items()}
         model.zero_grad()
@@ -207,7 +202,7 @@ def test_the_gradients_are_those_of_the_models_own_loss():
 
 def test_the_multipliers_bring_the_expected_shape_to_the_target():
     model = tiny("llama", dtype=torch.float32)
-    logits, _ = learn_masks(model, TOKENS, SHAPE, replace(TRAINING, steps=100), hidden_size=48, depth=3)
+    logits = learn_masks(model, TOKENS, SHAPE, replace(TRAINING, steps=100), hidden_size=48, depth=3).logits
     dense = layer_shapes(model.config)
     assert len(logits) == 4, "whole heads in layer 1 and a whole MLP in layer 2 have no masks"
     for (index, path), a in logits.items():
@@ -250,10 +245,10 @@ def test_no_mask_of_what_stays_is_closed_and_the_shares_meet_the_target(unit, sh
 
 def test_closed_masks_of_what_stays_are_counted_and_told(monkeypatch, caplog):
     def close(*arguments, **others):
-        logits, losses = learn_masks(*arguments, **others)
-        logits[0, "mlp.down_proj"].fill_(-5)
-        logits[1, "self_attn.o_proj"].fill_(-5)
-        return logits, losses
+        found = learn_masks(*arguments, **others)
+        found.logits[0, "mlp.down_proj"].fill_(-5)
+        found.logits[1, "self_attn.o_proj"].fill_(-5)
+        return found
 
     monkeypatch.setattr(sheared_llama, "learn_masks", close)
     with caplog.at_level("INFO", logger="core.pruning.methods.sheared_llama"):
@@ -267,17 +262,17 @@ def test_closed_masks_of_what_stays_are_counted_and_told(monkeypatch, caplog):
 
 def test_the_highest_of_each_row_are_held_open_and_no_others_change():
     rows = torch.tensor([[-9.0, 2.0, -3.0, -4.0], [-5.0, -1.0, 0.5, -6.0]])
-    sheared_llama._hold_open(rows, 0.5)
-    expected = [[-9.0, 2.0, sheared_llama.FLOOR, -4.0], [-5.0, -1.0, 0.5, -6.0]]
+    mask_learning._hold_open(rows, 0.5)
+    expected = [[-9.0, 2.0, mask_learning.FLOOR, -4.0], [-5.0, -1.0, 0.5, -6.0]]
     torch.testing.assert_close(rows, torch.tensor(expected))
-    assert kept_share(torch.tensor([sheared_llama.FLOOR])).item() == pytest.approx(0.5)
+    assert kept_share(torch.tensor([mask_learning.FLOOR])).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("hidden_size", [24, 36])
 def test_the_multipliers_bring_the_embedding_channels_near_the_target(hidden_size):
     model = tiny("llama", dtype=torch.float32)
     whole, training = layer_shapes(model.config), replace(TRAINING, steps=100)
-    logits, _ = learn_masks(model, TOKENS, whole, training, hidden_size=hidden_size, depth=3)
+    logits = learn_masks(model, TOKENS, whole, training, hidden_size=hidden_size, depth=3).logits
     assert list(logits) == [HIDDEN]
     assert kept_share(logits[HIDDEN]).item() == pytest.approx(hidden_size / 48, abs=0.04)
 
@@ -294,7 +289,7 @@ def test_a_loss_that_is_not_finite_ends_it():
 def test_the_multipliers_bring_the_layers_near_the_target(depth):
     model = tiny("llama", dtype=torch.float32)
     whole, training = layer_shapes(model.config), replace(TRAINING, steps=100)
-    logits, _ = learn_masks(model, TOKENS, whole, training, hidden_size=48, depth=depth)
+    logits = learn_masks(model, TOKENS, whole, training, hidden_size=48, depth=depth).logits
     assert list(logits) == [LAYERS]
     assert kept_share(logits[LAYERS]).item() == pytest.approx(depth / 3, abs=0.04)
 
@@ -316,7 +311,7 @@ def test_the_gradient_of_layer_logits_is_the_difference_of_the_loss_of_models_wi
     assert ((drawn(a) > 0.05) & (drawn(a) < 0.95)).all()
     with Float64Throughout():
         leaf = a.clone().requires_grad_()
-        found, (gradient,) = sheared_llama._gradients(
+        found, (gradient,) = mask_learning._gradients(
             model.requires_grad_(True), TOKENS, {LAYERS: drawn(leaf)}, replace(TRAINING, micro_batch=1)
         )
         drawn(leaf).backward(gradient)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.runs.run import Run
-from core.steps import distilling, measuring
+from core.steps import distilling, kept_training, measuring
 from core.steps.calibrate import run_calibrate
 from core.steps.prepare_data import run_prepare_data
 from core.steps.prune_step import run_prune_step
@@ -67,19 +67,20 @@ def killed_at(call, monkeypatch):
 
     monkeypatch.setattr(measuring, "SavedStages", Stages)
     monkeypatch.setattr(distilling, "SavedStates", States)
+    monkeypatch.setattr(kept_training, "SavedStates", States)
     monkeypatch.setattr(resume, "Pace", Always)
 
 
 @pytest.fixture(scope="module")
-def begun(project, tmp_path_factory):
+def begin(project, tmp_path_factory):
     """Prepare a run in a store of its own, and say how its steps up to prune-step are called."""
     folder = tmp_path_factory.mktemp("kept")
     numbers = iter(range(100))
 
-    def begin():
+    def begin(changes):
         place = folder / f"{next(numbers)}"
         with contextlib.chdir(project):
-            handle, uri = resolve(recipe_with(CHANGES | {"storage.store": str(place)}))
+            handle, uri = resolve(recipe_with(changes | {"storage.store": str(place)}))
             data_uri = run_prepare_data(run=handle, base_uri=uri)
         given = {"run": handle, "phase": 1, "checkpoint_uri": uri, "data_uri": data_uri}
         steps = {
@@ -89,10 +90,16 @@ def begun(project, tmp_path_factory):
         }
         return Run.load(handle), steps
 
-    run, steps = begin()
+    return begin
+
+
+@pytest.fixture(scope="module")
+def undisturbed(begin):
+    run, steps = begin(CHANGES)
     for step in steps.values():
         step()
-    return run, begin
+    return run
+
 
 
 KILLS = {"calibrated": 4, "scored": 7, "pruned": 4}
@@ -100,10 +107,9 @@ KILLS = {"calibrated": 4, "scored": 7, "pruned": 4}
 
 
 @pytest.mark.slow
-def test_killed_in_the_midst_of_it(begun, monkeypatch, caplog):
+def test_killed_in_the_midst_of_it(begin, undisturbed, monkeypatch, caplog):
     caplog.set_level("INFO", "core")
-    undisturbed, begin = begun
-    run, steps = begin()
+    run, steps = begin(CHANGES)
     for name, step in steps.items():
         with monkeypatch.context() as patch:
             killed_at(KILLS[name], patch)
@@ -118,3 +124,38 @@ def test_killed_in_the_midst_of_it(begun, monkeypatch, caplog):
         assert not kept.exists()
         found, expected = (open_publication(each.phase_uri(1, name)) for each in (run, undisturbed))
         assert found.digest == expected.digest
+
+
+MASKS = {
+    "prune.method": "sheared-llama",
+    "prune.amplitude": 0.02,
+    "prune.mask_steps": 6,
+    "prune.mask_rate": 1.0,
+    "prune.distill_batch_tokens": "48",
+    "prune.phases": 1,
+    "training.tokens": "0",
+}
+
+
+def test_the_learning_of_masks_goes_on_where_it_was_killed(begin, monkeypatch, caplog):
+    caplog.set_level("INFO", "core")
+    expected, steps = begin(MASKS)
+    steps["calibrated"]()
+    steps["scored"]()
+    run, steps = begin(MASKS)
+    steps["calibrated"]()
+    with monkeypatch.context() as patch:
+        killed_at(4, patch)
+        with pytest.raises(KilledError):
+            steps["scored"]()
+    kept = Path(run.phase_uri(1, "scored"), "_resume")
+    assert any(kept.rglob("MANIFEST.json"))
+    assert "resumed" not in caplog.text
+    steps["scored"]()
+    assert "the learning of masks resumed at step 3 of 6" in caplog.text
+    assert not kept.exists()
+    found, undisturbed = (open_publication(each.phase_uri(1, "scored")) for each in (run, expected))
+    assert found.digest == undisturbed.digest
+    losses, others = (each.read_json("report.json")["mask_losses"] for each in (found, undisturbed))
+    assert losses == others
+    assert len(losses) == 6
