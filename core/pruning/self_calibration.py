@@ -1,5 +1,7 @@
 """Self-calibration: text that a model writes itself beside that of a corpus (Williams et al., 2410.17170)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ def write_text(
     length: int,
     batch: int,
     seed: int,
+    written: Tensor | None = None,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Let a model write: each token is drawn from what it expects next, at temperature 1.
 
@@ -34,6 +38,8 @@ def write_text(
         length: T.
         batch: How many are written at once.
         seed: Of the draws.
+        written: The first sequences, if another attempt has written them.
+        keep: Gets the sequences so far, each time that more are written.
 
     Returns:
         (S, T) int64 token ids, in host memory. Each sequence opens as calibration texts do.
@@ -49,18 +55,21 @@ def write_text(
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float64,
     )
-    written: list[Tensor] = []
-    with Progress("text of the base model", sequences, "sequences") as progress:
-        for part in chances.to(model.device).split(batch):
+    written = torch.empty(0, length, dtype=torch.long) if written is None else written
+    with Progress("text of the base model", sequences, "sequences", done=len(written)) as progress:
+        while len(written) < sequences:
+            part = chances[len(written) :][:batch].to(model.device)
             tokens, cache = start.expand(len(part), -1), empty_cache(model)
             drawn = [tokens] if opening else []
             for chance in part.unbind(dim=1):
                 logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache).logits
                 tokens = _drawn(logits[:, -1], chance)
                 drawn.append(tokens)
-            written.append(torch.cat(drawn, dim=1).cpu())
+            written = torch.cat([written, torch.cat(drawn, dim=1).cpu()])
             progress.add(len(part))
-    return torch.cat(written)
+            if keep is not None:
+                keep(written)
+    return written
 
 
 def _between_documents(tokenizer: PreTrainedTokenizerBase) -> int:

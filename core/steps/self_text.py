@@ -7,12 +7,15 @@ none. Later phases find it published.
 import functools
 import gc
 import logging
+import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.errors import IntegrityError, StorageError
 from core.machine.memory import available_bytes
 from core.machine.precision import warn_if_emulated
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
@@ -22,8 +25,10 @@ from core.runs.run import Run
 from core.steps.footprint import Footprint, check_fit, explaining_memory
 from core.steps.frame import Workspace, compute_once
 from core.steps.prune_footprint import writing_footprint, written_sequences
-from core.storage.layout import GENERATED
-from core.storage.publication import open_publication
+from core.storage.interface import join_uri
+from core.storage.layout import GENERATED, RESUME
+from core.storage.publication import open_publication, publish
+from core.training.resume import published_steps, remove_states, state_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +40,14 @@ _MOST_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Sequences beyond which writing gets no faster."""
 _FOR_EACH_SCORED = 8
 """Sequences at once for each of ``calibration.micro_batch``: nothing is kept for a backward pass."""
+_KEPT_EVERY_S = 60.0
 
 
 def write_own_text(run: Run) -> None:
     """Let the base model write what ``prune.generated_tokens`` asks for, unless that is published."""
-    compute_once(run, run.uri(GENERATED), phase=0, step="generate", compute=functools.partial(_compute, run))
+    uri = run.uri(GENERATED)
+    compute_once(run, uri, phase=0, step="generate", compute=functools.partial(_compute, run))
+    remove_states(join_uri(uri, RESUME))
     gc.collect()  # what it took is free memory for what is planned now
     torch.cuda.empty_cache()
 
@@ -59,6 +67,7 @@ def _compute(run: Run, work: Workspace) -> dict[str, Any]:
     checkpoint = Checkpoint(open_publication(run.base_uri).fetch(work.scratch / "base"))
     warn_if_emulated("calibration", calibration.precision, device)
     batch = _planned_batch(run, checkpoint, device.type, sequences)
+    kept = _KeptText(join_uri(run.uri(GENERATED), RESUME), work.scratch / "kept")
     with explaining_memory("calibration.micro_batch=1"):
         model = load_model(checkpoint, dtype=dtype_of(calibration.precision), device=device)
         tokens = write_text(
@@ -68,6 +77,8 @@ def _compute(run: Run, work: Workspace) -> dict[str, Any]:
             length=calibration.sequence_length,
             batch=batch,
             seed=settings.seed,
+            written=kept.newest(),
+            keep=kept.keep,
         )
     save_file({"input_ids": tokens.int()}, work.out / _FILE)
     log.info("the base model has written %s tokens", f"{tokens.numel():,}")
@@ -91,3 +102,41 @@ def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int
     without = [("prune.generated_tokens=0", Footprint(parts={}))]
     check_fit("the base model's own text", footprint(size), free, device, smaller, without)
     return size
+
+
+class _KeptText:
+    """What is written so far, in the store: a publication named by its number of sequences."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._uri, self._folder, self._last = uri, folder, time.monotonic()
+
+    def newest(self) -> "Tensor | None":
+        """Return the (S, T) tokens of earlier attempts; None if there are none that are whole."""
+        for sequences in reversed(published_steps(self._uri)):
+            try:
+                part = open_publication(join_uri(self._uri, state_name(sequences)))
+                tokens = load_file(part.fetch(self._folder / "fetched") / _FILE)["input_ids"].long()
+            except IntegrityError as error:
+                log.warning("%d sequences of an earlier attempt are not used: %s", sequences, error)
+                remove_states(self._uri, steps=range(sequences, sequences + 1))
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                log.info("goes on after %d sequences that are written", len(tokens))
+                return tokens
+        return None
+
+    def keep(self, tokens: "Tensor") -> None:
+        """Publish the (S, T) tokens so far, if it is time; a failure is logged."""
+        if time.monotonic() - self._last < _KEPT_EVERY_S:
+            return
+        folder = self._folder / "new"
+        folder.mkdir(parents=True)
+        save_file({"input_ids": tokens.int()}, folder / _FILE)
+        try:
+            publish(folder, join_uri(self._uri, state_name(len(tokens))))
+        except StorageError as error:
+            log.warning("%d sequences are written, but not kept: %s", len(tokens), error)
+        else:
+            remove_states(self._uri, steps=range(len(tokens)))
+        shutil.rmtree(folder)
+        self._last = time.monotonic()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from core.errors import IntegrityError, LeaseError, StorageError
 from core.storage.interface import Store, StoredFile, is_temporary, join_uri
-from core.storage.layout import HTML, RESUME, TEACHER, folder_of, pointer_of, publication_of
+from core.storage.layout import GENERATED, HTML, RESUME, TEACHER, folder_of, pointer_of, publication_of
 from core.storage.lease import TTL_S, Lease, holding_lease, lease_number, read_lease, release_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, find_publication
@@ -29,6 +29,7 @@ _RESUMED = {
     "data": "prepared data",
     TEACHER: "a training state of the teacher",
     "recovered": "a training state of a phase",
+    GENERATED: "the base model's own text so far",
 }
 """Last part of the place of a publication to what is kept there until it is published."""
 

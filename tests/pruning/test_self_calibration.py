@@ -69,6 +69,18 @@ def test_the_draws_do_not_depend_on_the_batch_but_on_the_seed(model, tokenizer):
     assert not torch.equal(written[2], written[3])
 
 
+def test_what_another_attempt_has_written_is_gone_on_with(model, tokenizer):
+    kept = []
+    asked = {"sequences": 7, "length": 8, "batch": 3, "seed": 1}
+    whole = write_text(model, tokenizer, **asked, keep=kept.append)
+    assert [len(tokens) for tokens in kept] == [3, 6, 7]
+    assert torch.equal(kept[1], whole[:6])
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(write_text(model, tokenizer, **asked | {"batch": 2}, written=kept[0]), whole)
+    assert len(calls) == 2 * 8, "two batches of eight tokens"
+
+
 def test_sequences_open_as_texts_of_the_tokenizer_do(model, tokenizer):
     begin = with_begin_token(tokenizer)
     found = write_text(model, tokenizer, sequences=3, length=8, batch=2, seed=1)

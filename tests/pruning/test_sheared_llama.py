@@ -13,11 +13,11 @@ from core.model.families import family_of
 from core.model.layerwise import LayerwiseModel
 from core.model.shape import LayerShape
 from core.pruning.methods import mask_learning, sheared_llama
+from core.pruning.methods.mask_learning import MaskTraining, kept_share, learn_masks, sampled
 from core.pruning.methods.masks import HIDDEN, LAYERS, masked, put_into_weights
 from core.pruning.methods.opened import OpenedModel
 from core.pruning.methods.pruned import pruned_model
 from core.pruning.methods.sheared_llama import masking_decision
-from core.pruning.methods.mask_learning import MaskTraining, kept_share, learn_masks, sampled
 from core.pruning.planning import StepRequest, settings_for
 from core.pruning.scoring.calibration import measure
 from core.pruning.surgery import prune_model

@@ -101,7 +101,6 @@ def undisturbed(begin):
     return run
 
 
-
 KILLS = {"calibrated": 4, "scored": 7, "pruned": 4}
 """Step to the call that it does not survive: in the backward pass, a second measurement, the distillation."""
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import core.training.distillation
-from core.errors import OutOfMemoryError, SettingsError
+from core.errors import OutOfMemoryError, SettingsError, StorageError
 from core.model.build import load_model, load_tokenizer
 from core.model.checkpoint import Checkpoint
 from core.pruning.self_calibration import write_text
@@ -63,6 +63,59 @@ def test_the_base_model_writes_it_once_and_each_phase_repairs_on_it_too(generate
         assert torch.equal(tokens[-ROWS:], written.long())
         assert len(tokens) > ROWS
     assert not torch.equal(seen[0][:-ROWS], seen[1][:-ROWS])
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_attempt_is_gone_on_with_and_a_damaged_one_is_not_used(
+    generated, project, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "core.steps.self_text")
+    changes = REPAIRED | {"calibration.micro_batch": 1}  # 8 of the 9 sequences at once
+    monkeypatch.setattr(self_text, "_FOR_EACH_SCORED", 2)
+    monkeypatch.setattr(self_text, "_KEPT_EVERY_S", 0)
+    keep = self_text._KeptText.keep
+
+    def killed(self, tokens):
+        keep(self, tokens)
+        if len(tokens) == 6:
+            raise KilledError
+
+    places = set()
+    for damaged in (False, True):
+        folder = tmp_path / str(damaged)
+        with monkeypatch.context() as patch:
+            patch.setattr(self_text._KeptText, "keep", killed)
+            with pytest.raises(KilledError):
+                run_phases(project, folder, changes, phases=1)
+        (kept,) = folder.rglob("generated/_resume")
+        (part,) = kept.rglob("generated.safetensors")
+        places.add(part.relative_to(kept).parts[0])
+        if damaged:
+            part.write_bytes(part.read_bytes()[:-1] + b"x")
+        caplog.clear()
+        run, _ = run_phases(project, folder, changes, phases=1)
+        said = "6 sequences of an earlier attempt are not used" if damaged else "goes on after 6 sequences"
+        assert said in caplog.text
+        assert torch.equal(tokens_of(run), tokens_of(generated[0]))
+        assert not kept.exists()
+    assert places == {"000006"}
+
+
+def test_text_that_cannot_be_kept_is_written_all_the_same(tmp_path, monkeypatch, caplog):
+    def fails(*_):
+        raise StorageError("the store is away.")
+
+    monkeypatch.setattr(self_text, "_KEPT_EVERY_S", 0)
+    kept = self_text._KeptText(str(tmp_path / "store"), tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(self_text, "publish", fails)
+        kept.keep(torch.ones(2, 3, dtype=torch.long))
+    assert "2 sequences are written, but not kept: the store is away." in caplog.text
+    kept.keep(torch.ones(4, 3, dtype=torch.long))
+    assert kept.newest().shape == (4, 3)
 
 
 def test_it_changes_the_repair_and_its_time_is_told_with_the_first_phase(generated, project, tmp_path):

@@ -100,8 +100,8 @@ def masking_decision(opened: OpenedModel) -> DecideStep:
         opened.figures.update(_outcome(logits, masks, step.layers, config.hidden_size))
         put_into_weights(model, masks)
         if settings.narrows:
-            kept = _highest(logits[HIDDEN], config.hidden_size)
-            opened.remake(config, narrowed_parts(LayerwiseModel(model), config, kept))
+            channels = _highest(logits[HIDDEN], config.hidden_size)
+            opened.remake(config, narrowed_parts(LayerwiseModel(model), config, channels))
         else:
             opened.remake(config, model_parts(model))
         opened.figures.update(
