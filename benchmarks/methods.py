@@ -15,6 +15,7 @@ default (rise_ratio), over the seeds that both were measured with; time and memo
 seeds, the standard deviation (null for one seed) and the number of seeds; rows with fewer seeds than others
 are listed (incomplete).
 
+All rows get the same text: a distillation takes the tokens of the repair, as often as its updates need them.
 Ours takes its steps of 5 % unless a row has steps_per_phase=1, each scored on a draw of its own; compared
 methods score once.
 
@@ -136,30 +137,24 @@ class Study:
 
     def pruned(self, settings: PruneSettings, removed: float, seed: int) -> PreTrainedModel:
         """Return the base model less a share of its parameters."""
+        tokens = self.given_text(settings, seed)
         model = pruned_model(
             self.base,
             self.statistics(self.base, settings, seed, 0),
             settings=settings,
             target_params=round(self.params * (1 - removed)),
             remeasure=lambda left, step: self.statistics(left, settings, seed, step),
-            tokens=torch.cat(
-                [
-                    self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW),
-                    self.own_text(settings, seed),
-                ]
-            ),
+            tokens=tokens,
             keep_bytes=KEEP_BYTES,
             seed=seed,
         )
         if settings.distill_steps:
             model = copy.deepcopy(model).requires_grad_(True)
             batch = parse_count(settings.distill_batch_tokens) // self.pool.shape[1]
-            pool = self.drawn(len(self.pool), seed, REPAIR_DRAW)
-            pool = torch.cat([self.own_text(settings, seed), pool])
             distill(
                 model,
                 self.base,
-                pool[-settings.distill_steps * batch :],
+                tokens,
                 steps=settings.distill_steps,
                 rate=settings.distill_rate,
                 batch=batch,
@@ -168,6 +163,11 @@ class Study:
                 seed=seed,
             )
         return model
+
+    def given_text(self, settings: PruneSettings, seed: int) -> Tensor:
+        """Return (S, T) token ids that repairs and distillations take: the same for each row, and its own."""
+        given = self.drawn(self.tokens // self.pool.shape[1], seed, REPAIR_DRAW)
+        return torch.cat([given, self.own_text(settings, seed)])
 
     def own_text(self, settings: PruneSettings, seed: int) -> Tensor:
         """Return (S, T) token ids that the base model writes itself."""
@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", default=ROWS, metavar="KEY=VALUE,...", help="settings of the section prune"
     )
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a repair (default: 32768)")
+    parser.add_argument(
+        "--tokens", type=int, default=32_768, help="tokens of a repair or a distillation (default: 32768)"
+    )
     parser.add_argument(
         "--items", type=int, default=0, help="items of ARC-easy and of PIQA (default: 0, no accuracy)"
     )
