@@ -255,7 +255,7 @@ class _Sums:
         strength = ridge * squares + torch.finfo(gram.dtype).tiny
         gram.diagonal().add_(strength)
         if self._kind == "ridge_to_zero":
-            error -= strength * self._weight[:, self._stay]
+            error -= strength * self._weight[:, self._stay].double()
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
             raise ArithmeticError("the ridge is lost in rounding")

@@ -39,7 +39,7 @@ def write_text(
         batch: How many are written at once.
         seed: Of the draws.
         written: The first sequences, if another attempt has written them.
-        keep: Gets the sequences so far, each time that more are written.
+        keep: Gets the sequences so far, each time that more are written and some are left.
 
     Returns:
         (S, T) int64 token ids, in host memory. Each sequence opens as calibration texts do.
@@ -67,7 +67,7 @@ def write_text(
                 drawn.append(tokens)
             written = torch.cat([written, torch.cat(drawn, dim=1).cpu()])
             progress.add(len(part))
-            if keep is not None:
+            if keep is not None and len(written) < sequences:
                 keep(written)
     return written
 

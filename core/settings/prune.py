@@ -267,7 +267,7 @@ class PruneSettings:
     def takes_repair_tokens(self) -> bool:
         """Whether something is computed from ``repair_tokens``."""
         repair = FIXED[self.method].get("repair", self.repair)
-        return repair != "none" or slices_or_narrows(self)
+        return repair != "none" or slices_or_ranks(self)
 
     @property
     def narrows(self) -> bool:
@@ -286,9 +286,14 @@ class PruneSettings:
         return parse_count(self.target)
 
 
-def slices_or_narrows(settings: PruneSettings) -> bool:
+def slices_or_ranks(settings: PruneSettings) -> bool:
     """Return whether score-layers computes bases, or a ranking of channels, from ``repair_tokens``."""
-    return settings.method == "slicegpt" or settings.narrows
+    return settings.method == "slicegpt" or (settings.narrows and settings.method == "minitron")
+
+
+def makes_model(settings: PruneSettings) -> bool:
+    """Return whether score-layers publishes a model that the method has made, for prune-step to cut."""
+    return settings.method in ("slicegpt", "sheared-llama") or settings.narrows
 
 
 def decides_on_model(settings: PruneSettings) -> bool:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
 from core.settings.methods import WHOLE_LAYERS
-from core.settings.prune import slices_or_narrows
+from core.settings.prune import slices_or_ranks
 from core.steps.frame import Workspace, provenance_of
 from core.steps.measuring import REPAIR_DRAW, draw, opened_for_repair
 from core.storage.interface import join_uri
@@ -63,7 +63,7 @@ def open_for_decision(
 
     if prune.method == "sheared-llama":
         model, tokens, micro_batch = _opened_for_masks(run, phase, opened, data, work.scratch)
-    elif slices_or_narrows(prune):
+    elif slices_or_ranks(prune):
         what = "the ranking of embedding channels" if prune.narrows else "the slicing"
         model, tokens = opened_for_repair(run, phase, opened, data, work.scratch, what=what)
         micro_batch = calibration.micro_batch

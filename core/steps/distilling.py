@@ -56,7 +56,8 @@ def distill_cut(
         provenance: Of the result.
 
     Returns:
-        Figures: seconds, tokens, the divergence of each update, and before and after on held-out sequences.
+        Figures: seconds (``seconds`` are those of earlier attempts), tokens, the divergence of each update, and
+        before and after on held-out sequences.
 
     Raises:
         OutOfMemoryError: If the two models do not fit into the memory.
@@ -87,6 +88,7 @@ def distill_cut(
     with explaining_memory("calibration.micro_batch=1"):
         before = measure()
         with SavedStates(states_uri, scratch / "states", every=None, belongs_to=belongs_to) as states:
+            resume_from = states.newest(student, first_step=0)
             report = distill(
                 student,
                 teacher,
@@ -97,7 +99,7 @@ def distill_cut(
                 micro_batch=micro_batch,
                 autocast=autocast,
                 seed=run.settings.seed + phase,
-                resume_from=states.newest(student, first_step=0),
+                resume_from=resume_from,
                 save=functools.partial(states.save, student),
             )
         after = measure()
@@ -106,6 +108,7 @@ def distill_cut(
     )
     save_model(torch.nn.Module.to(student, dtype), target, companions=cut.directory, provenance=provenance)
     return {
+        "seconds": resume_from.progress.seconds if resume_from else 0.0,
         "distill_s": report.seconds,
         "distill_tokens": report.tokens,
         "divergence_cut": before,

@@ -69,6 +69,15 @@ class Footprint:
         parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts.items() if size >= 10**7)
         return f"{gigabytes(self.device_bytes)} ({parts})"
 
+    def or_else(self, other: "Footprint") -> "Footprint":
+        """Return what two steps take of which one follows the other: the parts of the larger one."""
+        return replace(
+            max(self, other, key=lambda footprint: footprint.device_bytes),
+            host_bytes=max(self.host_bytes, other.host_bytes),
+            waiting_bytes=max(self.waiting_bytes, other.waiting_bytes),
+            disk_bytes=max(self.disk_bytes, other.disk_bytes),
+        )
+
 
 def training_footprint(
     config: "PreTrainedConfig",

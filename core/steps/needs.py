@@ -12,7 +12,7 @@ from core.quantities import parse_bytes
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address, is_head, registry_address
 from core.settings.calibration import Precision
-from core.settings.prune import decides_on_model, slices_or_narrows
+from core.settings.prune import decides_on_model, slices_or_ranks
 from core.storage.publication import open_publication
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     from core.steps.deciding import search_footprint
     from core.steps.footprint import evaluation_footprint, scoring_footprint
     from core.steps.prune_footprint import (
+        cut_footprint,
         distillation_footprint,
         masks_footprint,
         repair_footprint,
@@ -106,9 +107,14 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         needs["score-layers"] = masks_footprint(
             config, decided, prune, device=deciding, stored_bytes=stored_bytes
         )
-    elif slices_or_narrows(prune):
+    elif slices_or_ranks(prune):
         needs["score-layers"] = repair_footprint(
-            config, decided, prune, device=deciding, free_bytes=free("score-layers")
+            config,
+            decided,
+            prune,
+            device=deciding,
+            free_bytes=free("score-layers"),
+            stored_bytes=stored_bytes,
         )
     elif decides_on_model(prune):
         needs["score-layers"] = search_footprint(
@@ -118,16 +124,23 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             batch=calibration.micro_batch or 1,
             stored_bytes=stored_bytes,
         )
+    needs["prune-step"] = cut_footprint(config, prune, device=kind, stored_bytes=stored_bytes)
     if prune.repair != "none":
-        needs["prune-step"] = repair_footprint(
-            config, measured, prune, device=kind, free_bytes=free("prune-step")
+        repair = repair_footprint(
+            config,
+            measured,
+            prune,
+            device=kind,
+            free_bytes=free("prune-step"),
+            stored_bytes=stored_bytes,
         )
+        needs["prune-step"] = needs["prune-step"].or_else(repair)
     if prune.generates:
-        component: ComponentName = "score-layers" if slices_or_narrows(prune) else "prune-step"
+        component: ComponentName = "score-layers" if slices_or_ranks(prune) else "prune-step"
         device, precision = on(component)[0], settled(calibration.precision, component)
         at_once = replace(calibration, precision=precision, micro_batch=calibration.micro_batch or 1)
         writing = writing_footprint(config, at_once, at_once.micro_batch, device=device)
-        needs[component] = max(needs.get(component, writing), writing, key=lambda need: need.device_bytes)
+        needs[component] = needs.get(component, writing).or_else(writing)
     if prune.distill_steps:
         distilled = distillation_footprint(
             smaller,
@@ -135,10 +148,9 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             replace(measured, micro_batch=calibration.micro_batch or 1),
             prune,
             device=kind,
+            stored_bytes=stored_bytes,
         )
-        needs["prune-step"] = max(
-            needs.get("prune-step", distilled), distilled, key=lambda need: need.device_bytes
-        )
+        needs["prune-step"] = needs["prune-step"].or_else(distilled)
     if training.total_steps:
         device, precision = on("recover-train")[0], settled(training.precision, "recover-train")
         needs["recover-train"] = _training_need(config, smaller, settings, device, precision, stored_bytes)
@@ -191,16 +203,11 @@ def _training_need(
         reading = lessons_footprint(config, replace(training, precision=precision), 1, device=device)
         disk_bytes = found.disk_bytes + _lessons_bytes(config, settings)
         disk_bytes += stored_bytes * model_shape(config).num_params()
-        larger = max(found, reading, key=lambda need: need.device_bytes)
-        found = replace(larger, disk_bytes=disk_bytes)
+        found = replace(found.or_else(reading), disk_bytes=disk_bytes)
     if (of_teacher := training.of_teacher) is not None:
         taught = need(config, None, of_teacher)
         rows = ROW_BYTES * of_teacher.total_steps * training.global_batch * training.sequence_length
-        found = replace(
-            max(found, taught, key=lambda need: need.device_bytes),
-            host_bytes=max(found.host_bytes, taught.host_bytes),
-            disk_bytes=max(found.disk_bytes, taught.disk_bytes + rows),
-        )
+        found = found.or_else(replace(taught, disk_bytes=taught.disk_bytes + rows))
     return found
 
 

@@ -14,6 +14,7 @@ from core.model.simulation import simulate_inference, simulate_layer, simulate_t
 from core.pruning.scoring.batching import fitting_micro_batch
 from core.pruning.scoring.measurement import state_memory
 from core.quantities import parse_count
+from core.settings.prune import makes_model
 from core.steps.footprint import LIBRARIES, MOST_TOKENS, STATE_BYTES, Footprint, check_fit, weights_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +24,28 @@ if TYPE_CHECKING:
     from core.settings.prune import PruneSettings
 
 log = logging.getLogger(__name__)
+
+
+def cut_footprint(
+    config: "PreTrainedConfig", prune: "PruneSettings", *, device: str, stored_bytes: int = 2
+) -> Footprint:
+    """Estimate a cut without a repair: a layer at a time is read and written.
+
+    Args:
+        config: Of the model before the cut.
+        prune: Tells whether what is cut is a model that score-layers has made, in float32.
+        device: Type of the device.
+        stored_bytes: Bytes a parameter of the checkpoints.
+    """
+    shape, here = model_shape(config), device == "cpu"
+    made = 4 * makes_model(prune)
+    layer_bytes = 2 * max(*map(shape.layer_num_params, shape.layers), shape.outside_params)
+    layer_bytes *= max(stored_bytes, made)
+    return Footprint(
+        parts={"a layer's tensors": layer_bytes * here, "libraries": LIBRARIES},
+        host_bytes=layer_bytes * (not here),
+        disk_bytes=(2 * stored_bytes + made) * shape.num_params(),
+    )
 
 
 def repair_footprint(
@@ -72,7 +95,8 @@ def repair_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=(states + layer_bytes) * (not here),
-        disk_bytes=2 * shape.num_params() * stored_bytes,
+        # What is repaired or written by a method that makes a model is float32.
+        disk_bytes=shape.num_params() * (2 * stored_bytes + 4 * makes_model(prune)),
     )
 
 
@@ -154,7 +178,8 @@ def distillation_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
-        disk_bytes=stored_bytes * (2 * of_dense + params) + (4 + STATE_BYTES) * params,
+        disk_bytes=(stored_bytes * 2 + 4 * makes_model(prune)) * of_dense
+        + (stored_bytes + 4 + STATE_BYTES) * params,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.runs.run import Run
-from core.settings.prune import slices_or_narrows
+from core.settings.prune import slices_or_ranks
 from core.steps.deciding import open_for_decision
 from core.steps.frame import Artifact, Workspace, compute_once, hand_over
 from core.steps.measuring import PhaseMeasurement
@@ -103,7 +103,7 @@ def run_score_layers(
             child.log_series(name, enumerate(decided[name]))
 
     prune = this.settings.prune
-    if prune.generates and slices_or_narrows(prune) and find_publication(uri) is None:
+    if prune.generates and slices_or_ranks(prune) and find_publication(uri) is None:
         from core.steps.self_text import write_own_text
 
         write_own_text(this)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import IntegrityError, StorageError
+from core.errors import AdaptPrunerError, IntegrityError
 from core.machine.memory import available_bytes
 from core.machine.precision import warn_if_emulated
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
@@ -82,7 +82,7 @@ def _compute(run: Run, work: Workspace) -> dict[str, Any]:
         )
     save_file({"input_ids": tokens.int()}, work.out / _FILE)
     log.info("the base model has written %s tokens", f"{tokens.numel():,}")
-    return {"tokens": tokens.numel()}
+    return {"tokens": tokens.numel(), "seconds": kept.earlier_s}
 
 
 def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int) -> int:
@@ -105,10 +105,15 @@ def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int
 
 
 class _KeptText:
-    """What is written so far, in the store: a publication named by its number of sequences."""
+    """What is written so far, in the store: a publication named by its number of sequences.
+
+    Attributes:
+        earlier_s: Seconds that earlier attempts have given to what was found.
+    """
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self._uri, self._folder, self._last = uri, folder, time.monotonic()
+        self._uri, self._folder, self.earlier_s = uri, folder, 0.0
+        self._began = self._last = time.monotonic()
 
     def newest(self) -> "Tensor | None":
         """Return the (S, T) tokens of earlier attempts; None if there are none that are whole."""
@@ -122,21 +127,25 @@ class _KeptText:
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
                 log.info("goes on after %d sequences that are written", len(tokens))
+                self.earlier_s = part.manifest.metadata["seconds"]
                 return tokens
         return None
 
     def keep(self, tokens: "Tensor") -> None:
         """Publish the (S, T) tokens so far, if it is time; a failure is logged."""
-        if time.monotonic() - self._last < _KEPT_EVERY_S:
+        now = time.monotonic()
+        if now - self._last < _KEPT_EVERY_S:
             return
         folder = self._folder / "new"
-        folder.mkdir(parents=True)
-        save_file({"input_ids": tokens.int()}, folder / _FILE)
         try:
-            publish(folder, join_uri(self._uri, state_name(len(tokens))))
-        except StorageError as error:
-            log.warning("%d sequences are written, but not kept: %s", len(tokens), error)
+            folder.mkdir(parents=True)
+            save_file({"input_ids": tokens.int()}, folder / _FILE)
+            seconds = self.earlier_s + now - self._began
+            publish(folder, join_uri(self._uri, state_name(len(tokens))), metadata={"seconds": seconds})
+        except Exception as error:  # nothing depends on it
+            unexpected = not isinstance(error, AdaptPrunerError)
+            log.warning("%d sequences are written, but not kept: %s", len(tokens), error, exc_info=unexpected)
         else:
             remove_states(self._uri, steps=range(len(tokens)))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         self._last = time.monotonic()

@@ -29,6 +29,7 @@ _RESUMED = {
     "data": "prepared data",
     TEACHER: "a training state of the teacher",
     "recovered": "a training state of a phase",
+    "pruned": "a training state of a phase",
     GENERATED: "the base model's own text so far",
 }
 """Last part of the place of a publication to what is kept there until it is published."""
@@ -207,7 +208,7 @@ class _Search:
             elif file.key.startswith(f"{place}/{RESUME}/"):
                 if manifest or done:
                     step = place.rpartition("/")[2]
-                    what = _RESUMED.get(step, "measurements of a phase")
+                    what = _RESUMED.get(step, "measurements or a training state of a phase")
                     loose.append((f"{what} that is published", file))
             elif manifest is None:
                 loose.append(("half published: there is no manifest", file))

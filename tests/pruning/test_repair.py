@@ -163,6 +163,17 @@ def test_a_ridge_to_zero_is_least_squares_without_the_weights_as_they_were(name)
     assert_equal(found, wanted)
 
 
+def test_a_strong_ridge_to_zero_of_bfloat16_weights_is_that_of_the_same_weights_in_float32():
+    """What it leaves is the small difference of large numbers."""
+    left = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny("llama", dtype=torch.bfloat16).to(dtype)
+        repair = Repair(LayerwiseModel(model), TOKENS, kind="ridge_to_zero", ridge=100.0)
+        weight, kept = model.model.layers[0].mlp.down_proj.weight.detach().double(), CUT[0].mlp_channels
+        left.append(weight[:, kept] + repair.layer(0, CUT[0])["mlp.down_proj.weight"])
+    assert (left[0] - left[1]).norm() < 0.1 * left[1].norm()
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "phi3"])
 @pytest.mark.parametrize("options", [{"micro_batch": 4}, {"micro_batch": 2, "keep_bytes": 10**9}])
 @torch.no_grad()

@@ -72,13 +72,35 @@ def test_prune_step_needs_what_its_repair_and_its_distillation_take(config):
     def need(**changes):
         return needs_of_tasks(config, settings_with(cluster={"gpus": 0}, **changes)).get("prune-step")
 
-    assert need(prune__repair="none") is None
+    params = model_shape(config).num_params()
+    cut = need(prune__repair="none")
+    assert "sums" not in cut.parts
+    assert cut.disk_bytes == 8 * params  # what is read, what is written, in float32
+    assert need(prune__repair="none", model__dtype_between_phases="same").disk_bytes == 4 * params
+    assert need().disk_bytes == 8 * params
+    assert need(model__dtype_between_phases="same").disk_bytes == 4 * params
     distilled = need(prune__repair="none", prune__distill_steps=5)
     assert distilled.parts["base model"] == 4 * model_shape(config).num_params()
     assert distilled.parts["optimizer"] < 8 * model_shape(config).num_params()
     for tokens, larger in (("1M", need(prune__repair_tokens="1M")), ("100", distilled)):
         both = need(prune__repair_tokens=tokens, prune__distill_steps=5)
-        assert both == larger
+        assert both.parts == larger.parts
+        assert both.disk_bytes == distilled.disk_bytes > 16 * params  # a state, and what it is of
+    generated = need(prune__generated_tokens="24k", calibration__weights="streamed")
+    assert generated.disk_bytes == 8 * params
+
+
+def test_a_model_that_a_method_makes_lies_in_float32_beside_what_it_is_made_of(config):
+    def disk(method, component, **changes):
+        changes = NO_AMPLITUDE | {"prune__phases": 1, "prune__method": method} | changes
+        needs = needs_of_tasks(config, settings_with(model__dtype_between_phases="same", **changes))
+        return needs[component].disk_bytes / model_shape(config).num_params()
+
+    assert disk("slicegpt", "score-layers") == disk("slicegpt", "prune-step") == 8
+    assert disk("sheared-llama", "prune-step") == 8
+    assert disk("sheared-llama", "score-layers") == 18  # a state, too
+    assert disk("minitron", "prune-step", prune__hidden_size="75%") == 8
+    assert disk("minitron", "prune-step") == disk("magnitude", "prune-step") == 4
 
 
 def test_score_layers_needs_a_model_where_widths_are_searched(config):

@@ -14,7 +14,7 @@ from core.model.build import load_model, load_tokenizer
 from core.model.checkpoint import Checkpoint
 from core.pruning.self_calibration import write_text
 from core.runs.gathering import collect_record
-from core.settings.prune import PruneSettings
+from core.settings.prune import PruneSettings, slices_or_ranks
 from core.steps import measuring, self_text
 from core.steps.needs import needs_of_tasks
 from core.steps.prune_footprint import repair_footprint, writing_footprint
@@ -79,6 +79,7 @@ def test_a_killed_attempt_is_gone_on_with_and_a_damaged_one_is_not_used(
     keep = self_text._KeptText.keep
 
     def killed(self, tokens):
+        self._began -= 1000
         keep(self, tokens)
         if len(tokens) == 6:
             raise KilledError
@@ -101,19 +102,25 @@ def test_a_killed_attempt_is_gone_on_with_and_a_damaged_one_is_not_used(
         assert said in caplog.text
         assert torch.equal(tokens_of(run), tokens_of(generated[0]))
         assert not kept.exists()
+        report = json.loads(Path(run.uri("generated"), "report.json").read_text())
+        assert (report["seconds"] > 1000) is not damaged
     assert places == {"000006"}
 
 
-def test_text_that_cannot_be_kept_is_written_all_the_same(tmp_path, monkeypatch, caplog):
-    def fails(*_):
-        raise StorageError("the store is away.")
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("publish", StorageError("the store is away.")), ("save_file", OSError("No space left on device"))],
+)
+def test_text_that_cannot_be_kept_is_written_all_the_same(call, error, tmp_path, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise error
 
     monkeypatch.setattr(self_text, "_KEPT_EVERY_S", 0)
     kept = self_text._KeptText(str(tmp_path / "store"), tmp_path / "kept")
     with monkeypatch.context() as patch:
-        patch.setattr(self_text, "publish", fails)
+        patch.setattr(self_text, call, fails)
         kept.keep(torch.ones(2, 3, dtype=torch.long))
-    assert "2 sequences are written, but not kept: the store is away." in caplog.text
+    assert f"2 sequences are written, but not kept: {error}" in caplog.text
     kept.keep(torch.ones(4, 3, dtype=torch.long))
     assert kept.newest().shape == (4, 3)
 
@@ -176,6 +183,14 @@ def test_a_base_model_that_does_not_fit_is_one_line_with_a_way_out(project, tmp_
 def test_what_is_wrong_is_said(changes, says):
     with pytest.raises(SettingsError, match=says):
         PruneSettings(**changes)
+
+
+@pytest.mark.parametrize("hidden_size", ["100%", "75%"])
+def test_masks_are_learnt_on_the_corpus_alone(hidden_size):
+    given = {"method": "sheared-llama", "phases": 1, "hidden_size": hidden_size}
+    with pytest.raises(SettingsError, match="Set distill_steps, or generated_tokens to 0"):
+        PruneSettings(generated_tokens="1k", **given)
+    assert not slices_or_ranks(PruneSettings(**given))
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def masking_decision(opened: OpenedModel) -> DecideStep:
             mask_s=learnt.seconds,
             mask_tokens=len(learnt.losses) * batch * opened.tokens.shape[1],
             mask_losses=learnt.losses,
+            seconds=learnt.earlier_s,
         )
         return step
 
