@@ -16,11 +16,10 @@ seeds, the standard deviation (null for one seed) and the number of seeds; rows 
 are listed (incomplete).
 
 All rows get the same text: a distillation takes the tokens of the repair, as often as its updates need them.
-Ours takes its steps of 5 % unless a row has steps_per_phase=1, each scored on a draw of its own; compared
-methods score once.
+Ours takes steps of 5 %, each scored on another draw, unless a row has steps_per_phase=1.
 
     python benchmarks/methods.py --measure-on c4=c4.jsonl --measure-on wikitext2=wikitext2.txt
-    python benchmarks/methods.py --rows criterion=wanda_sp criterion=obs,repair_ridge=0.03 --seeds 1
+    python benchmarks/methods.py --rows criterion=wanda_sp repair=none --seeds 1
     python benchmarks/methods.py --results methods.jsonl --items 500
 """
 

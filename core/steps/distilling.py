@@ -56,8 +56,8 @@ def distill_cut(
         provenance: Of the result.
 
     Returns:
-        Figures: seconds (``seconds`` are those of earlier attempts), tokens, the divergence of each update, and
-        before and after on held-out sequences.
+        Figures: seconds (``seconds``: of earlier attempts), tokens, the divergence of each update, and before
+        and after on held-out sequences.
 
     Raises:
         OutOfMemoryError: If the two models do not fit into the memory.

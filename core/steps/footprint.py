@@ -138,33 +138,6 @@ def training_footprint(
     )
 
 
-def lessons_footprint(
-    config: "PreTrainedConfig", settings: "TrainingSettings", micro_batch: int, *, device: str
-) -> Footprint:
-    """Estimate what it takes to store what a teacher expects.
-
-    Args:
-        config: Of the teacher.
-        settings: Of the training.
-        micro_batch: Sequences that it reads at once.
-        device: Type of the device.
-    """
-    dtype = dtype_of(settings.precision) or torch.float32
-    weights, length = model_shape(config).num_params() * dtype.itemsize, settings.sequence_length
-    passes = simulate_inference(config, dtype, micro_batch, length)
-    positions = min(chunk_positions(config.vocab_size, device), micro_batch * length)
-    # Logits, their copy at the temperature, logarithms and probabilities.
-    logits = positions * config.vocab_size * (12 + dtype.itemsize)
-    return Footprint(
-        parts={
-            "base model": weights,
-            "activations, then logits": max(passes.peak, passes.kept + logits),
-            "libraries": LIBRARIES,
-        },
-        host_bytes=weights,
-    )
-
-
 def scoring_footprint(
     config: "PreTrainedConfig",
     calibration: "CalibrationSettings",

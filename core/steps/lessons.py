@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from core.errors import IntegrityError, StorageError
 from core.machine.memory import available_bytes
-from core.model.build import dtype_of, load_model
+from core.model.build import dtype_of, load_model, model_shape
 from core.model.checkpoint import Checkpoint
+from core.model.loss import chunk_positions
+from core.model.simulation import simulate_inference
 from core.progress import Progress
 from core.settings.training import TrainingSettings
-from core.steps.footprint import MOST_TOKENS, check_fit, lessons_footprint
+from core.steps.footprint import LIBRARIES, MOST_TOKENS, Footprint, check_fit
 from core.steps.training_plan import number_of_ranks
 from core.storage.interface import join_uri
 from core.storage.publication import find_publication, open_publication, publish
@@ -38,6 +41,33 @@ log = logging.getLogger(__name__)
 PART_BYTES = 2**28
 """Size of a part, about."""
 _FILE = "lessons.safetensors"
+
+
+def lessons_footprint(
+    config: PreTrainedConfig, settings: TrainingSettings, micro_batch: int, *, device: str
+) -> Footprint:
+    """Estimate what it takes to store what a teacher expects.
+
+    Args:
+        config: Of the teacher.
+        settings: Of the training.
+        micro_batch: Sequences that it reads at once.
+        device: Type of the device.
+    """
+    dtype = dtype_of(settings.precision) or torch.float32
+    weights, length = model_shape(config).num_params() * dtype.itemsize, settings.sequence_length
+    passes = simulate_inference(config, dtype, micro_batch, length)
+    positions = min(chunk_positions(config.vocab_size, device), micro_batch * length)
+    # Logits, their copy at the temperature, logarithms and probabilities.
+    logits = positions * config.vocab_size * (12 + dtype.itemsize)
+    return Footprint(
+        parts={
+            "base model": weights,
+            "activations, then logits": max(passes.peak, passes.kept + logits),
+            "libraries": LIBRARIES,
+        },
+        host_bytes=weights,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,8 @@ def _training_need(
     """Return what recover-train takes: of the model, and of what teaches it, one after the other."""
     from core.model.build import model_shape
     from core.steps.data_needs import ROW_BYTES
-    from core.steps.footprint import lessons_footprint, training_footprint
+    from core.steps.footprint import training_footprint
+    from core.steps.lessons import lessons_footprint
     from core.steps.training_plan import TrainingPlan, rank_footprint
 
     training = settings.training
