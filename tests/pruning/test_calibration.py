@@ -81,6 +81,8 @@ def test_streamed_scores_equal_autograds(name, layers):
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "taylor_per_microbatch"])
 def test_no_split_into_micro_batches_changes_a_score(criterion):
     """Seven sequences: one micro-batch of 7, two of 5 and 2, three of 3, 3 and 1, seven of 1."""
+    # What is standardised is of the order of 1, and adds up to nothing but rounding.
+    atol = 1e-13 if criterion == "standardised_fluctuation" else 1e-15
     with Float64Throughout():
         model = tiny("llama", UNEQUAL)
         whole, *others = (
@@ -90,7 +92,7 @@ def test_no_split_into_micro_batches_changes_a_score(criterion):
         assert other.loss == pytest.approx(whole.loss, rel=1e-12)
         torch.testing.assert_close(other.similarities, whole.similarities, rtol=1e-6, atol=0)  # float32
         for found, expected in zip(other.scores, whole.scores, strict=True):
-            assert_same_scores(found, expected, rtol=1e-12, atol=1e-15)
+            assert_same_scores(found, expected, rtol=1e-12, atol=atol)
 
 
 def in_float64_throughout(model):
