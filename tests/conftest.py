@@ -17,7 +17,7 @@ from tests.support.servers import s3_server as run_s3_server
 def pytest_runtest_setup(item):
     """Leave slow tests out once it is later than ``TESTS_END`` (seconds since 1970), which CI sets."""
     if item.get_closest_marker("slow") and time.time() > float(os.environ.get("TESTS_END", "inf")):
-        pytest.skip("no time is left for slow tests: it is later than TESTS_END")
+        pytest.skip(f"later than TESTS_END: {item.nodeid}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,7 @@
 """The steps that measure and distil, killed in the midst of it, go on there and publish the same."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ CHANGES = {
     "prune.distill_batch_tokens": "48",
     "training.tokens": "0",
 }
+
+
+EARLIER_S = 1000
+"""What a kept training says that it took, beyond what it took."""
 
 
 class KilledError(Exception):
@@ -60,9 +65,9 @@ def killed_at(call, monkeypatch):
             return super().is_due(share, size)
 
     class States(resume.SavedStates):
-        def save(self, *args):
+        def save(self, model, optimizer, progress):
             happens()
-            super().save(*args)
+            super().save(model, optimizer, replace(progress, seconds=progress.seconds + EARLIER_S))
             self._publisher.submit(int).result()
 
     monkeypatch.setattr(measuring, "SavedStages", Stages)
@@ -124,7 +129,7 @@ def test_killed_in_the_midst_of_it(begin, undisturbed, monkeypatch, caplog):
         found, expected = (open_publication(each.phase_uri(1, name)) for each in (run, undisturbed))
         assert found.digest == expected.digest
     report = found.read_json("report.json")
-    assert report["seconds"] >= report["distill_s"], "with what the killed attempt has given to it"
+    assert report["seconds"] > EARLIER_S, "with what the killed attempt has given to it"
 
 
 MASKS = {
@@ -160,4 +165,4 @@ def test_the_learning_of_masks_goes_on_where_it_was_killed(begin, monkeypatch, c
     report = found.read_json("report.json")
     assert report["mask_losses"] == undisturbed.read_json("report.json")["mask_losses"]
     assert len(report["mask_losses"]) == 6
-    assert report["seconds"] >= report["mask_s"], "with what the killed attempt has given to it"
+    assert report["seconds"] > EARLIER_S, "with what the killed attempt has given to it"
