@@ -152,3 +152,10 @@ def test_criteria_of_products_hold_a_square_matrix_of_the_widest_projection():
     for criterion in ("leverage", "obs"):
         more = needed(criterion, 3000) - needed("wanda_sp", 3000)
         assert more == pytest.approx(261e6, rel=0.05)
+
+
+def test_of_two_steps_that_follow_each_other_each_kind_of_memory_is_that_of_the_larger():
+    one = Footprint(parts={"weights": 5}, host_bytes=1, waiting_bytes=2, disk_bytes=9)
+    other = Footprint(parts={"weights": 3, "logits": 1}, host_bytes=4, waiting_bytes=1, disk_bytes=7)
+    wanted = Footprint(parts={"weights": 5}, host_bytes=4, waiting_bytes=2, disk_bytes=9)
+    assert one.or_else(other) == other.or_else(one) == wanted

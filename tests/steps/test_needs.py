@@ -75,6 +75,10 @@ def test_prune_step_needs_what_its_repair_and_its_distillation_take(config):
     params = model_shape(config).num_params()
     cut = need(prune__repair="none")
     assert "sums" not in cut.parts
+    assert cut.parts["a layer's tensors"] == 8 * max(
+        *map(model_shape(config).layer_num_params, model_shape(config).layers),
+        model_shape(config).outside_params,
+    )
     assert cut.disk_bytes == 8 * params  # what is read, what is written, in float32
     assert need(prune__repair="none", model__dtype_between_phases="same").disk_bytes == 4 * params
     assert need().disk_bytes == 8 * params
@@ -100,6 +104,10 @@ def test_a_model_that_a_method_makes_lies_in_float32_beside_what_it_is_made_of(c
     assert disk("sheared-llama", "prune-step") == 8
     assert disk("sheared-llama", "score-layers") == 18  # a state, too
     assert disk("minitron", "prune-step", prune__hidden_size="75%") == 8
+    distilled, others = (
+        disk(method, "prune-step", prune__distill_steps=3) for method in ("slicegpt", "modegpt")
+    )
+    assert distilled - others == pytest.approx(4)
     assert disk("minitron", "prune-step") == disk("magnitude", "prune-step") == 4
 
 

@@ -129,6 +129,8 @@ def test_what_an_interrupted_run_needs_to_go_on_stays(store):
     run = make_run(store, KEY, until=(2, "pruned"))
     state = put(store, f"{run}/phases/02/recovered/_resume/00000120", optimizer_safetensors=b"4" * 400)
     put(store, f"{run}/phases/03/calibrated/_resume/000004", stage_safetensors=b"4" * 40)
+    put(store, f"{run}/phases/03/scored/_resume/training/000011", state_safetensors=b"4" * 40)
+    put(store, f"{run}/generated/_resume/000128", generated_safetensors=b"4" * 40)
     needed = snapshot(store)
     store.write_bytes(f"{run}/phases/02/recovered/half.safetensors", b"5")
     store.write_bytes(f"{run}/phases/01/recovered/_resume/00000060/optimizer.safetensors", b"6")
@@ -142,6 +144,10 @@ def test_what_an_interrupted_run_needs_to_go_on_stays(store):
     clean(store, found.garbage, CLEANER)
     assert snapshot(store) == needed
     assert state.manifest.total_bytes == 400
+    put(store, f"{run}/generated", generated_safetensors=b"4" * 80)
+    (left,) = find_garbage(store).garbage
+    assert left.reason == "the base model's own text so far that is published"
+    assert {file.key.partition("/_resume/")[0] for file in left.files} == {f"{run}/generated"}
     note(TABLE, "an interrupted run with a training state, then clean", "the state stays, the rest goes")
 
 
