@@ -4,10 +4,9 @@ Prunes the demo's model to 80 and 60 % of its parameters by each row's settings,
 prune-step do it, with several seeds of the calibration draws. Measures perplexity on texts that nothing was
 calibrated on; the first text, best one of another domain, decides. Takes hours on a laptop.
 
-A row is a set of prune settings at one size and with one seed: KEY=VALUE pairs joined by commas. With
---results each row is appended to a file as a line of JSON as soon as it is measured. The same command resumes
-a stopped run, and other options add rows; rows measured on another model, calibration set or text are kept in
-the file but ignored. --items measures accuracies, too.
+A row is a set of prune settings at one size and with one seed: KEY=VALUE pairs joined by commas. --results
+appends each row to a file, as a line of JSON, once it is measured. The same command resumes a stopped run,
+and other options add rows; rows of another model, calibration set or text are kept but ignored.
 
 The last line is a JSON object: the dense figures; for each size the row of the lowest perplexity, the rise of
 each row over the dense model as a share of the rise of the best compared method (rise_ratios), and of our
@@ -86,7 +85,7 @@ class Study:
         self.tokenizer = load_tokenizer(directory)
         self.base = load_model(directory, dtype=torch.float32, device=pick_device())
         self.params = model_shape(self.base.config).num_params()
-        self.pool = calibration_pool(arguments, self.tokenizer, folder)
+        self.pool = calibration_pool(arguments, self.tokenizer, folder, packing=arguments.packing)
         self.texts: dict[str, Tensor] = {}
         for named in arguments.measure_on:
             name, _, arguments.measure_on = named.partition("=")
@@ -225,6 +224,7 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=64, help="sequences that score (default: 64)")
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: 128)")
+    parser.add_argument("--packing", action="store_true", help="join short texts into sequences")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens (default: 16)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the calibration draws (default: 3)")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.2, 0.4], help="shares to remove")

@@ -177,14 +177,16 @@ def source(text: str) -> TextSource:
     return TextSource(path=path, split=split or "train", field="passage" if path == PASSAGES else "text")
 
 
-def calibration_pool(arguments: argparse.Namespace, tokenizer: object, folder: Path) -> Tensor:
-    """Return (P, T) token ids to draw from."""
+def calibration_pool(
+    arguments: argparse.Namespace, tokenizer: object, folder: Path, *, packing: bool = False
+) -> Tensor:
+    """Return (P, T) token ids to draw from; with packing, texts shorter than T are joined."""
     path = folder / "pool.safetensors"
     write_calibration_pool(
         source(arguments.calibrate_on),
         tokenizer,
         sequence_length=arguments.length,
-        packing=False,
+        packing=packing,
         documents=20_000,
         at_least=arguments.sequences,
         seed=0,

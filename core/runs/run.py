@@ -148,6 +148,10 @@ class Run:
         """Return the URI of ``parts`` within the run."""
         return join_uri(self.store, "runs", self.key, *parts)
 
+    def inputs(self, checkpoint: str, data: str) -> dict[str, str]:
+        """Return what work that is kept belongs to: what it starts from, by digest, and the settings."""
+        return {"checkpoint": checkpoint, "data": data, "settings": self.settings.digest()}
+
     def phase_uri(self, phase: int, step: str) -> str:
         """Return the URI of what a step of a phase publishes."""
         return self.uri("phases", f"{phase:02d}", step)

@@ -79,11 +79,7 @@ def open_for_decision(
         kept=kept_states(
             join_uri(run.phase_uri(phase, "scored"), RESUME, "training"),
             work.scratch / "states",
-            {
-                "checkpoint": checkpoint.digest,
-                "data": data.digest,
-                "settings": run.settings.digest(),
-            },
+            run.inputs(checkpoint.digest, data.digest),
         ),
         figures=figures,
     )

@@ -105,12 +105,7 @@ class PhaseMeasurement:
         return SavedStages(
             uri,
             self._scratch / "stages",
-            made_of={
-                "checkpoint": self._checkpoint.digest,
-                "data": self._data.digest,
-                "settings": self._run.settings.digest(),
-                **made_of,
-            },
+            made_of=self._run.inputs(self._checkpoint.digest, self._data.digest) | made_of,
         )
 
     def measure(self, step: int, stages: SavedStages) -> "Statistics":

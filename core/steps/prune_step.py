@@ -93,7 +93,7 @@ def run_prune_step(
                 scratch=work.scratch,
                 target=work.out,
                 states_uri=join_uri(uri, RESUME),
-                belongs_to={"checkpoint": digest, "data": data.digest, "settings": this.settings.digest()},
+                belongs_to=this.inputs(digest, data.digest),
                 dtype=dtype,
                 provenance=provenance,
             )

@@ -65,7 +65,7 @@ def _compute(run: Run, data: Publication, states_uri: str, work: Workspace) -> d
         first_step=0,
         total_steps=settings.total_steps,
         states_uri=states_uri,
-        belongs_to={"checkpoint": base.digest, "data": data.digest, "settings": run.settings.digest()},
+        belongs_to=run.inputs(base.digest, data.digest),
         explaining=EXPLAINING,
         live=functools.partial(logging_live, work.child.uri, work.child.run_id),
         scratch=work.scratch,

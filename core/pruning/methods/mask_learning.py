@@ -15,7 +15,6 @@ target of that update, are raised to ``FLOOR`` where they are lower, which is th
 that many open masks.
 """
 
-import itertools
 import logging
 import math
 import time
@@ -167,8 +166,10 @@ def learn_masks(
     losses, spent = kept.restore(learner, optimizer) if kept else ([], 0.0)
     if losses:
         log.info("the learning of masks resumed at step %d of %d", len(losses), training.steps)
-    for a in itertools.chain.from_iterable(itertools.repeat(tuple(learner.logits), len(losses))):
-        torch.rand(a.shape, dtype=a.dtype, generator=generator)  # what was drawn in these steps
+    with torch.no_grad():
+        for _ in losses:
+            for a in logits.values():
+                sampled(a, generator)  # as these steps have drawn
     steps, a_step, started = training.steps, training.batch * tokens.shape[1], time.monotonic() - spent
     with Progress("masks", steps * a_step, "tokens", done=len(losses) * a_step) as progress:
         for step in range(len(losses), steps):
