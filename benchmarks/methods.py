@@ -17,9 +17,7 @@ are listed (incomplete).
 All rows get the same text: a distillation takes the tokens of the repair, as often as its updates need them.
 Ours takes steps of 5 %, each scored on another draw, unless a row has steps_per_phase=1.
 
-    python benchmarks/methods.py --measure-on c4=c4.jsonl --measure-on wikitext2=wikitext2.txt
-    python benchmarks/methods.py --rows criterion=wanda_sp repair=none --seeds 1
-    python benchmarks/methods.py --results methods.jsonl --items 500
+    python benchmarks/methods.py --measure-on c4=c4.jsonl --rows criterion=wanda_sp --results methods.jsonl
 """
 
 import argparse
@@ -56,6 +54,7 @@ from core.settings.evaluation import EvaluationSettings
 from core.settings.identity import settings_of_kind
 from core.settings.methods import FIXED
 from core.settings.prune import PruneSettings
+from core.settings.recipe import load_yaml, settings_from_dict
 from core.training.distillation import distill
 
 OURS = "method=adapt-pruner"
@@ -234,16 +233,17 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=32_768, help="tokens of a repair or a distillation (default: 32768)"
     )
-    parser.add_argument(
-        "--items", type=int, default=0, help="items of ARC-easy and of PIQA (default: 0, no accuracy)"
-    )
+    parser.add_argument("--items", type=int, default=0, help="items of ARC-easy and of PIQA (default: 0)")
     parser.add_argument(
         "--bfloat16", action="store_true", help="distill under autocast, and measure in bfloat16"
     )
     parser.add_argument("--results", type=Path, help="file of measured rows; those in it are not run again")
     arguments = parser.parse_args()
     for row in arguments.rows:
-        settings_of(row)
+        try:
+            settings_of(row)
+        except SettingsError as error:
+            parser.error(f"--rows {row}: {error}")
     arguments.measure_on = arguments.measure_on or [f"passages={PASSAGES}#validation[90%:]"]
     console = Console(highlight=False, width=150)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:
@@ -257,11 +257,10 @@ def main() -> None:
 
 
 def settings_of(row: str) -> PruneSettings:
-    """Return the settings of a row."""
-    values = dict(pair.split("=", 1) for pair in row.split(",")) if row else {}
-    fields = {field.name: field for field in dataclasses.fields(PruneSettings)}
-    given = {name: type(fields[name].default)(value) for name, value in values.items()}
-    return PruneSettings(**{"phases": 1} | given)
+    """Return the settings of a row; raise SettingsError if there is anything wrong with them."""
+    pairs = [pair.partition("=") for pair in row.split(",") if pair]
+    given = {name: load_yaml(value) for name, _, value in pairs}
+    return settings_from_dict(dataclasses.asdict(DEMO) | {"prune": {"phases": 1} | given}).prune
 
 
 def meant(settings: PruneSettings) -> dict[str, object]:
@@ -275,7 +274,7 @@ def still_meant(measured: dict[str, object]) -> bool:
     row = measured["row"]
     try:
         return measured["settings"] == (meant(settings_of(row)) if row else {})
-    except (KeyError, SettingsError):
+    except SettingsError:
         return False
 
 
