@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 MAX_STEP_SHARE = 0.05
-"""Largest share of parameters that one step removes, as importance changes with what is removed."""
+"""Largest share of parameters that steps remove on average, as importance changes with what is removed."""
 
 
 def phase_sizes(

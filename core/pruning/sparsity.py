@@ -192,7 +192,8 @@ def sizes_for_target(
         target_params: Parameters of the whole model.
 
     Returns:
-        Layer sizes with |total - target| <= width_multiple / 2 channels, and d.
+        Layer sizes with |total - target| <= width_multiple / 2 channels, and d. Where the MLPs have less left
+        than a unit of attention, the total may be farther from the target.
 
     Raises:
         TargetError: If even the smallest model is larger.

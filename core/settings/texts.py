@@ -16,8 +16,8 @@ class TextSource:
     """A set of documents or conversations."""
 
     path: str = ""
-    """A file or folder (``.txt``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow``), ``package:NAME/path``
-    or a Hugging Face data set id."""
+    """A file or folder (``.txt``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow`` or ``.csv``),
+    ``package:NAME/path`` or a Hugging Face data set id."""
     subset: str = ""
     """Configuration name of a Hugging Face data set."""
     revision: str = ""

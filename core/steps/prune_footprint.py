@@ -256,10 +256,11 @@ def check_repair(
     def footprint(settings: "CalibrationSettings") -> Footprint:
         return repair_footprint(config, settings, prune, device=device, free_bytes=free)
 
+    memory = ", calibration.state_memory=0" if device.type == "cpu" else ""
     others = (
         ("calibration.micro_batch=1", replace(calibration, micro_batch=1)),
         (
-            "calibration.weights=streamed, calibration.micro_batch=1, calibration.state_memory=0",
+            f"calibration.weights=streamed, calibration.micro_batch=1{memory}",
             replace(calibration, weights="streamed", micro_batch=1, state_memory="0"),
         ),
     )

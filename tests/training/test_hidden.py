@@ -99,6 +99,14 @@ def test_a_method_whose_layers_do_not_stand_for_the_base_models_is_refused(metho
         settings_from_dict(recipe_with(changes | {"prune.phases": 1}))
 
 
+@pytest.mark.parametrize("method", ["minitron", "sheared-llama"])
+def test_a_method_that_narrows_the_hidden_states_is_refused(method):
+    changes = {f"prune.{name}": value for name, value in FIXED[method].items()}
+    changes |= {"training.teacher": "base", "training.hidden_weight": 1.0, "prune.method": method}
+    with pytest.raises(SettingsError, match=r"hidden_weight does not go with prune\.hidden_size=50%"):
+        settings_from_dict(recipe_with(changes | {"prune.phases": 1, "prune.hidden_size": "50%"}))
+
+
 def test_a_layer_that_the_base_model_does_not_have_is_refused(project, monkeypatch):
     monkeypatch.chdir(project)
     changes = {"teacher": "base", "hidden_weight": 1.0, "hidden_layers": [1, 99]}
