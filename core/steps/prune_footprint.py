@@ -256,7 +256,7 @@ def check_repair(
     def footprint(settings: "CalibrationSettings") -> Footprint:
         return repair_footprint(config, settings, prune, device=device, free_bytes=free)
 
-    memory = ", calibration.state_memory=0" if device.type == "cpu" else ""
+    memory = ", calibration.state_memory=0" if device == "cpu" else ""
     others = (
         ("calibration.micro_batch=1", replace(calibration, micro_batch=1)),
         (
