@@ -154,6 +154,7 @@ class PruneSettings:
             yield f"target={self.target} is neither a count (108M, 1.2B) nor a share (80%). Give one of them."
         yield from self._contradictions()
         yield from in_range("phases", self.phases, 1, 1000)
+        # Each step has a draw of its own; those from 997 on are the repair's, the search's and the masks'.
         yield from in_range("steps_per_phase", self.steps_per_phase, 0, 990)
         yield from in_range("amplitude", self.amplitude, 0, 1)
         yield from in_range("width_multiple", self.width_multiple, 1, 4096)
