@@ -1,5 +1,6 @@
 """Adapt-Pruner's decisions: from statistics to kept groups and cumulative sparsity (Algorithm 1)."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ from core.settings.prune import PORTABLE_WIDTH, AttentionUnit, PruneSettings, Wi
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,4 +252,14 @@ def plan_phase(
         plan = decided if plan is None else plan.then(decided)
         current, sparsity = step.shape, step.sparsity
     assert plan is not None, "a phase has at least one step"
+    missed = abs(plan.params_after - target_params)
+    if missed > settings.width_multiple * dense.mlp_channel_params / 2:
+        log.warning(
+            "the phase ends at %s parameters, %s from its target, which is more than half of %d MLP channels "
+            "(prune.width_multiple): a unit of attention has more than what the MLPs have left. Take another "
+            "prune.target, or prune.attention_unit=none, if that is too far.",
+            f"{plan.params_after:,}",
+            f"{missed:,}",
+            settings.width_multiple,
+        )
     return plan

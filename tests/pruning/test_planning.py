@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from core.errors import TargetError
 from core.model.families import FAMILIES
 from core.pruning.planning import StepRequest, plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.sparsity import MAX_SPARSITY, next_sparsity, normalise_importance, sizes_for_target
@@ -112,6 +113,34 @@ def test_a_phase_ends_with_the_step_that_lands_on_its_target():
     )
     assert plan.params_after == plan.target_params
     assert measured == [1]
+
+
+def test_a_phase_that_misses_its_target_says_so(caplog):
+    """Where a unit of attention has more parameters than the MLPs have left; never otherwise."""
+    missed = {True: 0, False: 0}
+    for seed in range(150):
+        rng = random.Random(seed)
+        dense = uniform_shape(rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 4), rng.randint(2, 20), 16)
+        caplog.clear()
+        try:
+            plan = plan_phase(
+                statistics_of(dense, 0),
+                dense=dense,
+                current=dense,
+                sparsity=(0.0,) * len(dense.layers),
+                target_params=round(rng.uniform(0.5, 0.97) * dense.num_params()),
+                settings=PruneSettings(attention_unit="kv_group", width_multiple=1, steps_per_phase=1),
+                checkpoint="c",
+                statistics_digest="s",
+                remeasure=lambda *_: pytest.fail("one step measures once"),
+            )
+        except TargetError:
+            continue
+        by = abs(plan.params_after - plan.target_params)
+        said = f"{by:,} from its target" in caplog.text
+        assert said == bool(caplog.text) == (by > dense.mlp_channel_params / 2)
+        missed[said] += 1
+    assert min(missed.values()) >= 5
 
 
 @pytest.mark.parametrize(
