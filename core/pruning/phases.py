@@ -39,7 +39,7 @@ def pruning_steps(before_params: int, target_params: int, setting: int = 0) -> i
     Args:
         before_params: Parameters before the phase.
         target_params: Parameters after it.
-        setting: ``prune.steps_per_phase``; 0 keeps each step within ``MAX_STEP_SHARE``.
+        setting: ``prune.steps_per_phase``; 0 keeps their mean within ``MAX_STEP_SHARE``.
     """
     return setting or max(1, math.ceil((1 - target_params / before_params) / MAX_STEP_SHARE - 1e-9))
 

@@ -75,18 +75,15 @@ class Settings:
                 "training.optimizer_state=carry does not go with prune.method=slicegpt, whose new bases the "
                 "squares of gradients do not follow. Leave it at reset."
             )
-        if self.training.hidden_weight:
-            of = self.prune
-            if of.removes_layers or of.method == "slicegpt":
-                problems.append(
-                    f"training.hidden_weight does not go with prune.method={of.method} and prune.layers="
-                    f"{of.layers}, whose layers do not stand for those of the base model. Leave it at 0."
-                )
-            elif of.narrows:
-                problems.append(
-                    f"training.hidden_weight does not go with prune.hidden_size={of.hidden_size}, which "
-                    "makes hidden states narrower than those of the base model. Leave it at 0."
-                )
+        prune = self.prune
+        if self.training.hidden_weight and (
+            prune.removes_layers or prune.narrows or prune.method == "slicegpt"
+        ):
+            problems.append(
+                f"training.hidden_weight does not go with prune.method={prune.method}, prune.layers="
+                f"{prune.layers} and prune.hidden_size={prune.hidden_size}: what the layers return does not "
+                "stand for what those of the base model return. Leave it at 0."
+            )
         problems += self._registry_problems()
         refuse(problems)
 
