@@ -1,6 +1,8 @@
 """The steps that measure and distil, killed in the midst of it, go on there and publish the same."""
 
 import contextlib
+import dataclasses
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +106,13 @@ def undisturbed(begin):
     for step in steps.values():
         step()
     return run
+
+
+def test_kept_work_belongs_to_one_checkpoint_one_corpus_and_one_set_of_settings(begin):
+    run, _ = begin(CHANGES)
+    other = dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=run.settings.seed + 1))
+    kinds = [run.inputs("a", "b"), run.inputs("c", "b"), run.inputs("a", "c"), other.inputs("a", "b")]
+    assert all(one != another for one, another in itertools.combinations(kinds, 2))
 
 
 KILLS = {"calibrated": 4, "scored": 7, "pruned": 4}
