@@ -1,7 +1,6 @@
 """The steps that measure and distil, killed in the midst of it, go on there and publish the same."""
 
 import contextlib
-import dataclasses
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +109,7 @@ def undisturbed(begin):
 
 def test_kept_work_belongs_to_one_checkpoint_one_corpus_and_one_set_of_settings(begin):
     run, _ = begin(CHANGES)
-    other = dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=run.settings.seed + 1))
+    other = replace(run, settings=replace(run.settings, seed=run.settings.seed + 1))
     kinds = [run.inputs("a", "b"), run.inputs("c", "b"), run.inputs("a", "c"), other.inputs("a", "b")]
     assert all(one != another for one, another in itertools.combinations(kinds, 2))
 
