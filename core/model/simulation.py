@@ -7,9 +7,9 @@ that are alive are counted. So no formula a family has to be kept in step with t
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,26 @@ class PassMemory:
     handed_over: tuple[int, ...] = ()
 
 
+P = ParamSpec("P")
+Simulation = Callable[Concatenate[PreTrainedConfig, P], PassMemory]
+
+
+def _once(simulate: Simulation[P]) -> Simulation[P]:
+    """Keep in this process what a simulation has found: plans ask for the same passes again and again."""
+    known: dict[Hashable, PassMemory] = {}
+
+    @functools.wraps(simulate)
+    def found(config: PreTrainedConfig, /, *args: P.args, **kwargs: P.kwargs) -> PassMemory:
+        sizes = config.to_json_string(use_diff=False), config._attn_implementation
+        key = *sizes, *args, *sorted(kwargs.items())
+        if key not in known:
+            known[key] = simulate(config, *args, **kwargs)
+        return known[key]
+
+    return found
+
+
+@_once
 def simulate_training(
     config: PreTrainedConfig,
     batch: int,
@@ -62,7 +82,7 @@ def simulate_training(
     offload: bool = False,
     accumulate: bool = False,
     taught: tuple[float, float] | None = None,
-    hidden_layers: Iterable[int] = (),
+    hidden_layers: tuple[int, ...] = (),
     top_k: int = 0,
     lora_rank: int = 0,
 ) -> PassMemory:
@@ -162,6 +182,7 @@ def _adapted(a: Tensor, b: Tensor, _: nn.Module, inputs: tuple[Tensor, ...], out
     return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b) * 2
 
 
+@_once
 def simulate_inference(config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int) -> PassMemory:
     """Return what a forward pass takes that keeps nothing, without the output head's logits."""
     with _fake_model(config, dtype) as (model, counter), torch.no_grad():
@@ -170,6 +191,7 @@ def simulate_inference(config: PreTrainedConfig, dtype: torch.dtype, batch: int,
         return PassMemory(kept=states.nbytes, peak=counter.peak - weights)
 
 
+@_once
 def simulate_head(
     config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, *, device: str
 ) -> PassMemory:
@@ -184,6 +206,7 @@ def simulate_head(
         return PassMemory(kept=states.nbytes, peak=counter.peak - before + 3 * states.nbytes)
 
 
+@_once
 def simulate_layer(
     config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, *, of_weights: bool, backward: bool
 ) -> PassMemory:

@@ -14,6 +14,7 @@ from core.pruning.attention import AttentionCut, attention_cuts
 from core.pruning.methods.llm_pruner import whole_layers
 from core.pruning.phases import pruning_steps
 from core.pruning.plan import LayerPlan, Plan, select_groups
+from core.pruning.scoring.criteria import CRITERIA
 from core.pruning.scoring.statistics import LayerScores, Statistics
 from core.pruning.sparsity import (
     MAX_SPARSITY,
@@ -54,7 +55,7 @@ def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
 
     The method has its own. The portable profile means whole attention and MLP widths that are multiples of
     256. ``auto`` leaves attention whole if the family's heads cannot be removed. It compares scores of
-    attention and MLP, so it means ``kv_group`` under a criterion whose scores are not in units of loss, and
+    attention and MLP, so it means ``kv_group`` under a criterion whose scores do not estimate the loss, and
     under methods that do not compare them.
 
     Raises:
@@ -65,7 +66,7 @@ def settings_for(settings: PruneSettings, family: Family) -> PruneSettings:
         multiple = max(settings.width_multiple, PORTABLE_WIDTH)
         return replace(settings, attention_unit="none", width_multiple=multiple)
     if settings.attention_unit == "auto":
-        comparable = settings.method == "adapt-pruner" and settings.criterion.startswith("taylor")
+        comparable = settings.method == "adapt-pruner" and CRITERIA[settings.criterion].of_loss
         unit: AttentionUnit = "auto" if comparable else ATTENTION.get(settings.method, "kv_group")
         return replace(settings, attention_unit=unit if family.prunes_heads else "none")
     if family.prunes_heads or settings.attention_unit == "none":

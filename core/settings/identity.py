@@ -34,7 +34,7 @@ def formerly(value: Any) -> Mapping[str, Any]:
     return {_KIND: "result", _FORMERLY: value}
 
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Part of every key. Raise it if equal settings give another result than before, beyond rounding: another
 formula, draw, data order, or default of a setting that changes the result. Every run then starts over under a
 new key. A new setting needs no new version if its default leaves the result alone, or if it is ``formerly``

@@ -124,10 +124,11 @@ class PruneSettings:
     under ``sheared-llama``, as few as leave enough parameters under the other two."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
-    the MLP channels it would replace (Taylor criteria; else as ``kv_group``; ``query_head`` for ``minitron``,
-    ``none`` for ``minitron-depth``, ``modegpt``, ``shortgpt`` and ``slicegpt``, ``kv_group`` for the other
-    compared methods). ``kv_group`` (the paper): KV heads with their query heads, at the MLP's sparsity.
-    ``query_head``: one query head of every KV head, at the MLP's sparsity. ``none``: nothing."""
+    the MLP channels it would replace (under the Taylor criteria and ``fisher``; else as ``kv_group``;
+    ``query_head`` for ``minitron``, ``none`` for ``minitron-depth``, ``modegpt``, ``shortgpt`` and
+    ``slicegpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the paper): KV heads with their
+    query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
+    sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
     """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
     llama.cpp quantize every layer; 1 gets closest to the target."""

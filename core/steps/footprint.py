@@ -1,7 +1,7 @@
 """The memory that a step will take, estimated before it starts, and settings under which it would fit."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -104,9 +104,9 @@ def training_footprint(
         weights += 4 * trained
     base_params = 0 if dense is None else model_shape(dense).num_params()
     stored = settings.teacher_logits == "stored"
-    hidden: Sequence[int] = ()
+    hidden: tuple[int, ...] = ()
     if settings.hidden_weight:
-        hidden = settings.hidden_layers or range(config.num_hidden_layers)
+        hidden = settings.hidden_layers or tuple(range(config.num_hidden_layers))
     passes = simulate_training(
         config,
         settings.micro_batch,

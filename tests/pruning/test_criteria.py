@@ -1,3 +1,4 @@
+import functools
 from statistics import fmean, pvariance, stdev
 
 import pytest
@@ -69,6 +70,26 @@ class Oracle:
             loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
             (loss / TOKENS[:, 1:].numel()).backward()
 
+    @functools.cached_property
+    def of_tokens(self):
+        """For each token, the layer's parameters and what it adds to their gradients as it passes through."""
+        linears = [module for module in self.layer.modules() if isinstance(module, torch.nn.Linear)]
+        found = []
+        for sequence in TOKENS.split(1):
+            for here in torch.eye(sequence.shape[1], dtype=torch.bool):
+
+                def alone(module, inputs, output, here=here):
+                    bias = None if module.bias is None else module.bias.detach()
+                    others = torch.nn.functional.linear(*inputs, module.weight.detach(), bias)
+                    return torch.where(here[:, None], output, others)
+
+                hooks = [module.register_forward_hook(alone) for module in linears]
+                self.backward([sequence])
+                for hook in hooks:
+                    hook.remove()
+                found.append([(each, each.grad) for module in linears for each in module.parameters()])
+        return found
+
     def unit(self, criterion, members):
         """The score of a group, given as (kind, unit) pairs, by loops."""
         pairs = [pair for kind, unit in members for pair in weights_of(self.layer, kind, unit)]
@@ -103,11 +124,12 @@ class Oracle:
         if criterion == "leverage":
             return sum(self.leverage(kind, row) for kind, row in self.rows(members))
         if criterion == "obs":
-            return sum(self.rise(kind, unit) for kind, unit in members if kind != "kv")
+            return self.rise([(kind, unit) for kind, unit in members if kind != "kv"])
         if criterion == "fisher":
             total = 0.0
-            for sequence in TOKENS.split(1):
-                self.backward([sequence])
+            for gradients in self.of_tokens:
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
                 for kind, unit in members:
                     for block in blocks_of(self.layer, kind, unit):
                         total += sum((w * g).sum().item() for w, g in block) ** 2
@@ -145,14 +167,15 @@ class Oracle:
         ridge = 0.01 * squares.sum() / right.shape[1]
         return (squares / (squares + ridge) * right[:, row].square()).sum().item()
 
-    def rise(self, kind, unit):
-        """The squared error a token, with the ridge, if a unit goes and least squares refits all the rest."""
+    def rise(self, members):
+        """The squared error a token, with the ridge, if units go and least squares refits all the rest."""
+        kind = members[0][0]
         x = self.inputs(kind)
         linear = self.layer.self_attn.o_proj if kind == "query" else self.layer.mlp.down_proj
         ridge = 0.01 * x.square().mean(dim=0).mean()
         stacked = torch.cat([x / len(x) ** 0.5, ridge.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
         wanted = stacked @ linear.weight.detach().T
-        gone = [row for _, row in self.rows([(kind, unit)])]
+        gone = [row for _, row in self.rows(members)]
         left = stacked[:, [row for row in range(x.shape[1]) if row not in gone]]
         return (wanted - left @ torch.linalg.lstsq(left, wanted).solution).square().sum().item()
 

@@ -148,11 +148,12 @@ def test_a_phase_that_misses_its_target_says_so(caplog):
     [
         ("taylor_l1", "auto"),
         ("taylor_signed", "auto"),
+        ("fisher", "auto"),
         ("wanda_sp", "kv_group"),
         ("magnitude_l1", "kv_group"),
     ],
 )
-def test_attention_competes_with_the_mlp_only_where_scores_are_in_units_of_loss(criterion, unit):
+def test_attention_competes_with_the_mlp_only_where_scores_estimate_the_loss(criterion, unit):
     asked = PruneSettings(attention_unit="auto", criterion=criterion)
     assert settings_for(asked, FAMILIES["llama"]).attention_unit == unit
     assert settings_for(asked, FAMILIES["olmo2"]).attention_unit == "none"

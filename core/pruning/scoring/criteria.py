@@ -106,6 +106,7 @@ class Criterion:
         score: (U,) from the weight w (U, R, ...), the block's sum s and the number n of tokens seen.
         finish: A group's score from the total over its blocks.
         squares: Whether a block's sum is a square matrix of its rows.
+        of_loss: Whether scores estimate how much the loss changes, so that attention and MLP compare.
     """
 
     observed: Observed
@@ -113,12 +114,16 @@ class Criterion:
     score: Callable[[Tensor, Tensor, int], Tensor]
     finish: Callable[[Tensor], Tensor] = _same
     squares: bool = False
+    of_loss: bool = False
 
 
 CRITERIA: Mapping[CriterionName, Criterion] = {
     # sum |W * G|, with absolute values taken after the gradients of all micro-batches are summed (eq. 10).
     "taylor_l1": Criterion(
-        observed="weight_gradients", add=lambda w, g: g, score=lambda w, s, n: _per_unit((w * s).abs_())
+        observed="weight_gradients",
+        add=lambda w, g: g,
+        score=lambda w, s, n: _per_unit((w * s).abs_()),
+        of_loss=True,
     ),
     # |sum W * G|: for a linear map the sum over W * G is that of value * dL/dvalue over tokens.
     "taylor_signed": Criterion(
@@ -126,10 +131,14 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
         add=lambda v, g: (v * g).sum(dim=(0, 1, 3)),
         score=lambda w, s, n: s,
         finish=torch.abs,
+        of_loss=True,
     ),
     # sum |W * G| of each micro-batch: an approximation of taylor_l1.
     "taylor_per_microbatch": Criterion(
-        observed="weight_gradients", add=lambda w, g: _per_unit((w * g).abs_()), score=lambda w, s, n: s
+        observed="weight_gradients",
+        add=lambda w, g: _per_unit((w * g).abs_()),
+        score=lambda w, s, n: s,
+        of_loss=True,
     ),
     "magnitude_l1": Criterion(observed="nothing", score=lambda w, s, n: _per_unit(w.abs())),
     "magnitude_l2": Criterion(
@@ -161,12 +170,14 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
     # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
     # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
     "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon, squares=True),
-    # The diagonal of the empirical Fisher information along a unit's weights: (sum W * G)^2 of each sequence
-    # and block. The micro-batches do not matter.
+    # The diagonal of the empirical Fisher information along a block's weights: (sum W * G)^2 of what each token
+    # adds to G as it passes through them. To second order, twice the loss that removing the block costs, times
+    # a constant that all share.
     "fisher": Criterion(
         observed="output_gradients",
-        add=lambda v, g: (v * g).sum(dim=(1, 3)).square().sum(dim=0),
+        add=lambda v, g: (v * g).sum(dim=3).square().sum(dim=(0, 1)),
         score=lambda w, s, n: s,
+        of_loss=True,
     ),
     "random": Criterion(observed="nothing", score=lambda w, s, n: torch.rand(len(w))),
 }
@@ -240,15 +251,22 @@ class LayerScoring:
                 weight = self.weights[name].detach()
                 blocks = self._blocks(name, self._family.slicings[name].axis, weight)
                 for number, (kind, (block,)) in enumerate(blocks):
-                    score = self.criterion.score(
-                        block, self._sums.get((name, number), torch.empty(0)), self._tokens
-                    ).to("cpu", torch.promote_types(weight.dtype, torch.float32))
+                    seen = self._sums.get((name, number), torch.empty(0))
+                    score = self._score(block, seen)
                     totals[kind] = totals[kind] + score if kind in totals else score
+                    if kind == "query" and self.criterion.squares:
+                        heads = block.unflatten(0, (self._shape.kv_heads, -1))
+                        groups = self._score(heads.flatten(1, 2), seen)
         finish = self.criterion.finish
-        groups = totals["query"].view(self._shape.kv_heads, -1).sum(dim=1) + totals.get("kv", 0.0)
+        if not self.criterion.squares:  # else heads of a group may make up for each other
+            groups = totals["query"].view(self._shape.kv_heads, -1).sum(dim=1) + totals.get("kv", 0.0)
         return LayerScores(
             query_heads=finish(totals["query"]), kv_groups=finish(groups), mlp_channels=finish(totals["mlp"])
         )
+
+    def _score(self, block: Tensor, seen: Tensor) -> Tensor:
+        """Return the (U,) scores of the (U, R, ...) units of a block of a weight, from the block's sum."""
+        return self.criterion.score(block, seen, self._tokens).to("cpu", block.dtype)
 
     def _blocks(self, name: str, axis: int, *tensors: Tensor) -> Iterator[tuple[Kind, list[Tensor]]]:
         """Cut tensors along their groups: weights into (U, R, ...), activations into (B, T, U, R)."""
