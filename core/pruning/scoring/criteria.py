@@ -170,9 +170,9 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
     # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
     # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
     "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon, squares=True),
-    # The diagonal of the empirical Fisher information along a block's weights: (sum W * G)^2 of what each token
-    # adds to G as it passes through them. To second order, twice the loss that removing the block costs, times
-    # a constant that all share.
+    # The diagonal of the empirical Fisher information along a block's weights: (sum W * G)^2 of what each
+    # token adds to G as it passes through them. To second order, twice the loss that removing the block
+    # costs, times a constant that all share.
     "fisher": Criterion(
         observed="output_gradients",
         add=lambda v, g: (v * g).sum(dim=3).square().sum(dim=(0, 1)),
