@@ -29,7 +29,8 @@ def formerly(value: Any) -> Mapping[str, Any]:
     """Return the metadata of a setting that changes the result and that older versions did not have.
 
     Args:
-        value: What they did. Runs of theirs keep it, and a recipe that asks for it has the key that it had.
+        value: What they did. Runs of theirs keep it, and a recipe that asks for it has the key that it had
+            while ``ALGORITHM_VERSION`` is the same.
     """
     return {_KIND: "result", _FORMERLY: value}
 
