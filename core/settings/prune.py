@@ -81,8 +81,9 @@ class PruneSettings:
     tokens); all weights are in memory for it, and ``steps_per_phase`` must be 1."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How a layer's input and output are compared (eq. 3)."""
-    criterion: CriterionName = "taylor_l1"
-    """How a group is scored. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it."""
+    criterion: CriterionName = "fisher"
+    """How a group is scored. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it.
+    ``fisher`` takes as long and [keeps more of the model](results.md#criteria)."""
     repair: RepairName = field(default="ridge", metadata=formerly("none"))
     """What is done to the weights that stay after a cut. ``ridge``: those of o_proj and down_proj take over
     what those that went contributed, in closed form, layer after layer; ``ridge_to_zero``: with a ridge that
