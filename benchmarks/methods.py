@@ -51,7 +51,7 @@ from core.pruning.scoring.statistics import Statistics
 from core.pruning.self_calibration import write_text
 from core.quantities import parse_count
 from core.settings.evaluation import EvaluationSettings
-from core.settings.identity import ALGORITHM_VERSION, settings_of_kind
+from core.settings.identity import settings_of_kind
 from core.settings.methods import FIXED
 from core.settings.prune import PruneSettings
 from core.settings.recipe import load_yaml, settings_from_dict
@@ -94,7 +94,6 @@ class Study:
         known = self.file.read_text().splitlines() if self.file and self.file.exists() else []
         # Only rows that were measured alike stand side by side.
         self.alike = {
-            "algorithm": ALGORITHM_VERSION,
             "scored_tokens": arguments.sequences * arguments.length,
             "repair_tokens": arguments.tokens,
             "bfloat16": arguments.bfloat16,

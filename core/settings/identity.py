@@ -26,16 +26,20 @@ _FORMERLY = "formerly"
 
 
 def formerly(value: Any) -> Mapping[str, Any]:
-    """Return the metadata of a setting that changes the result and that older versions did not have.
+    """Return the metadata of a setting that changes the result, which older versions lacked or set otherwise.
 
     Args:
-        value: What they did. Runs of theirs keep it, and a recipe that asks for it has the key that it had
-            while ``ALGORITHM_VERSION`` is the same.
+        value: What they did. Runs of theirs keep it, and a recipe that asks for it has the key that it had.
     """
     return {_KIND: "result", _FORMERLY: value}
 
 
-ALGORITHM_VERSION = 2
+def former(field: "dataclasses.Field[Any]") -> Any:
+    """Return what a setting was when keys were first made: what it was formerly, or its default."""
+    return field.metadata.get(_FORMERLY, field.default)
+
+
+ALGORITHM_VERSION = 1
 """Part of every key. Raise it if equal settings give another result than before, beyond rounding: another
 formula, draw, data order, or default of a setting that changes the result. Every run then starts over under a
 new key. A new setting needs no new version if its default leaves the result alone, or if it is ``formerly``
@@ -58,7 +62,7 @@ def settings_of_kind(settings: Any, kind: Kind, inherited: Kind = "result") -> d
     for field in dataclasses.fields(settings):
         own = field.metadata.get(_KIND, inherited)
         value = getattr(settings, field.name)
-        default = field.metadata.get(_FORMERLY, field.default)
+        default = former(field)
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(value):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
-from core.settings.identity import formerly
+from core.settings.identity import former, formerly
 from core.settings.methods import (
     FIXED,
     LAYERED,
@@ -40,6 +40,7 @@ CriterionName = Literal[
     "leverage",
     "obs",
     "fisher",
+    "fisher_per_token",
     "random",
 ]
 WidthRule = Literal["similarity", "ranks", "clipped", "softmax", "search"]
@@ -81,9 +82,9 @@ class PruneSettings:
     tokens); all weights are in memory for it, and ``steps_per_phase`` must be 1."""
     similarity: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """How a layer's input and output are compared (eq. 3)."""
-    criterion: CriterionName = "fisher"
+    criterion: CriterionName = field(default="fisher_per_token", metadata=formerly("taylor_l1"))
     """How a group is scored. ``taylor_l1`` is the paper's; ``taylor_per_microbatch`` approximates it.
-    ``fisher`` takes as long and [keeps more of the model](results.md#criteria)."""
+    ``fisher_per_token`` takes as long and [keeps more of the model](results.md#criteria)."""
     repair: RepairName = field(default="ridge", metadata=formerly("none"))
     """What is done to the weights that stay after a cut. ``ridge``: those of o_proj and down_proj take over
     what those that went contributed, in closed form, layer after layer; ``ridge_to_zero``: with a ridge that
@@ -125,10 +126,10 @@ class PruneSettings:
     under ``sheared-llama``, as few as leave enough parameters under the other two."""
     attention_unit: AttentionUnit = "auto"
     """What attention loses. ``auto``: a KV head with its query heads, if it scores lower per parameter than
-    the MLP channels it would replace (under the Taylor criteria and ``fisher``; else as ``kv_group``;
-    ``query_head`` for ``minitron``, ``none`` for ``minitron-depth``, ``modegpt``, ``shortgpt`` and
-    ``slicegpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the paper): KV heads with their
-    query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
+    the MLP channels it would replace (under the Taylor criteria and ``fisher_per_token``; else as
+    ``kv_group``; ``query_head`` for ``minitron``, ``none`` for ``minitron-depth``, ``modegpt``, ``shortgpt``
+    and ``slicegpt``, ``kv_group`` for the other compared methods). ``kv_group`` (the paper): KV heads with
+    their query heads, at the MLP's sparsity. ``query_head``: one query head of every KV head, at the MLP's
     sparsity. ``none``: nothing."""
     width_multiple: int = WIDTH_MULTIPLE
     """MLP widths are multiples of this, so the target is met to within half of it in channels. 32 lets
@@ -223,7 +224,7 @@ class PruneSettings:
         fixed = FIXED[self.method]
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            if name in fixed and value not in (setting.default, fixed[name]):
+            if name in fixed and value not in (setting.default, former(setting), fixed[name]):
                 yield (
                     f"{name}={value} contradicts method={self.method}, which decides it: {fixed[name]}. "
                     f"Leave {name} out, or set method to adapt-pruner."

@@ -124,8 +124,16 @@ class Oracle:
         if criterion == "leverage":
             return sum(self.leverage(kind, row) for kind, row in self.rows(members))
         if criterion == "obs":
-            return self.rise([(kind, unit) for kind, unit in members if kind != "kv"])
+            return sum(self.rise(kind, unit) for kind, unit in members if kind != "kv")
         if criterion == "fisher":
+            total = 0.0
+            for sequence in TOKENS.split(1):
+                self.backward([sequence])
+                for kind, unit in members:
+                    for block in blocks_of(self.layer, kind, unit):
+                        total += sum((w * g).sum().item() for w, g in block) ** 2
+            return total
+        if criterion == "fisher_per_token":
             total = 0.0
             for gradients in self.of_tokens:
                 for parameter, gradient in gradients:
@@ -167,15 +175,14 @@ class Oracle:
         ridge = 0.01 * squares.sum() / right.shape[1]
         return (squares / (squares + ridge) * right[:, row].square()).sum().item()
 
-    def rise(self, members):
-        """The squared error a token, with the ridge, if units go and least squares refits all the rest."""
-        kind = members[0][0]
+    def rise(self, kind, unit):
+        """The squared error a token, with the ridge, if a unit goes and least squares refits all the rest."""
         x = self.inputs(kind)
         linear = self.layer.self_attn.o_proj if kind == "query" else self.layer.mlp.down_proj
         ridge = 0.01 * x.square().mean(dim=0).mean()
         stacked = torch.cat([x / len(x) ** 0.5, ridge.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
         wanted = stacked @ linear.weight.detach().T
-        gone = [row for _, row in self.rows(members)]
+        gone = [row for _, row in self.rows([(kind, unit)])]
         left = stacked[:, [row for row in range(x.shape[1]) if row not in gone]]
         return (wanted - left @ torch.linalg.lstsq(left, wanted).solution).square().sum().item()
 
@@ -224,7 +231,9 @@ def test_random_scores_are_seeded_and_differ_between_layers():
     assert not torch.equal(draw(1)[0].mlp_channels, draw(1)[1].mlp_channels)
 
 
-@pytest.mark.parametrize("criterion", ["taylor_signed", "wanda_sp", "magnitude_l1", "fisher"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor_signed", "wanda_sp", "magnitude_l1", "fisher", "fisher_per_token"]
+)
 def test_criteria_without_weight_gradients_ask_for_none(criterion):
     model = tiny("llama")
     asked = []

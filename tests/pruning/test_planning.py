@@ -148,7 +148,8 @@ def test_a_phase_that_misses_its_target_says_so(caplog):
     [
         ("taylor_l1", "auto"),
         ("taylor_signed", "auto"),
-        ("fisher", "auto"),
+        ("fisher", "kv_group"),
+        ("fisher_per_token", "auto"),
         ("wanda_sp", "kv_group"),
         ("magnitude_l1", "kv_group"),
     ],

@@ -50,7 +50,7 @@ def test_a_checkpoint_cut_twice_measures_like_what_both_plans_leave_on_disk(name
             measured.cut(cut)
         found = measured.measure(TOKENS)
         again = open_pruned(Checkpoint(tmp_path), left, device=torch.device("cpu"))
-        expected = measure(again, TOKENS, micro_batch=2)
+        expected = measure(again, TOKENS, micro_batch=2, criterion=PruneSettings().criterion)
         assert found.loss == expected.loss
         assert torch.equal(found.similarities, expected.similarities)
         for a, b in zip(found.scores, expected.scores, strict=True):

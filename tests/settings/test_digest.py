@@ -7,7 +7,7 @@ import json
 import typing
 
 from core.errors import SettingsError
-from core.settings.identity import ALGORITHM_VERSION, with_former
+from core.settings.identity import with_former
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import Settings
 from tests.support.recipes import FULL, changed
@@ -96,11 +96,11 @@ def test_the_split_into_micro_batches_counts_where_each_is_scored_apart():
 def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_no_key():
     settings = settings_from_dict({"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}})
     counted = {
-        "algorithm": ALGORITHM_VERSION,
+        "algorithm": 1,
         "settings": {
             "calibration": {"source": {"path": "p"}},
             "model": {"dtype_between_phases": "float32"},
-            "prune": {"repair": "ridge"},
+            "prune": {"criterion": "fisher_per_token", "repair": "ridge"},
             "training": {"packing": "whole", "teacher": "base"},
         },
     }
@@ -111,8 +111,11 @@ def test_what_stands_at_its_default_does_not_count_so_that_new_settings_change_n
 
 def test_a_setting_that_older_versions_did_not_have_keeps_the_key_of_what_they_did():
     recipe = {"model": {"base": "b"}, "calibration": {"source": {"path": "p"}}}
-    before = {"algorithm": ALGORITHM_VERSION, "settings": {"calibration": {"source": {"path": "p"}}}}
-    former = {"prune": {"repair": "none"}, "training": {"packing": "cut", "teacher": "none"}}
+    before = {"algorithm": 1, "settings": {"calibration": {"source": {"path": "p"}}}}
+    former = {
+        "prune": {"criterion": "taylor_l1", "repair": "none"},
+        "training": {"packing": "cut", "teacher": "none"},
+    }
     former["model"] = {"base": "b", "dtype_between_phases": "same"}
     older = settings_from_dict(recipe | former)
     assert older.digest() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
@@ -136,9 +139,12 @@ def test_whole_plain_texts_and_pinned_data_sets_have_new_keys_and_nothing_else_o
         counted = {"global_batch": 2, "sequence_length": 10, "sources": [source], "tokens": "10k"}
         counted |= {"packing": packing} if packing == "whole" else {}
         counted |= {"teacher": "base"}
-        former = {"model": {"dtype_between_phases": "float32"}, "prune": {"repair": "ridge"}}
+        former = {
+            "model": {"dtype_between_phases": "float32"},
+            "prune": {"criterion": "fisher_per_token", "repair": "ridge"},
+        }
         settings = {"calibration": {"source": {"path": "p"}}, "training": counted} | former
-        text = json.dumps({"algorithm": ALGORITHM_VERSION, "settings": settings}, sort_keys=True)
+        text = json.dumps({"algorithm": 1, "settings": settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     for packing in ("whole", "cut"):
@@ -150,7 +156,7 @@ def test_whole_plain_texts_and_pinned_data_sets_have_new_keys_and_nothing_else_o
 
 def test_another_version_of_the_algorithm_changes_every_key(monkeypatch):
     before = settings_from_dict(FULL).digest()
-    monkeypatch.setattr("core.settings.identity.ALGORITHM_VERSION", ALGORITHM_VERSION + 1)
+    monkeypatch.setattr("core.settings.identity.ALGORITHM_VERSION", 2)
     assert settings_from_dict(FULL).digest() != before
 
 

@@ -170,10 +170,16 @@ CRITERIA: Mapping[CriterionName, Criterion] = {
     # Optimal brain surgeon, structured: the least rise of |W x|^2 a token when a unit goes and all the other
     # weights adapt, trace(W_u ([(C/n + lambda I)^-1]_uu)^-1 W_u^T).
     "obs": Criterion(observed="inputs", add=_gram, score=_optimal_brain_surgeon, squares=True),
-    # The diagonal of the empirical Fisher information along a block's weights: (sum W * G)^2 of what each
-    # token adds to G as it passes through them. To second order, twice the loss that removing the block
-    # costs, times a constant that all share.
+    # The diagonal of the empirical Fisher information along a unit's weights: (sum W * G)^2 of each sequence
+    # and block. The micro-batches do not matter.
     "fisher": Criterion(
+        observed="output_gradients",
+        add=lambda v, g: (v * g).sum(dim=(1, 3)).square().sum(dim=0),
+        score=lambda w, s, n: s,
+    ),
+    # The same of what each token adds to G as it passes through the weights: far more squares, so less noise.
+    # To second order, twice the loss that removing the block costs, times a constant that all share.
+    "fisher_per_token": Criterion(
         observed="output_gradients",
         add=lambda v, g: (v * g).sum(dim=3).square().sum(dim=(0, 1)),
         score=lambda w, s, n: s,
@@ -251,22 +257,15 @@ class LayerScoring:
                 weight = self.weights[name].detach()
                 blocks = self._blocks(name, self._family.slicings[name].axis, weight)
                 for number, (kind, (block,)) in enumerate(blocks):
-                    seen = self._sums.get((name, number), torch.empty(0))
-                    score = self._score(block, seen)
+                    score = self.criterion.score(
+                        block, self._sums.get((name, number), torch.empty(0)), self._tokens
+                    ).to("cpu", torch.promote_types(weight.dtype, torch.float32))
                     totals[kind] = totals[kind] + score if kind in totals else score
-                    if kind == "query" and self.criterion.squares:
-                        heads = block.unflatten(0, (self._shape.kv_heads, -1))
-                        groups = self._score(heads.flatten(1, 2), seen)
         finish = self.criterion.finish
-        if not self.criterion.squares:  # else heads of a group may make up for each other
-            groups = totals["query"].view(self._shape.kv_heads, -1).sum(dim=1) + totals.get("kv", 0.0)
+        groups = totals["query"].view(self._shape.kv_heads, -1).sum(dim=1) + totals.get("kv", 0.0)
         return LayerScores(
             query_heads=finish(totals["query"]), kv_groups=finish(groups), mlp_channels=finish(totals["mlp"])
         )
-
-    def _score(self, block: Tensor, seen: Tensor) -> Tensor:
-        """Return the (U,) scores of the (U, R, ...) units of a block of a weight, from the block's sum."""
-        return self.criterion.score(block, seen, self._tokens).to("cpu", block.dtype)
 
     def _blocks(self, name: str, axis: int, *tensors: Tensor) -> Iterator[tuple[Kind, list[Tensor]]]:
         """Cut tensors along their groups: weights into (U, R, ...), activations into (B, T, U, R)."""
