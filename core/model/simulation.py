@@ -51,18 +51,18 @@ class PassMemory:
     handed_over: tuple[int, ...] = ()
 
 
-P = ParamSpec("P")
-Simulation = Callable[Concatenate[PreTrainedConfig, P], PassMemory]
+_P = ParamSpec("_P")
+_Simulation = Callable[Concatenate[PreTrainedConfig, _P], PassMemory]
 
 
-def _once(simulate: Simulation[P]) -> Simulation[P]:
+def _once(simulate: _Simulation[_P]) -> _Simulation[_P]:
     """Keep in this process what a simulation has found: plans ask for the same passes again and again."""
     known: dict[Hashable, PassMemory] = {}
 
     @functools.wraps(simulate)
-    def found(config: PreTrainedConfig, /, *args: P.args, **kwargs: P.kwargs) -> PassMemory:
-        sizes = config.to_json_string(use_diff=False), config._attn_implementation
-        key = *sizes, *args, *sorted(kwargs.items())
+    def found(config: PreTrainedConfig, /, *args: _P.args, **kwargs: _P.kwargs) -> PassMemory:
+        model = config.to_json_string(use_diff=False), config._attn_implementation
+        key = *model, *args, *sorted(kwargs.items())
         if key not in known:
             known[key] = simulate(config, *args, **kwargs)
         return known[key]

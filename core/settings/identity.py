@@ -34,11 +34,6 @@ def formerly(value: Any) -> Mapping[str, Any]:
     return {_KIND: "result", _FORMERLY: value}
 
 
-def former(field: "dataclasses.Field[Any]") -> Any:
-    """Return what a setting was when keys were first made: what it was formerly, or its default."""
-    return field.metadata.get(_FORMERLY, field.default)
-
-
 ALGORITHM_VERSION = 1
 """Part of every key. Raise it if equal settings give another result than before, beyond rounding: another
 formula, draw, data order, or default of a setting that changes the result. Every run then starts over under a
@@ -62,7 +57,7 @@ def settings_of_kind(settings: Any, kind: Kind, inherited: Kind = "result") -> d
     for field in dataclasses.fields(settings):
         own = field.metadata.get(_KIND, inherited)
         value = getattr(settings, field.name)
-        default = former(field)
+        default = field.metadata.get(_FORMERLY, field.default)
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(value):

@@ -1,12 +1,12 @@
 """Settings of the section ``prune``: how much is removed, in which steps, and from which layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from core.errors import refuse
 from core.quantities import in_range, is_share, parse_count
-from core.settings.identity import former, formerly
+from core.settings.identity import formerly
 from core.settings.methods import (
     FIXED,
     LAYERED,
@@ -45,6 +45,9 @@ CriterionName = Literal[
 ]
 WidthRule = Literal["similarity", "ranks", "clipped", "softmax", "search"]
 RepairName = Literal["none", "ridge", "ridge_to_zero", "bias"]
+
+_STORED: Mapping[str, Any] = {"criterion": "taylor_l1"}
+"""Defaults of older versions, which have stored them beside methods that decide otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ class PruneSettings:
         fixed = FIXED[self.method]
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            if name in fixed and value not in (setting.default, former(setting), fixed[name]):
+            if name in fixed and value not in (setting.default, _STORED.get(name), fixed[name]):
                 yield (
                     f"{name}={value} contradicts method={self.method}, which decides it: {fixed[name]}. "
                     f"Leave {name} out, or set method to adapt-pruner."

@@ -129,18 +129,14 @@ class Oracle:
             total = 0.0
             for sequence in TOKENS.split(1):
                 self.backward([sequence])
-                for kind, unit in members:
-                    for block in blocks_of(self.layer, kind, unit):
-                        total += sum((w * g).sum().item() for w, g in block) ** 2
+                total += self.squares(members)
             return total
         if criterion == "fisher_per_token":
             total = 0.0
             for gradients in self.of_tokens:
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
-                for kind, unit in members:
-                    for block in blocks_of(self.layer, kind, unit):
-                        total += sum((w * g).sum().item() for w, g in block) ** 2
+                total += self.squares(members)
             return total
         assert criterion == "taylor_per_microbatch"
         total = 0.0
@@ -149,6 +145,11 @@ class Oracle:
             pairs = [pair for kind, unit in members for pair in weights_of(self.layer, kind, unit)]
             total += sum((w * g).abs().sum().item() for w, g in pairs)
         return total
+
+    def squares(self, members):
+        """The squared sum of w * g of each block of the units, by the gradients that are there."""
+        blocks = [block for kind, unit in members for block in blocks_of(self.layer, kind, unit)]
+        return sum(sum((w * g).sum().item() for w, g in block) ** 2 for block in blocks)
 
     def rows(self, members):
         return [(kind, row) for kind, unit in members for _, row in reading_columns(self.layer, kind, unit)]

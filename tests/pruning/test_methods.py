@@ -289,9 +289,10 @@ def test_a_method_decides_its_settings_and_refuses_others():
         named = [problem.split("=")[0] for problem in refused.value.problems]
         assert named == ["steps_per_phase", "amplitude", "criterion"]
         assert f"method={method}" in str(refused.value)
-        # Older versions have stored the criterion that was their default.
-        stored = PruneSettings(method=method, criterion="taylor_l1")
+        stored = PruneSettings(method=method, criterion="taylor_l1")  # the default of older versions
         assert stored.applied() == PruneSettings(method=method).applied()
+    with pytest.raises(SettingsError, match="repair=none contradicts method=flap, which decides it: bias"):
+        PruneSettings(method="flap", repair="none")
 
 
 def test_flap_counts_its_biases_in_the_size():

@@ -41,11 +41,8 @@ def go_on(old, caplog):
 
     def run_steps(**changes):
         recipe = json.loads((old / "recipe.json").read_text())
-        former = {
-            "prune__criterion": "taylor_l1",
-            "prune__repair": "none",
-            "training__packing": "cut",
-        }  # as the older version did
+        # As the older version did.
+        former = {"prune__criterion": "taylor_l1", "prune__repair": "none", "training__packing": "cut"}
         former |= {"training__teacher": "none", "model__dtype_between_phases": "same"}
         for name, value in (former | changes).items():
             *sections, key = name.split("__")
