@@ -62,7 +62,8 @@ def write_text(
         while len(written) < sequences:
             part = chances[len(written) :][:batch].to(model.device)
             tokens, cache = start.expand(len(part), -1), empty_cache(model)
-            _reserve(*cache.values(), length)
+            for each in cache.values():
+                _reserve(each, length)
             drawn = [tokens] if opening else []
             for chance in part.unbind(dim=1):
                 logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache).logits

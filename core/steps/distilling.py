@@ -77,6 +77,14 @@ def distill_cut(
     pool = draw(run, phase, number, data, scratch, sequences=calibration.pool_documents, or_all=True)
     pool = torch.cat([own_text(run, scratch), pool])
     tokens, held_out = _divided(pool, prune.distill_steps * batch)
+    passes = prune.distill_steps * batch / len(tokens)
+    if passes > 1:
+        log.warning(
+            "the distillation goes %.1f times over its %s tokens, and learns by heart what comes again. Give "
+            "it more by a larger calibration.source, or by prune.generated_tokens",
+            passes,
+            f"{tokens.numel():,}",
+        )
     micro_batch = planned_distillation(cut.config, dense.config, calibration, prune, device.type)
     student = load_model(cut, dtype=torch.float32, device=device)
     teacher = load_model(dense, dtype=dtype_of(calibration.precision), device=device)

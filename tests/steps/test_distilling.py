@@ -159,6 +159,16 @@ def test_without_a_repair_a_cut_is_distilled_too(project, tmp_path):
     assert report["divergence_distilled"] < report["divergence_cut"]
 
 
+def test_more_than_one_pass_over_the_texts_is_said(project, tmp_path, caplog):
+    said = "learns by heart what comes again"
+    run, _ = run_phases(project, tmp_path / "many", {"prune.distill_steps": 40}, phases=1)
+    tokens = (len(pool_of(run)) - min(32, len(pool_of(run)) // 8)) * 24
+    assert f"goes {40 * BATCH * 24 / tokens:.1f} times over its {tokens:,} tokens, and {said}" in caplog.text
+    caplog.clear()
+    run_phases(project, tmp_path / "few", {"prune.distill_steps": 2}, phases=1)
+    assert said not in caplog.text
+
+
 def test_the_texts_of_a_distillation_are_not_those_of_the_repair_or_of_its_measure():
     pool = torch.arange(100)[:, None]
     trained, held_out = distilling._divided(pool, 40)
