@@ -1,12 +1,10 @@
 """Self-calibration: text that a model writes itself beside that of a corpus (Williams et al., 2410.17170)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.data.packing import body_length, end_id, opening_ids
 from core.model.decoder import empty_cache
@@ -62,8 +60,6 @@ def write_text(
         while len(written) < sequences:
             part = chances[len(written) :][:batch].to(model.device)
             tokens, cache = start.expand(len(part), -1), empty_cache(model)
-            for each in cache.values():
-                _reserve(each, length)
             drawn = [tokens] if opening else []
             for chance in part.unbind(dim=1):
                 logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache).logits
@@ -74,35 +70,6 @@ def write_text(
             if keep is not None and len(written) < sequences:
                 keep(written)
     return written
-
-
-class _ReservedLayer(DynamicLayer):
-    """Keys and values of a layer in arrays with room for all; the library copies them for each token."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self._room = room
-        self._arrays: tuple[Tensor, ...] = ()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, D) keys and values; return all there are."""
-        new = key_states, value_states
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self._arrays = tuple(each.new_empty(*each.shape[:2], self._room, each.shape[3]) for each in new)
-        known = self.get_seq_length()
-        end = known + key_states.shape[2]
-        for array, states in zip(self._arrays, new, strict=True):
-            array[:, :, known:end] = states
-        self.keys, self.values = (array[:, :, :end] for array in self._arrays)
-        return self.keys, self.values
-
-
-def _reserve(cache: DynamicCache, room: int) -> None:
-    """Give the layers of an empty cache that keep every token room for so many."""
-    cache.layers = [_ReservedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
 
 def _between_documents(tokenizer: PreTrainedTokenizerBase) -> int:

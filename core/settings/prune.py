@@ -114,7 +114,7 @@ class PruneSettings:
     ``sheared-llama``."""
     distill_batch_tokens: str = "1k"
     """Tokens of the calibration corpus that each update (or each of ``mask_steps``) takes, in sequences of
-    ``calibration.sequence_length``; none twice before all, ``generated_tokens`` included, is used up."""
+    ``calibration.sequence_length``; none twice before the corpus and ``generated_tokens`` are used up."""
     mask_steps: int = 100
     """Updates in which ``sheared-llama`` learns masks and weights before it cuts."""
     mask_rate: float = 1.0

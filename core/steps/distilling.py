@@ -80,7 +80,7 @@ def distill_cut(
     passes = prune.distill_steps * batch / len(tokens)
     if passes > 1:
         log.warning(
-            "the distillation goes %.1f times over its %s tokens, and learns by heart what comes again. Give "
+            "the distillation goes %.2f times over its %s tokens, and learns by heart what comes again. Give "
             "it more by a larger calibration.source, or by prune.generated_tokens",
             passes,
             f"{tokens.numel():,}",

@@ -124,7 +124,7 @@ def writing_footprint(
     return Footprint(
         parts={
             "weights": weights,
-            "keys and values": of_a_head * (sum(heads) + max(heads)),  # of a layer with a window, copies
+            "keys and values": of_a_head * (sum(heads) + max(heads)),  # those of a layer are copied
             # What is expected: the logits, their softmax and its sums in float64.
             "activations and logits": passes.peak + batch * config.vocab_size * (24 + dtype.itemsize),
             "libraries": LIBRARIES,

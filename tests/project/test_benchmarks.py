@@ -163,13 +163,3 @@ def write_windows(project):
 def plain_perplexity(model, windows):
     with torch.no_grad():
         return model(windows, labels=windows).loss.exp().item()
-
-
-def test_both_ways_of_writing_write_the_same(wide, monkeypatch, capsys):
-    command = f"writing.py --model {wide / 'base'} --length 12 --at-once 2 3 --rounds 1"
-    monkeypatch.setattr(sys, "argv", command.split())
-    runpy.run_path(str(METHODS.with_name("writing.py")), run_name="__main__")
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["length"] == 12
-    assert list(found["at_once"]) == ["2", "3"]
-    assert all(each["same_tokens"] == 1 and each["speed_ratio"] > 0 for each in found["at_once"].values())

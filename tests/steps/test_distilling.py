@@ -163,7 +163,7 @@ def test_more_than_one_pass_over_the_texts_is_said(project, tmp_path, caplog):
     said = "learns by heart what comes again"
     run, _ = run_phases(project, tmp_path / "many", {"prune.distill_steps": 40}, phases=1)
     tokens = (len(pool_of(run)) - min(32, len(pool_of(run)) // 8)) * 24
-    assert f"goes {40 * BATCH * 24 / tokens:.1f} times over its {tokens:,} tokens, and {said}" in caplog.text
+    assert f"goes {40 * BATCH * 24 / tokens:.2f} times over its {tokens:,} tokens, and {said}" in caplog.text
     caplog.clear()
     run_phases(project, tmp_path / "few", {"prune.distill_steps": 2}, phases=1)
     assert said not in caplog.text
