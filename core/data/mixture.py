@@ -275,8 +275,9 @@ class _Mixture:
             yield arrays
         given = sum(draw.drawn.tokens for draw in self.draws)
         raise DataError(
-            f"training.tokens is more than the max_tokens of all training.sources give, {given:,} tokens in "
-            f"{self._done:,} of {self._wanted:,} sequences. Lower it, or raise one of them."
+            "training.tokens, with training.held_out_sequences, is more than the max_tokens of all "
+            f"training.sources give, {given:,} tokens in {self._done:,} of {self._wanted:,} sequences. Lower "
+            "it, or raise one of them."
         )
 
     def _tokens_of(self, document: Tokenized) -> int:

@@ -1,5 +1,7 @@
 """What was measured on each item, as a comparison in pairs takes it."""
 
+from collections.abc import Mapping
+
 from core.evaluation.items import Items
 from core.evaluation.significance import Observations
 
@@ -31,3 +33,18 @@ def observed(items: Items, task: str, metric: str) -> dict[str, Observations]:
         return lists
     ids = [f"{name}/{item}" for name, found in lists.items() for item in found.ids]
     return {task: Observations(ids=ids, values=[x for found in lists.values() for x in found.values])}
+
+
+def can_be_averaged(items: Items, scores: Mapping[str, Mapping[str, Observations]]) -> bool:
+    """Return whether the mean over tasks can be compared in pairs, as the mean of their lists of items.
+
+    Not so where a task has several lists, or is a member of another: its items would be drawn twice.
+
+    Args:
+        items: All of an evaluation.
+        scores: Task to what ``observed`` says of it.
+    """
+    members = {
+        name for task in scores for of in items.groups.get(task, {}).values() for name, _ in of.members
+    }
+    return not members & scores.keys() and all(found.keys() == {task} for task, found in scores.items())

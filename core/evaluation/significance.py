@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
+from core.evaluation.items import exponential
 
 CONFIDENCE = 0.95
 _DRAWS = 10_000
@@ -113,9 +114,9 @@ def perplexity_ratio(results: Observations, other: Observations) -> Difference:
     drawn = np.concatenate([counts @ rows for counts in _window_counts(len(rows))])
     low, high = _interval(drawn[:, 0] / drawn[:, 1], len(rows), sign)
     return Difference(
-        value=math.exp(total / tokens.sum()),
-        low=math.exp(low),
-        high=math.exp(high),
+        value=exponential(total / tokens.sum()),
+        low=exponential(low),
+        high=exponential(high),
         items=len(rows),
         left_out=left_out,
         verdict=_verdict(-high, -low, len(rows)),

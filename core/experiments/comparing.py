@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from core.errors import AdaptPrunerError, DataError
 from core.evaluation.items import Items, read_items
-from core.evaluation.observed import observed, observed_text
+from core.evaluation.observed import can_be_averaged, observed, observed_text
 from core.evaluation.significance import Difference, Observations, perplexity_ratio, score_difference
 from core.report.comparison import ComparedRun
 from core.runs.finding import StoredRun
@@ -74,15 +74,7 @@ def _compared(run: ComparedRun, items: Items | None, *, other: _Read | None) -> 
     own_scores, other_scores = _scores(run, items), _scores(reference, others)
     pairs = {task: (own_scores[task], other_scores[task]) for task in own_scores if task in other_scores}
     averaged = [task for task in accuracies(run.shown) if task in pairs] if run.shown else []
-    members = {
-        name for task in averaged for of in items.groups.get(task, {}).values() for name, _ in of.members
-    }
-    # A group beside its own members would have their items drawn twice.
-    if (
-        len(averaged) > 1
-        and not members & set(averaged)
-        and all(pairs[task][0].keys() == {task} for task in averaged)
-    ):
+    if len(averaged) > 1 and can_be_averaged(items, {task: own_scores[task] for task in averaged}):
         pairs["accuracy"] = _joined(own_scores, averaged), _joined(other_scores, averaged)
     differences, notes = dict[str, Difference](), list(run.notes)
     for name, pair in pairs.items():

@@ -104,7 +104,9 @@ def _measures(record: RunRecord) -> list[tuple[str, str, str]]:
         text = _source(evaluation.get("perplexity") or {})
         stride = evaluation.get("perplexity_stride")
         sliding = f", sliding by {stride}," if stride else ""
-        measure = f"perplexity (lower is better), {windows} windows of {length} tokens{sliding} of {text}"
+        measure = (
+            f"perplexity (lower is better), at most {windows} windows of {length} tokens{sliding} of {text}"
+        )
         rows.append((measure, perplexity_text(dense.perplexity), perplexity_text(final.perplexity)))
     limit = evaluation.get("limit")
     items = f"at most {limit} items" if limit else "all items"

@@ -36,7 +36,13 @@ RUN_METRICS = ("params", "tokens", "perplexity", "perplexity_pruned", "accuracy"
 COSTS = ("tokens", "seconds", "gpu_seconds")
 """Those of them that say what a run took, and nothing of the model."""
 _COUNTS = ("params", "tokens")
-_TITLES = {"params": "parameters", "accuracy": "mean accuracy", "gpu_seconds": "GPU-seconds"}
+_NATS = ("loss_increase",)
+_TITLES = {
+    "params": "parameters",
+    "accuracy": "mean accuracy",
+    "gpu_seconds": "GPU-seconds",
+    "loss_increase": "loss increase, nats a token",
+}
 DENSE = "dense"
 """The label of the base model."""
 SPEED = "speed in "
@@ -281,6 +287,8 @@ def value_text(metric: str, values: Sequence[float], interval: tuple[float, floa
         return f"{mean:,.0f}"
     if metric.startswith(SPEED):
         return f"{mean:.2f}"
+    if metric in _NATS:
+        return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
     if not _is_plain(metric):
         return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
     decimals = 2 if mean < 99.995 else 0  # as the mean has
@@ -290,7 +298,7 @@ def value_text(metric: str, values: Sequence[float], interval: tuple[float, floa
 def _is_plain(metric: str) -> bool:
     """Return whether a metric is shown as it is, and not in percent."""
     return (
-        metric in (*_COUNTS, "seconds", "gpu_seconds")
+        metric in (*_COUNTS, *_NATS, "seconds", "gpu_seconds")
         or metric.startswith(SPEED)
         or "perplexity" in metric
         or "wikitext" in metric
@@ -308,23 +316,28 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if finite else None
 
 
+def _finite(value: float) -> float | None:
+    """Return a number as JSON knows it."""
+    return value if math.isfinite(value) else None
+
+
 def _summary(row: Row, metric: str) -> dict[str, Any]:
     """Return what JSON holds of a metric; None for what there is not."""
     values = row.measured.get(metric, ())
     mean = statistics.fmean(values) if values else math.nan
     found: dict[str, Any] = {
-        "mean": mean if math.isfinite(mean) else None,
+        "mean": _finite(mean),
         "spread": _spread(values),
-        "values": [value if math.isfinite(value) else None for value in values],
+        "values": list(map(_finite, values)),
         "published": row.published.get(metric),
     }
     if metric in row.intervals:
-        found["low"], found["high"] = row.intervals[metric]
+        found["low"], found["high"] = map(_finite, row.intervals[metric])
     if difference := row.differences.get(metric):
         found |= {
-            "difference": difference.value,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
+            "difference": _finite(difference.value),
+            "difference_low": _finite(difference.low),
+            "difference_high": _finite(difference.high),
             "verdict": difference.verdict,
         }
     return found

@@ -234,7 +234,12 @@ def accuracies(phase: PhaseRecord) -> dict[str, float]:
     """Return the headline accuracy in [0, 1] of every task that has one; no preset, which averages tasks."""
     tasks = {task: metrics for task, metrics in phase.tasks.items() if "average" not in metrics}
     best = {task: headline_metric(metrics) for task, metrics in tasks.items()}
-    return {task: m[1] for task, m in best.items() if m is not None and "perplexity" not in m[0]}
+    return {task: found[1] for task, found in best.items() if found is not None and is_accuracy(found[0])}
+
+
+def is_accuracy(metric: str) -> bool:
+    """Return whether a metric is a share of right answers: one of ``ACCURACIES``, by any filter."""
+    return any(metric == name or metric.startswith(f"{name}_") for name in ACCURACIES)
 
 
 def count_text(count: int) -> str:

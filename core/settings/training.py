@@ -227,10 +227,11 @@ class TrainingSettings:
 
         given = [source.most_tokens for source in self.sources]
         most = sum(count for count in given if count is not None)
-        if given and None not in given and most < tokens:
+        if given and None not in given and most < tokens + self.held_out_tokens:
+            held_out = f" and held_out_sequences={self.held_out_sequences}" if self.held_out_sequences else ""
             yield (
-                f"tokens={self.tokens} is more than the max_tokens of all sources allow, {most:,}. Lower it, "
-                "or raise one of them."
+                f"tokens={self.tokens}{held_out} is more than the max_tokens of all sources allow, {most:,}. "
+                "Lower it, or raise one of them."
             )
 
     def _teacher_problems(self, tokens: int) -> Iterator[str]:

@@ -10,14 +10,14 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
 from core.errors import AdaptPrunerError, DataError, TrackingError
 from core.evaluation.items import Items, read_items
-from core.evaluation.observed import observed, observed_text
+from core.evaluation.observed import can_be_averaged, observed, observed_text
 from core.evaluation.significance import Observations, perplexity_ratio, score_difference
 from core.runs.record import ACCURACIES, perplexity_text
 from core.settings.registry import RegistrySettings
@@ -207,7 +207,12 @@ def compare_versions(metric: str, candidate: Version, champion: Version) -> Comp
         return figures
     if kept[0] is None or kept[1] is None:
         return figures
-    return _by_items(metric, kept[0], kept[1], figures) or figures
+    tasks = [metric]
+    if metric == "accuracy":
+        tasks, others = ([*headlines(version.metrics)] for version in (candidate, champion))
+        if {*tasks} != {*others}:
+            return figures
+    return _by_items(tasks, kept[0], kept[1], figures) or figures
 
 
 def _items_of(version: Version) -> Items | None:
@@ -217,25 +222,27 @@ def _items_of(version: Version) -> Items | None:
     return read_items(published) if published else None
 
 
-def _by_items(metric: str, items: Items, others: Items, figures: Comparison) -> Comparison | None:
-    """Compare in pairs; None if one of the two has no results by item of this metric.
+def _by_items(tasks: Sequence[str], items: Items, others: Items, figures: Comparison) -> Comparison | None:
+    """Compare in pairs the perplexity, or the mean over tasks; None if one of the two has no such results.
 
     Raises:
         DataError: If what they have is not of the same items, or of too few.
     """
-    if metric == "perplexity":
-        own, other = (observed_text(each, metric) for each in (items, others))
+    if tasks == ["perplexity"]:
+        own, other = (observed_text(each, "perplexity") for each in (items, others))
         if own is None or other is None:
             return None
         found, what = perplexity_ratio(own, other), "windows"
         worse, low, high = found.value - 1, found.low - 1, found.high - 1
     else:
-        tasks = [*items.tasks.keys() & others.tasks.keys()] if metric == "accuracy" else [metric]
-        pairs = {task: [_accuracy(each, task) for each in (items, others)] for task in sorted(tasks)}
-        known = {task: (a, b) for task, (a, b) in pairs.items() if a is not None and b is not None}
-        if not known or (metric == "accuracy" and known.keys() != items.tasks.keys() | others.tasks.keys()):
+        own_scores, other_scores = ({task: _scores(each, task) for task in tasks} for each in (items, others))
+        if not all((*own_scores.values(), *other_scores.values())):
             return None
-        found = score_difference({t: a for t, (a, _) in known.items()}, {t: b for t, (_, b) in known.items()})
+        if len(tasks) > 1 and not (
+            can_be_averaged(items, own_scores) and can_be_averaged(others, other_scores)
+        ):
+            return None
+        found = score_difference(_lists(own_scores), _lists(other_scores))
         worse, low, high, what = -found.value, -found.high, -found.low, "items"
     if found.verdict == "too few items":
         raise DataError(f"Both were measured on {found.items} {what} only, which is too few to tell.")
@@ -243,10 +250,15 @@ def _by_items(metric: str, items: Items, others: Items, figures: Comparison) -> 
     return replace(figures, worse=worse, low=low, high=high, how=how)
 
 
-def _accuracy(items: Items, task: str) -> Observations | None:
-    metrics = items.tasks[task].metrics if task in items.tasks else {}
+def _scores(items: Items, task: str) -> dict[str, Observations]:
+    """Return the items of a task's or a group's headline accuracy; {} if it has none."""
+    metrics = items.tasks[task].metrics if task in items.tasks else items.groups.get(task, {})
     best = next((name for name in ACCURACIES if name in metrics), None)
-    return observed(items, task, best).get(task) if best else None
+    return observed(items, task, best) if best else {}
+
+
+def _lists(scores: Mapping[str, Mapping[str, Observations]]) -> dict[str, Observations]:
+    return {name: found for lists in scores.values() for name, found in lists.items()}
 
 
 def _by_figures(metric: str, candidate: Version, champion: Version) -> Comparison:

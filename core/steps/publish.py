@@ -13,7 +13,7 @@ from typing import Any
 from core.errors import ExportError
 from core.report.summary import build_description
 from core.runs.gathering import collect_record
-from core.runs.record import RunRecord, SpeedRecord, headline_metric
+from core.runs.record import RunRecord, SpeedRecord, accuracies, headline_metric
 from core.runs.run import Run
 from core.scratch import scratch_folder
 from core.steps.frame import (
@@ -111,8 +111,8 @@ def _headlines(record: RunRecord) -> dict[str, float]:
         found["perplexity"] = last.perplexity
     scores = {task: headline_metric(metrics) for task, metrics in last.tasks.items()}
     measured = {f"{task} {score[0]}": score[1] for task, score in scores.items() if score is not None}
-    if len(measured) > 1:
-        found["mean of benchmarks"] = sum(measured.values()) / len(measured)
+    if len(right := accuracies(last).values()) > 1:  # neither perplexities nor a preset's own average
+        found["mean accuracy"] = sum(right) / len(right)
     found |= measured
     found["training tokens"] = sum(phase.tokens for phase in record.phases)
     found["hours"] = sum(sum(phase.seconds.values()) for phase in record.phases) / 3600

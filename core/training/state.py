@@ -227,10 +227,13 @@ def check_fits(state: TrainingState, model: Module) -> None:
         wanted[f"step.{name}"] = [], _DTYPES[torch.float32]
     found = {}
     for name, shard in _stored(state):
-        if name == f"{_RNG}.cuda" and name not in wanted:
-            continue  # the process that starts ranks has no GPU, nor need the next machine
         tensor = shard.get_slice(name)
         found[name] = tensor.get_shape(), tensor.get_dtype()
+    gpus_random = f"{_RNG}.cuda"
+    if gpus_random not in wanted.keys() & found.keys():
+        # The process that starts ranks has no GPU, nor need the machine have that began, or that goes on.
+        wanted.pop(gpus_random, None)
+        found.pop(gpus_random, None)
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         raise CheckpointError(

@@ -249,7 +249,7 @@ def test_sources_whose_caps_just_cover_the_sequences_fill_them(tmp_path, tokeniz
     report = written([12, 8])
     assert all(640 <= source.tokens < 680 for source in report.sources)
     given = sum(source.tokens for source in report.sources)
-    said = rf"more than the max_tokens of all training\.sources give, {given:,} tokens in 2\d of 30 sequences"
+    said = rf"than the max_tokens of all training\.sources give, {given:,} tokens in 2\d of 30 sequences"
     with pytest.raises(DataError, match=said):
         written([30])
 

@@ -80,6 +80,13 @@ def test_perplexities_are_weighted_by_tokens_and_drawn_by_windows():
     assert perplexity_ratio(windows(others, tokens), windows(own, tokens)).verdict == "better"
 
 
+def test_a_perplexity_beyond_all_numbers_is_infinitely_worse():
+    found = perplexity_ratio(windows([5000.0] * 12, [4] * 12), windows([12.0] * 12, [4] * 12))
+    assert (found.value, found.low, found.high, found.verdict) == (math.inf, math.inf, math.inf, "worse")
+    found = perplexity_ratio(windows([12.0] * 12, [4] * 12), windows([5000.0] * 12, [4] * 12))
+    assert (found.value, found.high, found.verdict) == (0.0, 0.0, "better")
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     random, times, covered = np.random.default_rng(7), 400, {"answers": 0, "windows": 0}
     for _ in range(times):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from core.evaluation.significance import Difference
 from core.report.tables import Picture, ResultTable, Row, published_value, value_text
 
 
@@ -21,6 +22,7 @@ def table(*rows, **more):
         ("arc_easy", [0.5, 0.52], "51.0 ± 1.4"),
         ("seconds", [61.0], "1 min 01 s"),
         ("gpu_seconds", [7261.4], "7,261"),
+        ("loss_increase", [0.0441, -0.0013], "0.0214 ± 0.0321"),
         ("perplexity", [20.0, math.inf], "infinite"),
         ("perplexity", [], "-"),
     ],
@@ -45,6 +47,12 @@ def test_a_column_of_published_figures_stands_beside_the_metric_that_has_some():
         "arc_easy, %": ["-", "-"],
         "arc_easy, %, published": ["25.0", "-"],
     }
+
+
+def test_the_loss_of_a_layer_is_in_nats_not_in_percent():
+    row = Row(labels={"layer": "0"}, measured={"loss_increase": [0.9812]})
+    found = ResultTable(title="t", labels=("layer",), metrics=("loss_increase",), rows=(row,))
+    assert found.columns() == {"layer": ["0"], "loss increase, nats a token": ["0.9812"]}
 
 
 def test_labels_cannot_break_out_of_markdown_or_html():
@@ -88,3 +96,13 @@ def test_nothing_that_is_not_finite_goes_into_json_or_the_picture():
     metric = found.to_dict()["rows"][0]["metrics"]["perplexity"]
     assert metric == {"mean": None, "spread": None, "values": [None, 2.0], "published": None}
     assert "<svg" not in found.html()
+    worse = Difference(value=math.inf, low=2.0, high=math.inf, items=12, left_out=0, verdict="worse")
+    row = Row(
+        labels={"method": "a"},
+        measured={"perplexity": [math.inf]},
+        intervals={"perplexity": (40.0, math.inf)},
+        differences={"perplexity": worse},
+    )
+    found = table(row).to_dict()["rows"][0]["metrics"]["perplexity"]
+    assert (found["mean"], found["low"], found["high"]) == (None, 40.0, None)
+    assert (found["difference"], found["difference_low"], found["difference_high"]) == (None, 2.0, None)

@@ -167,6 +167,14 @@ def test_a_teacher_is_trained_only_where_it_teaches_on_what_there_is(values, pro
             },
             "training.tokens=100M is more than the max_tokens of all sources allow, 99,000,000.",
         ),
+        (
+            {
+                "training__tokens": "50M",
+                "training__held_out_sequences": 100,
+                "training__sources": [{"path": "a", "max_tokens": "50M"}],
+            },
+            "training.tokens=50M and held_out_sequences=100 is more than the max_tokens of all sources allow",
+        ),
         ({"training__micro_batch": 7}, "training.global_batch=128 must be a multiple of micro_batch=7."),
         (
             {"training__warmup_share": 0.6, "training__decay_share": 0.5},

@@ -119,15 +119,22 @@ def test_one_metric_stands_for_a_task(metrics, expected):
     assert headline_metric(metrics) == expected
 
 
-def test_perplexities_are_no_accuracies():
+def test_perplexities_and_scores_of_other_kinds_are_no_accuracies():
     phase = PhaseRecord(
         phase=0,
         params=1,
         target_params=1,
         layers=(),
-        tasks={"wikitext": {"word_perplexity": 9.0}, "q": {"acc": 0.3}, "preset": {"average": 0.4}},
+        tasks={
+            "wikitext": {"word_perplexity": 9.0},
+            "q": {"acc": 0.3},
+            "preset": {"average": 0.4},
+            "truthfulqa_gen": {"bleu_max": 25.3},
+            "sums": {"exact_match,strict-match": 0.2},
+            "more sums": {"exact_match_get-answer": 0.1},
+        },
     )
-    assert accuracies(phase) == {"q": 0.3}
+    assert accuracies(phase) == {"q": 0.3, "sums": 0.2, "more sums": 0.1}
     assert headline_metric(phase.tasks["preset"]) == ("average", 0.4)
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from click.testing import CliRunner
 
-from core.evaluation.items import ItemResults, Items, MetricItems
+from core.evaluation.items import GroupMetric, ItemResults, Items, MetricItems
 from core.settings.registry import RegistrySettings
 from core.settings.storage import TrackingSettings
 from core.steps.promotion import decide, headlines, promote
@@ -252,6 +252,33 @@ def test_accuracy_is_compared_on_the_items_of_all_tasks(tmp_path):
     found = decide("m", RegistrySettings(metric="arc", margin=0.2), worse, champion)
     assert (found.verdict, found.comparison.worse) == ("not worse", pytest.approx(0.1))
     assert "200 items" in found.comparison.how
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_counts_as_one_task_and_not_as_its_members(tmp_path, by_size):
+    """A tenth of a point gained in each of 57 members does not outweigh 20 lost in the other task."""
+    members = [f"mmlu_{i}" for i in range(57)]
+
+    def version(number, arc, each):
+        def results(right):
+            values = MetricItems(kind="mean", values=tuple(float(i < right) for i in range(100)))
+            return ItemResults(items=tuple(map(str, range(100))), metrics={"acc": values})
+
+        group = GroupMetric(members=tuple((name, "acc") for name in members), by_size=by_size)
+        tasks = {"arc": results(arc)} | {name: results(each) for name in members}
+        items = Items(tasks=tasks, groups={"mmlu": {"acc": group}})
+        figures = {"arc/acc_none": arc / 100, "mmlu/acc_none": each / 100}
+        return version_with(number, measured_at(tmp_path, f"v{number}", items), **figures)
+
+    better_in_mmlu, champion = version("5", 40, 31), version("3", 60, 30)
+    found = decide("m", RegistrySettings(metric="accuracy", margin=0.02), better_in_mmlu, champion)
+    assert found.verdict == "worse"
+    assert found.comparison.worse == pytest.approx(0.095)
+    # Members that count alike have a list each, of which the mean of two tasks cannot be drawn.
+    assert ("5800 items" in found.comparison.how) == by_size
+    found = decide("m", RegistrySettings(metric="mmlu", margin=0.0), better_in_mmlu, champion)
+    assert (found.verdict, found.comparison.worse) == ("not worse", pytest.approx(-0.01))
+    assert "5700 items" in found.comparison.how
 
 
 def test_what_was_measured_otherwise_is_not_compared():

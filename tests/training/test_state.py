@@ -223,6 +223,17 @@ def test_a_state_of_a_gpu_is_resumed_without_one(tmp_path):
     assert train(unequal("llama")(1), resume_from=state).losses == train(unequal("llama")(0)).losses
 
 
+def test_a_state_from_without_a_gpu_is_resumed_on_one(tmp_path, monkeypatch):
+    model = unequal("llama")(0)
+    state = state_after(2, model, tmp_path / "state")
+    on_gpu = {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr("core.training.state._random_states", lambda model: on_gpu)
+    check_fits(state, model)
+    rewrite(lambda t: t.update({"rng.cuda": torch.zeros(8, dtype=torch.uint8)}))(state)
+    with pytest.raises(CheckpointError, match=r"rng\.cuda differ"):
+        check_fits(state, model)
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_state_that_lacks_or_changes_a_tensor_is_refused(damage, tmp_path):
     model = unequal("llama")(0)
