@@ -3,10 +3,12 @@
 What a cut removes from the output of o_proj or down_proj is W_R x_R, of which x_K, the inputs that stay,
 predict a part. By a ridge regression that is centred on the kept weights,
 
-    W' = W_K + E (G_KK + lambda diag G_KK)^-1,   E = sum (W_R x_R) x_K^T,   G_KK = sum x_K x_K^T
+    W' = W_K + E (G_KK + lambda D)^-1,   E = sum (W_R x_R) x_K^T,   G_KK = sum x_K x_K^T,   D = diag G_KK
 
 over the tokens of a calibration set. Each input has a ridge of its own size: some layers have an input that
 is hundreds of times as large as the others, and a ridge of the mean would leave nothing of theirs to change.
+An input that is nearly silent has that of a hundredth of the median input: by its own it would get weights as
+large as it is small, and drown all else on text where it speaks.
 Where the projection has a bias, the sums are about the means, and the bias takes over what the means
 contributed. Layers are repaired in order, each on the activations that the repaired ones before it give, with
 the sums of one projection and one hidden state a token in memory.
@@ -35,6 +37,8 @@ from core.pruning.scoring.batching import fitting_micro_batch
 
 RepairKind = Literal["ridge", "ridge_to_zero", "bias"]
 
+_QUIET = 0.01
+"""Share of the median of D that no entry of it is below."""
 _ATTENTION, _MLP = "self_attn", "mlp"
 """The blocks of a layer, in every family."""
 
@@ -252,6 +256,8 @@ class _Sums:
         squares = gram.diagonal()
         if self._kind == "ridge_to_zero":
             squares = squares.mean()
+        elif len(heard := squares[squares > 0]):
+            squares = squares.clamp_min(_QUIET * heard.median())
         strength = ridge * squares + torch.finfo(gram.dtype).tiny
         gram.diagonal().add_(strength)
         if self._kind == "ridge_to_zero":

@@ -1,6 +1,7 @@
 """What a training measures at each step: kept over attempts, stored with its states, shown as curves."""
 
 import math
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -22,6 +23,7 @@ _PATIENCE = 20
 
 _BFLOAT16_FLOPS = {
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -30,7 +32,19 @@ _BFLOAT16_FLOPS = {
     "L4": 121e12,
     "A10G": 70e12,
 }
-"""Part of an accelerator's name to its dense bfloat16 operations a second, by its data sheet."""
+"""Words of an accelerator's name to its dense bfloat16 operations a second, by its data sheet."""
+
+
+def peak_flops(accelerator: str) -> float | None:
+    """Return the dense bfloat16 operations a second of an accelerator; None if they are not known.
+
+    Args:
+        accelerator: Its name by CUDA: NVIDIA H100 80GB HBM3. NVL cards are slower than their namesakes.
+    """
+    if "NVL" in accelerator:
+        return None
+    known = (flops for name, flops in _BFLOAT16_FLOPS.items() if re.search(rf"\b{name}\b", accelerator))
+    return next(known, None)
 
 
 class Measures:
@@ -51,8 +65,8 @@ class Measures:
         self.trained_tokens = done.trained_tokens
         self._model = model
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
-        known = [flops for part, flops in _BFLOAT16_FLOPS.items() if part in name]
-        self._peak_flops = ranks * known[0] if known and precision == "bfloat16" else None
+        peak = peak_flops(name) if precision == "bfloat16" else None
+        self._peak_flops = ranks * peak if peak else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return all curves so far."""

@@ -67,7 +67,10 @@ def repaired_by_least_squares(model, plans, *, to_zero=False):
                 unrepaired = unrepaired - linear.bias
             spread = rows - rows.mean(dim=0) if linear.bias is not None else rows
             squares = spread.square().sum(dim=0)
-            penalty = (RIDGE * (squares.mean().expand(len(kept)) if to_zero else squares)).sqrt().diag()
+            squares = (
+                squares.mean().expand(len(kept)) if to_zero else squares.clamp_min(squares.median() / 100)
+            )
+            penalty = (RIDGE * squares).sqrt().diag()
             if linear.bias is not None:
                 rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=x.dtype)], dim=1)
                 penalty = torch.cat([penalty, torch.zeros(len(kept), 1, dtype=x.dtype)], dim=1)
@@ -153,6 +156,26 @@ def test_an_input_of_a_thousand_times_the_size_leaves_the_others_their_repair():
     large[:, ::128, 0] = 3000.0
     assert left(x) < 0.05
     assert left(large) < 0.05
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("quiet", [1e-2, 1e-4, 1e-8, 1e-26, 0.0])
+def test_an_input_that_is_all_but_silent_gets_no_weights_that_drown_other_text(quiet, biased):
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(8, 40, generator=generator)
+    x, other = (torch.randn(512, 8, generator=generator) @ mixed for _ in range(2))
+    x[:, 3] *= quiet
+    linear = torch.nn.Linear(40, 6, bias=biased).requires_grad_(False)
+    sums = _Sums(linear, torch.arange(30), "ridge")
+    sums.add(x[None])
+    change, of_bias = sums.solve(RIDGE)
+
+    def left(x):
+        lost = x[:, 30:] @ linear.weight[:, 30:].T
+        return float((lost - x[:, :30] @ change.T - (of_bias if biased else 0)).norm() / lost.norm())
+
+    assert left(x) < 0.1
+    assert left(other) < 0.3
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen2", "gemma2", "phi3"])

@@ -17,7 +17,7 @@ from core.runs.run import Run
 from core.steps.prepare_data import run_prepare_data
 from core.storage.publication import open_publication
 from core.training import recover as training
-from core.training.measures import DivergenceWatch, step_flops
+from core.training.measures import DivergenceWatch, peak_flops, step_flops
 from core.training.recover import held_out_loss, recover
 from core.training.rows import Rows
 from core.training.state import read_state, state_tensors, write_state
@@ -43,6 +43,24 @@ def test_operations_are_those_that_torch_counts(name):
     counted = int(trained[:, 1:].sum())
     # The first layer's input needs a gradient as well: the embeddings are trained.
     assert step_flops(model, tokens.shape, counted) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", 989),
+        ("", None),
+    ],
+)
+def test_an_accelerator_is_known_by_whole_words_of_its_name(name, tera):
+    assert peak_flops(name) == (tera and tera * 1e12)
 
 
 def train(model, rows, *, first_step=0, held_out=None, **changes):

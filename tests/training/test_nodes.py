@@ -146,6 +146,13 @@ def test_a_node_of_an_earlier_attempt_is_not_taken_for_one_of_this(tmp_path, mon
         first.check()
 
 
+def test_the_first_node_does_not_wait_for_those_that_have_left(monkeypatch):
+    monkeypatch.setattr(nodes, "MEET_S", 3.0)
+    place = Place(node=0, nodes=2, host="127.0.0.1", port=free_port())
+    with pytest.raises(MeetingOverError), Meeting(place, lambda: True):
+        pass
+
+
 def test_a_node_that_is_alone_has_met():
     with Meeting(Place()) as meeting:
         assert (meeting.share("x", "a"), meeting.hear("y", "b"), meeting.check()) == (["a"], "b", None)

@@ -116,6 +116,8 @@ class Meeting:
         """
         if self.place.nodes == 1:
             return self
+        if self.place.node == 0 and self._is_over():
+            raise MeetingOverError  # started again after it has published: nobody would come
         deadline = time.monotonic() + MEET_S
         self._store = self._open() if self.place.node == 0 else self._join(deadline)
         threading.Thread(target=self._beat, daemon=True).start()
