@@ -6,6 +6,7 @@ cleaned under its lease; what has no lease, such as a base model that is taken u
 Files outside of the layout of a store are not ours, and stay.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -267,6 +268,8 @@ def _is_old(file: StoredFile, patience_s: float) -> bool:
 def _why_spared(lease: Lease, *, done: bool) -> str:
     if lease.is_live():
         return f"{lease.owner} works on it"
+    if lease.is_leaving() and dataclasses.replace(lease, ttl_s=TTL_S).is_live():
+        return f"{lease.owner} was told to end less than ten minutes ago"  # another of its pods may be alive
     is_recent = time.time() - lease.expires_s < PATIENCE_S and not lease.owner.is_gone()
     return f"{lease.owner} has yet to close it" if done and is_recent else ""
 

@@ -5,9 +5,12 @@ overwrites its own file every two minutes. Whoever takes over an expired lease c
 only one of many can; the old owner then finds a higher number than its own and stops. Nothing but the store
 is asked, and of a local run on this machine whether its process still lives: it need not expire then.
 
+Pods of one execution share its lease. One that is told to end leaves a short one, in case it was the last;
+the others look at it every five seconds, and renew a short one at once.
+
 The clocks of machines may differ by ``TTL_S - RENEW_S``, eight minutes: beyond that an owner whose clock is
-behind seems dead between two renewals. A second execution costs time and no results then: publications are
-written once.
+behind seems dead between two renewals. While one of its pods is told to end, ``LEFT_S - LOOK_S``, 25 s, are
+enough for that. A second execution costs time and no results then: publications are written once.
 """
 
 import _thread
@@ -36,9 +39,9 @@ TTL_S = 600.0
 RENEW_S = 120.0
 """How often its owner renews it while it computes."""
 LOOK_S = 5.0
-"""How often it is looked at by one who waits."""
+"""How often it is looked at, by its owner and by one who waits."""
 LEFT_S = 30.0
-"""How long it holds once its owner was told to end: the same execution may try again before others do."""
+"""How long it holds once a pod of its owner was told to end: its other pods, or its next try, come first."""
 _LEAVING_S = 2.0
 """Time to say so: some pods are killed three seconds after SIGTERM."""
 
@@ -73,6 +76,10 @@ class Lease:
         """Return whether it keeps others out: it has not expired, and its process is not known to be gone."""
         return time.time() < self.expires_s and not self.owner.is_gone()
 
+    def is_leaving(self) -> bool:
+        """Return whether who wrote it was told to end, so that it is no sign of life."""
+        return self.ttl_s <= LEFT_S
+
     def to_json(self) -> bytes:
         """Return the file's content."""
         times = {"renewed": time_text(self.renewed_s), "renewed_s": self.renewed_s, "ttl_s": self.ttl_s}
@@ -87,7 +94,7 @@ class Lease:
             owner, times = decode(Owner, content, "a lease", ""), decode(_Times, content, "a lease", "")
             time_text(times.renewed_s), time_text(times.renewed_s + times.ttl_s)  # refuse what is not a time
         except (StorageError, ValueError, OverflowError, OSError):
-            return cls(number=number, owner=_NOBODY, renewed_s=0.0)
+            return cls(number=number, owner=_NOBODY, renewed_s=0.0, ttl_s=0.0)
         return cls(number=number, owner=owner, renewed_s=times.renewed_s, ttl_s=times.ttl_s)
 
 
@@ -176,6 +183,8 @@ def renew_lease(store: Store, run: str, owner: Owner) -> None:
 def watch_lease(store: Store, run: str) -> Lease | None:
     """Wait until a lease is renewed, or nobody holds it: within ``TTL_S`` one or the other is so.
 
+    Whoever writes it is alive, unless told to end.
+
     Returns:
         The lease, renewed or in the hands of another owner, who is alive in either case; None if it was
         released or has expired.
@@ -187,9 +196,9 @@ def watch_lease(store: Store, run: str) -> Lease | None:
     while before is not None and before.is_live():
         time.sleep(LOOK_S)
         lease = read_lease(store, run)
-        if lease is None or lease.owner != before.owner or lease.expires_s > before.expires_s:
+        if lease is not None and lease != before and not lease.is_leaving():
             return lease
-        before = lease  # its owner was told to end, and holds it for less long
+        before = lease
     return None
 
 
@@ -206,8 +215,9 @@ def holding_lease(
 ) -> Iterator[Callable[[], Lease]]:
     """Hold the lease while the block runs; it is not released afterwards.
 
-    A thread renews it. If another owner has taken it over, since this machine was asleep for example, the
-    block is interrupted where it stands. SIGTERM ends the process as ever, but leaves a lease of ``LEFT_S``.
+    A thread renews it, at once if another pod that was told to end has shortened it. If another owner has
+    taken it over, since this machine was asleep for example, the block is interrupted where it stands.
+    SIGTERM ends the process as ever, but leaves a lease of ``LEFT_S``.
 
     Yields:
         A function that renews the lease at once, and so makes sure that it is still held.
@@ -218,13 +228,20 @@ def holding_lease(
         InterruptionError: If somebody else sends SIGUSR1, as batch systems do before they end a job.
     """
     renew = functools.partial(take_lease, store, run, owner, ttl_s=ttl_s)
-    renew()
-    ended, lost = threading.Event(), list[LeaseError]()
+    first = renew()
+    ended, writing, lost = threading.Event(), threading.Lock(), list[LeaseError]()
 
-    def keep() -> None:
-        while not ended.wait(renew_s):
+    def keep(held: Lease) -> None:
+        due_s = time.monotonic() + renew_s
+        while not ended.wait(min(LOOK_S, renew_s)):
             try:
-                renew()
+                if not _is_cut(store, run, held) and time.monotonic() < due_s:
+                    continue
+                due_s = time.monotonic() + renew_s
+                with writing:
+                    if ended.is_set():
+                        return
+                    held = renew()
             except LeaseError as error:
                 lost.append(error)
                 if not ended.is_set():
@@ -233,9 +250,14 @@ def holding_lease(
             except StorageError as error:
                 log.warning("the lease was not renewed: %s", error)
 
+    def leave() -> None:
+        ended.set()
+        with writing, contextlib.suppress(LeaseError, StorageError):  # after a renewal that is on its way
+            renew(ttl_s=LEFT_S)
+
     try:
-        with _interruptible() as interrupt, _leaving(functools.partial(renew, ttl_s=LEFT_S), ended):
-            keeper = threading.Thread(target=keep, daemon=True)
+        with _interruptible() as interrupt, _leaving(leave):
+            keeper = threading.Thread(target=keep, args=(first,), daemon=True)
             keeper.start()
             try:
                 yield renew
@@ -279,8 +301,8 @@ def _interruptible() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _leaving(shorten: Callable[[], object], ended: threading.Event) -> Iterator[None]:
-    """Have SIGTERM shorten the lease within the block, before it ends this process as it would without.
+def _leaving(leave: Callable[[], None]) -> Iterator[None]:
+    """Have SIGTERM call ``leave`` within the block, before it ends this process as it would without.
 
     A pod of a run that was terminated is told so, and the next execution need not wait for ten minutes.
     """
@@ -290,11 +312,6 @@ def _leaving(shorten: Callable[[], object], ended: threading.Event) -> Iterator[
         return
 
     process = os.getpid()
-
-    def leave() -> None:
-        ended.set()
-        with contextlib.suppress(LeaseError, StorageError):
-            shorten()
 
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -310,6 +327,16 @@ def _leaving(shorten: Callable[[], object], ended: threading.Event) -> Iterator[
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_cut(store: Store, run: str, held: Lease) -> bool:
+    """Return whether a lease holds for less long than it was renewed for, or is gone, as far as is known."""
+    try:
+        return Lease.from_json(held.number, store.read_bytes(_key(run, held.number))).ttl_s < held.ttl_s
+    except FileNotFoundError:
+        return True  # taken over, as a rule
+    except StorageError:
+        return False
 
 
 def _key(run: str, number: int) -> str:

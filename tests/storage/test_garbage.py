@@ -12,7 +12,7 @@ from core.steps.finalize import run_finalize
 from core.steps.prepare_data import run_prepare_data
 from core.storage.garbage import PATIENCE_S, clean, find_garbage
 from core.storage.interface import join_uri
-from core.storage.lease import read_lease, take_lease
+from core.storage.lease import LEFT_S, TTL_S, Lease, read_lease, take_lease
 from core.storage.owner import Owner
 from core.storage.publication import MANIFEST, open_publication, publish
 from core.storage.store import open_store
@@ -43,6 +43,12 @@ def orphans(run):
         f"{run}/phases/01/recovered/_resume/00000120/{MANIFEST}",
         f"{run}/phases/03/calibrated/statistics.safetensors",
     }
+
+
+def write_lease(store, run, job, *, age_s, ttl_s=TTL_S):
+    """Write the lease of a pod that spoke last ``age_s`` ago."""
+    lease = Lease(number=1, owner=Owner.of(job), renewed_s=time.time() - age_s, ttl_s=ttl_s)
+    store.write_bytes(f"{run}/_lease/0001.json", lease.to_json())
 
 
 def leave_orphans(store, run):
@@ -218,7 +224,8 @@ def test_cleaning_keeps_executions_out_meanwhile(store, monkeypatch):
 
 
 def test_leases_and_pointers_of_dead_runs_go(store):
-    dead = make_run(store, "dead00000000", job="dead", ttl_s=0)
+    dead = make_run(store, "dead00000000", job="dead")
+    write_lease(store, dead, "dead", age_s=TTL_S)
     make_run(store, "live00000000", job="live")
     found = find_garbage(store)
     assert keys_of(found) == {f"{dead}/_lease/0001.json", "jobs/dead.json"}
@@ -231,8 +238,23 @@ def test_leases_and_pointers_of_dead_runs_go(store):
     note(TABLE, "lease and job file of an execution that ended, then clean", "gone; the run stays")
 
 
+def test_a_run_one_of_whose_pods_was_told_to_end_is_left_alone_as_long_as_any_other(store):
+    """Another pod may be alive and, for a moment, not have renewed the lease."""
+    run = make_run(store, KEY, until=(1, "scored"), job="worker")
+    half = f"{run}/phases/01/pruned/model.safetensors"
+    store.write_bytes(half, b"half")
+    write_lease(store, run, "worker", age_s=LEFT_S + 1, ttl_s=LEFT_S)
+    found = find_garbage(store)
+    assert found.garbage == []
+    assert found.spared == {run: f"{Owner.of('worker')} was told to end less than ten minutes ago"}
+    write_lease(store, run, "worker", age_s=TTL_S, ttl_s=LEFT_S)
+    assert keys_of(find_garbage(store)) == {half, f"{run}/_lease/0001.json", "jobs/worker.json"}
+    note(TABLE, "clean beside a run one of whose pods was told to end", "not touched for ten minutes")
+
+
 def test_an_execution_that_has_yet_to_close_its_run_is_left_alone(store):
-    run = make_run(store, KEY, done=True, job="waiting", ttl_s=0)
+    run = make_run(store, KEY, done=True, job="waiting")
+    write_lease(store, run, "waiting", age_s=TTL_S)
     found = find_garbage(store)
     assert found.garbage == []
     assert "has yet to close it" in found.spared[run]
