@@ -26,8 +26,7 @@ from components.score_layers import score_layers
 from core.errors import SettingsError
 from core.scratch import scratch_folder
 from core.settings.cluster import ComponentName
-from core.settings.parameters import compiled_settings, parameters_of
-from core.settings.prune import decides_on_model
+from core.settings.parameters import compiled_for, parameters_of, scores_on_accelerator
 from core.settings.schema import Settings
 from pipelines.cluster import PHASE_OF_NESTED, configure
 from pipelines.ir import (
@@ -117,7 +116,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
     prune = settings.prune
     phase_pipeline = _build_phase(
         place,
-        gpu_scoring=prune.steps_per_phase != 1 or decides_on_model(prune),
+        gpu_scoring=scores_on_accelerator(prune),
         gpu_pruning=prune.repair != "none" or prune.distill_steps > 0,
         nodes=settings.training.nodes,
     )
@@ -139,10 +138,11 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
             base_model: The model to prune: a Hugging Face id, or s3://bucket/prefix.
             revision: Branch, tag or commit of a Hugging Face model; empty takes its default branch.
             target: Parameters that stay: a count such as 3.87B, or a share such as 80%.
-            method: The pruning method: adapt-pruner, or one that it is compared with.
+            method: The pruning method: adapt-pruner, or one that it is compared with. One that runs the model
+                to decide is refused where the pipeline was compiled without accelerators for that.
             recipe: All other settings, in the sections of a recipe file, but for those that are fixed in the
-                compiled pipeline: prune.phases, prune.steps_per_phase, prune.widths, prune.repair,
-                prune.distill_steps, training.nodes, evaluation.speed, the section cluster.
+                compiled pipeline: prune.phases, prune.steps_per_phase, prune.widths, prune.hidden_size,
+                prune.repair, prune.distill_steps, training.nodes, evaluation.speed, the section cluster.
         """
         job = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         last = place(finalize(recipe=recipe, job=job), gpu=False)
@@ -153,7 +153,7 @@ def build_pipeline(settings: Settings, *, local: bool = False, phases: int | Non
                 target=target,
                 method=method,
                 recipe=recipe,
-                fixed=compiled_settings(settings, phases=phases),
+                fixed=compiled_for(settings, phases=phases),
                 job=job,
                 accelerated=[] if local else accelerated_sections(settings),
             )

@@ -11,7 +11,7 @@ import fnmatch
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -23,7 +23,7 @@ from core.bases.resolution import current_base
 from core.data.locations import locate
 from core.errors import CheckpointError
 from core.model.build import build_model, check_fit
-from core.model.checkpoint import PROVENANCE, Checkpoint, save_model
+from core.model.checkpoint import INDEX, PROVENANCE, Checkpoint, save_model
 from core.model.gguf_header import read_gguf_header
 from core.runs.record import public_path
 from core.scratch import scratch_folder
@@ -39,7 +39,7 @@ from core.untrusted import MAX_TOKENIZER_BYTES, files_of, foreign_errors, parse_
 
 log = logging.getLogger(__name__)
 
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", *LEGAL)
+_BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", *LEGAL)
 _HUB_TIMEOUT_S = 10
 
 
@@ -99,8 +99,9 @@ def _import(settings: ModelSettings, store: str) -> tuple[str, str]:
 def _compare_with_manifest(folder: Path, files: Iterable[FileEntry]) -> None:
     """Refuse a base model that was published and is damaged."""
     published, found = published_in(folder), {entry.path: entry for entry in files}
+    weights = _weights_of(folder)
     for entry in published.manifest.files if published else ():
-        if _is_wanted(entry.path) and found.get(entry.path) != entry:
+        if _is_wanted(entry.path, weights) and found.get(entry.path) != entry:
             verify_in_place(folder, str(folder.resolve()), [entry])
 
 
@@ -121,7 +122,9 @@ def _belonging(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If one is not a regular file, or leads out of the folder.
     """
-    found = files_of(folder, _is_wanted)
+    files_of(folder, lambda name: name == INDEX)  # checked before it is read
+    weights = _weights_of(folder)
+    found = files_of(folder, lambda name: _is_wanted(name, weights))
     for path in found:
         if path.suffix != ".safetensors" and path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CheckpointError(
@@ -131,8 +134,24 @@ def _belonging(folder: Path) -> list[Path]:
     return found
 
 
-def _is_wanted(name: str) -> bool:
-    return name != MANIFEST and any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
+def _weights_of(folder: Path) -> set[str]:
+    """Return the names of the weights that are read; others repeat them, as ``consolidated.safetensors``.
+
+    None are of an index that is damaged: reading the checkpoint says what is wrong with it.
+    """
+    if not (folder / INDEX).is_file():
+        return {"model.safetensors"}
+    try:
+        shards = parse_object(read_limited(folder / INDEX))["weight_map"].values()
+    except (ValueError, KeyError, AttributeError, OSError):
+        return set()
+    return {shard for shard in shards if isinstance(shard, str) and shard.endswith(".safetensors")}
+
+
+def _is_wanted(name: str, weights: Collection[str]) -> bool:
+    if name in weights:
+        return True
+    return name != MANIFEST and any(fnmatch.fnmatchcase(name, pattern) for pattern in _BESIDE_WEIGHTS)
 
 
 @contextlib.contextmanager
@@ -245,11 +264,15 @@ def _downloaded(name: str, commit: str) -> Iterator[Path]:
     from huggingface_hub import snapshot_download
 
     log.info("downloading %s at %s", name, commit)
-    # The config first: it shows whether the rest is usable.
-    for patterns in (["config.json"], [*_PATTERNS, CARD]):
+
+    def fetch(*patterns: str) -> Path:
         with _hub_errors(name):
-            folder = Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
-        Checkpoint(folder)
+            return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+
+    # First what shows whether the rest is usable, and which weights are read.
+    folder = fetch("config.json", INDEX)
+    Checkpoint(folder)
+    folder = fetch(*sorted(_weights_of(folder)), *_BESIDE_WEIGHTS, CARD)
     # The client's folder also holds what others have downloaded of this commit.
     with _checked(folder, name) as checked:
         yield checked

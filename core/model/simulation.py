@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from core.model.build import build_model
 from core.model.decoder import final_states
-from core.model.families import family_of
+from core.model.families import Family, family_of
 from core.model.hidden import HiddenLesson
 from core.model.layerwise import LayerwiseModel, frozen
 from core.model.loss import (
@@ -208,7 +208,14 @@ def simulate_head(
 
 @_once
 def simulate_layer(
-    config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, *, of_weights: bool, backward: bool
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    *,
+    of_weights: bool,
+    backward: bool,
+    add: Callable[..., Tensor] | None = None,
 ) -> PassMemory:
     """Return what scoring takes to run the widest decoder layer, and to go back through it.
 
@@ -219,6 +226,8 @@ def simulate_layer(
         length: Tokens a sequence.
         of_weights: Whether the layer's weights get gradients.
         backward: Whether there is a backward pass.
+        add: What is computed from a float32 copy of each activation that is observed, and of its gradient if
+            there is a backward pass: see ``Criterion``. None if none is observed.
     """
     with _fake_model(config, dtype) as (model, counter), frozen(model):
         layerwise = LayerwiseModel(model)
@@ -226,19 +235,46 @@ def simulate_layer(
             range(len(layerwise.layers)),
             key=lambda index: sum(p.numel() for p in layerwise.layers[index].parameters()),
         )
+        layer, family = layerwise.layers[widest], family_of(config)
         state = layerwise.embed(torch.zeros(batch, length, dtype=torch.long)).detach().requires_grad_()
         before, counter.peak = counter.live, counter.live
-        if not backward:
-            with torch.no_grad():
-                output = layerwise.run(widest, state)
-            return PassMemory(kept=output.nbytes, peak=counter.peak - before)
-        layerwise.layers[widest].requires_grad_(of_weights)
-        output = layerwise.run(widest, state)
-        kept = counter.live - before
-        weights = list(layerwise.layers[widest].parameters()) if of_weights else []
-        found = torch.autograd.grad(output, [state, *weights], torch.ones_like(output))
-        assert found
+        layer.requires_grad_(of_weights)
+        seen: list[Tensor] = []
+        with (
+            torch.set_grad_enabled(backward),
+            contextlib.nullcontext() if add is None else _activations(family, layer, seen, makers=backward),
+        ):
+            output = layerwise.run(widest, state)
+        kept, found = counter.live - before, [seen]
+        if backward:
+            wanted = [*seen, state, *(layer.parameters() if of_weights else ())]
+            found.append(list(torch.autograd.grad(output, wanted, torch.ones_like(output))))
+        for observed in zip(*found, strict=False):
+            # Each channel is a unit. The copies stay until the next ones are made, as they do in scoring.
+            wide = [x.detach().to(torch.promote_types(dtype, torch.float32)).unsqueeze(-1) for x in observed]
+            assert add is not None
+            add(*wide)
         return PassMemory(kept=kept, peak=counter.peak - before)
+
+
+@contextlib.contextmanager
+def _activations(family: Family, layer: nn.Module, seen: list[Tensor], *, makers: bool) -> Iterator[None]:
+    """Add to ``seen`` what the projections that read groups take, and what those that make them give."""
+    modules, hooks = dict(layer.named_modules()), []
+    for name, slicing in family.slicings.items():
+        module, _, what = name.rpartition(".")
+        reads = slicing.axis == 1
+        if what == "weight" and module in modules and (reads or makers):
+
+            def record(_: Any, inputs: Any, output: Any, reads: bool = reads) -> None:
+                seen.append(inputs[0] if reads else output)
+
+            hooks.append(modules[module].register_forward_hook(record))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

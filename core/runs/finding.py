@@ -18,7 +18,7 @@ from core.storage.publication import open_publication
 from core.storage.store import open_store
 from core.storage.transfer import in_parallel
 
-_PLACE = re.compile(r"(?:(.+)/)?runs/([^/]+)(?:/.*)?")
+_PLACE = re.compile(r"(.+)/runs/([0-9a-f]{12})(?:/.*)?")  # a store's own path may hold a folder ``runs``
 _KEY_PREFIX = 4  # characters; below, a name is more likely meant
 
 
@@ -101,13 +101,14 @@ class RunFinder:
 
         Args:
             wanted: Of each run, or of several, the key, name or base model, a setting
-                (``prune.method=flap``), or its place; of a store all runs.
+                (``prune.method=flap``), or its place; of a store all runs. Nothing: all runs of ``stores``.
 
         Raises:
             SettingsError: If there is no such run, or no such folder.
             StorageError: If a store cannot be read.
         """
         matches = {text: self._found(text) for text in wanted}
+        matches = matches or {uri: self._runs_of(uri) for uri in self.stores}
         refuse(f"{text}: no such run{self._hint(text)}" for text, runs in matches.items() if not runs)
         return list({id(run): run for runs in matches.values() for run in runs}.values())
 
@@ -153,7 +154,7 @@ class RunFinder:
 
 def place_of(text: str) -> tuple[str, str]:
     """Return the store and, of a run in it, the key; "" for what is no place."""
-    if (place := _PLACE.fullmatch(text)) and place[1]:
+    if place := _PLACE.fullmatch(text):
         return place[1], place[2]
     is_path = "://" in text or text.startswith(("/", "./", "../")) or Path(text, "runs").is_dir()
     return (text, "") if is_path else ("", "")

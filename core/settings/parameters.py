@@ -4,9 +4,12 @@
 of the parameter ``recipe``.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from core.errors import SettingsError
+from core.settings.prune import PruneSettings, decides_on_model
 from core.settings.recipe import settings_from_dict, with_fixed
 from core.settings.schema import Settings
 
@@ -29,6 +32,8 @@ COMPILED = (
 )
 """Settings that decide how many tasks there are, and which of them get accelerators."""
 COMPILED_SECTION = "cluster"
+_EQUIPPED = "equipped"
+"""Beside the compiled settings: which tasks get the accelerators that any method would have them get."""
 
 
 def reached_by(section: str, key: str) -> str:
@@ -62,13 +67,44 @@ def compiled_settings(settings: Settings, *, phases: int) -> dict[str, dict[str,
     return compiled
 
 
+def compiled_for(settings: Settings, *, phases: int) -> dict[str, dict[str, Any]]:
+    """Return what tells apart pipelines that are compiled: settings, and for which methods it will do."""
+    asks = functools.partial(settings.cluster.gpus_of, "score-layers")
+    equipped = asks(gpu_task=scores_on_accelerator(settings.prune)) == asks(gpu_task=True)
+    return compiled_settings(settings, phases=phases) | {_EQUIPPED: {"score-layers": equipped}}
+
+
+def scores_on_accelerator(prune: PruneSettings) -> bool:
+    """Return whether score-layers measures again, or runs the model to decide."""
+    return prune.steps_per_phase != 1 or decides_on_model(prune)
+
+
 def settings_of_run(parameters: Mapping[str, Any], compiled: Mapping[str, Mapping[str, Any]]) -> Settings:
     """Return the settings of a run from what its pipeline was started with and compiled for.
 
     Raises:
         SettingsError: With all that is wrong.
     """
-    recipe = with_fixed(parameters["recipe"], compiled)
+    if COMPILED_SECTION in parameters["recipe"]:
+        raise SettingsError(
+            [
+                f"the parameter recipe holds the section {COMPILED_SECTION}, which is compiled into the "
+                "pipeline. Leave it out; for other pods compile the pipeline again."
+            ]
+        )
+    recipe = with_fixed(
+        parameters["recipe"], {name: of for name, of in compiled.items() if name != _EQUIPPED}
+    )
     for name, (section, key) in PARAMETERS.items():
         recipe[section] = {**recipe.get(section, {}), key: parameters[name]}
-    return settings_from_dict(recipe)
+    settings = settings_from_dict(recipe)
+    equipped = compiled.get(_EQUIPPED, {}).get("score-layers", True)  # older versions compiled nothing of it
+    if scores_on_accelerator(settings.prune) and not equipped:
+        raise SettingsError(
+            [
+                f"prune.method={settings.prune.method} runs the model in score-layers, for which the "
+                "pipeline was compiled without an accelerator. Compile it again with that, or choose another "
+                "method."
+            ]
+        )
+    return settings

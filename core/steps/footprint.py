@@ -185,7 +185,13 @@ def scoring_footprint(
         kept = a_channel * sum(width for *_, width in chosen)
     micro_batch = min(micro_batch, tokens[0])
     passes = simulate_layer(
-        config, dtype, micro_batch, tokens[1], of_weights=observed == "weight_gradients", backward=goes_back
+        config,
+        dtype,
+        micro_batch,
+        tokens[1],
+        of_weights=observed == "weight_gradients",
+        backward=goes_back,
+        add=CRITERIA[prune.criterion].add if observed in ("inputs", "output_gradients") else None,
     )
     head = simulate_head(config, dtype, micro_batch, tokens[1], device=device)
     squares = 0

@@ -9,7 +9,10 @@ from core.model.checkpoint import Checkpoint
 from core.runs.run import Run
 
 _FINAL = "final_dtype"
-_DTYPES = {str(it).removeprefix("torch."): it for it in (torch.float64, torch.float32, torch.bfloat16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 
 
 def written_format(

@@ -89,15 +89,19 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     needs: dict[ComponentName, Footprint] = {}
     stored_bytes = 4 if settings.model.dtype_between_phases == "float32" else 2
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
-    needs["calibrate"] = scoring_footprint(
-        config,
-        replace(calibration, precision=settled(calibration.precision, "calibrate")),
-        settings.prune.applied(),
-        device=on("calibrate")[0],
-        free_bytes=free("calibrate"),
-        stored_bytes=stored_bytes,
-    )
     prune, smaller = settings.prune.applied(), _after_first_phase(config, settings)
+
+    def measuring(component: "ComponentName") -> "Footprint":
+        return scoring_footprint(
+            config,
+            replace(calibration, precision=settled(calibration.precision, component)),
+            prune,
+            device=on(component)[0],
+            free_bytes=free(component),
+            stored_bytes=stored_bytes,
+        )
+
+    needs["calibrate"] = measuring("calibrate")
     measured = replace(calibration, precision=settled(calibration.precision, "prune-step"))
     kind = on("prune-step")[0]
     decided = replace(calibration, precision=settled(calibration.precision, "score-layers"))
@@ -124,6 +128,8 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
             batch=calibration.micro_batch or 1,
             stored_bytes=stored_bytes,
         )
+    elif prune.steps_per_phase != 1:  # it measures again before each step after the first
+        needs["score-layers"] = measuring("score-layers")
     needs["prune-step"] = cut_footprint(config, prune, device=kind, stored_bytes=stored_bytes)
     if prune.repair != "none":
         repair = repair_footprint(

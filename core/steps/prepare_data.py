@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.errors import CheckpointError
 from core.machine.cores import usable_cores
 from core.runs.run import Run
 from core.steps.frame import Workspace, compute_once
@@ -26,24 +27,27 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     Returns:
         URI of the data.
     """
-    from core.data.mixture import write_slices
+    from core.data.mixture import slice_name, write_slices
+    from core.data.packing import end_id
     from core.data.samples import write_calibration_pool, write_perplexity_windows
     from core.model.build import load_tokenizer
-    from core.model.checkpoint import is_companion
+    from core.model.checkpoint import Checkpoint, is_companion
     from core.pruning.phases import phase_steps
 
     this = Run.load(run)
     settings, uri = this.settings, this.uri("data")
     parts_uri = join_uri(uri, RESUME)
     calibration, training, evaluation = settings.calibration, settings.training, settings.evaluation
+    named = settings.model.base
 
-    def tokenizer_in(folder: Path) -> Any:
+    def base_in(folder: Path) -> Checkpoint:
         base = open_publication(base_uri)
         wanted = ["config.json", *filter(is_companion, base.manifest.paths)]
-        return load_tokenizer(base.fetch(folder, only=wanted))
+        return Checkpoint(base.fetch(folder, only=wanted))
 
     def compute(work: Workspace) -> dict[str, Any]:
-        tokenizer = tokenizer_in(work.scratch)
+        base = base_in(work.scratch)
+        tokenizer, rows = load_tokenizer(base), base.config.vocab_size
         assert calibration.source is not None, "settings are checked"
         report: dict[str, Any] = {
             "calibration_sequences": write_calibration_pool(
@@ -57,7 +61,11 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 path=work.out / CALIBRATION_POOL,
             )
         }
+        _check_id(_highest_id(work.out / CALIBRATION_POOL), named, rows, calibration.source.path)
         if training.total_steps:
+            texts = ", ".join(source.path for source in training.sources)
+            if any(source.format == "text" for source in training.sources):
+                _check_id(end_id(tokenizer), named, rows, texts)  # each ends so: before hours of tokenizing
             steps = phase_steps(training.total_steps, settings.prune.phases)
             sequences = [count * training.global_batch for count in steps]
             if training.held_out_sequences:
@@ -73,6 +81,8 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
                 processes=usable_cores(),
                 parts=SavedParts(parts_uri, work.scratch / "parts"),
             )
+            for number in range(1, len(sequences) + 1):
+                _check_id(_highest_id(work.out / slice_name(number)), named, rows, texts)
             if training.held_out_sequences and any(source.passes > 1 for source in mixture.sources):
                 log.warning(
                     "a source is read more than once: what is held out of it may be trained on. Name more "
@@ -86,14 +96,17 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
 
     def hold_out(work: Workspace) -> dict[str, Any]:
         assert evaluation.perplexity is not None, "asked below"
+        base = base_in(work.scratch)
         windows = write_perplexity_windows(
             evaluation.perplexity,
-            tokenizer_in(work.scratch),
+            load_tokenizer(base),
             windows=evaluation.perplexity_windows,
             length=evaluation.perplexity_length,
             stride=evaluation.perplexity_stride,
             path=work.out / HELD_OUT,
         )
+        highest = _highest_id(work.out / HELD_OUT)
+        _check_id(highest, named, base.config.vocab_size, evaluation.perplexity.path)
         return {"perplexity_windows": windows}
 
     if evaluation.perplexity is not None:
@@ -103,3 +116,31 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
     remove_states(parts_uri)
     return uri
+
+
+def _highest_id(file: Path) -> int:
+    """Return the highest token id in a file of packed sequences."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:  # mapped, not read into memory
+        return int(opened.get_tensor("input_ids").max())
+
+
+def _check_id(highest: int, base: str, rows: int, texts: str) -> None:
+    """Refuse texts with a token that the base model does not know. Its tokenizer may, if no text has it.
+
+    Args:
+        highest: The highest token id of the texts.
+        base: Name of the base model.
+        rows: Of its embedding.
+        texts: What was tokenized.
+
+    Raises:
+        CheckpointError: If the embedding has no such row.
+    """
+    if highest >= rows:
+        raise CheckpointError(
+            f"the tokenizer of {base} makes token {highest} of {texts}, but the model's embedding has only "
+            f"{rows} rows (vocab_size in its config.json), of tokens 0 to {rows - 1}. Give it the tokenizer "
+            "that it was trained with, or resize its embedding to the tokenizer and train it."
+        )

@@ -144,16 +144,20 @@ class SavedStages:
         """Return the whole measurement, if an earlier attempt has finished it."""
         from core.pruning.scoring.statistics import Statistics
 
+        uri, folder = join_uri(self._uri, _RESULT), self._folder / _RESULT
         try:
-            found = find_publication(join_uri(self._uri, _RESULT))
+            found = find_publication(uri)
             if found is None:
                 return None
             if found.manifest.metadata.get("made_of") != self._made_of:
                 found.delete()
                 return None
-            return Statistics.load(found.fetch(self._folder / _RESULT, only=[STATISTICS]) / STATISTICS)
+            return Statistics.load(found.fetch(folder, only=[STATISTICS]) / STATISTICS)
         except (IntegrityError, PlanError) as error:
-            log.warning("a measurement that was kept is done again: %s", error)
+            problem = str(error).partition(". ")[0].rstrip(".")  # its advice is carried out here
+            log.warning("a measurement that was kept is removed, and done again: %s", problem)
+            remove_states(uri)  # whatever is there: no other can be published at this place
+            shutil.rmtree(folder, ignore_errors=True)
             return None
 
     def finish(self, statistics: "Statistics") -> None:
@@ -161,7 +165,7 @@ class SavedStages:
         seconds = time.monotonic() - self._began
         if seconds < min(LEAST_S, self._worth_s):
             return
-        folder = self._folder / "result"
+        folder = self._folder / _RESULT
         try:
             folder.mkdir(parents=True)
             statistics.save(folder / STATISTICS)

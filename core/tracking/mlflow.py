@@ -213,10 +213,15 @@ class Tracker:
             self.client.set_terminated(run_id, "FINISHED")
 
     def finish(self, status: RunStatus) -> None:
-        """End the parent run."""
+        """End the parent run, unless it has ended so before, or there is none: a user may have deleted it."""
         if self.uri:
             with explained(self.uri):
-                self.client.set_terminated(self._parent_run().info.run_id, status)
+                experiment = self.client.get_experiment_by_name(self._experiment)
+                if experiment is None:
+                    return
+                found = self._parents(experiment.experiment_id, self._given_run())
+                if found and found[0].info.status != status:
+                    self.client.set_terminated(found[0].info.run_id, status)
 
     def log_report(self, path: Path) -> None:
         """Store the report as an artifact of the parent run."""
@@ -272,8 +277,6 @@ class Tracker:
         client = self.client
         experiment = experiment_id(client, self._experiment, self.uri)
         given = self._given_run()
-        places = [experiment] if given is None else [experiment, given.info.experiment_id]
-        query = f"tags.`{KEY}` = '{self.key}'"
 
         def take_or_create() -> None:
             if given is not None:
@@ -282,11 +285,16 @@ class Tracker:
                 client.create_run(experiment, tags={**self._tags, KEY: self.key}, run_name=self._name)
 
         self._parent = find_or_create(
-            lambda: _oldest_first(client.search_runs(places, query)),
+            lambda: self._parents(experiment, given),
             take_or_create,
             lambda run: client.delete_run(run.info.run_id),
         )
         return self._parent
+
+    def _parents(self, experiment: str, given: "Run | None") -> "list[Run]":
+        """Return the parents that have the key: one, but for the moment in which two are created."""
+        places = [experiment] if given is None else [experiment, given.info.experiment_id]
+        return _oldest_first(self.client.search_runs(places, f"tags.`{KEY}` = '{self.key}'"))
 
     def _given_run(self) -> "Run | None":
         """Return the pipeline's run that MLFLOW_RUN_ID (possibly a task's run, nested in it) belongs to."""

@@ -88,7 +88,7 @@ def compare(
 
     wanted = [registered(run, tracking_uri) for run in runs]
     finder = finder_of(wanted, stores)
-    chosen = finder.select(wanted or finder.stores)
+    chosen = finder.select(wanted)
     other = finder.one(registered(against, tracking_uri)) if against else None
     compared, reference = compare_runs(chosen, against=other)
     table = comparison_table(compared, against=reference)

@@ -16,8 +16,9 @@ def compile_(recipe: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Compile RECIPE into a pipeline for Kubeflow Pipelines.
 
     Upload the file in the KFP UI. Fixed in it are prune.phases, prune.steps_per_phase, prune.widths,
-    prune.repair, prune.distill_steps, training.nodes, evaluation.speed and the section cluster; all other
-    settings can be changed for each run.
+    prune.hidden_size, prune.repair, prune.distill_steps, training.nodes, evaluation.speed and the section
+    cluster; all other settings can be changed for each run, prune.method as far as the tasks that get
+    accelerators are the same.
     """
     if output.suffix not in (".yaml", ".yml"):
         raise SettingsError([f"--output={output} must end in .yaml. Rename it."])

@@ -15,7 +15,7 @@ from pipelines.commands.console import (
     printable,
     set_option,
 )
-from pipelines.commands.submit import seconds_of
+from pipelines.commands.submit import pause_of
 
 if TYPE_CHECKING:
     from core.experiments.collecting import Found
@@ -90,7 +90,7 @@ def experiment(
 
     check_folders({f"--output={output}": output})
     if submit:
-        failed = _submitted(loaded, parallel, seconds_of("every", every), service_account, access)
+        failed = _submitted(loaded, parallel, pause_of(every), service_account, access)
     try:
         if submit or collect:
             found = found_runs(loaded.cells)

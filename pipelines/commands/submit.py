@@ -59,9 +59,7 @@ def submit(
     adapt-pruner, unless that version exists. A run with the settings of an earlier one ends at once, or
     resumes it.
     """
-    timeout_s, poll_s = seconds_of("timeout", timeout), seconds_of("every", every)
-    if not poll_s:
-        raise SettingsError([f"--every={every} leaves no pause between requests. Give a time such as 10s."])
+    timeout_s, poll_s = seconds_of("timeout", timeout), pause_of(every)
     if timeout_s and not wait:
         raise SettingsError(["--timeout needs --wait. Add it, or leave --timeout out."])
     if attempts > 1 and not wait:
@@ -108,6 +106,13 @@ def _follow(
     except KeyboardInterrupt:
         click.echo(f"error: interrupted; the run continues: {client.link('runs', run_id)}", err=True)
         click.get_current_context().exit(130)
+
+
+def pause_of(every: str) -> float:
+    """Read the option --every: how long to wait between two requests."""
+    if not (poll_s := seconds_of("every", every)):
+        raise SettingsError([f"--every={every} leaves no pause between requests. Give a time such as 10s."])
+    return poll_s
 
 
 def seconds_of(option: str, text: str) -> float:

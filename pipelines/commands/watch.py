@@ -7,7 +7,7 @@ import click
 
 from pipelines.commands.compare import finder_of, registered, where_options
 from pipelines.commands.console import example, printable
-from pipelines.commands.submit import seconds_of
+from pipelines.commands.submit import pause_of
 
 if TYPE_CHECKING:
     from core.runs.finding import StoredRun
@@ -33,10 +33,10 @@ def watch(runs: tuple[str, ...], stores: tuple[str, ...], every: str, once: bool
     from core.runs.finding import stored_runs
     from core.storage.store import open_store
 
-    poll_s = seconds_of("every", every)
+    poll_s = pause_of(every)
     wanted = [registered(run, tracking_uri) for run in runs]
     finder = finder_of(wanted, stores)
-    found = finder.select(wanted or finder.stores)
+    found = finder.select(wanted)
     said: dict[str, str] = {}
     while True:
         for each in found:

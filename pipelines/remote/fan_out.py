@@ -13,7 +13,7 @@ from typing import Any
 
 from core.errors import SettingsError, refuse
 from core.experiments.definition import Cell
-from core.settings.parameters import compiled_settings, parameters_of
+from core.settings.parameters import compiled_for, parameters_of
 from pipelines.remote.client import Client, named, pages
 from pipelines.remote.following import ENDED, ask
 from pipelines.remote.submission import (
@@ -54,7 +54,7 @@ def submissions_of(
     ready, refused = dict[str, Submission](), dict[str, str]()
     for cell in cells:
         settings = cell.settings
-        compiled = compiled_settings(settings, phases=settings.prune.phases)
+        compiled = compiled_for(settings, phases=settings.prune.phases)
         alike = json.dumps([compiled, dataclasses.asdict(settings.cluster)], sort_keys=True)
         try:
             if alike not in packages:

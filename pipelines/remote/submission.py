@@ -21,7 +21,13 @@ from core.errors import refuse
 from core.evaluation.task_data import unknown_tasks
 from core.scratch import scratch_folder
 from core.settings.cluster import AUTO, ComponentName
-from core.settings.parameters import PARAMETERS, compiled_settings, parameters_of, settings_of_run
+from core.settings.parameters import (
+    PARAMETERS,
+    compiled_settings,
+    parameters_of,
+    scores_on_accelerator,
+    settings_of_run,
+)
 from core.settings.schema import Settings
 from pipelines.adapt_accel import compile_pipeline
 from pipelines.ir import Document, read_ir
@@ -75,6 +81,8 @@ def prepare(settings: Settings, overrides: Iterable[str] = (), *, service_accoun
         compiled = compiled_settings(settings, phases=settings.prune.phases)
         overridden = settings_of_run(parameters_of(settings) | arguments, compiled)
         settings = replace(overridden, cluster=settings.cluster)
+    if scores_on_accelerator(settings.prune) != scores_on_accelerator(as_written.prune):
+        as_written = settings  # other tasks get accelerators: a version of its own
     refuse([*out_of_reach(settings), *unknown_tasks(settings.evaluation)])
     settings, needs = planned(settings)
     package = compile_package(replace(as_written, cluster=settings.cluster))

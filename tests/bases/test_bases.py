@@ -1,6 +1,7 @@
 """Base models whose address may move: on the hub, in MLflow, by a HEAD file; and what runs make of them."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from core.bases.importing import import_base
 from core.bases.resolution import current_base
 from core.errors import CheckpointError, SettingsError, StorageError, TrackingError
+from core.model.checkpoint import INDEX
 from core.runs.run import Run
 from core.settings.addresses import base_name
 from core.settings.model import ModelSettings
@@ -229,6 +232,35 @@ def test_a_version_that_lies_where_no_run_can_read_is_refused(tracking, source):
 def test_mlflow_out_of_reach_is_one_line(folder):
     call = lambda: current_base(ModelSettings(base="models:/x@prod"), "http://127.0.0.1:9")  # noqa: E731
     assert "cannot be reached" in refused(call, TrackingError)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_no_reader_opens_do_not_come_into_the_store(folder, tmp_path, sharded):
+    """Some repositories hold the same weights twice, as shards and as ``consolidated.safetensors``."""
+    base = folder / "base"
+    if sharded:
+        shard = (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+        names = safe_open(shard, "pt").keys()
+        (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name)}))
+    alone, revision = take_up("./base", tmp_path / "alone")
+    for name in ("consolidated.safetensors", "model-1.safetensors", *["model.safetensors"] * sharded):
+        (base / name).write_bytes(b"not read")
+    beside, same = take_up("./base", tmp_path / "beside")
+    assert revision == same
+    files = open_publication(beside).manifest.paths
+    assert files == open_publication(alone).manifest.paths
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert weights == ["model-00001-of-00001.safetensors" if sharded else "model.safetensors"]
+
+
+def test_a_publication_with_weights_that_no_reader_opens_is_a_base_still(folder, tmp_path):
+    """An earlier version has published such bases."""
+    (folder / "base" / "consolidated.safetensors").write_bytes(b"not read")
+    publish(folder / "base", folder / "published")
+    assert "consolidated.safetensors" in open_publication(str(folder / "published")).manifest.paths
+    (folder / "published" / "consolidated.safetensors").write_bytes(b"damaged")
+    uri, _ = take_up("./published", tmp_path / "store")
+    assert "consolidated.safetensors" not in open_publication(uri).manifest.paths
 
 
 def test_a_hub_address_is_the_repository_at_its_revision(folder, project, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 from core.model.build import load_model, load_tokenizer
 from core.storage.publication import open_publication
@@ -70,6 +70,15 @@ def datasets():
     }
 
 
+def twice(main):
+    """A repository that holds its weights as shards and as one file that no index names."""
+    files, whole = dict(main), main["model.safetensors"]
+    del files["model.safetensors"]
+    index = {"weight_map": dict.fromkeys(load(whole), "model-00001-of-00001.safetensors")}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    return {**files, "model-00001-of-00001.safetensors": whole, "consolidated.safetensors": whole}
+
+
 @pytest.fixture(scope="module")
 def seen(project, tmp_path_factory):
     """What came of all calls, and the hub that was asked."""
@@ -89,6 +98,7 @@ def seen(project, tmp_path_factory):
         "team/other-family": Repository(
             branches={"main": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"x" * 9}}
         ),
+        "team/twice": Repository(branches={"main": twice(main)}),
         "team/secret": Repository(branches={"main": main}, private=True),
         "team/pickles": Repository(
             branches={
@@ -128,6 +138,7 @@ def seen(project, tmp_path_factory):
         ("model again", "base", ["team/model"], {"store": store}),
         ("model v1", "base", ["team/model"], {"store": store, "revision": "v1"}),
         ("model v9", "base", ["team/model"], {"store": store, "revision": "v9"}),
+        ("twice", "base", ["team/twice"], {"store": store}),
         ("other family", "base", ["team/other-family"], {"store": store}),
         ("private model", "base", ["team/secret"], {"store": store}),
         ("private model, token", "with_token", ["base", "team/secret"], {"store": store}),
@@ -286,6 +297,15 @@ def test_a_model_that_was_taken_up_is_not_downloaded_again(value, seen):
     assert not any("pytorch_model.bin" in request for request in hub.requests)
 
 
+def test_weights_that_the_index_does_not_name_are_not_downloaded(value, seen):
+    _, hub, _ = seen
+    weights = [name for name in open_publication(value("twice")[0]).manifest.paths if "safetensors" in name]
+    assert weights == ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    asked = [request for request in hub.requests if "/team/twice/resolve/" in request]
+    assert any("model-00001-of-00001" in request for request in asked)
+    assert not any("consolidated" in request for request in asked)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "says"),
     [
@@ -311,5 +331,6 @@ def test_a_model_of_no_use_is_named_and_does_not_come_into_the_store(refusal, se
     assert "model.safetensors is not a valid safetensors file" in refusal("torn")[1]
     published = {path.name for path in (folder / "store" / "bases").iterdir()}
     models = hub.models
-    good = {models["team/model"].commit(), models["team/model"].commit("v1"), models["team/secret"].commit()}
+    good = {models[f"team/{name}"].commit() for name in ("model", "secret", "twice")}
+    good.add(models["team/model"].commit("v1"))
     assert published == good

@@ -1,6 +1,9 @@
 """What a setting changes in the compiled pipeline: which tasks get GPUs, and what is compiled in at all."""
 
 import dataclasses
+import json
+import re
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,10 +14,20 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from core.errors import SettingsError
 from core.settings.cluster import ClusterSettings, ComponentSettings
 from core.settings.evaluation import EvaluationSettings
-from core.settings.parameters import parameters_of, reached_by
+from core.settings.methods import OF_THE_MODEL, MethodName
+from core.settings.parameters import (
+    COMPILED,
+    COMPILED_SECTION,
+    compiled_for,
+    parameters_of,
+    reached_by,
+    settings_of_run,
+)
 from core.settings.training import TrainingSettings
 from pipelines.adapt_accel import build_pipeline, compile_pipeline
+from pipelines.commands.compile import compile_
 from tests.support.ir import dags, gpus, parse, settings, the_dag
+from tests.support.project import ROOT
 
 
 @pytest.mark.slow
@@ -67,6 +80,54 @@ def test_the_recipe_parameter_leaves_out_what_has_its_own_parameter_or_no_value(
     assert "speed" not in recipe["evaluation"], "whether publish gets a GPU is compiled in"
     assert "perplexity" not in recipe["evaluation"]
     assert recipe["calibration"]["sequences"] == 7
+
+
+def test_the_help_the_form_and_the_docs_name_all_settings_that_are_compiled(tmp_path):
+    compile_pipeline(settings(1), tmp_path / "p.yaml")
+    form = parse(tmp_path / "p.yaml")[0].root.input_definitions.parameters["recipe"].description
+    (said,) = re.findall(
+        r"Fixed in the pipeline are(.*?)\.\s", (ROOT / "docs/operating.md").read_text(), re.DOTALL
+    )
+    for text in (form, str(compile_.help), said):
+        named = set(re.findall(r"\b(?:prune|training|evaluation)\.[a-z_]+", text)) - {"prune.method"}
+        assert named == {f"{section}.{key}" for section, key in COMPILED}
+        assert COMPILED_SECTION in text
+
+
+def started(pipeline, **changes):
+    """The settings that the first task of a run makes of what the form was filled in with."""
+    parameters = parameters_of(pipeline)
+    parameters["recipe"] |= changes.pop("recipe", {})
+    compiled = json.loads(json.dumps(compiled_for(pipeline, phases=1)), parse_int=float)
+    return settings_of_run(json.loads(json.dumps(parameters | changes)), compiled)
+
+
+NO_GPUS = ClusterSettings(gpus=0)
+OWN_GPUS = ClusterSettings(components={"score-layers": ComponentSettings(gpus=1)})
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+@pytest.mark.parametrize("cluster", [ClusterSettings(), NO_GPUS, OWN_GPUS])
+def test_a_method_that_asks_for_another_gpu_is_refused_by_a_compiled_pipeline(method, cluster):
+    """The form of a pipeline that was compiled for adapt-pruner, with statistics that decide alone."""
+    pipeline = settings(1, cluster=cluster)
+    if method not in OF_THE_MODEL or cluster in (NO_GPUS, OWN_GPUS):
+        assert started(pipeline, method=method).prune.method == method
+        return
+    with pytest.raises(
+        SettingsError, match=f"^prune.method={method} runs .*, for which the pipeline was"
+    ) as said:
+        started(pipeline, method=method)
+    assert len(said.value.problems) == 1
+    other = dataclasses.replace(pipeline, prune=dataclasses.replace(pipeline.prune, method="sheared-llama"))
+    assert started(other, method=method).prune.method == method
+    assert started(other, method="flap").prune.method == "flap"
+
+
+def test_the_section_of_the_pods_in_the_form_is_refused():
+    pipeline = settings(1)
+    with pytest.raises(SettingsError, match=r"recipe holds the section cluster, which is compiled into"):
+        started(pipeline, recipe={"cluster": {"gpus": 4}})
 
 
 @pytest.mark.parametrize("distill_steps", [0, 3])

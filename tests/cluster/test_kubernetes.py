@@ -19,6 +19,7 @@ from tests.support.manifests import (
     containers,
     dangling,
     environment,
+    filled_in,
     identity,
     misfits,
     pod,
@@ -70,6 +71,25 @@ def test_tasks_read_the_keys_that_the_secret_and_the_config_map_hold(objects):
     assert ("Secret", defaults.secret) in known
     example = MANIFESTS / "base" / "secret.env.example"
     assert tuple(environment(example, commented=True)) == SECRET_KEYS
+
+
+def test_mlflow_takes_the_keys_of_s3_that_the_secret_holds_and_starts_without_any(objects):
+    """With a cloud role there are none; those that expire come with a token."""
+    (server,) = [found for found in objects if identity(found) == ("Deployment", "mlflow")]
+    (container,) = pod(server)["spec"]["containers"]
+    read = [
+        env["valueFrom"]["secretKeyRef"]
+        for env in container["env"]
+        if env["name"].startswith("AWS_") and "secretKeyRef" in env["valueFrom"]
+    ]
+    keys = [key for key in SECRET_KEYS if key.startswith("AWS_")]
+    secret = ClusterSettings().secret
+    assert read == [{"name": secret, "key": key, "optional": True} for key in keys]
+    known = {identity(found): copy.deepcopy(found) for found in objects}
+    for held in ({}, dict.fromkeys(keys, "x")):
+        known["Secret", secret]["stringData"] = held
+        _, variables = filled_in(container, known)
+        assert {name: variables[name] for name in keys if name in variables} == held
 
 
 def test_examples_hold_no_secrets_and_git_ignores_the_files_that_do():
@@ -208,7 +228,7 @@ LOOSE_ENDS = [
     ("Deployment/mlflow", "spec.template.spec.containers.0.envFrom.0.configMapRef.name", "mlflov"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.env.0.valueFrom.secretKeyRef.key", "PASSWORD"),
     ("Deployment/mlflow", "spec.template.spec.containers.0.env.0.name", "PASSWORD"),
-    ("Deployment/mlflow", "spec.template.spec.containers.0.env.5.valueFrom.configMapKeyRef.name", "x"),
+    ("Deployment/mlflow", "spec.template.spec.containers.0.env.6.valueFrom.configMapKeyRef.name", "x"),
     (
         "Deployment/mlflow",
         "spec.template.spec.containers.0.env.1.value",

@@ -225,6 +225,7 @@ def test_parameters_have_defaults_that_make_up_the_settings_again(ir, phases):
         },
         "training": {"nodes": 1},
         "evaluation": {"speed": False},
+        "equipped": {"score-layers": False},
     }
     assert "cluster" not in value["recipe"], "it is compiled in: the run form could not change it"
     assert settings_of_run(value, fixed) == settings(phases, cluster=ClusterSettings())

@@ -12,6 +12,7 @@ from core.evaluation.items import GroupMetric, ItemResults, Items, MetricItems
 from core.evaluation.observed import observed
 from core.runs.finding import place_of
 from pipelines.cli import main
+from tests.support.project import call
 from tests.support.stored_runs import write_run
 
 
@@ -107,7 +108,7 @@ def test_runs_are_found_by_name_key_base_setting_and_place(store, wanted, found)
             ["dem", "wea", "--store", "STORE"],
             ["dem: no such run", "Near: demo", "wea: no such run"],
         ),
-        (["none/runs/abc"], ["none is not a folder"]),
+        (["none/runs/0123456789ab"], ["none is not a folder"]),
         (["/nowhere"], ["/nowhere is not a folder"]),
         (["--store", "STORE", "--against", "SmolLM2-135M", "demo"], ["names 5 runs", "Give the key of one"]),
         (["models:/a@b", "--store", "STORE"], ["no tracking URI is given"]),
@@ -206,12 +207,35 @@ def test_a_registered_version_is_found_by_its_alias(store, tmp_path):
     assert "tiny" in compare("models:/tin@candidate", "--tracking-uri", uri, code=1)
 
 
+@pytest.mark.parametrize("name", ["qwen", "0123456789ab"])
+def test_a_store_in_a_folder_called_runs_is_found(tmp_path, name):
+    store = tmp_path / "runs" / name
+    key = write_run(store, "demo", phases=1, layers=2)
+    assert "demo" in rows_of(compare("--store", store))
+    assert "demo" in rows_of(compare("demo", "--store", store))
+    assert "demo" in rows_of(compare(store / "runs" / key))
+    for command in (["watch"], ["report", "demo", "-o", tmp_path / "report.html"]):
+        result = call(*command, "--store", store)
+        assert result.exit_code == 0, result.output
+        assert "done" in result.output
+    if name == "qwen":  # else it is called as a run is
+        assert "demo" in rows_of(compare(store))
+
+
+def test_a_store_without_runs_is_named(tmp_path):
+    (tmp_path / "runs" / "qwen").mkdir(parents=True)
+    for arguments in (["--store", tmp_path / "runs" / "qwen"], [tmp_path / "runs" / "qwen"]):
+        assert f"no such run: {tmp_path}/runs/qwen holds none" in compare(*arguments, code=2)
+
+
 def test_a_place_is_a_run_in_a_store_or_a_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("store", "runs").mkdir(parents=True)
     Path("demo").mkdir()
-    assert place_of("store/runs/abc/final") == ("store", "abc")
-    assert place_of("s3://bucket/a/runs/abc") == ("s3://bucket/a", "abc")
-    assert place_of("s3://bucket/a") == ("s3://bucket/a", "")
+    assert place_of("store/runs/0123456789ab/final") == ("store", "0123456789ab")
+    assert place_of("s3://bucket/a/runs/0123456789ab") == ("s3://bucket/a", "0123456789ab")
+    assert place_of("/runs/qwen/runs/0123456789ab") == ("/runs/qwen", "0123456789ab")
+    for place in ("s3://bucket/a", "s3://bucket/runs", "s3://bucket/runs/qwen", "/x/runs/qwen"):
+        assert place_of(place) == (place, "")
     assert place_of("store") == ("store", "")
     assert place_of("demo") == place_of("org/model") == ("", "")

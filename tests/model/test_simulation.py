@@ -2,9 +2,18 @@ import pytest
 import torch
 
 from core.model.decoder import final_states
-from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
+from core.model.layerwise import LayerwiseModel, frozen
+from core.model.simulation import (
+    _LiveBytes,
+    simulate_head,
+    simulate_inference,
+    simulate_layer,
+    simulate_training,
+)
+from core.pruning.scoring.calibration import _Passes
+from core.pruning.scoring.criteria import CRITERIA
 from core.training.adapters import add_adapters
-from tests.support.models import CONFIGS, tiny
+from tests.support.models import CONFIGS, random_tokens, tiny
 
 B, T = 3, 11
 
@@ -108,6 +117,38 @@ def test_scoring_without_a_way_back_takes_less_and_gradients_of_weights_take_mor
     forward = peak(of_weights=False, backward=False)
     outputs = peak(of_weights=False, backward=True)
     assert forward < outputs < peak(of_weights=True, backward=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [*((name, "fisher_per_token") for name in CONFIGS), ("llama", "wanda_sp"), ("phi3", "wanda_sp")],
+)
+def test_what_scoring_observes_of_a_layer_takes_what_it_really_holds(name, criterion, dtype):
+    """Once half of it was left out: gradients of activations, and float32 copies of both."""
+    model, tokens = tiny(name, dtype=dtype), random_tokens(16, 32)
+    passes = _Passes(LayerwiseModel(model), tokens, len(tokens), criterion, 0)
+    with frozen(model):
+        state = passes.model.embed(tokens)
+        gradient = torch.ones_like(state)
+        scoring = passes._scoring(0, passes.model.layers[0])
+        with _LiveBytes() as counter:
+            if passes.goes_back:
+                passes._layer_backward(0, state, scoring, gradient)
+            else:
+                with torch.no_grad(), scoring.activations() as seen:
+                    after = passes.model.run(0, state)
+                scoring.add({name: (v,) for name, v in seen.items()}, tokens=tokens.numel())
+                assert after.shape == state.shape
+    simulated = simulate_layer(
+        model.config,
+        dtype,
+        *tokens.shape,
+        of_weights=False,
+        backward=passes.goes_back,
+        add=CRITERIA[criterion].add,
+    )
+    assert simulated.peak == pytest.approx(counter.peak, rel=0.1)
 
 
 def test_the_head_takes_its_logits_a_chunk_at_a_time():

@@ -176,6 +176,45 @@ def test_another_measurement_and_damaged_stages_are_not_used(uri, tmp_path, log)
     assert log.text.count("is removed, not used") == 2
 
 
+def flip(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "damage"),
+    [
+        ("statistics.safetensors", flip),
+        ("statistics.safetensors", None),
+        ("MANIFEST.json", flip),
+        ("MANIFEST.json", lambda content: content.replace(b'"sha256"', b'"sha265"', 1)),
+    ],
+    ids=["changed", "lost", "no manifest", "another manifest"],
+)
+def test_a_damaged_result_is_measured_again_once(damaged, damage, store_uri, tmp_path, log):
+    """In a folder each attempt measured again, as nothing else could be kept there; on S3 each failed."""
+    uri, measured = join_uri(store_uri, "runs/k/phases/01/scored/_resume/0001"), undisturbed()
+
+    def result():
+        with SavedStages(uri, tmp_path / "work", made_of=MADE_OF, worth_s=0) as stages:
+            found = stages.result()
+            if found is None:
+                stages.finish(measured)
+            return found
+
+    assert result() is None
+    assert_equal(result(), measured)
+    store = open_store(join_uri(uri, "result"))
+    if damage is None:
+        store.delete(damaged)
+    else:
+        store.write_bytes(damaged, damage(store.read_bytes(damaged)))
+    assert result() is None
+    found = result()
+    assert found is not None
+    assert_equal(found, measured)
+    assert log.text.count("is removed, and done again") == 1
+
+
 def test_a_store_that_takes_nothing_ends_no_measurement(tmp_path, log):
     (tmp_path / "store").touch()
     with SavedStages(str(tmp_path / "store"), tmp_path / "w", made_of={}, worth_s=0, pace=Always()) as stages:

@@ -7,9 +7,11 @@ import yaml
 from click.testing import CliRunner
 
 from core.experiments.definition import load_experiment
+from core.settings.methods import OF_THE_MODEL
 from core.settings.parameters import settings_of_run
 from pipelines.cli import main
 from tests.support.argo import task
+from tests.support.ir import gpus
 from tests.support.kfp_api import Refused, frame
 
 FILE = {
@@ -63,6 +65,32 @@ def test_each_cell_is_a_run_with_its_settings_and_few_versions_serve_all(api, pa
         )
     assert len(api.versions) == len(api.uploads) == 1
     assert [each["display_name"] for each in api.experiments.values()] == ["sizes"]
+
+
+def test_only_methods_whose_tasks_get_the_same_gpus_share_a_version(api, recipe, tmp_path):
+    methods = ("minitron", "magnitude", "sheared-llama", "minitron-depth")
+    axes = {"method": {method: {"prune.method": method} for method in methods}}
+    one_step = ["--set=prune.steps_per_phase=1", "--seeds", 1]
+    submit(api, write(tmp_path, axes=axes), *one_step)
+    versions = {}
+    for run in api.runs.values():
+        version = run["pipeline_version_reference"]["pipeline_version_id"]
+        method = run["runtime_config"]["parameters"]["method"]
+        versions.setdefault(version, set()).add(method)
+        assert ("exec-score-layers" in gpus(api.spec(version))) == (method in OF_THE_MODEL)
+    assert len(versions) == len(api.uploads) == 2
+    assert {frozenset(shared) for shared in versions.values()} == {
+        frozenset(methods[:2]),
+        frozenset(methods[2:]),
+    }
+
+
+def test_a_pause_of_nothing_is_refused_before_anything_is_started(api, path):
+    command = ["experiment", str(path), "--submit", "--host", api.endpoint, "--every", "0"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "error: --every=0 leaves no pause between requests. Give a time such as 10s." in result.stderr
+    assert api.requests == []
 
 
 @pytest.mark.parametrize("parallel", [1, 3])

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from core.settings.methods import OF_THE_MODEL
 from core.settings.recipe import load_recipe
 from pipelines.remote.client import connect
 from pipelines.remote.submission import compile_package, slug, start, upload
 from tests.support.evidence import note
+from tests.support.ir import gpus
 from tests.support.kfp_trial import error_of, submit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +169,18 @@ def test_a_recipe_of_its_own_keeps_the_name_and_what_is_compiled_in(api, recipe)
     assert run["service_account"] == "pruner"
 
 
+def test_a_method_that_runs_the_model_to_decide_gets_a_pipeline_with_a_gpu_for_that(api, recipe):
+    one_step = ["--set=prune.steps_per_phase=1", "--set=prune.repair=none"]
+    for method in ("adapt-pruner", "flap", "sheared-llama", "minitron-depth"):
+        kept = one_step[: 1 if method == "flap" else 2]
+        result = submit(api, *kept, *([f"--param=method={method}"] if method != "adapt-pruner" else []))
+        assert result.exit_code == 0, result.output
+        *_, run = api.runs.values()
+        version = run["pipeline_version_reference"]["pipeline_version_id"]
+        assert ("exec-score-layers" in gpus(api.spec(version))) == (method in OF_THE_MODEL)
+        assert run["runtime_config"]["parameters"]["method"] == method
+
+
 def test_places_that_pods_do_not_share_are_named(api, recipe, tmp_path):
     for uri in ("sqlite:///mlflow.db", "file:///mlflow"):
         problem = error_of(submit(api, f"--set=tracking.uri={uri}"), status=2)
@@ -216,6 +230,10 @@ def test_all_that_is_wrong_with_parameters_is_told_before_the_cluster_is_asked(a
             "prune.steps_per_phase=7 is not what the pipeline was compiled for: 0. Compile it again",
         ),
         ("recipe={prune: 5}", "prune=5 must be a mapping."),
+        (
+            "recipe={cluster: {gpus: 4}, calibration: {source: {path: a}}}",
+            "the parameter recipe holds the section cluster, which is compiled into the pipeline. Leave it",
+        ),
         ("recipe={model: 5}", "model=5 must be a mapping."),
         ("recipe={seed: -1, calibration: {source: {path: a}}}", "seed=-1 must lie between"),
         ("recipe={calibration: {source: {path: a}}, sead: 1}", "sead is not a setting. Did you mean seed?"),

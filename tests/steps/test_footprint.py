@@ -141,7 +141,7 @@ def test_parts_add_up_and_only_the_larger_ones_are_named():
 
 
 def test_criteria_of_products_hold_a_square_matrix_of_the_widest_projection():
-    """Measured apart: leverage and obs took 261 and 264 MB more than wanda_sp at an MLP width of 3,000."""
+    """Peak resident memory, measured apart: both took 235 MB more than magnitude_l2 at a width of 3,000."""
 
     def needed(criterion, width):
         config = LlamaConfig(**SIZES | {"intermediate_size": width})
@@ -150,8 +150,8 @@ def test_criteria_of_products_hold_a_square_matrix_of_the_widest_projection():
         ).device_bytes
 
     for criterion in ("leverage", "obs"):
-        more = needed(criterion, 3000) - needed("wanda_sp", 3000)
-        assert more == pytest.approx(261e6, rel=0.05)
+        more = needed(criterion, 3000) - needed("magnitude_l2", 3000)
+        assert more == pytest.approx(235e6, rel=0.1)
 
 
 def test_of_two_steps_that_follow_each_other_each_kind_of_memory_is_that_of_the_larger():

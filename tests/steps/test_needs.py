@@ -51,7 +51,7 @@ def test_accelerators_take_the_device_and_pods_the_host(config):
     on_gpu = settings_with(evaluation__tasks=["arc_easy"])
     on_cpu = settings_with(evaluation__tasks=["arc_easy"], cluster={"gpus": 0})
     needs = needs_of_tasks(config, on_gpu)
-    assert list(needs) == ["calibrate", "prune-step", "recover-train", "evaluate"]
+    assert list(needs) == ["calibrate", "score-layers", "prune-step", "recover-train", "evaluate"]
     assert "recover-train 0.1 GB on its GPU" in summary_line(needs, on_gpu)
     own = {"gpus": 1, "components": {"recover-train": {"gpus": 4}}}
     several = needs_of_tasks(config, on_four := settings_with(evaluation__tasks=["arc_easy"], cluster=own))
@@ -120,6 +120,23 @@ def test_score_layers_needs_a_model_where_widths_are_searched(config):
     found = needs(prune__widths="search")["score-layers"]
     assert found.parts["weights"] == 4 * params
     assert needs(**NO_AMPLITUDE, prune__method="minitron-depth")["score-layers"] == found
+
+
+@pytest.mark.parametrize("steps", [0, 2, 50])
+def test_score_layers_measures_again_where_a_phase_may_take_several_steps(config, steps):
+    def needs(**cluster):
+        return needs_of_tasks(config, settings_with(prune__steps_per_phase=steps, cluster=cluster))
+
+    for gpus in (0, 1):
+        found = needs(gpus=gpus)
+        assert found["score-layers"] == found["calibrate"]
+    apart = needs(components={"score-layers": {"gpus": 0}})
+    assert apart["calibrate"] == needs()["calibrate"]
+    assert apart["score-layers"] == needs(gpus=0)["score-layers"]
+    small = {"score-layers": {"memory": "150Mi", "scratch": "1Ki"}}
+    settings = settings_with(prune__steps_per_phase=steps, cluster={"gpus": 0, "components": small})
+    lines = list(shortages(needs_of_tasks(config, settings), settings))
+    assert [line.partition(" about ")[0] for line in lines] == ["score-layers needs"] * 2
 
 
 def test_score_layers_needs_what_a_method_does_with_the_model(config):

@@ -6,14 +6,23 @@ import pytest
 import torch
 
 from core.model.build import dtype_of, model_shape
-from core.model.layerwise import LayerwiseModel
-from core.model.simulation import simulate_head, simulate_inference, simulate_layer, simulate_training
+from core.model.layerwise import LayerwiseModel, frozen
+from core.model.simulation import (
+    _LiveBytes,
+    simulate_head,
+    simulate_inference,
+    simulate_layer,
+    simulate_training,
+)
 from core.pruning.scoring.calibration import _Passes
+from core.pruning.scoring.criteria import CRITERIA
 from core.settings.prune import PruneSettings
 from core.steps.footprint import evaluation_footprint, scoring_footprint, training_footprint
 from core.training.state import TrainingProgress, state_tensors, write_state
 from tests.steps.test_footprint import CALIBRATION, CONFIG, EVALUATION, TRAINING
 from tests.support.models import CONFIGS, UNEQUAL, random_tokens, tiny
+
+DEFAULT = PruneSettings().criterion
 
 
 def held(tensors):
@@ -49,7 +58,7 @@ def test_training_holds_what_a_step_leaves_behind_and_its_widest_moment(micro_ba
     assert found.disk_bytes == pytest.approx(2 * weights / 2 + state, rel=0.05)
 
 
-def scoring(free_bytes, device="cpu", criterion="taylor_l1", config=CONFIG, **changes):
+def scoring(free_bytes, device="cpu", criterion=DEFAULT, config=CONFIG, **changes):
     settings = dataclasses.replace(CALIBRATION, **changes)
     prune = PruneSettings(criterion=criterion)
     return scoring_footprint(config, settings, prune, device=device, free_bytes=free_bytes)
@@ -59,7 +68,7 @@ STATES = 64 * 32 * 48 * 4
 """Bytes of the calibration set's hidden states."""
 
 
-@pytest.mark.parametrize("criterion", ["taylor_l1", "taylor_signed", "wanda_sp"])
+@pytest.mark.parametrize("criterion", [DEFAULT, "taylor_l1", "taylor_signed", "wanda_sp"])
 @pytest.mark.parametrize("room", [0, 2 * STATES, 5 * STATES])
 def test_scoring_on_the_cpu_keeps_what_its_passes_allocate(criterion, room, tmp_path):
     model = tiny("llama", dtype=torch.float32)
@@ -75,11 +84,24 @@ def test_scoring_on_the_cpu_keeps_what_its_passes_allocate(criterion, room, tmp_
     on_disk = (3 if goes_back else 0) - len(passes.inputs._memory)
     assert found.disk_bytes == held(model.parameters()) // 2 + on_disk * STATES
     assert found.host_bytes == 0
-    widest = simulate_layer(
-        CONFIG, torch.float32, 8, 32, of_weights=criterion == "taylor_l1", backward=goes_back
-    )
+    of_weights = criterion == "taylor_l1"
+    add = None if of_weights else CRITERIA[criterion].add
+    widest = simulate_layer(CONFIG, torch.float32, 8, 32, of_weights=of_weights, backward=goes_back, add=add)
     head = simulate_head(CONFIG, torch.float32, 8, 32, device="cpu")
     assert found.parts["a layer's passes"] == max(widest.peak, head.peak)
+
+
+def test_scoring_by_the_default_criterion_holds_what_its_widest_layer_really_takes():
+    """The activations that it observes, their gradients, and the products of both."""
+    model = tiny("llama", dtype=torch.float32)
+    passes = _Passes(LayerwiseModel(model), random_tokens(64, 32), 64, DEFAULT, 0)
+    with frozen(model):
+        state = passes.model.embed(passes.tokens)
+        for_layer = passes._scoring(0, passes.model.layers[0]), torch.ones_like(state)
+        with _LiveBytes() as counter:
+            passes._layer_backward(0, state, *for_layer)
+    found = scoring(10**12, micro_batch=64)
+    assert found.parts["a layer's passes"] == pytest.approx(counter.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("slots", range(6))

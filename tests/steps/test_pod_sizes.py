@@ -1,6 +1,7 @@
 """What pods get where the recipe leaves it to the plan of memory."""
 
 import pytest
+from transformers import Qwen2Config
 
 from core.model.checkpoint import Checkpoint
 from core.quantities import parse_bytes
@@ -79,6 +80,28 @@ def test_what_has_no_room_on_the_card_waits_in_host_memory():
     larger = {"calibrate": Footprint(parts={"weights": 17 * GB})}
     (hint,) = too_large_for_cards(settings_with(cluster={"gpu_node_selector": {"gpu": "T4"}}), larger)
     assert hint.startswith("calibrate needs about 17.0 GB on its GPU, and the card ")
+
+
+def test_what_measures_between_the_steps_of_a_phase_gets_as_much_as_what_measures_before_them():
+    """Once it got what is given without a plan: 32Gi and no volume, for a model of 14 billion parameters."""
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48}
+    config = Qwen2Config(
+        **sizes, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False
+    )
+    cluster = {"memory": "auto", "scratch": "auto", "gpu_node_selector": {"gpu": "T4"}}
+    settings = settings_with(
+        prune__steps_per_phase=50, calibration__sequences=512, calibration__sequence_length=64,
+        calibration__pool_documents=512, calibration__micro_batch=256, calibration__state_memory="8GB",
+        cluster=cluster,
+    )  # fmt: skip
+    needs = needs_of_tasks(config, settings)
+    assert needs["score-layers"].disk_bytes > 28 * GB
+    planned = with_pod_sizes(settings, needs).cluster
+    calibrate, score_layers = planned.of("calibrate"), planned.of("score-layers")
+    assert (score_layers.memory, score_layers.scratch) == (calibrate.memory, calibrate.scratch)
+    assert parse_bytes(score_layers.scratch) > 1.2 * 28 * GB
+    hinted = [hint.partition(" ")[0] for hint in too_large_for_cards(settings, needs)]
+    assert hinted[:2] == ["calibrate", "score-layers"]
 
 
 def test_a_real_plan_gives_sizes_to_all_that_holds_a_model(project):

@@ -123,3 +123,9 @@ def test_a_damaged_run_and_a_done_one_have_a_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"done {done}  done" in result.output
     assert f"{bad}  damaged" in result.output
+
+
+def test_a_pause_of_nothing_is_refused(tmp_path):
+    result = CliRunner().invoke(main, ["watch", str(tmp_path), "--every", "0"])
+    assert result.exit_code == 2
+    assert "error: --every=0 leaves no pause between requests. Give a time such as 10s." in result.output

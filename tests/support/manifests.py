@@ -129,7 +129,11 @@ def filled_in(container, known):
         for kind, field in (("Secret", "secretKeyRef"), ("ConfigMap", "configMapKeyRef")):
             if reference := env.get("valueFrom", {}).get(field):
                 target = known[kind, reference["name"]]
-                variables[env["name"]] = target.get("data", target.get("stringData"))[reference["key"]]
+                data = target.get("data", target.get("stringData"))
+                if reference["key"] in data or not reference.get("optional"):
+                    variables[env["name"]] = data[reference["key"]]
+                else:
+                    del variables[env["name"]]
     return [_expanded(word, variables) for word in container.get("command", ())], variables
 
 

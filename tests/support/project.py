@@ -145,7 +145,7 @@ def resolve_or_tell(recipe, *, job, accelerated=()):
     """Call resolve-base as the pipeline does: five settings apart, the rest as a dict."""
     from core.steps.resolve_base import run_resolve_base
 
-    rest = copy.deepcopy(recipe)
+    rest = {name: copy.deepcopy(section) for name, section in recipe.items() if name != "cluster"}
     prune, model = rest["prune"], rest["model"]
     return run_resolve_base(
         base_model=model.pop("base"),
