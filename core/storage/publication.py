@@ -188,7 +188,8 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
         What stands at ``uri``: another publisher's, if it was first.
 
     Raises:
-        StorageError: If ``directory`` holds no file, or the store cannot be reached or written.
+        StorageError: If ``directory`` holds no file, if a file that was stored is gone before the manifest is
+            put, or the store cannot be reached or written.
     """
     published = find_publication(uri)
     if published is not None:
@@ -205,6 +206,11 @@ def publish(directory: Path, uri: str, *, metadata: dict[str, Any] | None = None
     manifest = Manifest(
         files=tuple(sorted(files, key=lambda entry: entry.path)), metadata=metadata or {}, folder=folder
     )
+    if not Publication(uri=uri, manifest=manifest, store=store).is_whole():
+        raise StorageError(
+            f"{store.uri} lost a file while it was published, as if somebody had cleaned the store. Run the "
+            "step again."
+        )
     content = manifest.to_json().encode()
     if store.write_bytes(MANIFEST, content, if_absent=True):
         store.delete(UPLOADED)

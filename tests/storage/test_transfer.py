@@ -9,6 +9,7 @@ import pytest
 from core.errors import StorageError
 from core.storage.publication import OWN, Manifest, find_publication, open_publication, publish
 from core.storage.store import open_store
+from core.storage.transfer import upload_beside
 from tests.support.evidence import note
 from tests.support.publications import (
     CONTENT,
@@ -144,6 +145,22 @@ def test_what_an_interrupted_publication_has_lost_since_is_uploaded_again(
     open_store(s3_store_uri).delete("model-00002.safetensors")
     publish(checkpoint, s3_store_uri)
     assert read(open_publication(s3_store_uri).fetch(tmp_path / "fetched")) == CONTENT
+
+
+def test_what_is_cleaned_away_before_the_manifest_is_put_is_not_published(uri, checkpoint, monkeypatch):
+    """Somebody takes the publisher for dead, for which it was cut off from the store for long enough."""
+
+    def upload_and_lose(directory, paths, store):
+        files = upload_beside(directory, paths, store)
+        store.delete("model-00002.safetensors")
+        return files
+
+    with monkeypatch.context() as patch:
+        patch.setattr("core.storage.publication.upload_beside", upload_and_lose)
+        with pytest.raises(StorageError, match=r"lost a file while it was published.*Run the step again\.$"):
+            publish(checkpoint, uri)
+    assert find_publication(uri) is None
+    assert publish(checkpoint, uri).is_whole()
 
 
 def test_an_interrupted_publication_in_a_folder_goes_on(checkpoint, tmp_path):
