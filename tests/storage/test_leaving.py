@@ -59,6 +59,9 @@ from core.storage.lease import LEFT_S, holding_lease, take_lease
 from core.storage.owner import Owner
 from core.storage.store import open_store
 lease_module.LOOK_S = 0.02
+def compute():
+    for _ in range(1200):  # a signal that comes just before a long wait would be heard after it only
+        threading.Event().wait(0.05)
 store, RUN, THERE = open_store(sys.argv[1]), "{RUN}", Owner(job="first", host=sys.argv[2], machine="")
 """
     process = subprocess.Popen(
@@ -73,7 +76,7 @@ store, RUN, THERE = open_store(sys.argv[1]), "{RUN}", Owner(job="first", host=sy
 HOLD = """
 with holding_lease(store, RUN, THERE):
     print("computing", flush=True)
-    threading.Event().wait(60)
+    compute()
 """
 
 
@@ -132,7 +135,7 @@ with holding_lease(store, RUN, THERE):
     (keeper,) = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     store.write_bytes = write_late
     take_lease(store, RUN, Owner(job="first", host="pod-7", machine=""), ttl_s=LEFT_S)
-    threading.Event().wait(60)
+    compute()
 """
     store = open_store(tmp_path / "store")
     end(start(code, store))
