@@ -23,7 +23,7 @@ from core.bases.resolution import current_base
 from core.data.locations import locate
 from core.errors import CheckpointError
 from core.model.build import build_model, check_fit
-from core.model.checkpoint import INDEX, PROVENANCE, Checkpoint, save_model
+from core.model.checkpoint import INDEX, PROVENANCE, Checkpoint, save_model, weight_files
 from core.model.gguf_header import read_gguf_header
 from core.runs.record import public_path
 from core.scratch import scratch_folder
@@ -135,17 +135,11 @@ def _belonging(folder: Path) -> list[Path]:
 
 
 def _weights_of(folder: Path) -> set[str]:
-    """Return the names of the weights that are read; others repeat them, as ``consolidated.safetensors``.
-
-    None are of an index that is damaged: reading the checkpoint says what is wrong with it.
-    """
-    if not (folder / INDEX).is_file():
-        return {"model.safetensors"}
+    """Return the names of the weights that are read: none of a damaged index, of which reading it tells."""
     try:
-        shards = parse_object(read_limited(folder / INDEX))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError, OSError):
+        return weight_files(folder)
+    except CheckpointError:
         return set()
-    return {shard for shard in shards if isinstance(shard, str) and shard.endswith(".safetensors")}
 
 
 def _is_wanted(name: str, weights: Collection[str]) -> bool:

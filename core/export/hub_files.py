@@ -1,12 +1,11 @@
 """Which files of a checkpoint are uploaded, and which files on the hub are left of another checkpoint."""
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
 from core.errors import CheckpointError
-from core.model.checkpoint import INDEX, PICKLES, PROVENANCE, CheckpointReader, is_companion
+from core.model.checkpoint import PICKLES, PROVENANCE, CheckpointReader, is_companion, weight_files
 from core.storage.interface import is_temporary
 from core.storage.layout import CARD, HTML, RECORD, REPORT
 from core.storage.publication import OWN, published_in, verify_folder
@@ -109,10 +108,7 @@ def _check_weights(folder: Path, shards: list[str]) -> None:
     with CheckpointReader(folder) as reader:
         for name in reader.names():
             reader.tensor(name)
-    wanted = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        wanted = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    if others := sorted(set(shards) - wanted):
+    if others := sorted(set(shards) - weight_files(folder)):
         raise CheckpointError(
             f"{folder} holds weights that its index does not name: {', '.join(others[:5])}. Remove them."
         )

@@ -77,6 +77,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shard_of
 
 
+def weight_files(directory: Path) -> set[str]:
+    """Return the names of the files that weights are read from; others repeat them, as consolidated ones do.
+
+    Raises:
+        CheckpointError: If the index is damaged, or names something other than safetensors files.
+    """
+    if (directory / INDEX).is_file():
+        return set(_weight_map(directory / INDEX).values())
+    return {"model.safetensors"}
+
+
 def _no_weights(directory: Path) -> str:
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
     held = f"holds only pickles ({', '.join(pickles[:3])}), which can run code when they are loaded"

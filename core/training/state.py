@@ -231,7 +231,7 @@ def check_fits(state: TrainingState, model: Module) -> None:
         found[name] = tensor.get_shape(), tensor.get_dtype()
     gpus_random = f"{_RNG}.cuda"
     if gpus_random not in wanted.keys() & found.keys():
-        # The process that starts ranks has no GPU, nor need the machine have that began, or that goes on.
+        # Only one of the two has a GPU: the machine that saved, or this one.
         wanted.pop(gpus_random, None)
         found.pop(gpus_random, None)
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

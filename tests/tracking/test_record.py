@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from core.runs.record import (
     perplexity_text,
     seconds_text,
 )
+from core.steps.publish import _headlines
 
 
 @pytest.fixture
@@ -60,6 +62,18 @@ def record():
 
 def test_a_record_survives_json(record):
     assert RunRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+
+
+def test_the_mean_over_benchmarks_is_one_of_accuracies(record):
+    *before, last = record.phases
+    tasks = {"a": {"acc": 0.5}, "wikitext": {"word_perplexity": 35.0}, "both": {"average": 0.9}}
+
+    def headlines(more):
+        phase = dataclasses.replace(last, tasks=tasks | more)
+        return _headlines(dataclasses.replace(record, phases=(*before, phase)))
+
+    assert headlines({"b": {"acc_norm": 0.3}})["mean accuracy"] == pytest.approx(0.4)
+    assert "mean accuracy" not in headlines({})
 
 
 def test_ints_that_came_back_as_floats_are_made_whole(record):

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from core.evaluation.items import GroupMetric, ItemResults, Items, MetricItems
+from core.evaluation.observed import can_be_averaged, observed
 from core.settings.registry import RegistrySettings
 from core.settings.storage import TrackingSettings
 from core.steps.promotion import decide, headlines, promote
@@ -279,6 +280,22 @@ def test_a_group_counts_as_one_task_and_not_as_its_members(tmp_path, by_size):
     found = decide("m", RegistrySettings(metric="mmlu", margin=0.0), better_in_mmlu, champion)
     assert (found.verdict, found.comparison.worse) == ("not worse", pytest.approx(-0.01))
     assert "5700 items" in found.comparison.how
+
+
+def test_a_mean_over_a_group_and_a_member_of_it_is_not_drawn_in_pairs():
+    """The member's items are in both lists: drawn twice, they would make the mean look surer than it is."""
+    values = MetricItems(kind="mean", values=(1.0, 0.0))
+    results = ItemResults(items=("0", "1"), metrics={"acc": values})
+    group = GroupMetric(members=(("part", "acc"), ("other", "acc")), by_size=True)
+    tasks = {"part": results, "other": results, "arc": results}
+    items = Items(tasks=tasks, groups={"all": {"acc": group}})
+
+    def averaged(*names):
+        return can_be_averaged(items, {name: observed(items, name, "acc") for name in names})
+
+    assert averaged("all", "arc")
+    assert averaged("part", "other", "arc")
+    assert not averaged("all", "part")
 
 
 def test_what_was_measured_otherwise_is_not_compared():
