@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import SettingsError
+from core.errors import SettingsError, refuse
 from core.settings.prune import PruneSettings, decides_on_model
 from core.settings.recipe import settings_from_dict, with_fixed
 from core.settings.schema import Settings
@@ -95,8 +95,16 @@ def settings_of_run(parameters: Mapping[str, Any], compiled: Mapping[str, Mappin
     recipe = with_fixed(
         parameters["recipe"], {name: of for name, of in compiled.items() if name != _EQUIPPED}
     )
+    problems = []
     for name, (section, key) in PARAMETERS.items():
-        recipe[section] = {**recipe.get(section, {}), key: parameters[name]}
+        given = recipe.get(section, {})
+        if key in given and given[key] != parameters[name]:
+            problems.append(
+                f"{section}.{key}={given[key]} in the parameter recipe is not what the parameter {name} "
+                f"says, {parameters[name]}: say it there alone."
+            )
+        recipe[section] = {**given, key: parameters[name]}
+    refuse(problems)
     settings = settings_from_dict(recipe)
     equipped = compiled.get(_EQUIPPED, {}).get("score-layers", True)  # older versions compiled nothing of it
     if scores_on_accelerator(settings.prune) and not equipped:

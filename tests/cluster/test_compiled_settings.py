@@ -130,6 +130,30 @@ def test_the_section_of_the_pods_in_the_form_is_refused():
         started(pipeline, recipe={"cluster": {"gpus": 4}})
 
 
+def test_a_setting_that_the_form_says_twice_must_be_the_same_both_times():
+    pipeline = settings(1)
+    with pytest.raises(SettingsError) as said:
+        started(
+            pipeline,
+            recipe={"prune": {"target": 0.3, "method": "flap"}, "model": {"base": "a/b"}},
+            base_model="c/d",
+        )
+    target = pipeline.prune.target
+    for problem, setting, name, value in zip(
+        said.value.problems,
+        ("model.base=a/b", "prune.target=0.3", "prune.method=flap"),
+        ("base_model", "target", "method"),
+        ("c/d", target, "adapt-pruner"),
+        strict=True,
+    ):
+        assert problem == (
+            f"{setting} in the parameter recipe is not what the parameter {name} says, {value}: say it there "
+            "alone."
+        )
+    same = {"prune": {"target": target}, "model": {"base": pipeline.model.base}}
+    assert started(pipeline, recipe=same).prune.target == target
+
+
 @pytest.mark.parametrize("distill_steps", [0, 3])
 def test_a_cut_alone_asks_for_no_gpu_and_a_distillation_for_one(distill_steps, tmp_path):
     plain = settings(1)
