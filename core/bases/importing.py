@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -18,13 +19,13 @@ from typing import Any
 
 import torch
 
-from core.bases.licence import LEGAL, card_facts, gguf_facts
+from core.bases.licence import card_facts, gguf_facts
 from core.bases.resolution import current_base
 from core.data.locations import locate
 from core.errors import CheckpointError
-from core.model.build import build_model, check_fit
-from core.model.checkpoint import INDEX, PROVENANCE, Checkpoint, save_model, weight_files
-from core.model.gguf_header import read_gguf_header
+from core.model.build import build_model, check_fit, check_tied
+from core.model.checkpoint import INDEX, LEGAL, PROVENANCE, Checkpoint, save_model, weight_files
+from core.model.gguf_header import GgufHeader, read_gguf_header
 from core.runs.record import public_path
 from core.scratch import scratch_folder
 from core.settings.addresses import hub_address
@@ -175,7 +176,7 @@ def _read_whole(folder: Path) -> None:
     """Let what would make every later step fail come to light before it is in the store.
 
     Raises:
-        CheckpointError: If there are no weights, or one cannot be read.
+        CheckpointError: If there are no weights, one cannot be read, or they contradict the config.
         UnsupportedModelError: If the family is not supported.
     """
     checkpoint = Checkpoint(folder)
@@ -183,6 +184,25 @@ def _read_whole(folder: Path) -> None:
         for name in reader.names():
             reader.tensor(name)
     check_fit(checkpoint)
+    check_tied(checkpoint)
+
+
+def _refuse_scaled_frequencies(location: Path, header: GgufHeader) -> None:
+    """Refuse rotary frequencies that transformers does not read from GGUF files: it would be another model.
+
+    Raises:
+        CheckpointError: If the file has any.
+    """
+    values = {key.partition(".")[2]: value for key, value in header.values.items()}
+    found = [name for name in header.tensors if re.fullmatch(r"rope_(freqs|factors_\w+)\.weight", name)]
+    if values.get("rope.scaling.type", "none") != "none":
+        found.append(f"rope.scaling.type={values['rope.scaling.type']}")
+    found += [name for name in ("rope.scaling.factor", "rope.scale_linear") if values.get(name, 1) != 1]
+    if found:
+        raise CheckpointError(
+            f"{location} scales its rotary frequencies ({', '.join(found)}), which cannot be read from GGUF "
+            "files yet. Name the model's safetensors instead."
+        )
 
 
 @contextlib.contextmanager
@@ -191,7 +211,7 @@ def _dequantized(location: Path) -> Iterator[Path]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
-    read_gguf_header(location)
+    _refuse_scaled_frequencies(location, read_gguf_header(location))
 
     def unreadable(said: str) -> CheckpointError:
         return CheckpointError(f"{location} cannot be read as GGUF: {said}. Fetch it again.")

@@ -9,9 +9,6 @@ import yaml
 
 from core.untrusted import read_limited
 
-LEGAL = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-"""Files that go with a model wherever it goes."""
-
 FACTS = ("license", "license_name", "license_link", "language")
 """Under the names that the hub's model cards use: licence id, its name and address if the id is ``other``,
 and language codes."""

@@ -14,16 +14,23 @@ _SHOWN_CHARS = 40
 
 
 def is_object(file: Path) -> bool:
-    """Return whether a file is one object in many lines; if not, its lines are rows, or it is a list."""
+    """Return whether a file is one object in many lines; if not, its lines are rows, or it is a list.
+
+    Where the second line is an object, the first is a row that is cut short.
+    """
     with file.open("rb") as opened:
-        raw = _first_line(opened)
+        raw, second = _first_line(opened), _first_line(opened)
     if not _bare(raw).startswith(b"{") or len(raw) == _LINE_BYTES:
         return False
+    return not _is_row(raw) and not (_bare(second).startswith(b"{") and _is_row(second))
+
+
+def _is_row(line: bytes) -> bool:
     try:
-        parse_json(_bare(raw))
+        parse_json(_bare(line))
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def is_list(file: Path) -> bool:

@@ -1,6 +1,7 @@
 """Benchmarks of a checkpoint's files, by one process or several."""
 
-from collections.abc import Callable
+import functools
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def measure_checkpoint(
     *,
     seed: int,
     cache: AnswerCache | None = None,
-    model: Callable[[], Model] | None = None,
+    model: "functools._lru_cache_wrapper[Model] | None" = None,
 ) -> TaskResults:
     """Evaluate a checkpoint on the benchmarks; several ranks give the numbers that one does.
 
@@ -32,7 +33,8 @@ def measure_checkpoint(
         settings: With a batch size, and a number format.
         seed: Of the choice of items.
         cache: Where results are looked up first, and kept.
-        model: The checkpoint's model and tokenizer, if it may be loaded already.
+        model: Loads the checkpoint's model and tokenizer, unless it has done so already. Several ranks load
+            their own: this one is let go before.
 
     Raises:
         SettingsError: If there are fewer GPUs than ``settings.ranks``.
@@ -43,6 +45,11 @@ def measure_checkpoint(
     size = number_of_ranks(settings)
     if size == 1:
         return measure_tasks(model or load, settings, seed=seed, cache=cache)
+
+    if model is not None:
+        model.cache_clear()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def answer(asking: Asking) -> dict[str, TaskAnswers]:
         work = partial(answer_in_rank, size=size, load=load, asking=asking)

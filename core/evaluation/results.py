@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.evaluation.items import GroupMetric, ItemResults, Items, Kind, MetricItems, numbered
+from core.runs.record import AVERAGE, CHANCE, standard_error
 from core.settings.presets import PRESETS
-
-AVERAGE = "average"
-"""The metric of a preset."""
-CHANCE = "chance"
-"""The accuracy of guessing, of tasks with choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,25 +112,13 @@ def _average(members: Sequence[tuple[Mapping[str, float], str]]) -> dict[str, fl
     """Average metrics of tasks, each counting once; the standard error takes the tasks for independent."""
     count = len(members)
     found = {AVERAGE: sum(figures[metric] for figures, metric in members) / count}
-    errors = [figures.get(_stderr(metric, figures)) for figures, metric in members]
+    errors = [standard_error(figures, metric) for figures, metric in members]
     if None not in errors:
         found[f"{AVERAGE}_stderr"] = math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / count
     chances = [figures.get(CHANCE) for figures, _ in members]
     if None not in chances:
         found[CHANCE] = sum(chance or 0.0 for chance in chances) / count
     return found
-
-
-def _stderr(metric: str, figures: Mapping[str, float]) -> str:
-    """Return the name of a metric's standard error: lm-eval puts it before the name of the filter."""
-    own = f"{metric}_stderr"
-    if own in figures:
-        return own
-    head, _, filter_ = metric.rpartition("_")
-    while head and f"{head}_stderr_{filter_}" not in figures:
-        head, _, more = head.rpartition("_")
-        filter_ = f"{more}_{filter_}"
-    return f"{head}_stderr_{filter_}"
 
 
 def _mean_of_members(

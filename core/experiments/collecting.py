@@ -4,6 +4,7 @@ Nothing but the store is asked, so it does not matter where a run was computed.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,6 @@ from core.storage.layout import RECORD
 from core.storage.publication import open_publication
 from core.storage.store import open_store
 
-SENSITIVITY = "sensitivity.json"
-
 _Sample = tuple[Mapping[str, str], Mapping[str, float]]
 """Labels, and the figures of one repetition."""
 
@@ -38,6 +37,27 @@ class Found:
     run: Run | None = None
     record: RunRecord | None = None
     """What it measured; None until it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStudy:
+    """A study of each single layer of a checkpoint."""
+
+    labels: Mapping[str, str]
+    """Where its figures stand in the table."""
+    uri: str
+    """The checkpoint's publication."""
+    of_base: bool
+    """Whether that is a base model."""
+    settings: Settings
+    """Of the run that it belongs to."""
+    folder: Path
+    """Named by all that its figures depend on."""
+
+    @property
+    def file(self) -> Path:
+        """The file of its figures, which is there once it is done."""
+        return self.folder / "sensitivity.json"
 
 
 NOT_STARTED = Found(state="not started")
@@ -112,13 +132,15 @@ def table_of(
         failed: The key of each cell that has just failed, to the reason.
     """
     labels = list(dict.fromkeys(tuple(cell.labels.items()) for cell in experiment.cells))
-    samples = list(_dense(experiment, found, folder))
-    rows = [
-        _row(experiment, dict(place), samples) for place in dict.fromkeys(_place(each) for each in samples)
-    ]
-    samples = []
-    for cell in experiment.cells:
-        samples += _samples(experiment, cell, found[cell.key], folder)
+    if experiment.sensitivity:
+        studies = layer_studies(experiment, found, folder)
+        dense = [sample for study in studies if study.of_base for sample in _layers(study)]
+        samples = [sample for study in studies if not study.of_base for sample in _layers(study)]
+    else:
+        dense = list(_dense(experiment, found))
+        done = [(cell, found[cell.key].record) for cell in experiment.cells]
+        samples = [(cell.labels, figures_of(record, record.phases[-1])) for cell, record in done if record]
+    rows = [_row(experiment, dict(place), dense) for place in dict.fromkeys(map(_place, dense))]
     places = dict.fromkeys(map(_place, samples))
     for own in labels:
         inner = [place for place in places if set(own) <= set(place)] or [own]
@@ -128,10 +150,10 @@ def table_of(
         for cell in experiment.cells
         if found[cell.key].record is None
     ]
-    done = len(experiment.cells) - len(missing)
+    count = len(experiment.cells)
     return ResultTable(
         title=experiment.title,
-        subtitle=f"Base model {experiment.base}; {done} of {len(experiment.cells)} runs are done",
+        subtitle=f"Base model {experiment.base}; {count - len(missing)} of {count} runs are done",
         labels=(*experiment.axes, *([LAYER] if experiment.sensitivity else [])),
         metrics=experiment.metrics,
         rows=tuple(rows),
@@ -167,13 +189,43 @@ def _found(overview: RunOverview, run: Run, settings: Settings) -> Found:
     return Found(state="done", run=run, record=record)
 
 
-def _dense(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> Iterator[_Sample]:
+def layer_studies(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> list[LayerStudy]:
+    """Return the studies of single layers of an experiment: of each run that is done, and of the base models.
+
+    A base model is studied once a seed, with the settings of the first run that is done.
+    """
+    results, dense = list[LayerStudy](), dict[tuple[str, int], LayerStudy]()
+    runs = {cell.key: found[cell.key].run for cell in experiment.cells if found[cell.key].record is not None}
+    bases = {run.base_uri for run in runs.values() if run}
+    for cell in experiment.cells:
+        if (run := runs.get(cell.key)) is None:
+            continue
+        seed = cell.settings.seed
+        name = f"{DENSE} {public_path(cell.settings.model.base)}" if len(bases) > 1 else DENSE
+        for uri, of, labels in (
+            (run.base_uri, f"{DENSE}-{seed}", {experiment.axes[0]: name}),
+            (run.uri("final"), cell.key, cell.labels),
+        ):
+            what = [uri, cell.settings.digest(), cell.settings.measured_digest()]
+            asked = dataclasses.asdict(experiment.sensitivity) if experiment.sensitivity else {}
+            digest = hashlib.sha256(json.dumps([*what, asked]).encode()).hexdigest()[:8]
+            study = LayerStudy(
+                labels=labels,
+                uri=uri,
+                of_base=uri == run.base_uri,
+                settings=cell.settings,
+                folder=folder / f"{of}-{digest}",
+            )
+            if study.of_base:
+                dense.setdefault((uri, seed), study)
+            else:
+                results.append(study)
+    return [*dense.values(), *results]
+
+
+def _dense(experiment: Experiment, found: Mapping[str, Found]) -> Iterator[_Sample]:
     """Yield the figures of the base models; each run has measured its own."""
     axis = experiment.axes[0]
-    if experiment.sensitivity:
-        for path in sorted(folder.glob(f"{DENSE}-*/{SENSITIVITY}")):
-            yield from _layers({axis: DENSE}, path)
-        return
     records = {each.record.revision: each.record for each in found.values() if each.record}
     for record in records.values():
         name = f"{DENSE} {public_path(record.base)}" if len(records) > 1 else DENSE
@@ -181,22 +233,14 @@ def _dense(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> 
         yield {axis: name}, {name: figures[name] for name in figures if name not in COSTS}
 
 
-def _samples(experiment: Experiment, cell: Cell, found: Found, folder: Path) -> Iterator[_Sample]:
-    if found.record is None:
+def _layers(study: LayerStudy) -> Iterator[_Sample]:
+    """Yield what a study has measured with each layer pruned alone, if it is done."""
+    if not study.file.is_file():
         return
-    if experiment.sensitivity:
-        if (path := folder / cell.key / SENSITIVITY).is_file():
-            yield from _layers(cell.labels, path)
-    else:
-        yield cell.labels, figures_of(found.record, found.record.phases[-1])
-
-
-def _layers(labels: Mapping[str, str], path: Path) -> Iterator[_Sample]:
-    """Yield what a study has measured with each layer pruned alone."""
-    for layer in json.loads(path.read_text())["layers"]:
+    for layer in json.loads(study.file.read_text())["layers"]:
         figures = {metric: layer[metric] for metric in LAYER_METRICS}
         yield (
-            {**labels, LAYER: str(layer["layer"])},
+            {**study.labels, LAYER: str(layer["layer"])},
             {name: value for name, value in figures.items() if value is not None},
         )
 

@@ -109,7 +109,15 @@ class Experiment:
 
 
 def shipped_experiments() -> dict[str, str]:
-    """Return the name of each experiment that can be asked for by name, and its title."""
+    """Return the name of each experiment that can be asked for by name, and its title.
+
+    Raises:
+        SettingsError: If they are not here.
+    """
+    if not SHIPPED.is_dir():
+        raise SettingsError(
+            [f"there is no {SHIPPED}: named experiments are files of the project. Work there, or name one."]
+        )
     return {path.stem: read_recipe(path).merged()["title"] for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
@@ -124,7 +132,7 @@ def find_experiment(name: str) -> Path:
         return shipped
     if Path(name).is_file():
         return Path(name)
-    known = ", ".join(path.stem for path in sorted(SHIPPED.glob("*.yaml")))
+    known = ", ".join(shipped_experiments())
     raise SettingsError([f"{name} is neither an experiment nor a file. Known experiments: {known}."])
 
 
@@ -144,6 +152,12 @@ def load_experiment(
     """
     layers = tuple((place, _with_text_keys(data)) for place, data in read_recipe(path).layers)
     file = _parsed(path, layers)
+    empty = [
+        f"axes.{axis}: has no label. Correct it there." for axis, labels in file.axes.items() if not labels
+    ]
+    if not file.axes:
+        empty = ["axes: there is none. Name one with a label for each row, such as {method: {ours: {}}}."]
+    refuse(f"{path}: {problem}" for problem in empty)
     overrides = tuple(overrides)
     recipe = path.parent / file.recipe
     base = load_recipe(recipe, (*_texts(file.set), *overrides)).model.base
@@ -233,8 +247,8 @@ def _alike(cells: Iterable[Cell]) -> Iterator[str]:
             pairs.append(f"{first.name} and {cell.name}")
     if pairs:
         yield (
-            f"cells {_listed(pairs)} have equal settings. Leave out the --set that overrides what tells them "
-            "apart, or correct the axes."
+            f"cells {_listed(pairs)} have equal settings, but for what is measured, and so are one run. "
+            "Leave out the --set that overrides what tells them apart, or correct the axes."
         )
 
 

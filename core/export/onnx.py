@@ -22,7 +22,7 @@ from core.export.exported import Exported, put_when_complete
 from core.export.onnx_genai import genai_config
 from core.model.build import load_model, model_shape
 from core.model.checkpoint import Checkpoint, is_companion
-from core.model.config import head_dim, layer_shapes
+from core.model.config import head_dim, layer_shapes, rotary_kinds
 from core.model.shape import LayerShape
 from core.untrusted import files_of
 
@@ -68,9 +68,7 @@ def export_onnx(checkpoint: Path, output: Path) -> Exported:
 
 
 def _refuse_moving_frequencies(config: Any) -> None:
-    rope = config.rope_parameters
-    kinds = {part["rope_type"] for part in ([rope] if "rope_type" in rope else rope.values())}
-    for kind in sorted(kinds - set(_ROPE_TYPES)):
+    for kind in sorted(rotary_kinds(config) - set(_ROPE_TYPES)):
         raise ExportError(
             f"its rotary scaling is {kind}, whose frequencies may change with the length of the text, but "
             f"those of a traced graph are constant (fits {', '.join(_ROPE_TYPES)}). Export another format."

@@ -172,6 +172,24 @@ def check_fit(checkpoint: Checkpoint) -> None:
             )
 
 
+def check_tied(checkpoint: Checkpoint) -> None:
+    """Compare tensors that ``config.json`` ties with each other, where both are stored.
+
+    Raises:
+        CheckpointError: If they differ: by its config the model would be another one.
+    """
+    if not checkpoint.config.tie_word_embeddings:
+        return
+    with checkpoint.weights() as reader:
+        there = set(reader.names())
+        for name, other in build_empty(checkpoint.config).all_tied_weights_keys.items():
+            if {name, other} <= there and not torch.equal(reader.tensor(name), reader.tensor(other)):
+                raise CheckpointError(
+                    f"{checkpoint.directory}: config.json ties {name} to {other}, but both are stored, and "
+                    "differ. Set tie_word_embeddings to false there, or take the weights that belong to it."
+                )
+
+
 def _tied_names(model: "PreTrainedModel") -> set[str]:
     return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
 

@@ -37,6 +37,8 @@ _CONVERT = (
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+LEGAL = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+"""Files that go with a model wherever it goes."""
 _COMPANIONS = (
     "tokenizer*",
     "vocab*",
@@ -46,7 +48,7 @@ _COMPANIONS = (
     "chat_template*",
     "generation_config.json",
     "*.tiktoken",
-    "LICENSE*",
+    *LEGAL,
 )
 """Files beside the weights that a smaller model shares with its base."""
 

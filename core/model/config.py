@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -131,6 +132,27 @@ def head_dim(config: PreTrainedConfig) -> int:
     """Return A, the size of one attention head; it is the same in all layers."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.per_layer_config[0].num_attention_heads)
+
+
+def rotary_kinds(config: PreTrainedConfig) -> set[str]:
+    """Return which scalings its rotary frequencies have, in any layer."""
+    return {part["rope_type"] for part in _rotary_parts(config)}
+
+
+def moving_frequencies_from(config: PreTrainedConfig) -> int | None:
+    """Return above which length of a sequence its rotary frequencies depend on it; None if they never do.
+
+    In a batch they are then those of its longest document, for all of them.
+    """
+    moving = [part for part in _rotary_parts(config) if part["rope_type"] in ("longrope", "dynamic")]
+    name, longest = "original_max_position_embeddings", config.max_position_embeddings
+    return min((int(part.get(name) or longest) for part in moving), default=None)
+
+
+def _rotary_parts(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return the rotary parameters of all layers, or of each type of them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else list(rope.values())
 
 
 def with_output_biases(config: PreTrainedConfig) -> PreTrainedConfig:

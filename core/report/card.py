@@ -60,6 +60,7 @@ def model_card(
         calibrated_on=_source(record.settings.get("calibration", {}).get("source") or {}),
         trained_on=listed(map(_source, record.settings.get("training", {}).get("sources", ()))),
         phases=_phase_columns(record.phases),
+        layers=[layer for layer in record.phases[-1].layers if layer.mlp_width],
         settings=_settings(record.settings),
     )
 

@@ -131,7 +131,7 @@ def rows_figure(
     figure = new_figure(4.2)
     ax = figure.subplots()
     labels = list(dict.fromkeys(label for points in lines.values() for label, _, _ in points))
-    numeric = all(re.fullmatch(r"[0-9.]+", label) for label in labels)
+    numeric = all(re.fullmatch(r"[0-9]+([.][0-9]+)?", label) for label in labels)
     places = {label: float(label) if numeric else i for i, label in enumerate(labels)}
     for i, (name, points) in enumerate(lines.items()):
         style: dict[str, Any] = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "capsize": 3}
@@ -143,12 +143,8 @@ def rows_figure(
     values = [mean for points in lines.values() for _, mean, _ in points]
     for name, level in (levels or {}).items():
         ax.axhline(level, color=INK, linewidth=0.9, linestyle="--")
-        place: dict[str, Any] = {
-            "xytext": (1.0, level),
-            "textcoords": ax.get_yaxis_transform(),
-            "ha": "right",
-        }
-        ax.annotate(name.translate(_PLAIN), (1.0, level), va="bottom", fontsize=8, **place)
+        style = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 8}
+        ax.text(1.0, level, name.translate(_PLAIN), **style)
         values.append(level)
     if max(values) > 10 * min(values) > 0:
         ax.set_yscale("log")

@@ -19,7 +19,14 @@ from core.report.compared_figures import (
 from core.report.drawing import inline_svg
 from core.report.tables import COSTS, DENSE, SPEED, ResultTable, Row, figures_of
 from core.report.templates import render
-from core.runs.record import PhaseRecord, RunRecord, accuracies, headline_metric, public_path
+from core.runs.record import (
+    PhaseRecord,
+    RunRecord,
+    accuracies,
+    headline_metric,
+    public_path,
+    standard_error,
+)
 
 if TYPE_CHECKING:
     from core.evaluation.significance import Difference
@@ -180,8 +187,7 @@ def _task_intervals(phase: PhaseRecord) -> dict[str, tuple[float, float]]:
     found, errors, right = {}, dict[str, float](), accuracies(phase)
     for task, metrics in phase.tasks.items():
         best = headline_metric(metrics)
-        plain = {name.split(",")[0]: value for name, value in metrics.items()}
-        error = plain.get(f"{best[0]}_stderr") if best else None
+        error = standard_error(metrics, best[0]) if best else None
         if best and error and math.isfinite(error):
             errors[task] = error
             found[task] = (best[1] - _NORMAL_975 * error, best[1] + _NORMAL_975 * error)
@@ -213,6 +219,13 @@ def _notes(
         elif run.state != "done":
             yield f"{names[run.place]}: {run.state}; its figures are those of phase {phase.phase}."
         yield from (f"{names[run.place]}: {note}" for note in run.notes)
+    averaged = {tuple(sorted(accuracies(run.shown))) for run in runs if run.shown} - {()}
+    if len(averaged) > 1:
+        common = sorted(set.intersection(*map(set, averaged)))
+        yield (
+            "The mean accuracy of a run is that of its own tasks, which differ; a difference is that of the "
+            f"tasks that both have, and a picture's of those that all have: {', '.join(common) or 'none'}."
+        )
     if others := [names[run.place] for run in runs if _way(run) not in (None, _way(first))]:
         yield (
             f"Measured under other settings than {names[first.place]}, so not comparable without care: "

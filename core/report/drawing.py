@@ -71,9 +71,14 @@ def size_axis(ax: "Axes") -> None:
     ax.set_xlabel("parameters (the dense model is on the left)")
     ax.invert_xaxis()
     ax.margins(x=0.09)
-    ax.xaxis.set_major_formatter(lambda value, _: count_text(round(value)).replace(".0", ""))
+    ax.xaxis.set_major_formatter(lambda value, _: _round_count(value))
     ax.grid(True)
     ax.set_axisbelow(True)
+
+
+def _round_count(value: float) -> str:
+    """Write a count without zeros at the end of its decimals: 8B, 1.05B, 134.5M, 135M."""
+    return re.sub(r"\.?0+(?=[A-Za-z])", "", count_text(round(value))) if value >= 1000 else f"{value:.0f}"
 
 
 def log_scale(ax: "Axes") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from core.runs.record import (
     PhaseRecord,
     RunRecord,
+    is_error,
     perplexity_text,
     public_path,
     score_text,
@@ -68,4 +69,4 @@ def _rows(phases: list[PhaseRecord]) -> Iterator[tuple[str, ...]]:
 def _metrics(tasks: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, str]]:
     for task, metrics in tasks.items():
         names = dict.fromkeys(name.partition(",")[0] for name in metrics)  # lm-eval: "acc_norm,none"
-        yield from ((task, name) for name in names if not name.endswith("_stderr"))
+        yield from ((task, name) for name in names if not is_error(name))

@@ -58,7 +58,7 @@ class Row:
     measured: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Metric to its value in each repetition that is done."""
     published: Mapping[str, float] = field(default_factory=dict)
-    """Metric to what others have published for it."""
+    """Metric to what others have published for it, as they print it: accuracies in percent."""
     repetitions: tuple[int, int] = (1, 1)
     """How many are done, and how many were asked for."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -102,18 +102,22 @@ class ResultTable:
         if any(row.repetitions != (1, 1) for row in rows):
             found["done"] = [f"{done} of {asked}" for done, asked in (row.repetitions for row in rows)]
         for metric in self.metrics:
-            found[_header(metric)] = [
-                value_text(metric, row.measured.get(metric, ()), row.intervals.get(metric)) for row in rows
+            header, plain = self._header(metric), self._is_plain(metric)
+            found[header] = [
+                value_text(metric, row.measured.get(metric, ()), row.intervals.get(metric), plain=plain)
+                for row in rows
             ]
             if any(metric in row.differences for row in rows):
                 differences = [row.differences.get(metric) for row in rows]
-                found[f"{_header(metric)}\nagainst {self.against}"] = [
+                found[f"{header}\nagainst {self.against}"] = [
                     "-" if each is None else difference_text(metric, each) for each in differences
                 ]
             if any(metric in row.published for row in rows):
-                published = [row.published.get(metric) for row in rows]
-                texts = ["-" if value is None else value_text(metric, [value]) for value in published]
-                found[f"{_header(metric)}, published"] = texts
+                published = [self._published(row, metric) for row in rows]
+                texts = [
+                    "-" if value is None else value_text(metric, [value], plain=plain) for value in published
+                ]
+                found[f"{header}, published"] = texts
         return found
 
     def markdown(self) -> str:
@@ -138,7 +142,7 @@ class ResultTable:
         ends = {"mean": "", "spread": "_spread", "published": "_published", "low": "_low", "high": "_high"}
         ends |= {f"difference{end}": f"_difference{end}" for end in ("", "_low", "_high")}
         ends |= {"verdict": "_verdict"}
-        summaries = [{metric: _summary(row, metric) for metric in self.metrics} for row in self.rows]
+        summaries = [{metric: self._summary(row, metric) for metric in self.metrics} for row in self.rows]
         columns = [
             (metric, key)
             for metric in self.metrics
@@ -160,7 +164,7 @@ class ResultTable:
                 "labels": dict(row.labels),
                 "done": row.repetitions[0],
                 "asked": row.repetitions[1],
-                "metrics": {metric: _summary(row, metric) for metric in self.metrics},
+                "metrics": {metric: self._summary(row, metric) for metric in self.metrics},
             }
             for row in self.rows
         ]
@@ -170,8 +174,9 @@ class ResultTable:
         """Return the table and its picture as one page that loads nothing from elsewhere."""
         lines, svg = self._lines(), ""
         if self.picture and lines:
-            figure = rows_figure(lines, x=self.picture.x, y=_header(self.picture.y), levels=self._levels())
-            label = f"{_header(self.picture.y)} against {self.picture.x}"
+            shown = self._header(self.picture.y)
+            figure = rows_figure(lines, x=self.picture.x, y=shown, levels=self._levels())
+            label = f"{shown} against {self.picture.x}"
             svg = inline_svg(figure, name="comparison", label=label.replace('"', "'"))
         values = {"title": self.title, "subtitle": self.subtitle, "notes": self.notes}
         return render("table.html", **values, columns=self.columns(), picture=svg)
@@ -188,9 +193,9 @@ class ResultTable:
         lines: dict[str, list[tuple[str, float, float]]] = {}
         if (picture := self.picture) is None:
             return lines
-        shown = 1.0 if _is_plain(picture.y) else 100.0
+        shown = 1.0 if self._is_plain(picture.y) else 100.0
         for row in self.rows:
-            name, summary = row.labels.get(picture.by, ""), _summary(row, picture.y)
+            name, summary = row.labels.get(picture.by, ""), self._summary(row, picture.y)
             if self._base_model(row):
                 continue
             for line, value in ((name, summary["mean"]), (f"{name} (published)", summary["published"])):
@@ -203,9 +208,9 @@ class ResultTable:
     def _levels(self) -> dict[str, float]:
         """Return what the picture shows of base models that have no place along its x axis."""
         assert self.picture is not None
-        shown = 1.0 if _is_plain(self.picture.y) else 100.0
+        shown = 1.0 if self._is_plain(self.picture.y) else 100.0
         means = {
-            self._base_model(row): _summary(row, self.picture.y)["mean"]
+            self._base_model(row): self._summary(row, self.picture.y)["mean"]
             for row in self.rows
             if self._base_model(row)
         }
@@ -217,6 +222,46 @@ class ResultTable:
         place = row.labels.get(self.picture.x, "")
         names = [label for label in row.labels.values() if label.split(" ")[0] == DENSE]
         return names[0] if names and place in ("", names[0]) else ""
+
+    def _is_plain(self, metric: str) -> bool:
+        """Return whether a metric is shown as it is, and not in percent; above 1, a task's is no share."""
+        return (
+            metric in (*_COUNTS, *_NATS, "seconds", "gpu_seconds")
+            or metric.startswith(SPEED)
+            or "perplexity" in metric
+            or "wikitext" in metric
+            or any(value > 1 for row in self.rows for value in row.measured.get(metric, ()))
+        )
+
+    def _header(self, metric: str) -> str:
+        title = _TITLES.get(metric, metric.replace("perplexity_", "perplexity, "))
+        return title if self._is_plain(metric) else f"{title}, %"
+
+    def _published(self, row: Row, metric: str) -> float | None:
+        """Return what was published for a row, in the unit of what was measured."""
+        value = row.published.get(metric)
+        return value if value is None or self._is_plain(metric) else value / 100
+
+    def _summary(self, row: Row, metric: str) -> dict[str, Any]:
+        """Return what JSON holds of a metric; None for what there is not."""
+        values = row.measured.get(metric, ())
+        mean = statistics.fmean(values) if values else math.nan
+        found: dict[str, Any] = {
+            "mean": _finite(mean),
+            "spread": _spread(values),
+            "values": list(map(_finite, values)),
+            "published": self._published(row, metric),
+        }
+        if metric in row.intervals:
+            found["low"], found["high"] = map(_finite, row.intervals[metric])
+        if difference := row.differences.get(metric):
+            found |= {
+                "difference": _finite(difference.value),
+                "difference_low": _finite(difference.low),
+                "difference_high": _finite(difference.high),
+                "verdict": difference.verdict,
+            }
+        return found
 
 
 def figures_of(record: RunRecord, phase: PhaseRecord) -> dict[str, float]:
@@ -256,9 +301,7 @@ def published_value(metric: str, text: str) -> float:
     Raises:
         ValueError: If it is none.
     """
-    if metric in _COUNTS:
-        return float(parse_count(text))
-    return float(text) / (1 if _is_plain(metric) else 100)
+    return float(parse_count(text) if metric in _COUNTS else text)
 
 
 def difference_text(metric: str, difference: "Difference") -> str:
@@ -271,11 +314,16 @@ def difference_text(metric: str, difference: "Difference") -> str:
     return f"{value}{unit} [{low}, {high}], {difference.verdict}{left_out}"
 
 
-def value_text(metric: str, values: Sequence[float], interval: tuple[float, float] | None = None) -> str:
-    """Write the mean of a metric, and its interval or standard deviation; a dash for no value."""
+def value_text(
+    metric: str, values: Sequence[float], interval: tuple[float, float] | None = None, *, plain: bool
+) -> str:
+    """Write the mean of a metric, and its interval or standard deviation; a dash for no value.
+
+    What is not ``plain`` is a share, and written in percent.
+    """
     if values and interval is not None:
-        low, high = (value_text(metric, [end]) for end in interval)
-        return f"{value_text(metric, values[:1])} [{low}, {high}]"
+        first, low, high = (value_text(metric, [value], plain=plain) for value in (values[0], *interval))
+        return f"{first} [{low}, {high}]"
     if not values:
         return "-"
     mean, spread = statistics.fmean(values), _spread(values)
@@ -289,25 +337,10 @@ def value_text(metric: str, values: Sequence[float], interval: tuple[float, floa
         return f"{mean:.2f}"
     if metric in _NATS:
         return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
-    if not _is_plain(metric):
+    if not plain:
         return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
     decimals = 2 if mean < 99.995 else 0  # as the mean has
     return perplexity_text(mean) + (f" ± {spread:,.{decimals}f}" if spread is not None else "")
-
-
-def _is_plain(metric: str) -> bool:
-    """Return whether a metric is shown as it is, and not in percent."""
-    return (
-        metric in (*_COUNTS, *_NATS, "seconds", "gpu_seconds")
-        or metric.startswith(SPEED)
-        or "perplexity" in metric
-        or "wikitext" in metric
-    )
-
-
-def _header(metric: str) -> str:
-    title = _TITLES.get(metric, metric.replace("perplexity_", "perplexity, "))
-    return title if _is_plain(metric) else f"{title}, %"
 
 
 def _spread(values: Sequence[float]) -> float | None:
@@ -319,25 +352,3 @@ def _spread(values: Sequence[float]) -> float | None:
 def _finite(value: float) -> float | None:
     """Return a number as JSON knows it."""
     return value if math.isfinite(value) else None
-
-
-def _summary(row: Row, metric: str) -> dict[str, Any]:
-    """Return what JSON holds of a metric; None for what there is not."""
-    values = row.measured.get(metric, ())
-    mean = statistics.fmean(values) if values else math.nan
-    found: dict[str, Any] = {
-        "mean": _finite(mean),
-        "spread": _spread(values),
-        "values": list(map(_finite, values)),
-        "published": row.published.get(metric),
-    }
-    if metric in row.intervals:
-        found["low"], found["high"] = map(_finite, row.intervals[metric])
-    if difference := row.differences.get(metric):
-        found |= {
-            "difference": _finite(difference.value),
-            "difference_low": _finite(difference.low),
-            "difference_high": _finite(difference.high),
-            "verdict": difference.verdict,
-        }
-    return found

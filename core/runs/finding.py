@@ -1,6 +1,7 @@
 """Runs in stores, by their key, name, base model, a setting, or the place they have."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -161,12 +162,14 @@ def place_of(text: str) -> tuple[str, str]:
 
 
 def _setting(settings: Any, name: str) -> Iterator[str]:
-    """Yield the value of a setting as text, if there is one."""
+    """Yield the value of a setting as text, if there is one: as Python and as YAML writes it."""
     for part in name.split("."):
         if not isinstance(settings, dict) or part not in settings:
             return
         settings = settings[part]
     yield str(settings)
+    if not isinstance(settings, str):
+        yield json.dumps(settings)
 
 
 def _loaded(store: Store, key: str) -> Run | None:

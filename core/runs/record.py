@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from core.errors import StorageError
 from core.redaction import without_password
 from core.untrusted import check_format
 
@@ -18,6 +19,10 @@ FORMAT = 1
 """Of ``record.json``."""
 ACCURACIES = ("acc_norm", "acc", "exact_match")
 """Metrics that stand for a task, the best one first."""
+AVERAGE = "average"
+"""The metric of a preset: the mean over its tasks, each counting once."""
+CHANCE = "chance"
+"""Beside the metrics of a task: what guessing gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +193,19 @@ class RunRecord:
         """Read what ``to_dict`` returned, also after a trip through JSON.
 
         Raises:
-            ValueError: If an entry is missing, or of another type.
-            StorageError: If a later version wrote it.
+            StorageError: If an entry is missing, or of another type; if a later version wrote it.
         """
         check_format(data, FORMAT, "the record")
-        return _reader().validate_python(data)
+        from pydantic import ValidationError
+
+        try:
+            return _reader().validate_python(data)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3]]
+            raise StorageError(
+                f"the record of a run of {data.get('base')} is not one that this version reads: "
+                f"{'; '.join(wrong)}. Read it with the version that wrote it, or run its recipe again."
+            ) from None
 
 
 @functools.cache
@@ -208,38 +221,69 @@ def headline_metric(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     Length-normalised accuracy where the task has it, else accuracy, exact match, perplexity (as in Table 6).
     """
     values = {name.split(",")[0]: value for name, value in metrics.items()}  # lm-eval: "acc_norm,none"
-    for name in (*ACCURACIES, "word_perplexity", "perplexity"):
+    for name in (best_accuracy(values), "word_perplexity", "perplexity"):
         if name in values:
             return name, values[name]
-    return next(((name, value) for name, value in values.items() if "stderr" not in name), None)
+    return next(((name, value) for name, value in values.items() if not is_error(name)), None)
+
+
+def best_accuracy(names: Iterable[str]) -> str:
+    """Return the first of ``ACCURACIES`` among names of metrics, by the first filter; "" for none."""
+    known = sorted(name for name in names if not is_error(name))
+    return next((name for own in ACCURACIES for name in known if f"{name}_".startswith(f"{own}_")), "")
+
+
+def standard_error(metrics: Mapping[str, float], metric: str) -> float | None:
+    """Return the standard error of a metric; None if it is not known."""
+    values = {name.split(",")[0]: value for name, value in metrics.items()}
+    return values.get(_error_of(metric, values))
+
+
+def is_error(name: str) -> bool:
+    """Return whether a name is that of a metric's standard error, by any filter."""
+    return re.search("_stderr(_|,|$)", name) is not None
+
+
+def _error_of(metric: str, names: Container[str]) -> str:
+    """Return the name of a metric's standard error: lm-eval puts it before the name of the filter."""
+    head, filter_ = metric, ""
+    while f"{head}_stderr{filter_}" not in names and "_" in head:
+        head, _, more = head.rpartition("_")
+        filter_ = f"_{more}{filter_}"
+    return f"{head}_stderr{filter_}"
 
 
 def score_text(metrics: Mapping[str, float], metric: str, *, unit: str = "", error: bool = True) -> str:
     """Write a share as percent, with ``unit`` and ± its standard error, and any other value as it is."""
     values = {name.split(",")[0]: value for name, value in metrics.items()}
-    value, deviation = values.get(metric), values.get(f"{metric}_stderr")
+    value, deviation = values.get(metric), standard_error(values, metric)
     if value is None:
         return "-"
-    if "perplexity" in metric or not 0 <= value <= 1:
+    if not is_share(metric):
         return perplexity_text(value)
     return f"{100 * value:.1f}{unit}" + (f" ± {100 * deviation:.1f}" if error and deviation else "")
 
 
 def chance_text(metrics: Mapping[str, float], before: str) -> str:
     """Write what guessing gives, after ``before``; "" where that is not known."""
-    return f"{before}chance {100 * metrics['chance']:.0f} %" if "chance" in metrics else ""
+    return f"{before}chance {100 * metrics[CHANCE]:.0f} %" if CHANCE in metrics else ""
 
 
 def accuracies(phase: PhaseRecord) -> dict[str, float]:
     """Return the headline accuracy in [0, 1] of every task that has one; no preset, which averages tasks."""
-    tasks = {task: metrics for task, metrics in phase.tasks.items() if "average" not in metrics}
+    tasks = {task: metrics for task, metrics in phase.tasks.items() if AVERAGE not in metrics}
     best = {task: headline_metric(metrics) for task, metrics in tasks.items()}
     return {task: found[1] for task, found in best.items() if found is not None and is_accuracy(found[0])}
 
 
 def is_accuracy(metric: str) -> bool:
     """Return whether a metric is a share of right answers: one of ``ACCURACIES``, by any filter."""
-    return any(metric == name or metric.startswith(f"{name}_") for name in ACCURACIES)
+    return best_accuracy([metric]) == metric
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share, which is shown in percent."""
+    return is_accuracy(metric) or metric in (AVERAGE, CHANCE)
 
 
 def count_text(count: int) -> str:

@@ -37,3 +37,11 @@ class TrackingSettings:
     """MLflow experiment."""
     model_name: str = ""
     """Name in MLflow's model registry for the result; empty registers nothing."""
+
+    def __post_init__(self) -> None:
+        """Check values."""
+        if self.model_name.strip() != self.model_name or re.search("[/:'\"]", self.model_name):
+            problem = (
+                "must hold no slash, colon or quote, and no space at its ends: MLflow takes no such name."
+            )
+            refuse([f"model_name={self.model_name} {problem} Choose another one."])

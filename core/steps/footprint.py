@@ -271,7 +271,7 @@ def planned_evaluation(
     Raises:
         OutOfMemoryError: If it cannot fit.
     """
-    free = available_bytes(device)
+    free = available_bytes(device) // (max(1, settings.ranks) if device == "cpu" else 1)
     sizes = [2**power for power in range(6, -1, -1)]
     if not settings.batch_size:
         longest = MOST_TOKENS.get(device, 32768) // settings.perplexity_length

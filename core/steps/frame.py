@@ -59,6 +59,7 @@ def compute_once(
     step: str,
     compute: Callable[[Workspace], dict[str, Any]],
     track: Track | None = None,
+    whole: bool = True,
 ) -> Publication:
     """Compute and publish a step's result, unless it is published already, and then log its figures.
 
@@ -74,6 +75,7 @@ def compute_once(
             earlier attempts have given to the result; ``accelerators`` are how many it took, by default
             whether this process has used one. Its numbers are logged.
         track: Logs what else there is.
+        whole: Whether it is all that its task does; a part of it that is done says so in other words.
 
     Raises:
         LeaseError: If another execution works on the run.
@@ -82,7 +84,7 @@ def compute_once(
     tracker = tracker_of(run)
     published = find_publication(uri)
     if published is not None:
-        log.info("already done")
+        log.info("already done" if whole else f"its part {step} was done before")
         show_life(run.handle())  # a run that finds much of it done works for longer than its lease lasts
         if not tracker.is_logged(phase, step):
             with tracker.child(phase, step) as child:

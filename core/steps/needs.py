@@ -236,6 +236,9 @@ def host_bytes(component: "ComponentName", footprint: "Footprint", settings: "Se
     """Return what a task takes of its pod's memory, whether it has accelerators or not."""
     gpus = settings.cluster.gpus_of(component, gpu_task=True)
     if not gpus:
+        asked = {"recover-train": settings.training.ranks, "evaluate": settings.evaluation.ranks}
+        if (ranks := asked.get(component, 0)) > 1:  # and the process that starts them
+            return (1 + ranks) * _PROCESS_BYTES + ranks * footprint.device_bytes + footprint.host_bytes
         return _PROCESS_BYTES + footprint.device_bytes
     processes = 1 + gpus if gpus > 1 and component in ("recover-train", "evaluate") else 1
     return 2 * _PROCESS_BYTES * processes + footprint.host_bytes

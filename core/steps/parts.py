@@ -95,9 +95,14 @@ class SavedParts:
         part.mkdir(exist_ok=True)
         (self._folder / _ROWS).rename(part / _ROWS)
         position.save(part / _POSITION)
-        metadata = {"format": FORMAT, "row_bytes": self._row_bytes}
+        metadata = {"format": FORMAT, "row_bytes": self._row_bytes, "sequences": position.rows}
+        place = self._place(len(self._parts) + 1)
         try:
-            self._parts.append(publish(part, self._place(len(self._parts) + 1), metadata=metadata))
+            published = publish(part, place, metadata=metadata)
+            if published.manifest.metadata.get("sequences") != position.rows:
+                remove_states(place)  # it was published before, with fewer rows, but the answer was lost
+                published = publish(part, place, metadata=metadata)
+            self._parts.append(published)
         except StorageError as error:
             log.warning("%d sequences are packed, but not kept: %s", position.rows, error)
             (part / _ROWS).rename(self._folder / _ROWS)

@@ -112,7 +112,7 @@ def run_prepare_data(*, run: Mapping[str, Any], base_uri: str) -> str:
     if evaluation.perplexity is not None:
         # Apart from what is trained on: another text to measure on makes nothing else again. First, as it is
         # quick: what is wrong with it shows before hours of tokenizing.
-        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out)
+        compute_once(this, this.held_out_uri(), phase=0, step="hold-out", compute=hold_out, whole=False)
     compute_once(this, uri, phase=0, step="prepare-data", compute=compute)
     remove_states(parts_uri)
     return uri

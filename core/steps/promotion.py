@@ -19,7 +19,7 @@ from core.errors import AdaptPrunerError, DataError, TrackingError
 from core.evaluation.items import Items, read_items
 from core.evaluation.observed import can_be_averaged, observed, observed_text
 from core.evaluation.significance import Observations, perplexity_ratio, score_difference
-from core.runs.record import ACCURACIES, perplexity_text
+from core.runs.record import best_accuracy, perplexity_text, standard_error
 from core.settings.registry import RegistrySettings
 from core.storage.publication import find_publication
 from core.tracking.registry import CHAMPION, EVALUATED, MEASURED, Registry, Version
@@ -33,7 +33,7 @@ DECISION, AGAINST = "adapt_pruner.decision", "adapt_pruner.decided_against"
 
 _NORMAL_975 = NormalDist().inv_cdf(0.975)
 _ROUNDS = 5
-_METRIC = re.compile(rf"(.+)/({'|'.join(ACCURACIES)})(_stderr)?(?:_[\w-]+)?")  # lm-eval's ",none" is "_none"
+_METRIC = re.compile(r"(.+)/(.+?)(?:_none)?")  # older versions logged lm-eval's "acc,none" as "acc_none"
 
 log = logging.getLogger(__name__)
 
@@ -110,33 +110,38 @@ def promote(
     Raises:
         TrackingError: If there is no such version, or MLflow fails.
     """
-    for _ in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         candidate, champion = registry.find(which), registry.find(CHAMPION)
         if candidate is None:
             raise TrackingError(
                 f"{registry.name} has no version {which} in MLflow's registry. Run a recipe with "
                 f"tracking.model_name={registry.name}, or name another version."
             )
+        measured = candidate.tags.get(MEASURED)
+        if champion is not None and measured not in (None, champion.tags.get(MEASURED)):
+            champion = registry.measured_as(champion, measured)
         decided_over = candidate.tags.get(AGAINST)
-        if not again and decided_over is not None and decided_over != (champion.number if champion else ""):
+        reigning = champion.number if champion else ""
+        if not (again or attempt) and decided_over not in (None, reigning):
             return Decision(
                 model=registry.name,
                 version=candidate.number,
-                champion=champion.number if champion else "",
+                champion=reigning,
                 verdict="decided before",
                 promoted=_same(candidate, champion),
                 rule=rule,
                 sentence=f"Version {candidate.number} was decided on before: see its description.",
             )
         decision = decide(registry.name, rule, candidate, champion)
-        if dry_run or decision.verdict == "is the champion":
+        already = decision.verdict == "is the champion"
+        if dry_run or (already and (again or decided_over is not None)):
             return decision
-        _write_down(registry, decision, candidate)
-        if not decision.promoted:
-            return decision
-        if registry.move(CHAMPION, candidate.number, expected=decision.champion):
-            return decision
-        log.info("another version became the champion meanwhile: comparing again")
+        moves = decision.promoted and not already
+        if moves and not registry.move(CHAMPION, candidate.number, expected=reigning):
+            log.info("another version became the champion meanwhile: comparing again")
+            continue
+        _write_down(registry, decision, candidate)  # last: it says what is, also if this is killed before
+        return decision
     raise TrackingError(f"The champion of {registry.name} changes all the time. Try again later.")
 
 
@@ -253,7 +258,7 @@ def _by_items(tasks: Sequence[str], items: Items, others: Items, figures: Compar
 def _scores(items: Items, task: str) -> dict[str, Observations]:
     """Return the items of a task's or a group's headline accuracy; {} if it has none."""
     metrics = items.tasks[task].metrics if task in items.tasks else items.groups.get(task, {})
-    best = next((name for name in ACCURACIES if name in metrics), None)
+    best = best_accuracy(metrics)
     return observed(items, task, best) if best else {}
 
 
@@ -300,14 +305,10 @@ def headlines(metrics: Mapping[str, float]) -> dict[str, tuple[float, float | No
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         if match := _METRIC.fullmatch(name):
-            found.setdefault(match[1], {})[match[2] + (match[3] or "")] = value
-    best = {
-        task: next((name for name in ACCURACIES if name in values), None) for task, values in found.items()
-    }
+            found.setdefault(match[1], {})[match[2]] = value
+    best = {task: best_accuracy(values) for task, values in found.items()}
     return {
-        task: (found[task][name], found[task].get(f"{name}_stderr"))
-        for task, name in best.items()
-        if name is not None
+        task: (found[task][name], standard_error(found[task], name)) for task, name in best.items() if name
     }
 
 
@@ -323,7 +324,11 @@ def _write_down(registry: Registry, decision: Decision, candidate: Version) -> N
 
 
 def _same(candidate: Version, champion: Version | None) -> bool:
-    return champion is not None and candidate.number == champion.number
+    """Return whether they are one, or two measurements of one checkpoint."""
+    if champion is None:
+        return False
+    same = candidate.checkpoint_uri == champion.checkpoint_uri != ""
+    return same or candidate.number == champion.number
 
 
 def _how_much(metric: str, found: Comparison) -> str:

@@ -159,7 +159,7 @@ def _promote(run: Run, version: str, record: RunRecord, report: Artifact, model:
 
 def _write_card(base: Publication, record: RunRecord, work: Workspace) -> None:
     """Write the model card, and put the base model's licence files beside it."""
-    from core.bases.licence import LEGAL
+    from core.model.checkpoint import LEGAL
     from core.report.card import model_card
 
     legal = [path for path in base.manifest.paths if any(fnmatch.fnmatch(path, name) for name in LEGAL)]

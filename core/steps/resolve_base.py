@@ -117,7 +117,7 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
     """Return the sizes of the base model, and the parameters that each phase is to end at."""
     from core.export.decilm import decilm_obstacle
     from core.model.build import model_shape
-    from core.model.config import refuse_sliced
+    from core.model.config import moving_frequencies_from, refuse_sliced
     from core.pruning.methods.minitron import narrowed_config
     from core.pruning.methods.shortgpt import fewest_layers
     from core.pruning.methods.slicegpt import sliced_config
@@ -140,6 +140,15 @@ def _sizes_of_phases(settings: Settings, base: "Checkpoint") -> tuple["ModelShap
             [
                 f"training.hidden_layers={beyond[0]}: the base model has {len(dense.layers)} layers, from 0 "
                 "on. Name others."
+            ]
+        )
+    moving, training = moving_frequencies_from(base.config), settings.training
+    if training.total_steps and training.packing == "whole" and moving and training.sequence_length > moving:
+        raise SettingsError(
+            [
+                f"training.sequence_length={training.sequence_length}: above {moving} tokens the rotary "
+                f"frequencies of {settings.model.base} depend on the longest document beside, so those of "
+                f"packed documents would change each other. Set at most {moving}, or training.packing=cut."
             ]
         )
     target_params = prune.target_params(base_params)

@@ -46,7 +46,8 @@ _KEPT_EVERY_S = 60.0
 def write_own_text(run: Run) -> None:
     """Let the base model write what ``prune.generated_tokens`` asks for, unless that is published."""
     uri = run.uri(GENERATED)
-    compute_once(run, uri, phase=0, step="generate", compute=functools.partial(_compute, run))
+    compute = functools.partial(_compute, run)
+    compute_once(run, uri, phase=0, step="generate", compute=compute, whole=False)
     remove_states(join_uri(uri, RESUME))
     gc.collect()  # what it took is free memory for what is planned now
     torch.cuda.empty_cache()

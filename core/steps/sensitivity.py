@@ -30,6 +30,7 @@ from core.settings.prune import PruneSettings
 from core.settings.schema import Settings
 from core.settings.texts import TextSource
 from core.steps.footprint import planned_evaluation
+from core.storage.store import replacing
 
 _SEQUENCES, _LENGTH = 16, 256
 """Where no recipe says how much to calibrate and to measure on."""
@@ -143,7 +144,7 @@ class Study:
         return load_file(path)["input_ids"].long()
 
     def write(self, result: Sensitivity, folder: Path) -> None:
-        """Write ``sensitivity.html`` and ``sensitivity.json``."""
+        """Write ``sensitivity.html``, and last ``sensitivity.json``, whole or not at all."""
         numbers = {
             "model": self.model,
             "sparsity": self.sparsity,
@@ -156,8 +157,9 @@ class Study:
                 for index, layer in enumerate(result.layers)
             ],
         }
-        (folder / "sensitivity.json").write_text(json.dumps(numbers, indent=1) + "\n")
         (folder / "sensitivity.html").write_text(self._page(result))
+        with replacing(folder / "sensitivity.json") as path:
+            path.write_text(json.dumps(numbers, indent=1) + "\n")
 
     def _page(self, result: Sensitivity) -> str:
         figure = sensitivity_figure(

@@ -36,7 +36,7 @@ def train_teacher(run: Run, data: Publication) -> None:
     uri = run.uri(TEACHER)
     states_uri = join_uri(uri, RESUME)
     compute = functools.partial(_compute, run, data, states_uri)
-    compute_once(run, uri, phase=0, step="teacher", compute=compute, track=track_curves)
+    compute_once(run, uri, phase=0, step="teacher", compute=compute, track=track_curves, whole=False)
     remove_states(states_uri)
     gc.collect()  # what it took is free memory for the phase that is planned now
     torch.cuda.empty_cache()

@@ -265,7 +265,10 @@ class Tracker:
             query = f"attributes.status = 'RUNNING' and tags.`{_PARENT}` = '{run.run_id}'"
             children = self.client.search_runs([parent.info.experiment_id], query, max_results=_MAX_RUNS)
             note = parent.data.tags.get(NOTE, _OURS)
-            self.client.set_tag(run.run_id, NOTE, f"{_OURS}{why}\n\n{note.removeprefix(_OURS)}")
+            said = f"{_OURS}{why}\n\n{note.removeprefix(_OURS)}"
+            if not note.startswith(_OURS):
+                said = f"{note}\n\n{_OURS}{why}"  # a user's words stay a user's
+            self.client.set_tag(run.run_id, NOTE, said)
             for one in (*children, parent):
                 end_ms = max(int(end_s * 1000), one.info.start_time)
                 self.client.set_terminated(one.info.run_id, status, end_time=end_ms)

@@ -1,6 +1,8 @@
 """A model in MLflow's registry: its versions, each a checkpoint in a store, and their aliases."""
 
+import dataclasses
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from core.errors import TrackingError
-from core.tracking.client import connect, explained, find_or_create, flat, metric_name
+from core.tracking.client import connect, explained, find_or_create, flat
 from core.tracking.mlflow import KEY, MAX_PARAM_CHARACTERS, Tracker
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _model_entry(
         find,
         lambda: client.create_logged_model(
             parent.experiment_id,
-            name=metric_name(name),
+            name=re.sub(r"[^\w\- ]", "_", name),  # fewer characters than a registered model's name may have
             source_run_id=parent.run_id,
             tags={"mlflow.model.isExternal": "true", **tags},
             params={k: v[:MAX_PARAM_CHARACTERS] for k, v in flat(params)},
@@ -212,6 +214,20 @@ class Registry:
                     return None
                 raise
             return self._version(found)
+
+    def measured_as(self, version: Version, measured: str) -> Version:
+        """Return a version with what was measured of its checkpoint under other settings of evaluation.
+
+        Where nothing was, it is returned as it is.
+        """
+        with explained(self.uri):
+            every = self.client.search_model_versions(f"name = '{self.name}'")
+            wanted = {CHECKPOINT: version.checkpoint_uri, MEASURED: measured}
+            found = [each for each in every if wanted.items() <= each.tags.items()]
+            if not found:
+                return version
+            other = self._version(max(found, key=lambda each: int(each.version)))
+            return dataclasses.replace(version, tags=other.tags, metrics=other.metrics)
 
     def _version(self, found: "ModelVersion") -> Version:
         model_id = found.tags.get(_MODEL) or found.model_id

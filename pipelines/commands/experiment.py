@@ -130,32 +130,26 @@ def _run_here(loaded: "Experiment", output: Path) -> "tuple[dict[str, Found], di
 
 def _study_layers(loaded: "Experiment", found: "dict[str, Found]", output: Path) -> None:
     """Prune each layer of each result, and of the base model, alone."""
-    from core.experiments.collecting import SENSITIVITY
-    from core.report.tables import DENSE
+    from core.experiments.collecting import layer_studies
     from core.steps.sensitivity import Study
 
     assert loaded.sensitivity is not None
-    for cell in loaded.cells:
-        run = found[cell.key].run
-        if run is None or found[cell.key].record is None:
+    for study in layer_studies(loaded, found, output):
+        if study.file.is_file():
             continue
-        for uri, name in ((run.base_uri, f"{DENSE}-{cell.settings.seed}"), (run.uri("final"), cell.key)):
-            folder = output / name
-            if (folder / SENSITIVITY).is_file():
-                continue
-            click.echo(f"single layers of {uri}", err=True)
-            study = Study(
-                model=uri,
-                sparsity=loaded.sensitivity.sparsity,
-                part=loaded.sensitivity.part,
-                settings=cell.settings,
-                text=None,
-                sequences=None,
-            )
-            with local_checkpoint(uri) as directory:
-                result = study.run(directory)
-            folder.mkdir(exist_ok=True)
-            study.write(result, folder)
+        click.echo(f"single layers of {study.uri}", err=True)
+        asked = Study(
+            model=study.uri,
+            sparsity=loaded.sensitivity.sparsity,
+            part=loaded.sensitivity.part,
+            settings=study.settings,
+            text=None,
+            sequences=None,
+        )
+        with local_checkpoint(study.uri) as directory:
+            result = asked.run(directory)
+        study.folder.mkdir(exist_ok=True)
+        asked.write(result, study.folder)
 
 
 def _submitted(

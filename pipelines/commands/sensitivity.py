@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where the layer is pruned.",
 )
-@click.option("--recipe", type=PATH, help="Take texts and sizes from this recipe.")
+@click.option("--recipe", type=PATH, help="Take texts and sizes from this recipe; windows never slide.")
 @click.option("--text", metavar="PATH", help="Text to measure on: a file, a package: path or a data set id.")
 @click.option(
     "--sequences",

@@ -132,7 +132,7 @@ class RunProgress(io.TextIOBase):
             if self._found:
                 return
         elif message == "already done":
-            self.found_done += not self._found  # prepare-data publishes twice
+            self.found_done += 1
             self._found = True
         shown = (one_line(message), _STYLES.get(level, ""))
         text = Text.assemble((f"{label:<{self._width}}", "cyan"), "  ", shown)

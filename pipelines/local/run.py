@@ -125,9 +125,10 @@ def copy_report_so_far(root: Path, output: Path, step: str) -> None:
 
 
 def _link(link: Path, folder: Path | None) -> None:
-    """Let ``link`` lead to a folder, unless something else than a link is there."""
-    if folder is not None and (link.is_symlink() or not link.exists()):
-        link.unlink(missing_ok=True)
+    """Let ``link`` lead to a folder, or to none, unless something else than a link is there."""
+    if link.is_symlink():
+        link.unlink()  # an earlier run's, which may have had another store
+    if folder is not None and not link.exists():
         link.symlink_to(os.path.relpath(folder, link.parent.resolve()), target_is_directory=True)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from core.bases import importing
 from core.bases.importing import import_base
 from core.bases.resolution import current_base
 from core.errors import CheckpointError, SettingsError, StorageError, TrackingError
+from core.export.gguf import export_gguf
 from core.model.checkpoint import INDEX
 from core.runs.run import Run
 from core.settings.addresses import base_name
@@ -29,6 +31,7 @@ from core.tracking import registry
 from core.tracking.mlflow import open_tracker
 from tests.support.evidence import note
 from tests.support.hub import Repository, run_hub
+from tests.support.models import LLAMA3
 from tests.support.project import recipe_with, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,3 +338,48 @@ def test_a_run_starts_work_only_when_its_base_has_moved_on(folder):
     assert dataclasses.asdict(Run.load(moved).settings.model)["base"] == "models/HEAD"
     note("Faults", "a scheduled run whose base is the same as before", "nothing is computed")
     note("Faults", "a scheduled run whose base has moved on", "a new run starts")
+
+
+@pytest.mark.parametrize(
+    ("entries", "tensor", "named"),
+    [
+        ({}, "rope_freqs.weight", "rope_freqs.weight"),
+        ({"llama.rope.scaling.type": "yarn"}, None, "rope.scaling.type=yarn"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}, None, "rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}, None, ""),
+    ],
+)
+def test_a_gguf_file_whose_frequencies_would_be_lost_is_refused(
+    folder, tmp_path, entries, tensor, named, monkeypatch
+):
+    """By its header, which is all that is read before it is dequantized."""
+    path = tmp_path / "model.gguf"
+    export_gguf(folder / "base", path, dtype="f16")
+    read = importing.read_gguf_header
+
+    def changed(location):
+        header = read(location)
+        return dataclasses.replace(
+            header,
+            values=header.values | entries,
+            tensors=header.tensors | ({tensor: (32,)} if tensor else {}),
+        )
+
+    monkeypatch.setattr(importing, "read_gguf_header", changed)
+    if named:
+        assert f"scales its rotary frequencies ({named}), which cannot be read" in refused(
+            lambda: take_up(str(path), tmp_path / "store")
+        )
+        assert not (tmp_path / "store").exists()
+    else:
+        take_up(str(path), tmp_path / "store")
+
+
+def test_our_own_export_of_scaled_frequencies_is_not_read_as_another_model(folder, tmp_path):
+    base = folder / "base"
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = LLAMA3 | {"rope_theta": 10_000.0}
+    (base / "config.json").write_text(json.dumps(config))
+    export_gguf(base, tmp_path / "model.gguf", dtype="f16")
+    said = refused(lambda: take_up(str(tmp_path / "model.gguf"), tmp_path / "store"))
+    assert "rope_freqs.weight" in said

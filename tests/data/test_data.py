@@ -314,6 +314,15 @@ def test_a_first_line_that_begins_no_list_is_one_malformed_row(tmp_path, caplog,
         list(iter_documents(TextSource(path=str(tmp_path / "a.jsonl"))))
 
 
+def test_a_first_line_that_is_cut_short_is_one_malformed_row_whatever_the_file_is_called(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(f'{{"text": "cut sho\n{OBJECTS}')
+        source = TextSource(path=str(tmp_path / name), max_malformed=0.5)
+        assert list(iter_documents(source)) == ["a", "b"]
+    (tmp_path / "one.json").write_text('{\n  "text": "a"\n}\n')
+    assert list(iter_documents(TextSource(path=str(tmp_path / "one.json")))) == ["a"]
+
+
 @pytest.mark.parametrize("after", [OBJECTS, "]", " " * 2**21 + "x", "[]"], ids=["rows", "]", "far", "[]"])
 def test_what_stands_behind_a_list_is_an_error(tmp_path, after):
     (tmp_path / "a.jsonl").write_text(f'[\n{{"text": "a"}}\n]{after}')

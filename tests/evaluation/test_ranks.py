@@ -1,11 +1,13 @@
 """Several processes give each answer that one gives."""
 
+import functools
 import json
+import weakref
 
 import pytest
 
 from core.evaluation import checkpoint
-from core.evaluation.checkpoint import measure_checkpoint
+from core.evaluation.checkpoint import load_measured, measure_checkpoint
 from core.settings.evaluation import EvaluationSettings
 
 
@@ -60,3 +62,20 @@ def test_two_processes_give_the_numbers_of_one(measured, monkeypatch):
     assert sizes == [2]
     assert together == alone
     assert set(alone.figures) == {"openbookqa", "wikitext", "triviaqa"}
+
+
+def test_the_model_that_measured_the_perplexity_makes_room_for_those_of_the_ranks(measured, monkeypatch):
+    directory, settings = measured
+    load = functools.cache(lambda: load_measured(directory, settings.precision))
+    first = weakref.ref(load()[0])
+    alive = []
+
+    def no_ranks(*_):
+        alive.append(first())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "run_ranks", no_ranks)
+    several = EvaluationSettings(**{**vars(settings), "ranks": 2})
+    with pytest.raises(KeyboardInterrupt):
+        measure_checkpoint(directory, several, seed=0, model=load)
+    assert alive == [None]

@@ -1,5 +1,7 @@
 """The command that exports: its formats are tested with their runtimes, in files of their own."""
 
+import shutil
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -83,3 +85,16 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     result = export(tmp_path / "nowhere", tmp_path / "m.gguf", "--format", "gguf")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "nowhere is not a folder" in result.stderr
+
+
+@pytest.mark.parametrize("format_", ["padded", "onnx"])
+def test_the_files_of_the_law_go_with_every_folder(model, tmp_path, format_):
+    if format_ == "onnx":
+        pytest.importorskip("onnxscript")
+    laws = {name: f"{name} of ours" for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "COPYING")}
+    own = shutil.copytree(model, tmp_path / "model")
+    for name, text in laws.items():
+        (own / name).write_text(text)
+    result = export(own, tmp_path / "out", "--format", format_)
+    assert result.exit_code == 0, result.output
+    assert {name: (tmp_path / "out" / name).read_text() for name in laws} == laws

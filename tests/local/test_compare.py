@@ -85,6 +85,7 @@ def test_a_run_that_two_stores_hold_has_two_names(store, tmp_path):
     [
         (["demo"], ["demo"]),
         (["prune.method=flap"], ["twin"]),
+        (["evaluation.speed=false"], ["demo", "twin", "weak", "half", "bare"]),
         (["weak", "demo", "weak"], ["weak", "demo"]),
         (["SmolLM2-135M"], ["demo", "twin", "weak", "half", "bare"]),
         (["KEY of half"], ["half"]),

@@ -160,6 +160,8 @@ def test_the_cell_whose_settings_are_refused_is_named(folder):
     ("changes", "arguments", "expected"),
     [
         ({"colour": "red"}, [], "two.yaml: colour: unexpected keyword argument."),
+        ({"axes": {}}, [], "two.yaml: axes: there is none. Name one with a label for each row"),
+        ({"axes": {"method": {}}}, [], "two.yaml: axes.method: has no label."),
         ({"axes": [1]}, [], "two.yaml: axes: input should be a valid dictionary."),
         ({"recipe": "no.yaml"}, [], "no.yaml cannot be read"),
         ({}, ["--set=prune.method=flap", "--set=prune.repair=bias"], "(and 1 more) have equal settings"),
@@ -306,6 +308,17 @@ def test_single_layers_are_studied_once_the_runs_are_done(three_done, monkeypatc
     written = [file.stat().st_mtime_ns for file in files]
     assert experiment(path, "--only", "method=Ours", "--output", tmp_path / "out").exit_code == 0
     assert [file.stat().st_mtime_ns for file in files] == written
+    write(folder, **(changes | {"sensitivity": {"sparsity": 0.2}}), picture={"x": "layer", "y": "perplexity"})
+    result = experiment(path, "--only", "method=Ours", "--seeds", "1", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    others = sorted({*(tmp_path / "out").glob("*/sensitivity.json")} - {*files})
+    assert [json.loads(file.read_text())["sparsity"] for file in others] == [0.2] * 2
+    weaker = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert {(row["done"], row["asked"]) for row in weaker} == {(1, 1)}
+    assert all(
+        less["metrics"]["perplexity"]["mean"] != row["metrics"]["perplexity"]["values"][0]
+        for less, row in zip(weaker, rows, strict=True)
+    )
 
 
 def started(folder, path):

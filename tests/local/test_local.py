@@ -111,3 +111,18 @@ def test_the_link_to_the_base_leads_to_a_folder_whose_address_is_percent_encoded
     fetch_results(handle, folder / "output")
     assert (folder / "output" / "base").resolve() == published
     assert (folder / "output" / "model" / "config.json").is_file()
+
+
+def test_no_link_leads_to_the_model_of_an_earlier_run(folder, s3_store_uri):
+    output = folder / "output"
+    output.mkdir()
+    handle, _ = run_all(recipe_with(CHANGES), folder / "artifacts")
+    fetch_results(handle, output)
+    assert (output / "model").is_symlink()
+    away, _ = run_all(recipe_with({**CHANGES, "storage.store": s3_store_uri}), folder / "artifacts")
+    fetch_results(away, output)
+    assert not (output / "model").is_symlink()
+    (output / "model").mkdir()
+    fetch_results(handle, output)
+    assert (output / "model").is_dir()
+    assert not (output / "model").is_symlink(), "what is no link of ours stays"

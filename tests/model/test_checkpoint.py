@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.errors import CheckpointError
-from core.model.build import load_model, model_shape
+from core.model.build import check_tied, load_model, model_shape
 from core.model.checkpoint import (
     INDEX,
     PROVENANCE,
@@ -69,6 +69,19 @@ def test_a_tied_output_head_that_was_stored_is_not_written_again(tmp_path):
         assert set(reader.names()) == state.keys() - {"lm_head.weight"}
     copied = load_model(tmp_path / "copy").state_dict()
     assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
+
+
+def test_a_head_that_is_tied_by_the_config_and_stored_otherwise_is_refused(tmp_path):
+    model = tiny("llama-tied")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, more in (("same", 0), ("other", 1)):
+        state["lm_head.weight"] += more
+        write_checkpoint(tmp_path / name, model.config, [state], 1, companions=None, provenance={})
+    check_tied(Checkpoint(tmp_path / "same"))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json ties lm_head\.weight to model\.embed_tokens\.weight"
+    ):
+        check_tied(Checkpoint(tmp_path / "other"))
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_passed_over(tmp_path):

@@ -19,7 +19,7 @@ from core.export.padded import export_padded
 from core.model.build import build_model, load_model, load_tokenizer
 from core.model.checkpoint import save_model
 from core.report.card import model_card
-from core.runs.record import DistillationRecord, PhaseRecord, RunRecord, SpeedRecord
+from core.runs.record import DistillationRecord, LayerSizes, PhaseRecord, RunRecord, SpeedRecord
 from core.runs.run import Run
 from core.storage.publication import open_publication
 from tests.support.models import SIZES
@@ -151,6 +151,25 @@ def test_the_numbers_are_those_of_the_record(finished, record):
         found = [number(cell) for cell in table[str(phase.phase)]]
         expected = [phase.params, phase.perplexity_pruned, phase.perplexity, phase.tokens]
         assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_layers_that_went_whole_are_not_counted(record, config):
+    *before, last = record.phases
+    gone = LayerSizes(query_heads=0, kv_heads=0, mlp_width=0)
+    last = dataclasses.replace(last, layers=(last.layers[0], gone, *last.layers[1:]))
+    whole = dataclasses.replace(before[0], layers=(before[0].layers[0], *before[0].layers))
+    _, text = parsed(
+        model_card(dataclasses.replace(record, phases=(whole, *before[1:], last)), config=config, licence={})
+    )
+    sizes = rows(text, "## Sizes")
+    count = len(record.phases[0].layers)
+    assert [number(cell) for cell in sizes["decoder layers"]] == [count + 1, count]
+    assert not [cell for cells in sizes.values() for cell in cells if cell.startswith("0 to")]
+    layers = rows(text, "<summary>Every layer</summary>")
+    assert list(layers) == [str(i) for i in range(count)]
+    assert [int(cells[2]) for cells in layers.values()] == [
+        each.mlp_width for each in record.phases[-1].layers
+    ]
 
 
 def test_benchmarks_tell_their_limits_and_errors(record, config):

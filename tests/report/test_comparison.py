@@ -176,6 +176,23 @@ def test_notes_say_what_is_missing_and_what_is_not_comparable(runs):
     assert table.columns()["perplexity"][-1] == "-"
 
 
+def test_means_over_different_tasks_are_told_apart(runs):
+    wide, narrow = compared(tasks=("arc_easy", "piqa", "boolq")), compared("a" * 12)
+    said = [note for note in comparison_table([wide, narrow]).notes if "mean accuracy" in note]
+    assert len(said) == 1
+    assert said[0].endswith("all have: arc_easy, piqa.")
+    assert not [note for note in comparison_table([narrow, narrow]).notes if "mean accuracy" in note]
+
+
+def test_a_metric_by_a_filter_has_its_interval_too():
+    run = compared()
+    tasks = {"bbh": {"exact_match_get-answer": 0.4, "exact_match_stderr_get-answer": 0.01}}
+    phases = [dataclasses.replace(phase, tasks=tasks) for phase in run.record.phases]
+    run = dataclasses.replace(run, record=dataclasses.replace(run.record, phases=tuple(phases)))
+    for column in ("bbh, %",):
+        assert comparison_table([run]).columns()[column][-1] == "40.0 [38.0, 42.0]"
+
+
 def test_with_many_tasks_their_mean_alone_has_a_column(runs):
     wide = [compared(tasks=("arc_easy", "piqa", "boolq"))]
     assert [name for name in comparison_table(wide, most_tasks=2).metrics if name in ("piqa", "boolq")] == []

@@ -6,6 +6,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from core.report import figures
+from core.report.drawing import new_figure, size_axis
 from tests.support.reports import make_record
 
 
@@ -42,6 +43,24 @@ def test_equal_heads_share_one_panel():
     )
     axes = figures.widths_figure(dataclasses.replace(record, phases=phases)).axes
     assert [ax.get_ylabel() for ax in axes] == ["MLP width", "heads"]
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        (8 * 10**9, "8B"),
+        (10**9, "1B"),
+        (1_050_000_000, "1.05B"),
+        (10 * 10**9, "10B"),
+        (134_515_008, "134.5M"),
+        (120_000_000, "120M"),
+        (500, "500"),
+    ],
+)
+def test_the_axis_of_sizes_says_how_many_parameters(params, text):
+    ax = new_figure(3.0).subplots()
+    size_axis(ax)
+    assert ax.xaxis.get_major_formatter()(params, 0) == text
 
 
 def test_the_heat_maps_show_importance_and_percent_of_sparsity():

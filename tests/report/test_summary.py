@@ -67,6 +67,22 @@ def test_a_phase_stands_beside_the_dense_model():
     )
 
 
+def test_only_shares_are_in_percent_and_no_error_is_a_result():
+    tasks = {
+        "wikitext": {"word_perplexity": 31.5, "bits_per_byte": 0.62},
+        "bbh": {"exact_match_get-answer": 0.25, "exact_match_stderr_get-answer": 0.005},
+        "llm": {"average": 0.4, "average_stderr": 0.01, "chance": 0.25},
+    }
+    _, rows = shown(build_phase_summary(record(dataclasses.replace(DENSE, tasks=tasks))))
+    assert rows[3:-1] == [
+        ("wikitext, word_perplexity", "31.50"),
+        ("wikitext, bits_per_byte", "0.62"),
+        ("bbh, exact_match_get-answer", "25.0 % ± 0.5"),
+        ("llm, average", "40.0 % ± 1.0"),
+        ("llm, chance", "25.0 %"),
+    ]
+
+
 def test_a_distillation_stands_among_the_measures():
     distillation = DistillationRecord(seconds=9.0, tokens=98_304, before=0.7512, after=0.5218)
     _, rows = shown(

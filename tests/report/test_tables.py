@@ -5,6 +5,7 @@ import math
 import pytest
 
 from core.evaluation.significance import Difference
+from core.report.drawing import inline_svg
 from core.report.tables import Picture, ResultTable, Row, published_value, value_text
 
 
@@ -28,25 +29,42 @@ def table(*rows, **more):
     ],
 )
 def test_a_cell_is_mean_and_standard_deviation_in_the_unit_of_its_metric(metric, values, text):
-    assert value_text(metric, values) == text
+    assert value_text(metric, values, plain=metric != "arc_easy") == text
 
 
 def test_published_figures_are_read_as_papers_print_them():
     assert published_value("params", "6.66B") == 6_660_000_000
-    assert published_value("mmlu", "25.35") == pytest.approx(0.2535)
+    assert published_value("mmlu", "25.35") == 25.35
     assert published_value("wikitext", "12.5") == 12.5
     with pytest.raises(ValueError, match="could not convert"):
         published_value("mmlu", "a quarter")
 
 
 def test_a_column_of_published_figures_stands_beside_the_metric_that_has_some():
-    found = table(Row(labels={"method": "a"}, published={"arc_easy": 0.25}), Row(labels={"method": "b"}))
+    found = table(Row(labels={"method": "a"}, published={"arc_easy": 25.0}), Row(labels={"method": "b"}))
     assert found.columns() == {
         "method": ["a", "b"],
         "perplexity": ["-", "-"],
         "arc_easy, %": ["-", "-"],
         "arc_easy, %, published": ["25.0", "-"],
     }
+
+
+def test_a_task_that_measures_no_share_is_not_shown_in_percent():
+    rows = [
+        Row(labels={"method": "a"}, measured={"pile_10k": [25.3], "piqa": [0.5]}),
+        Row(labels={"method": "b"}, published={"pile_10k": 12.5, "piqa": 70.0}),
+    ]
+    found = ResultTable(title="t", labels=("method",), metrics=("pile_10k", "piqa"), rows=tuple(rows))
+    assert found.columns() == {
+        "method": ["a", "b"],
+        "pile_10k": ["25.30", "-"],
+        "pile_10k, published": ["-", "12.50"],
+        "piqa, %": ["50.0", "-"],
+        "piqa, %, published": ["-", "70.0"],
+    }
+    published = [row["metrics"]["piqa"]["published"] for row in found.to_dict()["rows"]]
+    assert published == [None, 0.7]
 
 
 def test_the_loss_of_a_layer_is_in_nats_not_in_percent():
@@ -69,7 +87,9 @@ def test_labels_cannot_break_out_of_markdown_or_html():
     ("labels", "joined", "places"),
     [
         (["1", "2", "8"], True, [1.0, 2.0, 8.0]),
+        (["0.005", "0.04"], True, [0.005, 0.04]),
         (["20 %", "40 %"], True, [0.0, 1.0]),
+        (["4.57.1", "5.0"], True, [0.0, 1.0]),
         (["Adapt-Accel", "Minitron"], False, [0.0, 1.0]),
     ],
 )
@@ -82,6 +102,7 @@ def test_the_base_model_is_a_level_and_no_point_of_a_line(labels, joined, places
         for place, label in enumerate(labels)
     ]
     table(dense, *rows, picture=Picture(x="method", y="perplexity")).html()
+    assert ">dense<" in inline_svg(drawn[0], name="rows", label="rows")
     points, level = drawn[0].axes[0].get_lines()[0], drawn[0].axes[0].get_lines()[-1]
     assert points.get_xdata().tolist() == places
     assert points.get_ydata().tolist() == [30.0 + place for place, _ in enumerate(labels)]

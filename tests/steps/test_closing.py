@@ -86,6 +86,21 @@ def test_the_lease_tells_which_run_has_died(uri, tmp_path, owner, age_s, done, s
             assert again.client.get_run(again.parent_run_id).info.status == "RUNNING"
 
 
+def test_what_a_user_has_written_of_a_run_outlives_its_closing(uri, tmp_path):
+    settings = TrackingSettings(uri=uri, experiment=tmp_path.name)
+    tracker = open_tracker(settings, key="0a1b2c-m", name="a run")
+    tracker.start({}, {})
+    client, run_id = tracker.client, tracker.parent_run_id
+    client.set_tag(run_id, "mlflow.note.content", "words of mine")
+    (opened,) = tracker.running()
+    tracker.close(opened, "KILLED", "**Killed**", end_s=time.time())
+    closed = client.get_run(run_id).data.tags["mlflow.note.content"]
+    assert closed.startswith("words of mine")
+    assert "**Killed**" in closed
+    open_tracker(settings, key="0a1b2c-m", name="a run").describe("words of ours")
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == closed
+
+
 def test_the_next_run_and_clean_close_what_was_killed(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project)
     places = {"storage.store": str(tmp_path / "store"), "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}

@@ -27,3 +27,14 @@ def test_a_step_says_how_many_accelerators_it_took(tmp_path, monkeypatch):
     assert phase.gpu_seconds == phase.seconds["pruned"] + 8 * phase.seconds["recovered"]
     (older,) = collect_record(run, "", [1]).phases
     assert (older.accelerators, older.gpu_seconds) == ({}, None)
+
+
+def test_a_part_of_a_task_that_is_done_is_not_said_to_be_the_task(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = Run.load({"store": str(tmp_path), "key": write_run(tmp_path, "trial", phases=3, done=1)})
+    for whole, said in ((False, "its part generate was done before"), (True, "already done")):
+        uri = run.uri(f"{whole}")
+        for _ in range(2):
+            caplog.clear()
+            compute_once(run, uri, phase=0, step="generate", compute=lambda _: {}, whole=whole)
+        assert [record.message for record in caplog.records] == [said]

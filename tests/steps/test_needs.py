@@ -8,7 +8,7 @@ from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.settings.model import ModelSettings
 from core.settings.recipe import settings_from_dict
-from core.steps.needs import base_config, needs_of_tasks, shortages, summary_line
+from core.steps.needs import base_config, host_bytes, needs_of_tasks, shortages, summary_line
 from core.storage.publication import publish
 from tests.support.project import recipe_with
 
@@ -45,6 +45,23 @@ def test_a_base_that_cannot_be_read_here_is_no_error(base, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert base_config(ModelSettings(base=base)) is None
+
+
+def test_each_process_of_a_task_takes_its_own_memory(config):
+    sizes = {}
+    for ranks in (0, 1, 2, 4):
+        settings = settings_with(
+            evaluation__tasks=["arc_easy"],
+            evaluation__ranks=ranks,
+            training__ranks=ranks,
+            cluster={"gpus": 0},
+        )
+        needs = needs_of_tasks(config, settings)
+        sizes[ranks] = {name: host_bytes(name, needs[name], settings) for name in needs}
+    for name, size in sizes[4].items():
+        several = name in ("recover-train", "evaluate")
+        assert sizes[0][name] == sizes[1][name]
+        assert (size > 1.5 * sizes[2][name] > 1.5 * sizes[1][name]) == several
 
 
 def test_accelerators_take_the_device_and_pods_the_host(config):

@@ -192,6 +192,23 @@ def test_a_damaged_part_is_not_used(recipe, tmp_path, caplog, file):
     assert "what an earlier attempt has packed is not used" in caplog.text
 
 
+def test_a_part_whose_answer_was_lost_loses_no_rows(recipe, monkeypatch):
+    expected, real = prepared(recipe("whole")), parts_module.publish
+    lost = []
+
+    def losing(*arguments, **options):
+        published = real(*arguments, **options)
+        if not lost:
+            lost.append(published)
+            raise StorageError("the answer was lost.")
+        return published
+
+    monkeypatch.setattr(parts_module, "publish", losing)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(recipe("store"), kind=Interrupted, after=200)
+    assert prepared(recipe("store")) == expected
+
+
 def test_a_store_that_takes_no_part_costs_no_result(recipe, monkeypatch, caplog):
     expected, real = prepared(recipe("whole")), parts_module.publish
     tries = []

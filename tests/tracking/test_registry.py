@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import shutil
 import threading
 
 import pytest
 from click.testing import CliRunner
 
+from core.errors import SettingsError
 from core.evaluation.items import GroupMetric, ItemResults, Items, MetricItems
 from core.evaluation.observed import can_be_averaged, observed
 from core.settings.registry import RegistrySettings
@@ -187,6 +189,21 @@ def measured_at(folder, name, items):
     return {EVALUATED: str(folder / f"{name}-published"), MEASURED: "m"}
 
 
+def test_items_of_a_metric_by_a_filter_are_compared_in_pairs(tmp_path):
+    def version(number, right):
+        values = tuple(float(i < right) for i in range(200))
+        metrics = {"exact_match_get-answer": MetricItems(kind="mean", values=values)}
+        items = Items(tasks={"bbh": ItemResults(items=tuple(map(str, range(200))), metrics=metrics)})
+        figures = {"bbh/exact_match_get-answer": right / 200, "bbh/exact_match_stderr_get-answer": 0.03}
+        return version_with(number, measured_at(tmp_path, f"v{number}", items), **figures)
+
+    for metric in ("accuracy", "bbh"):
+        found = decide("m", RegistrySettings(metric=metric, margin=0.01), version("5", 99), version("3", 100))
+        assert "200 items" in found.comparison.how
+        shutil.rmtree(tmp_path / "v5"), shutil.rmtree(tmp_path / "v5-published")
+        shutil.rmtree(tmp_path / "v3"), shutil.rmtree(tmp_path / "v3-published")
+
+
 def version_with(number, tags, **metrics):
     return dataclasses.replace(of(number, **metrics), tags=tags)
 
@@ -307,7 +324,67 @@ def test_what_was_measured_otherwise_is_not_compared():
 def test_headlines_are_those_of_the_report():
     metrics = {"a/acc_none": 0.5, "a/acc_stderr_none": 0.1, "b/exact_match_strict-match": 0.25, "params": 3}
     metrics |= {"c/acc": 0.1, "c/acc_norm": 0.2, "c/acc_norm_stderr": 0.3, "speedup/torch/load": 2.0}
-    assert headlines(metrics) == {"a": (0.5, 0.1), "b": (0.25, None), "c": (0.2, 0.3)}
+    metrics |= {"d/exact_match_b": 0.3, "d/exact_match_a": 0.4, "d/exact_match_stderr_a": 0.05}
+    assert headlines(metrics) == {"a": (0.5, 0.1), "b": (0.25, None), "c": (0.2, 0.3), "d": (0.4, 0.05)}
+
+
+def test_who_loses_the_race_for_the_alias_is_compared_with_who_has_won_it(uri, name, monkeypatch):
+    old = candidate(uri, name, "old", perplexity=30.0)[1]
+    registry = Registry(uri, name)
+    assert registry.move(CHAMPION, old, expected="")
+    winner = candidate(uri, name, "winner", perplexity=20.0)[1]
+    loser = candidate(uri, name, "loser", perplexity=29.0)[1]
+    move, moves = Registry.move, []
+
+    def late(self, alias, version, *, expected):
+        if not moves:
+            assert move(self, CHAMPION, winner, expected=old)
+        moves.append(version)
+        return move(self, alias, version, expected=expected)
+
+    monkeypatch.setattr(Registry, "move", late)
+    decision = promote(registry, RegistrySettings(), loser, again=False)
+    assert (decision.verdict, decision.champion, moves) == ("worse", winner, [loser])
+    assert registry.find(CHAMPION).number == winner
+    tags = registry.client.get_model_version(name, loser).tags
+    assert (tags["adapt_pruner.decision"], tags["adapt_pruner.decided_against"]) == ("not promoted", winner)
+
+
+def test_a_decision_that_was_not_written_down_is_when_its_step_runs_again(uri, name, monkeypatch):
+    version = candidate(uri, name, "only", perplexity=30.0)[1]
+    registry = Registry(uri, name)
+    with monkeypatch.context() as killed:
+        killed.setattr(Registry, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            promote(registry, RegistrySettings(), version, again=False)
+    assert registry.find(CHAMPION).number == version
+    assert promote(registry, RegistrySettings(), version, again=False).verdict == "is the champion"
+    assert registry.find(version).tags["adapt_pruner.decision"] == "promoted"
+
+
+def test_a_champion_that_is_measured_again_can_be_compared(uri, name):
+    registry = Registry(uri, name)
+    champion = candidate(uri, name, "first", measured="before", perplexity=30.0)[1]
+    assert registry.move(CHAMPION, champion, expected="")
+    newer = candidate(uri, name, "second", measured="after", perplexity=24.0)[1]
+    assert promote(registry, RegistrySettings(), newer).verdict == "not comparable"
+    again = candidate(uri, name, "first", measured="after", perplexity=25.0)[1]
+    assert again not in (champion, newer)
+    assert promote(registry, RegistrySettings(), again).verdict == "is the champion"
+    decision = promote(registry, RegistrySettings(), newer)
+    assert (decision.verdict, decision.champion) == ("not worse", champion)
+    assert decision.comparison.champion == 25.0
+    assert registry.find(CHAMPION).number == newer
+
+
+def test_a_name_with_a_dot_is_a_models(uri, name):
+    assert candidate(uri, "Llama-3.2-1B 80%", "one", perplexity=30.0)[1] == "1"
+
+
+@pytest.mark.parametrize("wrong", ["org/model", "a:b", "it's", 'a"b', " a"])
+def test_a_name_that_mlflow_does_not_take_is_refused_before_anything_runs(wrong):
+    with pytest.raises(SettingsError, match="must hold no slash, colon or quote"):
+        TrackingSettings(model_name=wrong)
 
 
 def test_the_command_prints_the_decision_and_its_exit_status_tells_it(uri, name):

@@ -1,17 +1,22 @@
 """Documents in one row do not see each other: as if each stood alone, in every family."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from core.data.packing import Tokenized
 from core.data.whole_packing import pack_whole
+from core.errors import SettingsError
+from core.model.config import load_config, moving_frequencies_from
 from core.model.decoder import FLASH, final_states
 from core.model.loss import loss_gradient
 from core.training import recover as training
 from core.training.rows import Rows, documents_of
 from tests.support.flash_attention import install
-from tests.support.models import CONFIGS, UNEQUAL, Float64Throughout, random_tokens, tiny
+from tests.support.models import CONFIGS, LLAMA3, LONGROPE, UNEQUAL, Float64Throughout, random_tokens, tiny
+from tests.support.project import recipe_with, resolve
 from tests.support.training import training_settings, weights
 
 SIZES = ((9, 1, 6), (4, 12), (16,), (3, 2, 8))
@@ -125,3 +130,28 @@ def test_rows_of_one_document_give_what_rows_without_documents_give():
             total_steps=9,
         )
     assert torch.equal(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        (None, None),
+        (LLAMA3, None),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 31),
+        (LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 16}, 16),
+    ],
+)
+def test_documents_whose_frequencies_depend_on_their_neighbours_are_refused(folder, rope, limit):
+    place = folder / "base" / "config.json"
+    config = json.loads(place.read_text())
+    if rope is not None:
+        config |= {"rope_parameters": rope, "max_position_embeddings": 31}
+    place.write_text(json.dumps(config))
+    assert moving_frequencies_from(load_config(folder / "base")) == limit
+    if limit is None:
+        resolve(recipe_with({}))
+        return
+    with pytest.raises(SettingsError, match=rf"Set at most {limit}, or training\.packing=cut"):
+        resolve(recipe_with({}))
+    resolve(recipe_with({"training.packing": "cut"}))
+    resolve(recipe_with({"training.tokens": "0", "training.sources": []}))
