@@ -198,7 +198,9 @@ def _training(config: Any, folder: Path, settings: dict[str, Any]) -> tuple[int,
             add_adapters(model, training.lora_rank)
         teacher = load_teacher(folder, training, model.device) if taught else None
         ids = torch.randint(0, config.vocab_size, (4 * batch, length))
-        rows = Rows(ids, torch.ones_like(ids))
+        starts = torch.zeros_like(ids)
+        starts[:, [0, length // 2]] = 1  # two documents a row, which a mask keeps apart
+        rows = Rows(ids, torch.ones_like(ids), starts)
         recover(model, rows, training, teacher=teacher, first_step=0, total_steps=2)
 
     dense = config if taught else None

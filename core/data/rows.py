@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +37,7 @@ Numbers = Sequence[int] | NDArray[np.int64]
 _OF_MESSAGES = ("role", "content", "from", "value")
 _BLOCK_BYTES = 2**24
 _HEAD_ROWS = 1_000
-"""So many rows name the columns of lines."""
+"""So many rows at a time are asked for their columns."""
 _TURN_ROWS = 64
 
 
@@ -52,9 +52,8 @@ class Rows(Protocol):
     def divisible(self) -> bool:
         """Whether the rows are pieces of plain texts, which may as well be cut elsewhere."""
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns; none if no row could be read."""
+    def columns(self, wanted: Collection[str]) -> tuple[str, ...]:
+        """Return the names of columns, the wanted ones among them if any row has them."""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -77,11 +76,15 @@ class Lines:
         """Return how many there are."""
         return os.path.getsize(self.places) // 16
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns of the first rows."""
-        head = self.read(range(min(len(self), _HEAD_ROWS)))
-        return tuple(dict.fromkeys(name for row in head if isinstance(row, dict) for name in row))
+    def columns(self, wanted: Collection[str]) -> tuple[str, ...]:
+        """Return the names of the columns of as many rows as it takes to see the wanted ones."""
+        found: dict[str, None] = {}
+        for start in range(0, len(self), _HEAD_ROWS):
+            rows = self.read(range(start, min(len(self), start + _HEAD_ROWS)))
+            found |= dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+            if found.keys() >= {*wanted}:
+                break
+        return tuple(found)
 
     def read(self, numbers: Numbers) -> list[Any]:
         """Return the rows of these numbers."""
@@ -120,9 +123,8 @@ class Table:
         """Return how many there are."""
         return len(self.data)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns."""
+    def columns(self, _: Collection[str]) -> tuple[str, ...]:
+        """Return the names of all columns."""
         return tuple(self.data.column_names)
 
     def read(self, numbers: Numbers) -> list[Any]:
@@ -162,7 +164,7 @@ def open_rows(
                 rows = _fetched(source, stream, scratch, seed, most_rows, most_bytes)
             if not len(rows):
                 raise DataError(f"{source.path} holds no data. Check the path and split={source.split}.")
-            check_columns(source, rows.columns)
+            check_columns(source, rows.columns(source.columns))
         yield rows
 
 

@@ -226,6 +226,17 @@ def test_conversations_of_every_layout_become_roles_and_contents(tmp_path):
         assert list(iter_conversations(TextSource(path=path, format="chat", field="m"))) == [wanted]
 
 
+def test_a_column_that_only_later_rows_have_is_there(tmp_path):
+    rows = [{"q": f"question {n}", "a": "yes"} for n in range(1500)] + [
+        {"q": "last", "more": "of it", "a": "no"}
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "a.jsonl"), "format": "instruction", "response_field": "a"}
+    assert len(list(iter_conversations(TextSource(**source, prompt_fields=("q", "more"))))) == 1501
+    with pytest.raises(DataError, match="has no column less, but q, a, more"):
+        list(iter_conversations(TextSource(**source, prompt_fields=("q", "less"))))
+
+
 def test_instructions_join_the_prompt_columns_that_hold_something(tmp_path):
     rows = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},

@@ -13,12 +13,13 @@ from core.model.simulation import (
 from core.pruning.scoring.calibration import _Passes
 from core.pruning.scoring.criteria import CRITERIA
 from core.training.adapters import add_adapters
+from core.training.rows import documents_of
 from tests.support.models import CONFIGS, random_tokens, tiny
 
 B, T = 3, 11
 
 
-def saved_bytes(model, *, autocast):
+def saved_bytes(model, tokens=None, documents=None, *, autocast):
     """What autograd really keeps for the backward pass, each storage once, less the weights."""
     storages = {}
 
@@ -32,7 +33,8 @@ def saved_bytes(model, *, autocast):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        states = final_states(model, torch.zeros(B, T, dtype=torch.long))
+        tokens = torch.zeros(B, T, dtype=torch.long) if tokens is None else tokens
+        states = final_states(model, tokens, documents)
     storages[states.untyped_storage().data_ptr()] = states.untyped_storage().nbytes()
     return sum(size for pointer, size in storages.items() if pointer not in weights)
 
@@ -44,6 +46,25 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves(name, autocast):
     simulated = simulate_training(model.config, B, T, autocast=autocast, checkpointing=False, device="cpu")
     # Among fake tensors transformers repeats keys and values for their query heads; else SDPA does without.
     assert simulated.kept == pytest.approx(saved_bytes(model, autocast=autocast), rel=0.12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "mistral"])
+def test_the_mask_of_documents_is_kept_by_each_layer(name, autocast):
+    model = tiny(name, dtype=torch.float32).train()
+    batch, length = 2, 96
+    starts = torch.zeros(batch, length, dtype=torch.long)
+    starts[:, [0, 31, 70]] = 1
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    found = saved_bytes(model, tokens, documents_of(starts), autocast=autocast)
+    how = {"autocast": autocast, "checkpointing": False, "device": "cpu"}
+    masked = simulate_training(model.config, batch, length, documents=True, **how)
+    assert masked.kept == pytest.approx(found, rel=0.15)
+    itemsize = 2 if autocast else 4
+    alone = simulate_training(model.config, batch, length, **how)
+    masks = model.config.num_hidden_layers * batch * length**2 * itemsize
+    assert masked.kept - alone.kept >= 0.9 * masks
+    assert found > 1.3 * saved_bytes(model, tokens, autocast=autocast)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
