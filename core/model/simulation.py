@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
 from core.model.build import build_model
-from core.model.decoder import FLASH, final_states
+from core.model.decoder import final_states
 from core.model.families import Family, family_of
 from core.model.hidden import HiddenLesson
 from core.model.layerwise import LayerwiseModel, frozen
@@ -85,7 +85,6 @@ def simulate_training(
     hidden_layers: tuple[int, ...] = (),
     top_k: int = 0,
     lora_rank: int = 0,
-    documents: bool = False,
 ) -> PassMemory:
     """Return what a forward and backward pass of training takes, loss included.
 
@@ -103,7 +102,6 @@ def simulate_training(
         hidden_layers: Those that learn from a teacher's, whose outputs are counted too.
         top_k: If not 0, what the teacher expects is stored: so many of its tokens.
         lora_rank: If not 0, adapters of that rank are trained, and the weights are frozen.
-        documents: Whether the sequences hold several documents, which a mask keeps apart in every layer.
     """
     with _fake_model(config, torch.float32) as (model, counter):
         model.train()
@@ -132,7 +130,7 @@ def simulate_training(
                 weight=1.0,
             )
             with hidden.taught(model, scale=1.0) if hidden.aims else contextlib.nullcontext():
-                states = _masked_states(model, tokens) if documents else final_states(model, tokens)
+                states = final_states(model, tokens)
             kept = counter.live - before
             rows = states.detach()[:, :-1].flatten(0, 1)
             lesson: Lesson | StoredLesson | None = None
@@ -152,20 +150,6 @@ def simulate_training(
                     chunk_gradient(model, part, targets, scale=1.0)
         states.backward(torch.ones_like(states))
         return PassMemory(kept=kept, peak=counter.peak - weights, handed_over=tuple(handed_over))
-
-
-def _masked_states(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
-    """Return the states of rows of several documents: each layer takes the mask, and keeps its own copy.
-
-    That is what positions of documents come to; transformers would have to read them, and these hold nothing.
-    """
-    if model.config._attn_implementation == FLASH:  # knows the edges, and makes no mask
-        return final_states(model, tokens)
-    rows, length = tokens.shape
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-    found = model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False)
-    states: Tensor = found.last_hidden_state
-    return states
 
 
 def _offloaded(sizes: list[int], checkpoint: Callable[..., Any], *args: Any) -> Any:

@@ -120,7 +120,6 @@ def training_footprint(
         hidden_layers=hidden,
         top_k=settings.teacher_top_k if stored else 0,
         lora_rank=settings.lora_rank,
-        documents=settings.packing == "whole",
     )
     gradients, teacher = 4 * trained, base_params * (2 if autocast else 4)
     carried = 16 if settings.optimizer_state == "carry" else 0  # moments that come, and those that are left

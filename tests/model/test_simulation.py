@@ -50,21 +50,19 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves(name, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "mistral"])
-def test_the_mask_of_documents_is_kept_by_each_layer(name, autocast):
+def test_the_mask_that_each_layer_keeps_of_packed_documents_is_planned_for(name, autocast):
     model = tiny(name, dtype=torch.float32).train()
     batch, length = 2, 96
     starts = torch.zeros(batch, length, dtype=torch.long)
     starts[:, [0, 31, 70]] = 1
     tokens = torch.zeros(batch, length, dtype=torch.long)
     found = saved_bytes(model, tokens, documents_of(starts), autocast=autocast)
-    how = {"autocast": autocast, "checkpointing": False, "device": "cpu"}
-    masked = simulate_training(model.config, batch, length, documents=True, **how)
-    assert masked.kept == pytest.approx(found, rel=0.15)
-    itemsize = 2 if autocast else 4
-    alone = simulate_training(model.config, batch, length, **how)
-    masks = model.config.num_hidden_layers * batch * length**2 * itemsize
-    assert masked.kept - alone.kept >= 0.9 * masks
-    assert found > 1.3 * saved_bytes(model, tokens, autocast=autocast)
+    # Among fake tensors transformers makes that mask for any rows.
+    simulated = simulate_training(
+        model.config, batch, length, autocast=autocast, checkpointing=False, device="cpu"
+    )
+    # The masks are a tenth of it.
+    assert simulated.kept == pytest.approx(found, rel=0.04)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

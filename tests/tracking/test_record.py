@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from core.errors import StorageError
 from core.redaction import without_password
 from core.runs.record import (
     LayerSizes,
@@ -92,7 +93,10 @@ def test_ints_that_came_back_as_floats_are_made_whole(record):
 def test_a_count_that_is_not_whole_is_refused(record):
     data = record.to_dict()
     data["phases"][0]["params"] = 1.5
-    with pytest.raises(ValueError, match="params"):
+    with pytest.raises(StorageError, match=r"phases\.0\.params: Input should be a valid integer"):
+        RunRecord.from_dict(data)
+    del data["phases"][0]["layers"], data["phases"][0]["params"]
+    with pytest.raises(StorageError, match=r"phases\.0\.params: Field required; phases\.0\.layers: Field"):
         RunRecord.from_dict(data)
 
 

@@ -16,24 +16,14 @@ from core.settings.storage import TrackingSettings
 from core.steps.promotion import decide, headlines, promote
 from core.storage.publication import publish
 from core.tracking import registry as registry_module
-from core.tracking.mlflow import open_tracker
-from core.tracking.registry import CHAMPION, EVALUATED, MEASURED, Registry, Version, register
+from core.tracking.registry import CHAMPION, EVALUATED, MEASURED, Registry, Version
 from pipelines.cli import main
+from tests.support.registry import candidate
 
 
 @pytest.fixture
 def name(request):
     return request.node.originalname
-
-
-def candidate(uri, name, key, *, measured="m", tags=None, **figures):
-    """Register a run's result as a run does; return its tracker and its version."""
-    tracker = open_tracker(TrackingSettings(uri=uri, experiment="test"), key=key, name="a run")
-    tracker.log_phase(2, figures)
-    where = f"s3://models/runs/{key}/final"
-    texts = ("c4", "0a1b")
-    tags = {MEASURED: measured, **(tags or {})}
-    return tracker, register(tracker, name, where, params={"base": "b"}, phase=2, tags=tags, data_set=texts)
 
 
 def test_registering_makes_a_candidate_whose_figures_are_those_of_the_last_phase(uri, name):
@@ -326,55 +316,6 @@ def test_headlines_are_those_of_the_report():
     metrics |= {"c/acc": 0.1, "c/acc_norm": 0.2, "c/acc_norm_stderr": 0.3, "speedup/torch/load": 2.0}
     metrics |= {"d/exact_match_b": 0.3, "d/exact_match_a": 0.4, "d/exact_match_stderr_a": 0.05}
     assert headlines(metrics) == {"a": (0.5, 0.1), "b": (0.25, None), "c": (0.2, 0.3), "d": (0.4, 0.05)}
-
-
-def test_who_loses_the_race_for_the_alias_is_compared_with_who_has_won_it(uri, name, monkeypatch):
-    old = candidate(uri, name, "old", perplexity=30.0)[1]
-    registry = Registry(uri, name)
-    assert registry.move(CHAMPION, old, expected="")
-    winner = candidate(uri, name, "winner", perplexity=20.0)[1]
-    loser = candidate(uri, name, "loser", perplexity=29.0)[1]
-    move, moves = Registry.move, []
-
-    def late(self, alias, version, *, expected):
-        if not moves:
-            assert move(self, CHAMPION, winner, expected=old)
-        moves.append(version)
-        return move(self, alias, version, expected=expected)
-
-    monkeypatch.setattr(Registry, "move", late)
-    decision = promote(registry, RegistrySettings(), loser, again=False)
-    assert (decision.verdict, decision.champion, moves) == ("worse", winner, [loser])
-    assert registry.find(CHAMPION).number == winner
-    tags = registry.client.get_model_version(name, loser).tags
-    assert (tags["adapt_pruner.decision"], tags["adapt_pruner.decided_against"]) == ("not promoted", winner)
-
-
-def test_a_decision_that_was_not_written_down_is_when_its_step_runs_again(uri, name, monkeypatch):
-    version = candidate(uri, name, "only", perplexity=30.0)[1]
-    registry = Registry(uri, name)
-    with monkeypatch.context() as killed:
-        killed.setattr(Registry, "note", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            promote(registry, RegistrySettings(), version, again=False)
-    assert registry.find(CHAMPION).number == version
-    assert promote(registry, RegistrySettings(), version, again=False).verdict == "is the champion"
-    assert registry.find(version).tags["adapt_pruner.decision"] == "promoted"
-
-
-def test_a_champion_that_is_measured_again_can_be_compared(uri, name):
-    registry = Registry(uri, name)
-    champion = candidate(uri, name, "first", measured="before", perplexity=30.0)[1]
-    assert registry.move(CHAMPION, champion, expected="")
-    newer = candidate(uri, name, "second", measured="after", perplexity=24.0)[1]
-    assert promote(registry, RegistrySettings(), newer).verdict == "not comparable"
-    again = candidate(uri, name, "first", measured="after", perplexity=25.0)[1]
-    assert again not in (champion, newer)
-    assert promote(registry, RegistrySettings(), again).verdict == "is the champion"
-    decision = promote(registry, RegistrySettings(), newer)
-    assert (decision.verdict, decision.champion) == ("not worse", champion)
-    assert decision.comparison.champion == 25.0
-    assert registry.find(CHAMPION).number == newer
 
 
 def test_a_name_with_a_dot_is_a_models(uri, name):

@@ -15,7 +15,7 @@ from core.model.loss import loss_gradient
 from core.training import recover as training
 from core.training.rows import Rows, documents_of
 from tests.support.flash_attention import install
-from tests.support.models import CONFIGS, LLAMA3, LONGROPE, UNEQUAL, Float64Throughout, random_tokens, tiny
+from tests.support.models import CONFIGS, LLAMA3, UNEQUAL, Float64Throughout, random_tokens, tiny
 from tests.support.project import recipe_with, resolve
 from tests.support.training import training_settings, weights
 
@@ -132,13 +132,16 @@ def test_rows_of_one_document_give_what_rows_without_documents_give():
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
+FACTORS = {"rope_theta": 1e4, "short_factor": [1.0] * 5, "long_factor": [2.0] * 5}
+
+
 @pytest.mark.parametrize(
     ("rope", "limit"),
     [
         (None, None),
         (LLAMA3, None),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 31),
-        (LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 16}, 16),
+        ({"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 16}, 16),
     ],
 )
 def test_documents_whose_frequencies_depend_on_their_neighbours_are_refused(folder, rope, limit):
