@@ -197,7 +197,9 @@ def _refuse_scaled_frequencies(location: Path, header: GgufHeader) -> None:
     found = [name for name in header.tensors if re.fullmatch(r"rope_(freqs|factors_\w+)\.weight", name)]
     if values.get("rope.scaling.type", "none") != "none":
         found.append(f"rope.scaling.type={values['rope.scaling.type']}")
-    found += [name for name in ("rope.scaling.factor", "rope.scale_linear") if values.get(name, 1) != 1]
+    found += [
+        name for name in ("rope.scaling.factor", "rope.scale_linear") if values.get(name, 1) not in (0, 1)
+    ]
     if found:
         raise CheckpointError(
             f"{location} scales its rotary frequencies ({', '.join(found)}), which cannot be read from GGUF "

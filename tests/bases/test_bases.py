@@ -347,6 +347,7 @@ def test_a_run_starts_work_only_when_its_base_has_moved_on(folder):
         ({"llama.rope.scaling.type": "yarn"}, None, "rope.scaling.type=yarn"),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}, None, "rope.scaling.factor"),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}, None, ""),
+        ({"llama.rope.scaling.factor": 0.0}, None, ""),
     ],
 )
 def test_a_gguf_file_whose_frequencies_would_be_lost_is_refused(

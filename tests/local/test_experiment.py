@@ -315,10 +315,9 @@ def test_single_layers_are_studied_once_the_runs_are_done(three_done, monkeypatc
     assert [json.loads(file.read_text())["sparsity"] for file in others] == [0.2] * 2
     weaker = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
     assert {(row["done"], row["asked"]) for row in weaker} == {(1, 1)}
-    assert all(
-        less["metrics"]["perplexity"]["mean"] != row["metrics"]["perplexity"]["values"][0]
-        for less, row in zip(weaker, rows, strict=True)
-    )
+    for part in (slice(3), slice(3, 6)):  # of the base model, and of ours
+        found = [row["metrics"]["perplexity"]["mean"] for row in weaker[part]]
+        assert found != [row["metrics"]["perplexity"]["values"][0] for row in rows[part]]
 
 
 def started(folder, path):
