@@ -1,7 +1,5 @@
 """Benchmarks of a checkpoint's files, by one process or several."""
 
-import functools
-import gc
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from core.errors import SettingsError
 from core.evaluation.benchmarks import Asking, Model, answer_in_rank, measure_tasks
 from core.evaluation.cache import AnswerCache
 from core.evaluation.results import TaskAnswers, TaskResults
+from core.machine.memory import free_unused
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
 from core.model.checkpoint import Checkpoint
 from core.settings.calibration import Precision
@@ -24,7 +23,7 @@ def measure_checkpoint(
     *,
     seed: int,
     cache: AnswerCache | None = None,
-    model: "functools._lru_cache_wrapper[Model] | None" = None,
+    model: "LoadedOnce | None" = None,
 ) -> TaskResults:
     """Evaluate a checkpoint on the benchmarks; several ranks give the numbers that one does.
 
@@ -33,8 +32,7 @@ def measure_checkpoint(
         settings: With a batch size, and a number format.
         seed: Of the choice of items.
         cache: Where results are looked up first, and kept.
-        model: Loads the checkpoint's model and tokenizer, unless it has done so already. Several ranks load
-            their own: this one is let go before.
+        model: The checkpoint's, where others use it, too. Several ranks load their own: it is let go before.
 
     Raises:
         SettingsError: If there are fewer GPUs than ``settings.ranks``.
@@ -45,17 +43,39 @@ def measure_checkpoint(
     size = number_of_ranks(settings)
     if size == 1:
         return measure_tasks(model or load, settings, seed=seed, cache=cache)
-
     if model is not None:
-        model.cache_clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        model.let_go()
 
     def answer(asking: Asking) -> dict[str, TaskAnswers]:
         work = partial(answer_in_rank, size=size, load=load, asking=asking)
         return run_ranks(work, size, pick_device().type)
 
     return measure_tasks(load, settings, seed=seed, cache=cache, answer=answer)
+
+
+class LoadedOnce:
+    """A checkpoint's model and tokenizer, loaded when they are first asked for."""
+
+    def __init__(self, directory: Path, precision: Precision) -> None:
+        """Load nothing yet.
+
+        Args:
+            directory: The checkpoint.
+            precision: Number format of the weights.
+        """
+        self._directory, self._precision = directory, precision
+        self._loaded: Model | None = None
+
+    def __call__(self) -> Model:
+        """Return them."""
+        if self._loaded is None:
+            self._loaded = load_measured(self._directory, self._precision)
+        return self._loaded
+
+    def let_go(self) -> None:
+        """Make room for another model; who asks again loads them again."""
+        self._loaded = None
+        free_unused()
 
 
 def load_measured(directory: Path, precision: Precision) -> Model:

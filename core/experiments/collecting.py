@@ -4,14 +4,13 @@ Nothing but the store is asked, so it does not matter where a run was computed.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import StorageError
-from core.experiments.definition import LAYER, LAYER_METRICS, Cell, Experiment
+from core.experiments.definition import LAYER, Cell, Experiment
+from core.experiments.layers import layer_studies
 from core.machine.precision import SECTIONS
 from core.report.tables import COSTS, DENSE, ResultTable, Row, figures_of
 from core.runs.finding import stored_runs
@@ -37,27 +36,6 @@ class Found:
     run: Run | None = None
     record: RunRecord | None = None
     """What it measured; None until it is done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStudy:
-    """A study of each single layer of a checkpoint."""
-
-    labels: Mapping[str, str]
-    """Where its figures stand in the table."""
-    uri: str
-    """The checkpoint's publication."""
-    of_base: bool
-    """Whether that is a base model."""
-    settings: Settings
-    """Of the run that it belongs to."""
-    folder: Path
-    """Named by all that its figures depend on."""
-
-    @property
-    def file(self) -> Path:
-        """The file of its figures, which is there once it is done."""
-        return self.folder / "sensitivity.json"
 
 
 NOT_STARTED = Found(state="not started")
@@ -91,6 +69,11 @@ def _opened(settings: Settings) -> Store:
             "experiment first, or name its store with --set storage.store=..."
         )
     return store
+
+
+def done_runs(found: Mapping[str, Found]) -> dict[str, Run]:
+    """Return the key of each cell that is done to its run."""
+    return {key: each.run for key, each in found.items() if each.run and each.record}
 
 
 def find_runs(cells: Sequence[Cell], store: Store, *, revision: str = "") -> dict[str, Found]:
@@ -133,9 +116,10 @@ def table_of(
     """
     labels = list(dict.fromkeys(tuple(cell.labels.items()) for cell in experiment.cells))
     if experiment.sensitivity:
-        studies = layer_studies(experiment, found, folder)
-        dense = [sample for study in studies if study.of_base for sample in _layers(study)]
-        samples = [sample for study in studies if not study.of_base for sample in _layers(study)]
+        dense, samples = (
+            [sample for study in studies for sample in study.samples()]
+            for studies in layer_studies(experiment, done_runs(found), folder)
+        )
     else:
         dense = list(_dense(experiment, found))
         done = [(cell, found[cell.key].record) for cell in experiment.cells]
@@ -189,40 +173,6 @@ def _found(overview: RunOverview, run: Run, settings: Settings) -> Found:
     return Found(state="done", run=run, record=record)
 
 
-def layer_studies(experiment: Experiment, found: Mapping[str, Found], folder: Path) -> list[LayerStudy]:
-    """Return the studies of single layers of an experiment: of each run that is done, and of the base models.
-
-    A base model is studied once a seed, with the settings of the first run that is done.
-    """
-    results, dense = list[LayerStudy](), dict[tuple[str, int], LayerStudy]()
-    runs = {cell.key: found[cell.key].run for cell in experiment.cells if found[cell.key].record is not None}
-    bases = {run.base_uri for run in runs.values() if run}
-    for cell in experiment.cells:
-        if (run := runs.get(cell.key)) is None:
-            continue
-        seed = cell.settings.seed
-        name = f"{DENSE} {public_path(cell.settings.model.base)}" if len(bases) > 1 else DENSE
-        for uri, of, labels in (
-            (run.base_uri, f"{DENSE}-{seed}", {experiment.axes[0]: name}),
-            (run.uri("final"), cell.key, cell.labels),
-        ):
-            what = [uri, cell.settings.digest(), cell.settings.measured_digest()]
-            asked = dataclasses.asdict(experiment.sensitivity) if experiment.sensitivity else {}
-            digest = hashlib.sha256(json.dumps([*what, asked]).encode()).hexdigest()[:8]
-            study = LayerStudy(
-                labels=labels,
-                uri=uri,
-                of_base=uri == run.base_uri,
-                settings=cell.settings,
-                folder=folder / f"{of}-{digest}",
-            )
-            if study.of_base:
-                dense.setdefault((uri, seed), study)
-            else:
-                results.append(study)
-    return [*dense.values(), *results]
-
-
 def _dense(experiment: Experiment, found: Mapping[str, Found]) -> Iterator[_Sample]:
     """Yield the figures of the base models; each run has measured its own."""
     axis = experiment.axes[0]
@@ -231,18 +181,6 @@ def _dense(experiment: Experiment, found: Mapping[str, Found]) -> Iterator[_Samp
         name = f"{DENSE} {public_path(record.base)}" if len(records) > 1 else DENSE
         figures = figures_of(record, record.phases[0])
         yield {axis: name}, {name: figures[name] for name in figures if name not in COSTS}
-
-
-def _layers(study: LayerStudy) -> Iterator[_Sample]:
-    """Yield what a study has measured with each layer pruned alone, if it is done."""
-    if not study.file.is_file():
-        return
-    for layer in json.loads(study.file.read_text())["layers"]:
-        figures = {metric: layer[metric] for metric in LAYER_METRICS}
-        yield (
-            {**study.labels, LAYER: str(layer["layer"])},
-            {name: value for name, value in figures.items() if value is not None},
-        )
 
 
 def _place(sample: _Sample) -> tuple[tuple[str, str], ...]:

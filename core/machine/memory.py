@@ -1,5 +1,6 @@
 """Free memory, used memory, and the way from the host to an accelerator."""
 
+import gc
 import resource
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def peak_bytes(device: str | torch.device = "cpu") -> int:
 def spare_bytes() -> int:
     """Return the host's free memory, less what this process once took and may take again."""
     return available_bytes() - max(0, peak_bytes() - psutil.Process().memory_info().rss)
+
+
+def free_unused() -> None:
+    """Give back what nothing holds any more, also what torch keeps of an accelerator's memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

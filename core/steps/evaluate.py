@@ -54,7 +54,12 @@ def run_evaluate(
             log.info("not measured: storage.keep=%s has kept no checkpoint", this.settings.storage.keep)
             return {"tasks": {}}
         from core.evaluation.cache import AnswerCache, files_digest
-        from core.evaluation.checkpoint import load_measured, measure_checkpoint, number_of_ranks
+        from core.evaluation.checkpoint import (
+            LoadedOnce,
+            load_measured,
+            measure_checkpoint,
+            number_of_ranks,
+        )
         from core.evaluation.items import Items
         from core.evaluation.perplexity import measure_text
         from core.machine.precision import warn_if_emulated
@@ -85,7 +90,7 @@ def run_evaluate(
                 items.texts["perplexity_pruned"] = windows(
                     functools.partial(load_pruned, before), held_out, cache=cache_of(before)
                 )
-            load = functools.cache(lambda: load_measured(directory, settings.precision))
+            load = LoadedOnce(directory, settings.precision)
             if evaluation.perplexity is not None:
                 items.texts["perplexity"] = windows(lambda: load()[0], held_out, cache=cache_of(checkpoint))
             if evaluation.tasks and evaluation.asks_tasks(phase, phases=len(this.phase_params)):

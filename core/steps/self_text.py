@@ -5,7 +5,6 @@ none. Later phases find it published.
 """
 
 import functools
-import gc
 import logging
 import shutil
 import time
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import AdaptPrunerError, IntegrityError
-from core.machine.memory import available_bytes
+from core.machine.memory import available_bytes, free_unused
 from core.machine.precision import warn_if_emulated
 from core.model.build import dtype_of, load_model, load_tokenizer, pick_device
 from core.model.checkpoint import Checkpoint
@@ -49,8 +48,7 @@ def write_own_text(run: Run) -> None:
     compute = functools.partial(_compute, run)
     compute_once(run, uri, phase=0, step="generate", compute=compute, whole=False)
     remove_states(join_uri(uri, RESUME))
-    gc.collect()  # what it took is free memory for what is planned now
-    torch.cuda.empty_cache()
+    free_unused()  # what it took is free memory for what is planned now
 
 
 def own_text(run: Run, scratch: Path) -> "Tensor":

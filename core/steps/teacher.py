@@ -5,7 +5,6 @@ phase's training it resumes; later phases find it published, and it goes when th
 """
 
 import functools
-import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.data.mixture import slice_name
+from core.machine.memory import free_unused
 from core.model.build import dtype_of, pick_device
 from core.model.checkpoint import Checkpoint, save_model
 from core.runs.run import Run
@@ -38,8 +38,7 @@ def train_teacher(run: Run, data: Publication) -> None:
     compute = functools.partial(_compute, run, data, states_uri)
     compute_once(run, uri, phase=0, step="teacher", compute=compute, track=track_curves, whole=False)
     remove_states(states_uri)
-    gc.collect()  # what it took is free memory for the phase that is planned now
-    torch.cuda.empty_cache()
+    free_unused()  # what it took is free memory for the phase that is planned now
 
 
 def _compute(run: Run, data: Publication, states_uri: str, work: Workspace) -> dict[str, Any]:

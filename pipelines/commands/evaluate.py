@@ -1,7 +1,6 @@
 """``adapt-pruner evaluate``: perplexity and benchmarks of a checkpoint."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +131,7 @@ def evaluation_table(
     from rich.table import Table
 
     from core.data.samples import write_perplexity_windows
-    from core.evaluation.checkpoint import load_measured, measure_checkpoint
+    from core.evaluation.checkpoint import LoadedOnce, measure_checkpoint
     from core.evaluation.perplexity import measure_text
     from core.model.build import load_tokenizer, model_shape
     from core.model.checkpoint import Checkpoint
@@ -140,7 +139,7 @@ def evaluation_table(
     from core.scratch import scratch_folder
 
     checkpoint = Checkpoint(directory)
-    load = functools.cache(lambda: load_measured(directory, settings.precision))
+    load = LoadedOnce(directory, settings.precision)
     table = Table("measure", "metric")
     table.add_column("value", justify="right")
     table.add_row("parameters", "", f"{model_shape(checkpoint.config).num_params():,}")

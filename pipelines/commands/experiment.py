@@ -130,11 +130,13 @@ def _run_here(loaded: "Experiment", output: Path) -> "tuple[dict[str, Found], di
 
 def _study_layers(loaded: "Experiment", found: "dict[str, Found]", output: Path) -> None:
     """Prune each layer of each result, and of the base model, alone."""
-    from core.experiments.collecting import layer_studies
+    from core.experiments.collecting import done_runs
+    from core.experiments.layers import layer_studies
     from core.steps.sensitivity import Study
 
     assert loaded.sensitivity is not None
-    for study in layer_studies(loaded, found, output):
+    dense, results = layer_studies(loaded, done_runs(found), output)
+    for study in (*dense, *results):
         if study.file.is_file():
             continue
         click.echo(f"single layers of {study.uri}", err=True)

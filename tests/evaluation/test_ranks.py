@@ -1,13 +1,12 @@
 """Several processes give each answer that one gives."""
 
-import functools
 import json
 import weakref
 
 import pytest
 
 from core.evaluation import checkpoint
-from core.evaluation.checkpoint import load_measured, measure_checkpoint
+from core.evaluation.checkpoint import LoadedOnce, measure_checkpoint
 from core.settings.evaluation import EvaluationSettings
 
 
@@ -66,7 +65,7 @@ def test_two_processes_give_the_numbers_of_one(measured, monkeypatch):
 
 def test_the_model_that_measured_the_perplexity_makes_room_for_those_of_the_ranks(measured, monkeypatch):
     directory, settings = measured
-    load = functools.cache(lambda: load_measured(directory, settings.precision))
+    load = LoadedOnce(directory, settings.precision)
     first = weakref.ref(load()[0])
     alive = []
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import threading
 
 import pytest
@@ -187,11 +186,10 @@ def test_items_of_a_metric_by_a_filter_are_compared_in_pairs(tmp_path):
         figures = {"bbh/exact_match_get-answer": right / 200, "bbh/exact_match_stderr_get-answer": 0.03}
         return version_with(number, measured_at(tmp_path, f"v{number}", items), **figures)
 
+    newer, champion = version("5", 99), version("3", 100)
     for metric in ("accuracy", "bbh"):
-        found = decide("m", RegistrySettings(metric=metric, margin=0.01), version("5", 99), version("3", 100))
+        found = decide("m", RegistrySettings(metric=metric, margin=0.01), newer, champion)
         assert "200 items" in found.comparison.how
-        shutil.rmtree(tmp_path / "v5"), shutil.rmtree(tmp_path / "v5-published")
-        shutil.rmtree(tmp_path / "v3"), shutil.rmtree(tmp_path / "v3-published")
 
 
 def version_with(number, tags, **metrics):
