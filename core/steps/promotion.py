@@ -110,7 +110,7 @@ def promote(
     Raises:
         TrackingError: If there is no such version, or MLflow fails.
     """
-    for attempt in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         candidate, champion = registry.find(which), registry.find(CHAMPION)
         if candidate is None:
             raise TrackingError(
@@ -122,7 +122,7 @@ def promote(
             champion = registry.measured_as(champion, measured)
         decided_over = candidate.tags.get(AGAINST)
         reigning = champion.number if champion else ""
-        if not (again or attempt) and decided_over not in (None, reigning):
+        if not again and decided_over not in (None, reigning):
             return Decision(
                 model=registry.name,
                 version=candidate.number,

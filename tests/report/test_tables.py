@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from core.evaluation.significance import Difference
 from core.report.drawing import inline_svg
@@ -103,6 +104,9 @@ def test_the_base_model_is_a_level_and_no_point_of_a_line(labels, joined, places
     ]
     table(dense, *rows, picture=Picture(x="method", y="perplexity")).html()
     assert ">dense<" in inline_svg(drawn[0], name="rows", label="rows")
+    FigureCanvasAgg(drawn[0]).draw()
+    (ax,) = drawn[0].axes
+    assert ax.texts[0].get_window_extent().x1 == pytest.approx(ax.get_window_extent().x1, abs=2)
     points, level = drawn[0].axes[0].get_lines()[0], drawn[0].axes[0].get_lines()[-1]
     assert points.get_xdata().tolist() == places
     assert points.get_ydata().tolist() == [30.0 + place for place, _ in enumerate(labels)]

@@ -8,6 +8,7 @@ from core.model.build import model_shape
 from core.model.checkpoint import Checkpoint
 from core.settings.model import ModelSettings
 from core.settings.recipe import settings_from_dict
+from core.steps.footprint import Footprint
 from core.steps.needs import base_config, host_bytes, needs_of_tasks, shortages, summary_line
 from core.storage.publication import publish
 from tests.support.project import recipe_with
@@ -47,22 +48,16 @@ def test_a_base_that_cannot_be_read_here_is_no_error(base, monkeypatch):
     assert base_config(ModelSettings(base=base)) is None
 
 
-def test_each_process_of_a_task_takes_its_own_memory(config):
-    sizes = {}
+def test_each_process_of_a_task_takes_its_own_memory():
+    small, large = (Footprint(parts={"weights": size}, host_bytes=0) for size in (0, 10**9))
     for ranks in (0, 1, 2, 3):
-        settings = settings_with(
-            evaluation__tasks=["arc_easy"],
-            evaluation__ranks=ranks,
-            training__ranks=ranks,
-            cluster={"gpus": 0},
-        )
-        needs = needs_of_tasks(config, settings)
-        sizes[ranks] = {name: host_bytes(name, needs[name], settings) for name in needs}
-    for name, size in sizes[3].items():
-        assert sizes[0][name] == sizes[1][name]
-        several = name in ("recover-train", "evaluate")
-        assert (size - sizes[2][name] > 0.4 * sizes[1][name]) == several
-        assert (size > sizes[2][name] > 1.5 * sizes[1][name]) == several
+        settings = settings_with(evaluation__ranks=ranks, training__ranks=ranks, cluster={"gpus": 0})
+        for component in ("recover-train", "evaluate"):
+            alone, more = (host_bytes(component, footprint, settings) for footprint in (small, large))
+            assert more - alone == max(1, ranks) * 10**9
+            before = host_bytes(component, small, settings_with(cluster={"gpus": 0}))
+            assert (alone > before) == (ranks > 1)
+        assert host_bytes("calibrate", large, settings) - host_bytes("calibrate", small, settings) == 10**9
 
 
 def test_accelerators_take_the_device_and_pods_the_host(config):
