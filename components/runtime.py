@@ -18,8 +18,8 @@ from types import TracebackType
 
 from core.errors import AdaptPrunerError, full_disk
 from core.machine.cores import use_own_cores
+from core.quantities import seconds_text
 from core.redaction import one_line
-from core.runs.record import seconds_text
 from core.storage.owner import LOCAL
 
 log = logging.getLogger(__name__)

@@ -82,5 +82,36 @@ def in_range(name: str, value: float, low: float, high: float) -> Iterator[str]:
         yield f"{name}={value} must lie between {low:,} and {high:,}. Change it."
 
 
+def count_text(count: int) -> str:
+    """Write a count for people: 134.5M, 8.03B, 49.2k, 512; four digits at most."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        # 999,950 would round to 1000.0k
+        if count >= 0.99995 * factor:
+            decimals = 2 if unit == "B" and count < 9.995 * factor else 1
+            return f"{count / factor:.{decimals}f}{unit}"
+    return str(count)
+
+
+def bytes_text(size: int) -> str:
+    """Write a number of bytes for people: 512 B, 49.2 kB, 269.0 MB, 16.1 GB."""
+    for factor, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= 0.99995 * factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a duration for people: 0.4 s, 41 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _number(digits: str) -> float:
     return float(re.sub("[_,]", "", digits))

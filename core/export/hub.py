@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from core.errors import HubError
 from core.export.hub_errors import hub_errors
 from core.export.hub_files import checkpoint_files, is_stale
-from core.runs.record import bytes_text
+from core.quantities import bytes_text
 from core.storage.hashing import file_sha256
 
 if TYPE_CHECKING:

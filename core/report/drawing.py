@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from core.runs.record import count_text
+from core.quantities import count_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from core.quantities import count_text, seconds_text
 from core.redaction import without_password
 from core.report.drawing import inline_svg
 from core.report.figures import layers_figure, quality_figure, training_figure, widths_figure
@@ -16,11 +17,9 @@ from core.runs.record import (
     SpeedRecord,
     accuracies,
     chance_text,
-    count_text,
     headline_metric,
     perplexity_text,
     score_text,
-    seconds_text,
 )
 
 if TYPE_CHECKING:

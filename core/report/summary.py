@@ -3,15 +3,8 @@
 import re
 from collections.abc import Iterator, Mapping
 
-from core.runs.record import (
-    PhaseRecord,
-    RunRecord,
-    is_error,
-    perplexity_text,
-    public_path,
-    score_text,
-    seconds_text,
-)
+from core.quantities import seconds_text
+from core.runs.record import PhaseRecord, RunRecord, is_error, perplexity_text, public_path, score_text
 
 _SHOWN = 5
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")

@@ -13,20 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.quantities import parse_count
+from core.quantities import count_text, parse_count, seconds_text
 from core.report.compared_figures import rows_figure
 from core.report.drawing import inline_svg
 from core.report.summary import escaped
 from core.report.templates import render
-from core.runs.record import (
-    PhaseRecord,
-    RunRecord,
-    accuracies,
-    count_text,
-    headline_metric,
-    perplexity_text,
-    seconds_text,
-)
+from core.runs.record import PhaseRecord, RunRecord, accuracies, headline_metric, perplexity_text
 
 if TYPE_CHECKING:
     from core.evaluation.significance import Difference

@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from core.runs.record import count_text, perplexity_text, seconds_text
+from core.quantities import count_text, seconds_text
+from core.runs.record import perplexity_text
 
 
 def render(template: str, **values: Any) -> str:

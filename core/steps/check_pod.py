@@ -17,8 +17,7 @@ from shutil import disk_usage
 from typing import Any, Literal
 
 from core.errors import AdaptPrunerError, ClusterError, StorageError
-from core.quantities import parse_bytes
-from core.runs.record import bytes_text, seconds_text
+from core.quantities import bytes_text, parse_bytes, seconds_text
 from core.storage.cache import CACHE
 from core.storage.layout import pointer_of
 from core.storage.store import open_store

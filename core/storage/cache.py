@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.errors import StorageError
+from core.quantities import bytes_text
 from core.storage.hashing import copy_hashed
 from core.storage.manifest import FileEntry
 from core.storage.store import replacing
@@ -33,7 +34,7 @@ class FileCache:
 
     def __init__(self, folder: Path) -> None:
         """Use a folder, which the first file creates; several processes may use it at once."""
-        self._folder, self._lock, self._given_up = folder, threading.Lock(), False
+        self._folder, self._lock, self._given_up, self._found_full = folder, threading.Lock(), False, False
 
     @classmethod
     def of_environment(cls) -> "FileCache | None":
@@ -60,14 +61,17 @@ class FileCache:
         return False
 
     def keep(self, entry: FileEntry, file: Path) -> None:
-        """Keep a copy of a file that an entry describes, if there is room for it."""
+        """Keep a copy of a file that an entry describes; what finds no room is left out, with a warning."""
         if entry.size < _SMALLEST_BYTES or self._given_up:
             return
         kept = self._place(entry)
         try:
-            if not kept.exists() and self._make_room(entry.size):
-                with suppress(FileExistsError), replacing(kept, if_absent=True, durable=False) as temporary:
-                    copy_hashed(file, temporary)  # another task may be faster
+            if kept.exists():
+                return
+            if not self._make_room(entry.size):
+                return self._say_full(entry)
+            with suppress(FileExistsError), replacing(kept, if_absent=True, durable=False) as temporary:
+                copy_hashed(file, temporary)  # another task may be faster
         except (OSError, StorageError) as error:
             self._give_up(error)
 
@@ -82,6 +86,22 @@ class FileCache:
                     said,
                 )
             self._given_up = True
+
+    def _say_full(self, entry: FileEntry) -> None:
+        with self._lock:
+            if not self._found_full:
+                disk = shutil.disk_usage(self._folder)
+                log.warning(
+                    "the cache in %s has no room for %s of %s, which comes from the store each time: %s are "
+                    "free, and %.0f%% of the %s of the disk stay so. Give it a larger disk.",
+                    self._folder,
+                    entry.path,
+                    bytes_text(entry.size),
+                    bytes_text(disk.free),
+                    100 * _STAYS_FREE,
+                    bytes_text(disk.total),
+                )
+            self._found_full = True
 
     def _place(self, entry: FileEntry) -> Path:
         return self._folder / entry.sha256[:2] / entry.sha256

@@ -38,7 +38,7 @@ def clean(store: str, yes: bool) -> None:
     """Remove orphaned files from a store."""
     opened = opened_store(store)
 
-    from core.runs.record import bytes_text
+    from core.quantities import bytes_text
     from core.storage.garbage import clean as remove_garbage
     from core.storage.garbage import find_garbage
     from core.storage.owner import Owner
@@ -72,7 +72,7 @@ def _close_dead_runs(store: "Store") -> None:
 def _show_findings(found: "Findings") -> None:
     from rich.table import Table
 
-    from core.runs.record import bytes_text
+    from core.quantities import bytes_text
 
     table = Table("where", "what", box=None)
     table.add_column("files", justify="right")

@@ -36,8 +36,8 @@ def run(recipe: Path, overrides: tuple[str, ...], output: Path | None) -> None:
 
     from rich.console import Console
 
+    from core.quantities import seconds_text
     from core.report.report import phase_table
-    from core.runs.record import seconds_text
     from pipelines.local.run import run_local
 
     finished = run_local(settings, output, Console(stderr=True, highlight=False))

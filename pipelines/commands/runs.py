@@ -21,8 +21,8 @@ def runs(store: str, as_json: bool) -> None:
 
     from rich.table import Table
 
+    from core.quantities import bytes_text
     from core.runs.overview import list_runs
-    from core.runs.record import bytes_text
 
     found = list_runs(opened)
     if as_json:
@@ -43,7 +43,7 @@ def runs(store: str, as_json: bool) -> None:
 
 
 def _age(seconds: float) -> str:
-    from core.runs.record import seconds_text
+    from core.quantities import seconds_text
 
     days = int(seconds // 86_400)
     return f"{days} days ago" if days > 1 else f"{seconds_text(max(seconds, 0.0))} ago"

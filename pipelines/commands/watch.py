@@ -52,7 +52,7 @@ def watch(runs: tuple[str, ...], stores: tuple[str, ...], every: str, once: bool
 
 def _line(stored: "StoredRun") -> str:
     """Return where a run stands, in one line."""
-    from core.runs.record import seconds_text
+    from core.quantities import seconds_text
     from core.steps.watching import watched
 
     seen, now = stored.overview, watched(stored)

@@ -10,7 +10,7 @@ from core.bases.importing import import_base
 from core.errors import AdaptPrunerError
 from core.experiments.collecting import Found, find_runs
 from core.experiments.definition import Cell, Experiment
-from core.runs.record import seconds_text
+from core.quantities import seconds_text
 from core.storage.store import open_store
 from pipelines.local.folders import check_folders, holding_folder
 from pipelines.local.run import run_local, with_absolute_store

@@ -17,8 +17,8 @@ from importlib import metadata
 from typing import Literal
 
 from core.errors import ClusterError
+from core.quantities import seconds_text
 from core.redaction import one_line
-from core.runs.record import seconds_text
 from core.scratch import scratch_folder
 from core.settings.schema import Settings
 from core.steps.check_pod import CHECKS, MARK, Finding

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.text import Text
 
-from core.runs.record import seconds_text
+from core.quantities import seconds_text
 from pipelines.remote.following import ENDED, Progress
 from pipelines.remote.workflow import FAILED, TaskState
 

@@ -8,10 +8,11 @@ import math
 import pytest
 
 from core.evaluation.significance import Difference
+from core.quantities import seconds_text
 from core.report.compared_figures import pareto_front, quality_against_size
 from core.report.comparison import ComparedRun, _accuracies, _perplexities, comparison_page, comparison_table
 from core.report.tables import figures_of
-from core.runs.record import DistillationRecord, seconds_text
+from core.runs.record import DistillationRecord
 from tests.support.reports import Page, make_record
 
 

@@ -1,6 +1,15 @@
 import pytest
 
-from core.quantities import Interval, is_share, parse_bytes, parse_count, parse_interval
+from core.quantities import (
+    Interval,
+    bytes_text,
+    count_text,
+    is_share,
+    parse_bytes,
+    parse_count,
+    parse_interval,
+    seconds_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +113,48 @@ def test_malformed_and_excessive_quantities_are_refused(parse, texts, problem):
 )
 def test_when_an_interval_is_over(interval, steps, seconds, over):
     assert interval.is_over(steps, seconds) is over
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0k"),
+        (49_152, "49.2k"),
+        (999_949, "999.9k"),
+        (999_950, "1.0M"),
+        (134_515_008, "134.5M"),
+        (999_949_999, "999.9M"),
+        (999_950_000, "1.00B"),
+        (8_030_261_248, "8.03B"),
+        (9_996_000_000, "10.0B"),
+    ],
+)
+def test_counts_have_sensible_units(count, text):
+    assert count_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_have_sensible_units(seconds, text):
+    assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (49_152, "49.2 kB"), (999_960, "1.0 MB"), (2 * 10**12, "2.0 TB")],
+)
+def test_sizes_have_sensible_units(size, text):
+    assert bytes_text(size) == text

@@ -20,7 +20,14 @@ CONTENT = {"model-1.safetensors": LARGE, "folder/model-2.safetensors": OTHER, "c
 def shared(tmp_path, monkeypatch):
     folder = tmp_path / "shared"
     monkeypatch.setenv(CACHE, str(folder))
+    set_free(monkeypatch, 0.5)  # however full this machine's disk is
     return folder
+
+
+def set_free(monkeypatch, share):
+    size = 10**12
+    usage = type(shutil.disk_usage("/"))(size, round(size * (1 - share)), round(size * share))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
 @pytest.fixture
@@ -106,6 +113,16 @@ def test_a_disk_that_cannot_be_written_costs_a_warning(uri, shared, asked, tmp_p
             assert fetch(uri, tmp_path / task) == CONTENT
     assert len(asked) == 4
     assert caplog.text.count(f"the cache in {shared} is not used, ") == 2, "once a fetch, not once a file"
+
+
+def test_a_disk_that_others_have_filled_costs_a_warning(uri, shared, asked, tmp_path, monkeypatch, caplog):
+    set_free(monkeypatch, 0.1)
+    for task in ("first", "second"):
+        assert fetch(uri, tmp_path / task) == CONTENT
+    assert len(asked) == 4
+    assert not kept_in(shared)
+    assert caplog.text.count(f"the cache in {shared} has no room for ") == 2, "once a fetch, not once a file"
+    assert "100.0 GB are free, and 10% of the 1.0 TB of the disk stay so" in caplog.text
 
 
 def test_a_file_in_place_of_the_folder_costs_a_warning(uri, shared, tmp_path, caplog):

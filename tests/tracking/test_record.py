@@ -5,16 +5,7 @@ import pytest
 
 from core.errors import StorageError
 from core.redaction import without_password
-from core.runs.record import (
-    LayerSizes,
-    PhaseRecord,
-    RunRecord,
-    accuracies,
-    count_text,
-    headline_metric,
-    perplexity_text,
-    seconds_text,
-)
+from core.runs.record import LayerSizes, PhaseRecord, RunRecord, accuracies, headline_metric, perplexity_text
 from core.steps.publish import _headlines
 
 
@@ -154,43 +145,6 @@ def test_perplexities_and_scores_of_other_kinds_are_no_accuracies():
     )
     assert accuracies(phase) == {"q": 0.3, "sums": 0.2, "more sums": 0.1}
     assert headline_metric(phase.tasks["preset"]) == ("average", 0.4)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.0k"),
-        (49_152, "49.2k"),
-        (999_949, "999.9k"),
-        (999_950, "1.0M"),
-        (134_515_008, "134.5M"),
-        (999_949_999, "999.9M"),
-        (999_950_000, "1.00B"),
-        (8_030_261_248, "8.03B"),
-        (9_996_000_000, "10.0B"),
-    ],
-)
-def test_counts_have_sensible_units(count, text):
-    assert count_text(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (3599.6, "1 h 00 min"),
-        (7500, "2 h 05 min"),
-    ],
-)
-def test_durations_have_sensible_units(seconds, text):
-    assert seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(
