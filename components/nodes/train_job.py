@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from core.storage.cache import CACHE
+
 if TYPE_CHECKING:
     from core.runs.run import Run
 
@@ -25,7 +27,7 @@ _OWN_LABELS = "adapt-pruner/"
 _NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
 _MANAGER = "adapt-pruner/recover-train"
 _MAIN = "main"  # the container of the step in a pod of Argo
-_OF_OTHERS = ("ARGO_", "KFP_", "PET_", VARIABLE)
+_OF_OTHERS = ("ARGO_", "KFP_", "PET_", VARIABLE, CACHE)  # nodes mount no cache
 _VOLUMES = ("shared-memory", "scratch")
 _SCHEDULING = ("nodeSelector", "tolerations", "affinity", "imagePullSecrets", "serviceAccountName")
 

@@ -16,6 +16,7 @@ from core.report.tables import COSTS, DENSE, ResultTable, Row, figures_of
 from core.runs.finding import stored_runs
 from core.runs.overview import RunOverview
 from core.runs.record import RunRecord, public_path
+from core.runs.revisions import noted_revisions
 from core.runs.run import Run
 from core.settings.schema import Settings
 from core.storage.interface import Store
@@ -94,10 +95,14 @@ def find_runs(cells: Sequence[Cell], store: Store, *, revision: str = "") -> dic
     for each in stored_runs(store):
         if each.run is not None and revision in ("", each.run.revision):
             known.setdefault(_identity(each.run.settings), (each.overview, each.run))
-    precisions = {tuple(_precisions(run.settings).items()) for _, run in known.values()}
+    runs = [run for _, run in known.values()]  # the last active first
+    began = dict.fromkeys((run.revision, tuple(_precisions(run.settings).items())) for run in runs)
     found = {}
     for cell in cells:
-        settled = (_with_precisions(cell.settings, dict(each)) for each in precisions)
+        settled = (
+            noted_revisions(_with_precisions(cell.settings, dict(precisions)), base, store)
+            for base, precisions in began
+        )
         match = next((s for s in settled if _identity(s) in known), None)
         found[cell.key] = _found(*known[_identity(match)], match) if match else NOT_STARTED
     return found

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -152,12 +152,7 @@ def load_experiment(
     """
     layers = tuple((place, _with_text_keys(data)) for place, data in read_recipe(path).layers)
     file = _parsed(path, layers)
-    empty = [
-        f"axes.{axis}: has no label. Correct it there." for axis, labels in file.axes.items() if not labels
-    ]
-    if not file.axes:
-        empty = ["axes: there is none. Name one with a label for each row, such as {method: {ours: {}}}."]
-    refuse(f"{path}: {problem}" for problem in empty)
+    refuse(f"{path}: {problem}" for problem in _misplaced(file))
     overrides = tuple(overrides)
     recipe = path.parent / file.recipe
     base = load_recipe(recipe, (*_texts(file.set), *overrides)).model.base
@@ -205,6 +200,27 @@ def _parsed(path: Path, layers: tuple[tuple[Path, Mapping[str, Any]], ...]) -> _
             for each in error.errors()
         ]
         raise SettingsError(problems) from None
+
+
+def _misplaced(file: _File) -> Iterator[str]:
+    """Yield what is empty, and settings that would have no effect or lose others."""
+    if not file.axes:
+        yield "axes: there is none. Name one with a label for each row, such as {method: {ours: {}}}."
+    for axis, labels in file.axes.items():
+        if not labels:
+            yield f"axes.{axis}: has no label. Correct it there."
+    if file.seeds < 1:
+        yield f"seeds: {file.seeds} is no number of runs. Give 1 or more."
+    sections = {each.name for each in fields(Settings) if each.default is MISSING}
+    places = {"set": file.set}
+    for axis, labels in file.axes.items():
+        places |= {f"axes.{axis}.{label}": settings for label, settings in labels.items()}
+    for place, settings in places.items():
+        for name in settings:
+            if name == "seed":
+                yield f"{place}.seed: seeds are counted from 0. Leave it out, and give their number as seeds."
+            elif name in sections:
+                yield f"{place}.{name}: would replace the whole section. Write {name}.NAME in its place."
 
 
 def _with_text_keys(data: Any) -> Any:

@@ -86,11 +86,7 @@ def push_checkpoint(
         found = _find(api, repository)
         if found is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
-        elif private and not found.private:
-            raise HubError(
-                f"{repository} is public, and --private does not change that. Make it private in its "
-                "settings on the hub, or leave --private out."
-            )
+        _refuse_public(found, private)
         if _head(api, repository, revision) is None and revision != "main":
             api.create_branch(repository, branch=revision, exist_ok=True)
         plan = _compare(api, repository, revision, files)
@@ -100,13 +96,16 @@ def push_checkpoint(
     return _send(api, repository, plan, revision=revision, message=message)
 
 
-def plan_push(checkpoint: Path, repository: str, *, revision: str = "main") -> PushPlan:
+def plan_push(
+    checkpoint: Path, repository: str, *, private: bool = False, revision: str = "main"
+) -> PushPlan:
     """Return what ``push_checkpoint`` would change, with the same errors; nothing is created or sent."""
     files = checkpoint_files(checkpoint)
     api = _open_hub(repository, revision)
     with hub_errors(repository):
-        if _find(api, repository) is None:
+        if (found := _find(api, repository)) is None:
             return PushPlan(files=files, is_new=True)
+        _refuse_public(found, private)
         return _compare(api, repository, revision, files)
 
 
@@ -147,6 +146,14 @@ def _find(api: "HfApi", repository: str) -> "ModelInfo | None":
         if isinstance(error, GatedRepoError) or error.response.status_code != 404:
             raise
     return None
+
+
+def _refuse_public(found: "ModelInfo | None", private: bool) -> None:
+    if found is not None and private and not found.private:
+        raise HubError(
+            f"{found.id} is public, and --private does not change that. Make it private in its settings on "
+            "the hub, or leave --private out."
+        )
 
 
 def _head(api: "HfApi", repository: str, revision: str) -> str | None:

@@ -45,18 +45,20 @@ def attention_cuts(
 def equal_cuts(
     dense: ModelShape, current: ModelShape, unit: Literal["kv_group", "query_head"]
 ) -> tuple[AttentionCut, ...]:
-    """Cut the same share of attention units as of MLP channels (section 3.1)."""
+    """Cut the same share of attention units as of MLP channels (section 3.1).
 
-    def units(layer: LayerShape) -> int:
-        return layer.heads_per_group if unit == "query_head" else layer.kv_heads
+    A query head that shares its KV head with no other goes with it.
+    """
 
-    return tuple(
-        AttentionCut(
-            unit=unit,
-            due=tuple(gone / units(whole) for gone in range(units(whole) - units(now) + 1, units(whole))),
-        )
-        for whole, now in zip(dense.layers, current.layers, strict=True)
-    )
+    def cut(whole: LayerShape, now: LayerShape) -> AttentionCut:
+        if unit == "query_head" and whole.heads_per_group > 1:
+            return AttentionCut(unit=unit, due=due(whole.heads_per_group, now.heads_per_group))
+        return AttentionCut(due=due(whole.kv_heads, now.kv_heads))
+
+    def due(count: int, left: int) -> tuple[float, ...]:
+        return tuple(gone / count for gone in range(count - left + 1, count))
+
+    return tuple(map(cut, dense.layers, current.layers))
 
 
 def cuts_by_score(

@@ -165,6 +165,7 @@ def plan_step(given: StepRequest) -> Step:
         # Widths that were rounded down lower the shift, but not below the sparsity before this step.
         shift = max(shift, -added)
         after = tuple(min(max(s + shift, 0.0), MAX_SPARSITY) for s in after)
+    after = tuple(0.0 if i in sizing.whole else s for i, s in enumerate(after))
     return step_to(statistics, layers, current=current, importance=importance, sparsity=after)
 
 
@@ -254,7 +255,8 @@ def plan_phase(
         current, sparsity = step.shape, step.sparsity
     assert plan is not None, "a phase has at least one step"
     missed = abs(plan.params_after - target_params)
-    if missed > settings.width_multiple * dense.mlp_channel_params / 2:
+    # SliceGPT removes columns of the whole model, eight at a time.
+    if settings.method != "slicegpt" and missed > settings.width_multiple * dense.mlp_channel_params / 2:
         log.warning(
             "the phase ends at %s parameters, %s from its target, which is more than half of %d MLP channels "
             "(prune.width_multiple): a unit of attention has more than what the MLPs have left. Take another "

@@ -12,7 +12,7 @@ from core.model.shape import ModelShape
 from core.settings.identity import with_former
 from core.settings.recipe import settings_from_dict
 from core.settings.schema import Settings
-from core.storage.interface import join_uri
+from core.storage.interface import Store, join_uri
 from core.storage.layout import pointer_of
 from core.storage.lease import Lease, holding_lease, release_lease
 from core.storage.owner import Owner
@@ -177,23 +177,30 @@ class Run:
 
     def mark_done(self) -> None:
         """Write that all is published, and under which settings of what is measured."""
-        measured = {*self._measured_before(), self.settings.measured_digest()}
+        measured = {*_measured_before(open_store(self.store), self.folder), self.settings.measured_digest()}
         data = {"format": FORMAT, "final": self.uri("final"), "measured": sorted(measured)}
         open_store(self.store).write_bytes(f"{self.folder}/DONE.json", json.dumps(data).encode())
 
     def is_complete(self) -> bool:
         """Return whether nothing is left to compute or to measure."""
         measured = self.settings.measured_digest()
-        return Run.is_done(self.handle()) and measured in self._measured_before(otherwise=measured)
+        store = open_store(self.store)
+        return Run.is_done(self.handle()) and Run.was_measured(store, self.key, measured)
 
-    def _measured_before(self, *, otherwise: str = "") -> list[str]:
-        """Return under which settings a run that is done was measured; ``otherwise`` if it does not say."""
-        try:
-            data = parse_object(open_store(self.store).read_bytes(f"{self.folder}/DONE.json"))
-        except FileNotFoundError:
-            return []
-        except ValueError:
-            data = {}
-        check_format(data, FORMAT, self.uri("DONE.json"))
-        measured = data.get("measured", [otherwise] if otherwise else [])
-        return [str(digest) for digest in measured] if isinstance(measured, list) else []
+    @staticmethod
+    def was_measured(store: Store, key: str, measured: str) -> bool:
+        """Return whether a run was done under settings of this digest; True if a done one does not say."""
+        return measured in _measured_before(store, f"runs/{key}", otherwise=measured)
+
+
+def _measured_before(store: Store, folder: str, *, otherwise: str = "") -> list[str]:
+    """Return under which settings a run that is done was measured; ``otherwise`` if it does not say."""
+    try:
+        data = parse_object(store.read_bytes(f"{folder}/DONE.json"))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        data = {}
+    check_format(data, FORMAT, join_uri(store.uri, folder, "DONE.json"))
+    measured = data.get("measured", [otherwise] if otherwise else [])
+    return [str(digest) for digest in measured] if isinstance(measured, list) else []

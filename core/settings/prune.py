@@ -238,7 +238,7 @@ class PruneSettings:
         value = getattr(self, name)
         try:
             if is_share(value) and not 0 < float(value.strip(" %")) < 100:
-                yield f"{name}={value} must lie above 0%, and not above {_WHOLE}, which is all."
+                yield f"{name}={value} must lie between 0% and {_WHOLE}. Leave it out, and all stay."
             if not is_share(value) and parse_count(value) <= 0:
                 yield f"{name}={value} must be positive. Ask for the {what} that stay."
         except ValueError:

@@ -51,12 +51,14 @@ class Footprint:
         parts: What on the device, by name: they add up.
         host_bytes: Host memory for weights on their way to an accelerator, and for layers' inputs.
         waiting_bytes: Host memory for what each rank of a training has no room for on its device.
+        moments_bytes: Host memory that the moments of AdamW take where they wait there.
         disk_bytes: Scratch space on the local disk.
     """
 
     parts: Mapping[str, int]
     host_bytes: int = 0
     waiting_bytes: int = 0
+    moments_bytes: int = 0
     disk_bytes: int = 0
 
     @property
@@ -75,6 +77,7 @@ class Footprint:
             max(self, other, key=lambda footprint: footprint.device_bytes),
             host_bytes=max(self.host_bytes, other.host_bytes),
             waiting_bytes=max(self.waiting_bytes, other.waiting_bytes),
+            moments_bytes=max(self.moments_bytes, other.moments_bytes),
             disk_bytes=max(self.disk_bytes, other.disk_bytes),
         )
 
@@ -97,10 +100,12 @@ def training_footprint(
         stored_bytes: Bytes a parameter of the checkpoints.
     """
     params, autocast = model_shape(config).num_params(), settings.precision == "bfloat16"
-    trained, weights = params, 4 * params
+    weights, empty = 4 * params, build_empty(config)
     if settings.lora_rank:
-        add_adapters(empty := build_empty(config), settings.lora_rank)
-        trained = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
+        add_adapters(empty, settings.lora_rank)
+    sizes = [parameter.numel() for parameter in empty.parameters() if parameter.requires_grad]
+    trained = sum(sizes)
+    if settings.lora_rank:
         weights += 4 * trained
     base_params = 0 if dense is None else model_shape(dense).num_params()
     stored = settings.teacher_logits == "stored"
@@ -133,6 +138,7 @@ def training_footprint(
             "libraries": LIBRARIES,
         },
         host_bytes=max(4 * params, teacher),
+        moments_bytes=2 * sum(held_bytes(4 * size, crosses=device != "cpu") for size in sizes),
         waiting_bytes=sum(held_bytes(size, crosses=device != "cpu") for size in passes.handed_over),
         disk_bytes=stored_bytes * (2 * params + base_params) + STATE_BYTES * trained + carried * params,
     )
@@ -209,7 +215,7 @@ def scoring_footprint(
             **({"sums of products": squares} if squares else {}),
             "libraries": LIBRARIES,
         },
-        host_bytes=in_host * crosses,
+        host_bytes=max(in_host, weights) * crosses,
         disk_bytes=shape.num_params() * stored_bytes + states * (layers - room.on_device - room.in_host),
     )
 

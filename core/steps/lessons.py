@@ -176,7 +176,8 @@ def _micro_batch(task: LessonTask, config: Any, ranks: int) -> int:
     footprint = functools.partial(lessons_footprint, config, task.settings, device=task.device)
     while size > 1 and footprint(size).device_bytes > 0.8 * free:
         size //= 2
-    check_fit("the teacher", footprint(size), free, task.device, ())
+    without = [("training.teacher=none", Footprint(parts={}))]
+    check_fit("the teacher", footprint(size), free, task.device, (), without)
     return size
 
 

@@ -72,6 +72,7 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
         cut_footprint,
         distillation_footprint,
         masks_footprint,
+        most_at_once,
         repair_footprint,
         writing_footprint,
     )
@@ -144,8 +145,8 @@ def needs_of_tasks(config: "PreTrainedConfig", settings: "Settings") -> "dict[Co
     if prune.generates:
         component: ComponentName = "score-layers" if slices_or_ranks(prune) else "prune-step"
         device, precision = on(component)[0], settled(calibration.precision, component)
-        at_once = replace(calibration, precision=precision, micro_batch=calibration.micro_batch or 1)
-        writing = writing_footprint(config, at_once, at_once.micro_batch, device=device)
+        written = replace(calibration, precision=precision)
+        writing = writing_footprint(config, written, most_at_once(calibration, prune) or 1, device=device)
         needs[component] = needs.get(component, writing).or_else(writing)
     if prune.distill_steps:
         distilled = distillation_footprint(

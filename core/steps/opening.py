@@ -24,6 +24,9 @@ def open_run(run: Run) -> str:
     up to ten minutes. So this waits until the owner renews it, or nobody holds it. A local run does not wait:
     somebody wants its result.
 
+    Tasks, reports and readers go by the settings of the last start. One that finds all done, but the run
+    measured under other settings since, makes them its own again.
+
     Returns:
         Who works on the run; "" if this execution does, or if the run is done.
 
@@ -31,11 +34,13 @@ def open_run(run: Run) -> str:
         LeaseError: If another execution works on the run, and this one is a local run.
     """
     store, own = open_store(run.store), Owner.of(run.job)
-    while not run.is_complete():
+    while not (is_complete := run.is_complete()) or _is_measured_otherwise(run):
         try:
             with run.working():
                 withdraw_dropped(run)
                 run.save()
+            if is_complete:
+                run.release()  # there is nothing to work on
             return ""
         except LeaseError:
             if own.pid is not None:
@@ -45,6 +50,10 @@ def open_run(run: Run) -> str:
             store.delete(pointer_of(run.job))
             return f"{alive.owner}, which renewed its lease at {time_text(alive.renewed_s)}"
     return ""
+
+
+def _is_measured_otherwise(run: Run) -> bool:
+    return Run.load(run.handle()).settings.measured_digest() != run.settings.measured_digest()
 
 
 def show_life(handle: Mapping[str, Any]) -> None:

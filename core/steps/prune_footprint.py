@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from core.settings.calibration import CalibrationSettings
     from core.settings.prune import PruneSettings
 
+_WRITTEN_FOR_EACH_SCORED = 8
+"""Sequences that are written at once for each of ``calibration.micro_batch``: no backward pass follows."""
+
 log = logging.getLogger(__name__)
 
 
@@ -83,9 +86,10 @@ def repair_footprint(
     passes = simulate_layer(config, dtype, micro_batch, length, of_weights=False, backward=False)
     largest = max(map(shape.layer_num_params, shape.layers))
     layer_bytes = 2 * max(largest, shape.outside_params) * stored_bytes  # as read, and as written
+    weights = weights_bytes(shape, calibration, dtype, free_bytes)
     return Footprint(
         parts={
-            "weights": weights_bytes(shape, calibration, dtype, free_bytes),
+            "weights": weights,
             "hidden states": states * here,
             "kept activations": min(room, sequences * length * (inputs + hidden) * dtype.itemsize),
             # In float32, then in float64 beside a factor and a solution.
@@ -94,7 +98,7 @@ def repair_footprint(
             "a layer's tensors": layer_bytes * here,
             "libraries": LIBRARIES,
         },
-        host_bytes=(states + layer_bytes) * (not here),
+        host_bytes=max(weights, states + layer_bytes) * (not here),
         # What is repaired or written by a method that makes a model is float32.
         disk_bytes=shape.num_params() * (2 * stored_bytes + 4 * makes_model(prune)),
     )
@@ -103,6 +107,11 @@ def repair_footprint(
 def written_sequences(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
     """Return how many sequences the base model writes for its own calibration."""
     return -(-parse_count(prune.generated_tokens) // calibration.sequence_length)
+
+
+def most_at_once(calibration: "CalibrationSettings", prune: "PruneSettings") -> int:
+    """Return how many sequences a set micro-batch lets the base model write at once; 0 if it is not set."""
+    return min(written_sequences(calibration, prune), _WRITTEN_FOR_EACH_SCORED * calibration.micro_batch)
 
 
 def writing_footprint(

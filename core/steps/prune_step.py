@@ -46,13 +46,14 @@ def run_prune_step(
         from core.steps.footprint import explaining_memory
         from core.steps.formats import written_format
 
-        scored = open_publication(this.phase_uri(phase, "scored")).fetch(work.scratch / "scored")
-        plan = Plan.load(scored / PLAN)
+        scored = open_publication(this.phase_uri(phase, "scored"))
+        folder = scored.fetch(work.scratch / "scored")
+        plan = Plan.load(folder / PLAN)
         source = open_publication(checkpoint_uri)
         digest, checkpoint = source.digest, Checkpoint(source.fetch(work.scratch))
         dtype, final = written_format(this, phase, checkpoint, trained=False)
         provenance = provenance_of(this, phase, digest, step="prune-step") | final
-        whole = Checkpoint(scored) if (scored / INDEX).is_file() else checkpoint
+        whole = Checkpoint(folder) if (folder / INDEX).is_file() else checkpoint
         distills, started = this.settings.prune.distill_steps > 0, time.monotonic()
         target = work.scratch / "cut" if distills else work.out
         written = torch.float32 if distills else dtype  # rounded once, when all is done
@@ -93,7 +94,7 @@ def run_prune_step(
                 scratch=work.scratch,
                 target=work.out,
                 states_uri=join_uri(uri, RESUME),
-                belongs_to=this.inputs(digest, data.digest),
+                belongs_to=this.inputs(digest, data.digest) | {"plan": scored.digest},
                 dtype=dtype,
                 provenance=provenance,
             )

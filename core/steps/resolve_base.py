@@ -63,7 +63,7 @@ def run_resolve_base(
     """
     from core.bases.importing import import_base
     from core.model.checkpoint import Checkpoint
-    from core.steps.revisions import settle_revisions
+    from core.runs.revisions import settle_revisions
     from core.steps.settled import settle_precision
 
     own = {"base_model": base_model, "revision": revision, "target": target, "method": method}

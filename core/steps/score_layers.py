@@ -1,5 +1,6 @@
 """The step that decides which groups stay: score-layers."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ def run_score_layers(
 
         def remeasure(layers: "tuple[LayerPlan, ...]", step: int) -> "Statistics":
             measurement.cut(layers)
-            with measurement.stages(join_uri(uri, RESUME, f"{step:04d}"), statistics=digest) as stages:
+            made_of = {"statistics": digest, "cut": hashlib.sha256(repr(layers).encode()).hexdigest()}
+            with measurement.stages(join_uri(uri, RESUME, f"{step:04d}"), **made_of) as stages:
                 found = stages.result()
                 if found is None:
                     found = measurement.measure(step, stages)

@@ -4,6 +4,7 @@ It is written once a run, before the first step that takes it: that needs an acc
 none. Later phases find it published.
 """
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -23,7 +24,7 @@ from core.pruning.self_calibration import write_text
 from core.runs.run import Run
 from core.steps.footprint import Footprint, check_fit, explaining_memory
 from core.steps.frame import Workspace, compute_once
-from core.steps.prune_footprint import writing_footprint, written_sequences
+from core.steps.prune_footprint import most_at_once, writing_footprint, written_sequences
 from core.storage.interface import join_uri
 from core.storage.layout import GENERATED, RESUME
 from core.storage.publication import open_publication, publish
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 _FILE = "generated.safetensors"
 _MOST_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Sequences beyond which writing gets no faster."""
-_FOR_EACH_SCORED = 8
-"""Sequences at once for each of ``calibration.micro_batch``: nothing is kept for a backward pass."""
 _KEPT_EVERY_S = 60.0
 
 
@@ -92,11 +91,10 @@ def _planned_batch(run: Run, checkpoint: Checkpoint, device: str, sequences: int
     """
     free, calibration = available_bytes(device), run.settings.calibration
     footprint = functools.partial(writing_footprint, checkpoint.config, calibration, device=device)
-    asked = _FOR_EACH_SCORED * calibration.micro_batch
-    size = min(sequences, asked or _MOST_AT_ONCE.get(device, 128))
+    size = most_at_once(calibration, run.settings.prune) or min(sequences, _MOST_AT_ONCE.get(device, 128))
     while not calibration.micro_batch and size > 1 and footprint(size).device_bytes > 0.8 * free:
         size = -(-size // 2)
-    least = min(size, _FOR_EACH_SCORED)
+    least = most_at_once(dataclasses.replace(calibration, micro_batch=1), run.settings.prune)
     smaller = [("calibration.micro_batch=1", footprint(least))] if size > least else []
     without = [("prune.generated_tokens=0", Footprint(parts={}))]
     check_fit("the base model's own text", footprint(size), free, device, smaller, without)

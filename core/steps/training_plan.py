@@ -207,7 +207,7 @@ def rank_footprint(whole: Footprint, shape: "ModelShape", plan: TrainingPlan) ->
         # What the ranks hand back, and the state that they resume from once it is put together.
         disk_bytes += 2 * (parts["weights"] + parts["optimizer"])
     if plan.settings.moments == "host":
-        waiting += parts["optimizer"]
+        waiting += whole.moments_bytes
         parts["optimizer"] = min(parts["optimizer"], _PASSING)
     if plan.sharded:
         bfloat16 = plan.settings.precision == "bfloat16"

@@ -67,6 +67,8 @@ class OpenRun:
     name: str
     run_key: str
     """Key of the run in its store."""
+    measured: str
+    """Digest of the settings that it is measured under."""
     store: str
     """Where it is stored; empty if an earlier version has started it."""
 
@@ -213,13 +215,18 @@ class Tracker:
             self.client.set_terminated(run_id, "FINISHED")
 
     def finish(self, status: RunStatus) -> None:
-        """End the parent run, unless it has ended so before, or there is none: a user may have deleted it."""
+        """End the parent run, unless it has ended so before, or there is none: a user may have deleted it.
+
+        Children that are open end as KILLED: something killed what was to end them.
+        """
         if self.uri:
             with explained(self.uri):
                 experiment = self.client.get_experiment_by_name(self._experiment)
                 if experiment is None:
                     return
                 found = self._parents(experiment.experiment_id, self._given_run())
+                for child in self._open_children(found[0]) if found else ():
+                    self.client.set_terminated(child.info.run_id, "KILLED")
                 if found and found[0].info.status != status:
                     self.client.set_terminated(found[0].info.run_id, status)
 
@@ -246,6 +253,7 @@ class Tracker:
                 run_id=run.info.run_id,
                 name=run.info.run_name or "",
                 run_key=run.data.tags[KEY].partition("-")[0],
+                measured=run.data.tags[KEY].partition("-")[2],
                 store=run.data.tags.get(STORE, ""),
             )
             for run in found
@@ -262,16 +270,20 @@ class Tracker:
         """
         with explained(self.uri):
             parent = self.client.get_run(run.run_id)
-            query = f"attributes.status = 'RUNNING' and tags.`{_PARENT}` = '{run.run_id}'"
-            children = self.client.search_runs([parent.info.experiment_id], query, max_results=_MAX_RUNS)
+            children = self._open_children(parent)
             note = parent.data.tags.get(NOTE, _OURS)
             said = f"{_OURS}{why}\n\n{note.removeprefix(_OURS)}"
             if not note.startswith(_OURS):
                 said = f"{note}\n\n{_OURS}{why}"  # a user's words stay a user's
             self.client.set_tag(run.run_id, NOTE, said)
             for one in (*children, parent):
+                how = status if one is parent else "KILLED"
                 end_ms = max(int(end_s * 1000), one.info.start_time)
-                self.client.set_terminated(one.info.run_id, status, end_time=end_ms)
+                self.client.set_terminated(one.info.run_id, how, end_time=end_ms)
+
+    def _open_children(self, parent: "Run") -> "list[Run]":
+        query = f"attributes.status = 'RUNNING' and tags.`{_PARENT}` = '{parent.info.run_id}'"
+        return list(self.client.search_runs([parent.info.experiment_id], query, max_results=_MAX_RUNS))
 
     def _parent_run(self) -> "Run":
         """Find the parent by its key, else take the run that KFP's MLflow plugin opened, else create one."""

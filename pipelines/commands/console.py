@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from core.errors import SettingsError
 
@@ -33,6 +34,25 @@ set_option = click.option(
 def example(*lines: str) -> str:
     """Return an epilog that shows commands; click does not wrap lines after a backspace character."""
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def refuse_without(needed: str, given: bool, names: Iterable[str]) -> None:
+    """Refuse options on the command line that do nothing without ``needed``; the environment's may stay.
+
+    Args:
+        needed: Option, as it is typed.
+        given: Whether it is given.
+        names: Parameters of the command.
+
+    Raises:
+        SettingsError: If one of them is given without it.
+    """
+    context = click.get_current_context()
+    found = {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    typed = [option.opts[0] for option in context.command.params if option.name in found]
+    if typed and not given:
+        listed, need = " and ".join(typed), "needs" if len(typed) == 1 else "need"
+        raise SettingsError([f"{listed} {need} {needed}. Add it, or leave {listed} out."])
 
 
 def prepare_for(model: str, name: str = "MODEL") -> None:

@@ -13,6 +13,7 @@ from pipelines.commands.console import (
     local_checkpoint,
     print_result_table,
     printable,
+    refuse_without,
     set_option,
 )
 from pipelines.commands.submit import pause_of
@@ -80,6 +81,7 @@ def experiment(
         return
     if collect and submit:
         raise SettingsError(["--collect and --submit are both given. Leave one out."])
+    refuse_without("--submit", submit, ("parallel", "every", "service_account", *access))
     bases = (f"model.base={base}",) if base else ()
     loaded = load_experiment(find_experiment(experiment), (*overrides, *bases), seeds=seeds, only=only)
     output = output or Path("output/experiments") / loaded.name

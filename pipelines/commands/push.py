@@ -40,7 +40,7 @@ def push(model: str, repository: str, private: bool, revision: str, message: str
                 push_checkpoint(directory, repository, private=private, revision=revision, message=message)
             )
             return
-        plan = plan_push(directory, repository, revision=revision)
+        plan = plan_push(directory, repository, private=private, revision=revision)
     if plan.is_new:
         click.echo(f"{repository} would be created{' as a private repository' if private else ''}")
     for name, path in plan.files.items():

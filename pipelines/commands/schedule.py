@@ -8,7 +8,7 @@ import click
 from core.errors import SettingsError
 from pipelines.commands.access import access_options, prepared, run_options
 from pipelines.commands.checking import check_first, check_option
-from pipelines.commands.console import PATH, example, print_table
+from pipelines.commands.console import PATH, example, print_table, refuse_without
 
 
 @click.command(
@@ -55,8 +55,8 @@ def schedule(
     asked = [name for name, value in changes.items() if value is not None]
     if (recipe is not None) + list_ + len(asked) != 1:
         raise SettingsError(["schedule takes one of RECIPE, --list, --pause, --resume and --delete."])
-    if recipe is None and (cron is not None or overrides or parameters or service_account):
-        raise SettingsError(["--cron, --set, --param and --service-account need RECIPE. Leave them out."])
+    of_recipes = ("cron", "overrides", "parameters", "service_account", "experiment", "check")
+    refuse_without("RECIPE", recipe is not None, of_recipes)
     if now and recipe is None and delete is None:
         raise SettingsError(["--now needs RECIPE or --delete. Leave it out."])
     if recipe is not None and cron is None:

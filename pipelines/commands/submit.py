@@ -11,7 +11,7 @@ import click
 from core.errors import ClusterError, SettingsError
 from pipelines.commands.access import access_options, prepared, run_options
 from pipelines.commands.checking import check_first, check_option
-from pipelines.commands.console import PATH, example
+from pipelines.commands.console import PATH, example, refuse_without
 
 if TYPE_CHECKING:
     from pipelines.remote.client import Client
@@ -60,10 +60,7 @@ def submit(
     resumes it.
     """
     timeout_s, poll_s = seconds_of("timeout", timeout), pause_of(every)
-    if timeout_s and not wait:
-        raise SettingsError(["--timeout needs --wait. Add it, or leave --timeout out."])
-    if attempts > 1 and not wait:
-        raise SettingsError(["--attempts needs --wait. Add it, or leave --attempts out."])
+    refuse_without("--wait", wait, ("timeout", "attempts", "every"))
     submission = prepared(recipe, overrides, parameters, service_account)
 
     from pipelines.remote.client import connect

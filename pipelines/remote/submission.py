@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import kfp_server_api
-import yaml
 
 from core.errors import refuse
 from core.evaluation.task_data import unknown_tasks
 from core.scratch import scratch_folder
 from core.settings.cluster import AUTO, ComponentName
+from core.settings.includes import NOT_YAML, load_yaml
 from core.settings.parameters import (
     PARAMETERS,
     compiled_settings,
@@ -146,8 +146,8 @@ def _arguments(overrides: Iterable[str]) -> dict[str, Any]:
             problems.append(f"--param {name} is not a parameter of the pipeline. {hint}")
         elif name == "recipe":
             try:
-                found[name] = yaml.safe_load(text)
-            except yaml.YAMLError:
+                found[name] = load_yaml(text)
+            except NOT_YAML:
                 found[name] = None
             if not isinstance(found[name], dict):
                 problems.append(f"--param {name}={text} must be a mapping. Correct it.")

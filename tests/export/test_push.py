@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from core.errors import IntegrityError
-from core.export.hub import push_checkpoint
+from core.export.hub import plan_push, push_checkpoint
 from core.model.build import load_model
 from pipelines.commands.push import push
 from tests.support.hub import TOKEN, Cut, Lost, Refuse, after_puts, run_hub
@@ -199,6 +199,7 @@ def test_private_is_kept(hub, published):
     push_checkpoint(published, NAME)
     assert hub.models[NAME].private
     hub.add_model("team/open")
+    assert refused(plan_push, published, "team/open", private=True).startswith("team/open is public, and ")
     text = refused(push_checkpoint, published, "team/open", private=True)
     assert text.startswith("team/open is public, and --private does not change that.")
     assert not hub.models["team/open"].objects

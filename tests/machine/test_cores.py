@@ -113,7 +113,7 @@ def test_a_users_number_of_threads_stays(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-MORE = min(2, psutil.cpu_count(logical=False))  # MKL takes no more than there are
+MORE = min(2, psutil.cpu_count(logical=False) or 1)  # MKL takes no more than there are
 TASK = """
 from components.runtime import task
 with task("calibrate"):

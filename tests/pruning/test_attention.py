@@ -119,3 +119,10 @@ def test_units_that_went_before_are_not_due_again():
     now = replace(whole, query_heads=9)
     (cut,) = attention_cuts("query_head", DENSE.with_layers((whole,)), DENSE.with_layers((now,)))
     assert (cut.unit, cut.due) == ("query_head", pytest.approx((2 / 4, 3 / 4)))
+
+
+def test_a_query_head_with_a_kv_head_of_its_own_goes_with_it():
+    alone = replace(DENSE.layers[0], query_heads=6)
+    cuts = attention_cuts("query_head", DENSE.with_layers((alone,)), DENSE.with_layers((alone,)))
+    assert cuts == attention_cuts("kv_group", DENSE.with_layers((alone,)), DENSE.with_layers((alone,)))
+    assert len(cuts[0].due) == 5

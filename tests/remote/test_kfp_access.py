@@ -124,6 +124,8 @@ def test_a_wrong_host_is_one_line(recipe, monkeypatch):
         ),
         (["--host", "http://h", "--every", "0", "--wait"], "--every=0 leaves no pause between requests."),
         (["--host", "http://h", "--timeout", "1h"], "--timeout needs --wait."),
+        (["--host", "http://h", "--every", "1min"], "--every needs --wait. Add it, or leave --every out."),
+        (["--param", "recipe={name: 2026-99-99}"], "--param recipe={name: 2026-99-99} must be a mapping."),
         (["--host", "http://h", "--timeout", "soon", "--wait"], "--timeout=soon is not a time."),
         (["--host", "http://h", "--every", "3 steps", "--wait"], "--every=3 steps is not a time."),
     ],

@@ -297,7 +297,8 @@ def test_several_users_have_schedules_of_their_own(recipe):
         (["trial.yaml", "--list"], "schedule takes one of"),
         (["trial.yaml"], '--cron is missing. Say when, such as --cron "0 0 2 * * *"'),
         (["--list", "--now"], "--now needs RECIPE or --delete."),
-        (["--list", "--cron", NIGHTLY], "--cron, --set, --param and --service-account need RECIPE"),
+        (["--list", "--cron", NIGHTLY], "--cron and --check need RECIPE. Add it, or leave --cron and "),
+        (["--pause", "x", "--no-check", "--set", "a=1"], "--set and --check need RECIPE."),
         (["trial.yaml", "--cron", NIGHTLY, "--set", "storage.store=here"], "storage.store=here is a folder"),
         (
             ["trial.yaml", "--cron", NIGHTLY, "--param", "x=1"],

@@ -1,5 +1,6 @@
 """Runs that MLflow takes for running: which of them have died, the lease in the store tells."""
 
+import json
 import time
 
 import pytest
@@ -46,7 +47,9 @@ HERE = Owner.of("job", pid=2**22 - 1)  # no such process
         (HERE, 60, False, "KILLED"),
         (POD, 700, False, "RUNNING"),  # its next task may wait for a machine
         (POD, 90_000, False, "KILLED"),
-        (POD, 90_000, True, "FINISHED"),
+        (POD, 90_000, {}, "FINISHED"),  # of an earlier version
+        (POD, 90_000, {"format": 1, "measured": ["l", "m"]}, "FINISHED"),
+        (POD, 90_000, {"format": 1, "measured": ["l"]}, "KILLED"),  # while it was measured otherwise
         (None, 0, False, "KILLED"),
     ],
 )
@@ -66,8 +69,8 @@ def test_the_lease_tells_which_run_has_died(uri, tmp_path, owner, age_s, done, s
     store.write_bytes(f"runs/{key}/run.json", b"{}")
     if owner is not None:
         write_lease(store, key, owner, age_s=age_s)
-    if done:
-        store.write_bytes(f"runs/{key}/DONE.json", b"{}")
+    if done is not False:
+        store.write_bytes(f"runs/{key}/DONE.json", json.dumps(done).encode())
     assert list(close_dead_runs(tracker, open_store(str(tmp_path / "other")))) == []
     assert list(close_dead_runs(tracker, store, sparing=key)) == []
     closed = list(close_dead_runs(tracker, store))
@@ -77,7 +80,8 @@ def test_the_lease_tells_which_run_has_died(uri, tmp_path, owner, age_s, done, s
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_run_id}'"
     )
     assert parent.info.status == status
-    assert sorted(child.info.status for child in children) == sorted(["FINISHED", status])
+    left = "RUNNING" if status == "RUNNING" else "KILLED"
+    assert sorted(child.info.status for child in children) == ["FINISHED", left]
     if status == "KILLED":
         assert "**Killed**" in parent.data.tags["mlflow.note.content"]
         assert parent.data.tags["mlflow.note.content"].endswith("words")

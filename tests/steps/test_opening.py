@@ -61,11 +61,29 @@ def soon(action, *, after_s=0.3):
         timer.join()
 
 
+@contextlib.contextmanager
+def renewing(handle):
+    """Let an execution show again and again that it lives, while the block runs."""
+    ended = threading.Event()
+
+    def renew():
+        while not ended.wait(0.1):
+            opening.show_life(handle)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_a_pipeline_that_meets_its_run_at_work_has_nothing_to_do_and_touches_nothing(recipe, store, tmp_path):
     handle, base_uri = resolve(recipe, job="first")
     run_prepare_data(run=handle, base_uri=base_uri)
     before = everything(store)
-    with soon(lambda: opening.show_life(handle)):
+    with renewing(handle):
         told, _, other = resolve_or_tell(recipe | {"name": "another"}, job="second")
     assert other.startswith("job first on ")
     assert "which renewed its lease at 2" in other
@@ -88,11 +106,34 @@ def test_a_task_that_lost_its_lease_between_two_attempts_does_not_close_the_othe
     handle, _ = resolve(recipe, job="second")
     release_lease(store, f"runs/{handle['key']}", "second")
     other, _ = resolve(recipe, job="first")
-    with soon(lambda: opening.show_life(other)):
+    with renewing(other):
         assert resolve_or_tell(recipe, job="second")[2].startswith("job first on ")
     run_finalize(store=store.uri, job="first", succeeded=False)
     run_finalize(store=store.uri, job="second", succeeded=True)
     assert status_in_mlflow(tmp_path) == "FAILED"
+
+
+def test_who_finds_all_done_gets_what_it_asked_for_though_it_was_measured_otherwise_since(
+    recipe, store, monkeypatch
+):
+    handle, _ = resolve(recipe, job="first")
+    otherwise = recipe | {"evaluation": recipe["evaluation"] | {"perplexity_length": 8}}
+    asked = Run.load(handle).settings.measured_digest()
+    monkeypatch.setattr(Run, "is_complete", lambda run: run.settings.measured_digest() == asked)
+    release_lease(store, f"runs/{handle['key']}", "first")
+    before = everything(store)
+    assert resolve(recipe, job="again")[0]["key"] == handle["key"]
+    assert {k: v for k, v in everything(store).items() if k != "jobs/again.json"} == before
+    other, _ = resolve(otherwise, job="second")
+    assert other["key"] == handle["key"]
+    assert Run.load(other).settings.measured_digest() != asked
+    with renewing(other):
+        told, _, working = resolve_or_tell(recipe, job="third")
+    assert working.startswith("job second on ")
+    release_lease(store, f"runs/{handle['key']}", "second")
+    resolve(recipe, job="third")
+    assert Run.load(told).settings.measured_digest() == asked
+    assert read_lease(store, f"runs/{handle['key']}") is None, "there is nothing to work on"
 
 
 def test_a_dead_executions_lease_is_waited_for_and_taken_over(recipe, store):

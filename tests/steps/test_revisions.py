@@ -8,7 +8,10 @@ import pytest
 
 from core.data.rows import stream_rows
 from core.errors import DataError, StorageError
+from core.experiments.collecting import NOT_STARTED, find_runs
+from core.experiments.definition import Cell
 from core.runs.run import Run
+from core.settings.recipe import settings_from_dict
 from core.settings.texts import TextSource
 from core.storage.garbage import find_garbage
 from core.storage.store import open_store
@@ -18,6 +21,9 @@ from tests.support.project import recipe_with, resolve
 
 def lines(count):
     return {"train.jsonl": "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(count)).encode()}
+
+
+MEASURED = {"evaluation": {"perplexity": {"path": "team/lines"}}}
 
 
 @pytest.fixture
@@ -58,6 +64,22 @@ def test_a_run_keeps_the_commit_that_it_began_with_and_another_revision_is_anoth
     assert tagged["key"] != first["key"]
     exact, _ = resolve(recipe(revision=begun))
     assert exact["key"] == first["key"]
+
+
+def test_an_experiment_finds_the_run_that_was_pinned(hub, recipe, tmp_path):
+    def found(**changes):
+        cell = Cell(labels={}, settings=settings_from_dict(recipe(**changes) | MEASURED))
+        return find_runs([cell], open_store(str(tmp_path / "store")))[cell.key]
+
+    assert found(revision="v1") is NOT_STARTED
+    resolve(recipe(revision="v1") | MEASURED)
+    handle, _ = resolve(recipe() | MEASURED)
+    hub.datasets["team/lines"].branches["main"] = lines(4)
+    requests = len(hub.requests)
+    assert found().run.key == handle["key"] != found(revision="v1").run.key
+    assert found().run.settings.evaluation.perplexity.revision == source_of(handle).revision
+    assert len(hub.requests) == requests
+    assert found(split="train[:2]") is NOT_STARTED
 
 
 def test_another_store_takes_the_newest(hub, recipe, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.errors import OutOfMemoryError, SettingsError
-from core.model.build import model_shape
+from core.model.build import build_empty, model_shape
 from core.steps import footprint, training_plan
 from core.steps.footprint import TOLERANCE, Footprint, check_fit, training_footprint
 from core.steps.training_plan import TrainingPlan, planned_training, rank_footprint
@@ -206,7 +206,10 @@ def test_inputs_of_layers_go_to_the_host_where_moments_there_are_not_enough(free
         plan = planned_training(CONFIG, None, auto, "cuda").settings
         assert (plan.moments, plan.layer_inputs) == places
     assert "the optimizer's moments and the inputs of layers stay in host memory: it would" in caplog.text
-    in_host = whole[1].waiting_bytes + whole[1].parts["optimizer"]
+    shapes = [parameter.shape for parameter in build_empty(CONFIG).parameters()]
+    pinned = sum(2 * 2 ** (4 * shape.numel() - 1).bit_length() for shape in shapes)
+    assert pinned > whole[1].parts["optimizer"]
+    in_host = whole[1].waiting_bytes + pinned
     free(TOLERANCE * left + 1, host=in_host - 1)
     with pytest.raises(OutOfMemoryError):
         planned_training(CONFIG, None, auto, "cuda")

@@ -265,18 +265,26 @@ print("done")
     note(TABLE, "SIGTERM while a step computes", "the lease holds for 30 s more; the same execution gets it")
 
 
-def test_who_waits_for_a_lease_does_not_take_its_end_for_a_renewal(store, monkeypatch):
+def test_who_waits_for_a_lease_does_not_take_its_end_for_a_renewal(store, monkeypatch, caplog):
     monkeypatch.setattr(lease_module, "LOOK_S", 0.01)
     owner = Owner(job="first", host="pod-7", machine="")
     take_lease(store, RUN, owner)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(watch_lease, store, RUN)
-        time.sleep(0.1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, caplog.at_level("INFO"):
+
+        def start_watching():
+            caplog.clear()
+            waiting = pool.submit(watch_lease, store, RUN)
+            deadline = time.monotonic() + 60
+            while "waiting to see whether it is renewed" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return waiting
+
+        waiting = start_watching()
         take_lease(store, RUN, owner, ttl_s=0.5)
         assert waiting.result(timeout=30) is None
         take_lease(store, RUN, owner)
-        waiting = pool.submit(watch_lease, store, RUN)
-        time.sleep(0.1)
+        waiting = start_watching()
         renewed = take_lease(store, RUN, owner)
         assert waiting.result(timeout=30) == renewed
 

@@ -61,6 +61,18 @@ def test_the_parent_has_name_params_and_tags(tracker, client):
     assert client.get_run(tracker.parent_run_id).info.status == "FINISHED"
 
 
+def test_the_end_of_a_run_ends_what_a_kill_has_left_open(tracker, client):
+    tracker.start({}, {})
+    with tracker.child(1, "calibrate"):
+        pass
+    left = tracker.child(1, "recover-train")
+    left.__enter__()  # and nothing ends it
+    tracker.finish("FAILED")
+    assert client.get_run(tracker.parent_run_id).info.status == "FAILED"
+    assert sorted(run.info.status for run in children(client, tracker)) == ["FINISHED", "KILLED"]
+    assert not tracker.is_logged(1, "recover-train")
+
+
 def test_the_experiment_opens_as_one_of_model_training_and_keeps_what_a_user_has_set(uri, client):
     tracker_of(uri, "k", experiment="ours").start({}, {})
     tags = client.get_experiment_by_name("ours").tags

@@ -61,8 +61,10 @@ def recover_by_ranks(
     torch.manual_seed(job.seed)
     if resume_from is None and carry is not None:
         carry(optimizer)
-        carried = state_tensors(model, optimizer)
-        resume_from = write_state(job.scratch / "carried", carried, TrainingProgress(), belongs_to={})
+        resume_from = write_state(
+            job.scratch / "carried", state_tensors(model, optimizer), TrainingProgress(), belongs_to={}
+        )
+        optimizer.state.clear()  # the ranks have it from there
     place = meeting.place
     work = functools.partial(_train, job, place, resume_from, hand_on is not None)
     size = job.ranks // place.nodes
@@ -118,7 +120,7 @@ def _train_explained(
         files.append(write_whole(job.scratch / "trained", model, optimizer, moments=moments))
 
     states = None if rank else stack.enter_context(job.states())
-    if states is not None and resume_from is not None:
+    if states is not None and resume_from is not None and resume_from.progress.losses:
         states.resume(resume_from.progress)
     saved = stack.enter_context(
         RankStates(states, job.states_folder / "saved", place=place, uri=job.states_uri)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.data.locations import is_hub_id, locate
@@ -47,12 +48,36 @@ def settle_revisions(settings: Settings, revision: str) -> Settings:
         DataError: If there is no such data set, or the hub cannot be reached.
         StorageError: If the store cannot be reached, or what it has noted is damaged.
     """
-    store, digest = open_store(settings.storage.store), Run.key_of(revision, settings)
+    return _with_commits(settings, revision, open_store(settings.storage.store), _commit)
+
+
+def noted_revisions(settings: Settings, revision: str, store: Store) -> Settings:
+    """Return what ``settle_revisions`` returns, but leave a data set as it is that nothing is noted of yet.
+
+    Nothing but the store is asked.
+
+    Args:
+        settings: The recipe's.
+        revision: Revision of the base model.
+        store: The recipe's.
+
+    Raises:
+        StorageError: If the store cannot be reached, or what it has noted is damaged.
+    """
+    return _with_commits(
+        settings, revision, store, lambda store, key, source: _noted(store, key) or source.revision
+    )
+
+
+def _with_commits(
+    settings: Settings, revision: str, store: Store, commit_of: Callable[[Store, str, TextSource], str]
+) -> Settings:
+    digest = Run.key_of(revision, settings)
 
     def pinned(source: TextSource | None) -> TextSource | None:
         if source is None or not _moves(source):
             return source
-        commit = _commit(store, revision_of(digest, f"{source.path}@{source.revision}"), source)
+        commit = commit_of(store, revision_of(digest, f"{source.path}@{source.revision}"), source)
         return dataclasses.replace(source, revision=commit)
 
     sources = tuple(pinned(source) or source for source in settings.training.sources)
