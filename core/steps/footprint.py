@@ -363,11 +363,12 @@ def check_fit(
 
 
 @contextmanager
-def explaining_memory(settings: str) -> Iterator[None]:
+def explaining_memory(settings: str, *, resumes: bool = True) -> Iterator[None]:
     """Turn running out of memory into one line.
 
     Args:
-        settings: What to lower, such as ``training.micro_batch``; none of it changes the run's key.
+        settings: What to lower, such as ``training.micro_batch``.
+        resumes: Whether the run's key stays.
 
     Raises:
         OutOfMemoryError: If the device or the host refuses memory.
@@ -379,8 +380,9 @@ def explaining_memory(settings: str) -> Iterator[None]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
         if not known:
             raise
+        then = ": the same run resumes" if resumes else ", which begins another run, or add memory"
         raise OutOfMemoryError(
-            f"out of memory: {text.partition('. ')[0][:200]}. Set {settings}: the same run resumes."
+            f"out of memory: {text.partition('. ')[0][:200]}. Set {settings}{then}."
         ) from error
 
 

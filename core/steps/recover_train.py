@@ -174,6 +174,7 @@ def _job(
     from core.data.mixture import slice_name
     from core.model.build import pick_device
     from core.model.checkpoint import Checkpoint
+    from core.steps.footprint import explaining_memory
     from core.steps.lessons import LessonTask, store_lessons
     from core.steps.training import EXPLAINING
     from core.steps.training_plan import agreed_plan, planned_training
@@ -201,7 +202,7 @@ def _job(
                 settings=settings.training,
                 made_of={"base": teacher.digest, "data": data.digest, "settings": settings.digest()},
                 device=device,
-                explaining=EXPLAINING,
+                explaining=functools.partial(explaining_memory, "training.teacher=none", resumes=False),
                 scratch=work.scratch / "lessons",
             )
             lessons, figures = store_lessons(task)

@@ -159,7 +159,7 @@ def test_models_that_cannot_lose_embedding_channels_are_refused(name, problem):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"hidden_size": "120%"}, "must lie above 0%"),
+        ({"hidden_size": "120%"}, "must lie between 0%"),
         ({"hidden_size": "wide"}, "neither a count"),
         ({"hidden_size": "0"}, "must be positive"),
         ({"method": "grail"}, "method=grail. Set method to minitron or sheared-llama"),

@@ -129,6 +129,15 @@ def test_other_errors_pass():
         raise RuntimeError("shapes do not match")
 
 
+def test_what_helps_tells_whether_the_run_resumes():
+    for resumes, then in ((True, ": the same run resumes."), (False, ", which begins another run, or add")):
+        with (
+            pytest.raises(OutOfMemoryError, match=f"Set training.teacher=none{then}"),
+            explaining_memory("training.teacher=none", resumes=resumes),
+        ):
+            raise MemoryError
+
+
 def test_a_real_allocation_beyond_the_machine_is_explained():
     with pytest.raises(OutOfMemoryError), explaining_memory("evaluation.batch_size"):
         torch.empty(2**50, dtype=torch.uint8)

@@ -74,7 +74,7 @@ def test_a_killed_attempt_is_gone_on_with_and_a_damaged_one_is_not_used(
 ):
     caplog.set_level("INFO", "core.steps.self_text")
     changes = REPAIRED | {"calibration.micro_batch": 1}  # 8 of the 9 sequences at once
-    monkeypatch.setattr(self_text, "_FOR_EACH_SCORED", 2)
+    monkeypatch.setattr(prune_footprint, "_WRITTEN_FOR_EACH_SCORED", 2)
     monkeypatch.setattr(self_text, "_KEPT_EVERY_S", 0)
     keep = self_text._KeptText.keep
 
