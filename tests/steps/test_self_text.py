@@ -15,7 +15,7 @@ from core.model.checkpoint import Checkpoint
 from core.pruning.self_calibration import write_text
 from core.runs.gathering import collect_record
 from core.settings.prune import PruneSettings, slices_or_ranks
-from core.steps import measuring, self_text
+from core.steps import measuring, prune_footprint, self_text
 from core.steps.needs import needs_of_tasks
 from core.steps.prune_footprint import repair_footprint, writing_footprint
 from tests.steps.test_distilling import run_phases
