@@ -163,10 +163,11 @@ class S3Store:
                     return stream.sha256
                 except ClientError as error:
                     status = status_of(error)
+                    was_lost = code_of(error) == "NoSuchUpload" or (status == 412 and _was_retried(error))
+                    if was_lost and self.sha256(key) == stream.sha256:
+                        return stream.sha256  # it was completed, and the reply was lost
                     if if_absent and status == 412:
                         return None
-                    if code_of(error) == "NoSuchUpload" and self.sha256(key) == stream.sha256:
-                        return stream.sha256  # it was completed, and the reply was lost
                     if status != 409 or pause_s is None:
                         raise
                     time.sleep(pause_s)
@@ -222,8 +223,7 @@ class S3Store:
                 status = status_of(error)
                 if status == 412:
                     # If the reply to a first attempt was lost, its retry meets what that attempt has written.
-                    retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    return retried and self.read_bytes(key) == data
+                    return _was_retried(error) and self.read_bytes(key) == data
                 if status == 501:
                     raise self._unconditional(key) from error
                 if status != 409 or pause_s is None:  # 409: another writer is at it just now
@@ -343,6 +343,10 @@ def _connect(environment: frozenset[tuple[str, str]]) -> _Connection:
         downloads=create_transfer_manager(client, ranges),
         attempts=attempts,
     )
+
+
+def _was_retried(error: ClientError) -> bool:
+    return error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
 
 
 def _if_absent(params: dict[str, Any], **_: Any) -> None:

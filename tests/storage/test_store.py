@@ -326,8 +326,12 @@ def test_a_server_without_conditional_writes_is_refused(
     assert not list(direct.list())
 
 
-def test_a_write_whose_reply_was_lost_still_counts_as_won(s3_server, s3_store_uri, monkeypatch):
-    lost = []
+@pytest.mark.parametrize("size", [4, 1_000_000, 9_000_000])
+def test_a_write_whose_reply_was_lost_still_counts_as_won(
+    s3_server, s3_store_uri, tmp_path, monkeypatch, size
+):
+    lost, content = [], random.Random(1).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
 
     def lose_the_first_reply(request, forward):
         reply = forward()
@@ -338,8 +342,15 @@ def test_a_write_whose_reply_was_lost_still_counts_as_won(s3_server, s3_store_ur
 
     with s3_proxy(s3_server, lose_the_first_reply) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        assert open_store(s3_store_uri).write_bytes("lock", b"mine", if_absent=True)
+        store = open_store(s3_store_uri)
+        if size == 4:
+            assert store.write_bytes("file", content, if_absent=True)
+        else:
+            assert store.upload(tmp_path / "file", "file", if_absent=True) == store.sha256("file")
+        (tmp_path / "file").write_bytes(b"another's")
+        assert store.upload(tmp_path / "file", "file", if_absent=True) is None
     assert len(lost) == 1
+    assert store.read_bytes("file") == content
 
 
 def test_a_server_that_fails_now_and_then_is_retried(s3_server, s3_store_uri, tmp_path, monkeypatch):
