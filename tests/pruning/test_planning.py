@@ -7,6 +7,7 @@ import pytest
 
 from core.errors import TargetError
 from core.model.families import FAMILIES
+from core.pruning.methods.llm_pruner import whole_layers
 from core.pruning.planning import StepRequest, plan_phase, plan_step, settings_for, sizing_for
 from core.pruning.sparsity import MAX_SPARSITY, next_sparsity, normalise_importance, sizes_for_target
 from core.settings.prune import PruneSettings
@@ -158,3 +159,20 @@ def test_attention_competes_with_the_mlp_only_where_scores_estimate_the_loss(cri
     asked = PruneSettings(attention_unit="auto", criterion=criterion)
     assert settings_for(asked, FAMILIES["llama"]).attention_unit == unit
     assert settings_for(asked, FAMILIES["olmo2"]).attention_unit == "none"
+
+
+def test_layers_that_a_method_leaves_whole_have_no_sparsity():
+    dense = uniform_shape(12, 2, 2, 40, 16)
+    plan = plan_phase(
+        statistics_of(dense, 0),
+        dense=dense,
+        current=dense,
+        sparsity=(0.0,) * 12,
+        target_params=round(0.8 * dense.num_params()),
+        settings=settings_for(PruneSettings(method="llm-pruner", width_multiple=1), FAMILIES["llama"]),
+        checkpoint="c",
+        statistics_digest="s",
+        remeasure=lambda *_: pytest.fail("one step measures once"),
+    )
+    assert [layer for layer, sparsity in enumerate(plan.sparsity) if not sparsity] == [*whole_layers(12)]
+    assert all(plan.layers[layer].shape() == dense.layers[layer] for layer in whole_layers(12))
