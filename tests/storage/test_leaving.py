@@ -25,6 +25,7 @@ from core.storage.owner import Owner
 from core.storage.store import open_store
 from tests.support.evidence import note
 from tests.support.project import ROOT
+from tests.support.waiting import wait_until
 
 RUN = "runs/0123456789ab"
 TABLE = "Leases and cleaning"
@@ -40,14 +41,6 @@ def short_looks(monkeypatch):
 def leave(store, owner, *, left_s=LEFT_S):
     """Do what SIGTERM makes a pod do."""
     take_lease(store, RUN, owner, ttl_s=left_s)
-
-
-def wait_until(condition, *, within_s=20.0):
-    """Wait until ``condition`` is true."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def start(code, store):
