@@ -69,7 +69,11 @@ def close_dead_runs(tracker: Tracker, store: Store, *, sparing: str = "") -> Ite
             continue
         heard = f"{lease.owner}, last heard of at {time_text(lease.renewed_s)}" if lease else "nobody"
         end_s = lease.renewed_s if lease else 0.0
-        if Run.was_measured(store, run.run_key, run.measured):
+        try:
+            was_done = Run.was_measured(store, run.run_key, run.measured)
+        except AdaptPrunerError:
+            continue  # of a later version
+        if was_done:
             why = f"Closed after its end: {heard} was to do it."
             tracker.close(run, "FINISHED", why, end_s=end_s)
         else:

@@ -49,6 +49,7 @@ HERE = Owner.of("job", pid=2**22 - 1)  # no such process
         (POD, 90_000, False, "KILLED"),
         (POD, 90_000, {}, "FINISHED"),  # of an earlier version
         (POD, 90_000, {"format": 1, "measured": ["l", "m"]}, "FINISHED"),
+        (POD, 90_000, {"format": 99}, "RUNNING"),  # a later version's
         (POD, 90_000, {"format": 1, "measured": ["l"]}, "KILLED"),  # while it was measured otherwise
         (None, 0, False, "KILLED"),
     ],
