@@ -28,16 +28,14 @@ import itertools
 import json
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 from demo import DEMO, model_folder, parser_for, peak_bytes, restart_peak
 from quality import PASSAGES, calibration_pool, held_out_windows
 from rich.console import Console
-from rich.table import Table
+from standings import OURS, figures, picture, table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -50,6 +48,7 @@ from core.pruning.scoring.calibration import draw_calibration, measure
 from core.pruning.scoring.statistics import Statistics
 from core.pruning.self_calibration import write_text
 from core.quantities import parse_count
+from core.report.drawing import inline_svg
 from core.settings.evaluation import EvaluationSettings
 from core.settings.identity import settings_of_kind
 from core.settings.methods import FIXED
@@ -57,8 +56,6 @@ from core.settings.prune import PruneSettings
 from core.settings.recipe import load_yaml, settings_from_dict
 from core.training.distillation import distill
 
-OURS = "method=adapt-pruner"
-"""The row of our default, which has no setting of its own."""
 EXTRAS = ("distill_steps=96", "distill_steps=96,criterion=wanda_sp,attention_unit=none")
 EXTRAS += ("criterion=wanda_sp,attention_unit=none", "repair=none")
 PEERS = tuple(
@@ -238,6 +235,7 @@ def main() -> None:
         "--bfloat16", action="store_true", help="distill under autocast, and measure in bfloat16"
     )
     parser.add_argument("--results", type=Path, help="file of measured rows; those in it are not run again")
+    parser.add_argument("--picture", type=Path, metavar="SVG", help="also draw the rows that are asked for")
     arguments = parser.parse_args()
     for row in arguments.rows:
         try:
@@ -252,8 +250,15 @@ def main() -> None:
         for seed, removed in itertools.product(range(arguments.seeds), arguments.removed):
             for row in arguments.rows:
                 study.run(row, removed, seed)
-    console.print(table(study))
-    print(json.dumps(figures(study)))
+    texts = list(study.texts)
+    console.print(table(study.rows, texts))
+    if arguments.picture:
+        drawn = [row for row in study.rows if row["row"] in (DENSE, *arguments.rows)]
+        figure = picture(drawn, texts)
+        arguments.picture.write_text(
+            inline_svg(figure, name="methods", label="pruned models beside each other")
+        )
+    print(json.dumps({"benchmark": "methods", **figures(study.rows)}))
 
 
 def settings_of(row: str) -> PruneSettings:
@@ -284,115 +289,6 @@ def digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(tensor.detach().cpu().numpy())
     return found.hexdigest()[:12]
-
-
-def grouped(study: Study) -> dict[float, dict[str, list[dict[str, object]]]]:
-    """Return the measured rows of all seeds, by share removed and settings."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for row in study.rows:
-        groups[row["removed"]][row["row"]].append(row)
-    return groups
-
-
-def summary(values: list[float]) -> dict[str, float | int | None]:
-    """Return the mean over seeds, the standard deviation (None for one seed), and the number of seeds."""
-    spread = round(stdev(values), 3) if len(values) > 1 else None
-    return {"mean": round(fmean(values), 3), "spread": spread, "seeds": len(values)}
-
-
-def shown(values: list[float], digits: int) -> str:
-    """Return a mean, and the standard deviation where there is one."""
-    spread = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):,.{digits}f}{spread}"
-
-
-def perplexities(rows: list[dict[str, object]], text: str) -> list[float]:
-    """Return what the rows measured on a text."""
-    return [row["perplexity"][text] for row in rows]
-
-
-def accuracies(rows: list[dict[str, object]]) -> list[float]:
-    """Return the mean accuracy over the tasks, of each row."""
-    return [fmean(row["accuracy"].values()) for row in rows if row["accuracy"]]
-
-
-def table(study: Study) -> Table:
-    """Return the rows, best first on the first text."""
-    result = Table("removed", "settings", "seeds", *study.texts, "accuracy", "s", "GB")
-    first = next(iter(study.texts))
-    for removed, groups in sorted(grouped(study).items()):
-        for name, rows in sorted(groups.items(), key=lambda group: fmean(perplexities(group[1], first))):
-            figures = [shown(perplexities(rows, text), 1) for text in study.texts]
-            right = accuracies(rows)
-            result.add_row(
-                f"{removed:.0%}",
-                name or "dense",
-                str(len(rows)),
-                *figures,
-                shown(right, 3) if right else "-",
-                f"{fmean(row['seconds'] for row in rows):.0f}",
-                f"{max(row['peak_gb'] for row in rows):.1f}",
-            )
-    return result
-
-
-def figures(study: Study) -> dict[str, object]:
-    """Return the figures of the last line."""
-    groups = grouped(study)
-    (of_dense,) = groups.pop(0.0).values()
-    dense = of_dense[0]["perplexity"]
-    found = {"benchmark": "methods", "dense_ppl": dense, "dense_acc": of_dense[0]["accuracy"]}
-    for removed, here in sorted(groups.items()):
-        found |= {f"{name}_{removed * 100:.0f}": value for name, value in of_size(here, dense).items()}
-    return found
-
-
-def of_size(here: dict[str, list[dict[str, object]]], dense: dict[str, float]) -> dict[str, object]:
-    """Return the figures of one size."""
-    most = max(map(len, here.values()))
-    ranked = {text: sorted(here, key=lambda row: fmean(perplexities(here[row], text))) for text in dense}
-    best = {text: rows[0] for text, rows in ranked.items()}
-    found: dict[str, object] = {
-        "incomplete": {row: len(rows) for row, rows in here.items() if len(rows) < most},
-        "best": best,
-        "best_ppl": {text: summary(perplexities(here[row], text)) for text, row in best.items()},
-        "seconds": {row: round(fmean(one["seconds"] for one in rows), 1) for row, rows in here.items()},
-        "peak_gb": {row: max(one["peak_gb"] for one in rows) for row, rows in here.items()},
-    }
-    right = {row: accuracies(rows) for row, rows in here.items() if accuracies(rows)}
-    if right:
-        found["best_acc_of"] = first = max(right, key=lambda row: fmean(right[row]))
-        found["best_acc"] = summary(right[first])
-        found["acc"] = {row: summary(values) for row, values in right.items()}
-    peers = {text: [row for row in rows if is_peer(row)] for text, rows in ranked.items()}
-    if all(peers.values()):
-        found["best_peer"] = {text: rows[0] for text, rows in peers.items()}
-        found["rise_ratios"] = {
-            row: {text: risen(rows, here[peers[text][0]], text, dense) for text in dense}
-            for row, rows in here.items()
-            if not is_peer(row)
-        }
-        if OURS in here:
-            found["rise_ratio"] = found["rise_ratios"][OURS]
-    return found
-
-
-def is_peer(row: str) -> bool:
-    """Return whether a row is a compared method's."""
-    return settings_of(row).method != "adapt-pruner"
-
-
-def risen(
-    rows: list[dict[str, object]], others: list[dict[str, object]], text: str, dense: dict[str, float]
-) -> dict[str, float | int | None] | None:
-    """Return the rise of perplexity over the dense model as a share of that of other rows, seed by seed.
-
-    None if they share no seed.
-    """
-    beside = {row["seed"]: row["perplexity"][text] - dense[text] for row in others}
-    shared = [row for row in rows if row["seed"] in beside]
-    ratios = [(row["perplexity"][text] - dense[text]) / beside[row["seed"]] for row in shared]
-    return summary(ratios) if ratios else None
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from statistics import fmean
 
 import torch
 from demo import RECIPE, model_folder, parser_for, peak_bytes, restart_peak
-from methods import digest, shown, summary
+from methods import digest
 from quality import PASSAGES, held_out_windows
 from rich.console import Console
 from rich.table import Table
+from standings import shown, summary
 from torch import Tensor
 
 from core.evaluation.perplexity import perplexity

@@ -162,23 +162,36 @@ class ResultTable:
         ]
         return {"title": self.title, "subtitle": self.subtitle, "rows": rows, "notes": list(self.notes)}
 
+    def svg(self) -> str:
+        """Return the picture; "" if there is none, or nothing to show in it."""
+        lines = self._lines()
+        if self.picture is None or not lines:
+            return ""
+        shown = self._header(self.picture.y)
+        figure = rows_figure(lines, x=self.picture.x, y=shown, levels=self._levels())
+        label = f"{shown} against {self.picture.x}"
+        return inline_svg(figure, name="comparison", label=label.replace('"', "'"))
+
     def html(self) -> str:
         """Return the table and its picture as one page that loads nothing from elsewhere."""
-        lines, svg = self._lines(), ""
-        if self.picture and lines:
-            shown = self._header(self.picture.y)
-            figure = rows_figure(lines, x=self.picture.x, y=shown, levels=self._levels())
-            label = f"{shown} against {self.picture.x}"
-            svg = inline_svg(figure, name="comparison", label=label.replace('"', "'"))
         values = {"title": self.title, "subtitle": self.subtitle, "notes": self.notes}
-        return render("table.html", **values, columns=self.columns(), picture=svg)
+        return render("table.html", **values, columns=self.columns(), picture=self.svg())
 
-    def write(self, folder: Path) -> None:
-        """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.html``."""
-        (folder / "table.md").write_text(self.markdown())
-        (folder / "table.csv").write_text(self.csv())
-        (folder / "table.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        (folder / "table.html").write_text(self.html())
+    def write(self, folder: Path) -> list[str]:
+        """Write the table in each format, and its picture if there is one; return the names of the files."""
+        contents = {
+            "table.md": self.markdown(),
+            "table.csv": self.csv(),
+            "table.json": json.dumps(self.to_dict(), indent=1) + "\n",
+            "table.html": self.html(),
+            "table.svg": self.svg(),
+        }
+        for name, content in contents.items():
+            if content:
+                (folder / name).write_text(content)
+            else:  # what an earlier table showed
+                (folder / name).unlink(missing_ok=True)
+        return [name for name, content in contents.items() if content]
 
     def _lines(self) -> dict[str, list[tuple[str, float, float]]]:
         """Return line to points of label, mean and standard deviation; what was published has its own."""

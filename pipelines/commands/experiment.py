@@ -99,11 +99,9 @@ def experiment(
         else:
             found, failed = _run_here(loaded, output)
         table = table_of(loaded, found, output, failed)
-        table.write(output)
+        files = table.write(output)
         print_result_table(table)
-        click.echo(
-            f"table        {output / 'table.md'}, table.csv, table.json\npicture      {output / 'table.html'}"
-        )
+        click.echo(f"written      {output}: {', '.join(files)}")
     except StorageError as error:
         if not submit:
             raise

@@ -239,6 +239,7 @@ def test_the_page_is_whole_by_itself(collected):
     page = (out / "table.html").read_text()
     assert page.count("<svg") == 1
     assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert (out / "table.svg").read_text() in page
     assert "FLAP (published)" in page
 
 

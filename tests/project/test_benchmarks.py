@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     command = (
         f"methods.py --model {wide / 'base'} --calibrate-on {wide / 'texts.jsonl'} --results {results} "
         f"--measure-on manual={wide / 'held-out.txt'} --sequences 6 --length 24 --windows 1 --removed 0.2 "
-        f"--rows {' '.join(ROWS)} --tokens 240 --seeds 2"
+        f"--rows {' '.join(ROWS)} --tokens 240 --seeds 2 --picture {tmp_path / 'rows.svg'}"
     )
     monkeypatch.setattr(sys, "argv", command.split())
 
@@ -89,6 +90,11 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     )
     expected = {"mean": (first + second) / 2, "spread": abs(first - second) / 2**0.5, "seeds": 2}
     assert last["rise_ratio_20"]["manual"] == pytest.approx(expected, abs=1e-3)
+
+    drawn = re.findall(r">([^<>]+)</text>", (tmp_path / "rows.svg").read_text())
+    assert {"our default", "flap", "grail", "perplexity on manual, 20% removed"} <= set(drawn)
+    spreads = {name: abs(perplexity[name, 0] - perplexity[name, 1]) / 2**0.5 for name in ROWS}
+    assert {f"{means[name]:.1f} ± {spreads[name]:.1f}" for name in ROWS} <= set(drawn)
 
     # A stopped run measures what is missing alone. Rows of another set are left alone, and left out.
     row = rows.pop(4)

@@ -1,6 +1,7 @@
 """Tables of results: what a cell says, and where what was published stands."""
 
 import math
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -113,6 +114,19 @@ def test_the_base_model_is_a_level_and_no_point_of_a_line(labels, joined, places
     assert (points.get_linestyle() == "-") == joined
     assert set(level.get_ydata()) == {20.5}
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["dense"]
+
+
+def test_a_picture_is_a_file_too_as_long_as_there_is_something_to_show(tmp_path):
+    row = Row(labels={"method": "a"}, measured={"perplexity": [2.0]})
+    shown = table(row, picture=Picture(x="method", y="perplexity"))
+    files = ["table.md", "table.csv", "table.json", "table.html", "table.svg"]
+    assert shown.write(tmp_path) == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+    picture = (tmp_path / "table.svg").read_text()
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    assert picture in (tmp_path / "table.html").read_text()
+    assert table(row).write(tmp_path) == files[:-1]
+    assert not (tmp_path / "table.svg").exists()
 
 
 def test_nothing_that_is_not_finite_goes_into_json_or_the_picture():
