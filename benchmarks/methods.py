@@ -253,7 +253,8 @@ def main() -> None:
     texts = list(study.texts)
     console.print(table(study.rows, texts))
     if arguments.picture:
-        drawn = [row for row in study.rows if row["row"] in (DENSE, *arguments.rows)]
+        asked = {(DENSE, 0.0), *itertools.product(arguments.rows, arguments.removed)}
+        drawn = [row for row in study.rows if (row["row"], row["removed"]) in asked]
         figure = picture(drawn, texts)
         arguments.picture.write_text(
             inline_svg(figure, name="methods", label="pruned models beside each other")

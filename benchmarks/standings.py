@@ -154,9 +154,9 @@ def picture(rows: Sequence[Measured], texts: Sequence[str]) -> "Figure":
             _dots(ax, [(measure(here[row]), is_peer(here[row])) for row in ranked(here, texts[0])])
             for level in measure(of_dense):
                 ax.axvline(level, color=DENSE, linestyle="--", linewidth=1)
-            what = "mean accuracy" if panel == "accuracy" else f"perplexity on {panel}"
-            ax.set_title(f"{what}, {removed:.0%} removed")
+            ax.set_title("mean accuracy" if panel == "accuracy" else f"perplexity on {panel}")
         line[0].set_yticks(range(len(here)), names[removed], fontsize=8)
+        line[0].set_ylabel(f"{removed:.0%} removed")
         line[0].invert_yaxis()
     _key(figure)
     return figure

@@ -92,7 +92,7 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     assert last["rise_ratio_20"]["manual"] == pytest.approx(expected, abs=1e-3)
 
     drawn = re.findall(r">([^<>]+)</text>", (tmp_path / "rows.svg").read_text())
-    assert {"our default", "flap", "grail", "perplexity on manual, 20% removed"} <= set(drawn)
+    assert {"our default", "flap", "grail", "perplexity on manual", "20% removed"} <= set(drawn)
     spreads = {name: abs(perplexity[name, 0] - perplexity[name, 1]) / 2**0.5 for name in ROWS}
     assert {f"{means[name]:.1f} ± {spreads[name]:.1f}" for name in ROWS} <= set(drawn)
 
