@@ -242,6 +242,8 @@ def main() -> None:
             settings_of(row)
         except SettingsError as error:
             parser.error(f"--rows {row}: {error}")
+    if (drawn := arguments.picture) and (drawn.suffix != ".svg" or not drawn.parent.is_dir()):
+        parser.error(f"--picture {drawn}: name a file that ends with .svg, in a folder that exists")
     arguments.measure_on = arguments.measure_on or [f"passages={PASSAGES}#validation[90%:]"]
     console = Console(highlight=False, width=150)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as folder:

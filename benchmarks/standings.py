@@ -1,10 +1,12 @@
 """Rows of measured models beside each other: their table, their figures, their picture."""
 
+import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
@@ -136,13 +138,23 @@ def risen(
     return summary(ratios) if ratios else None
 
 
+class _Panel(NamedTuple):
+    """A measure of rows, and how many decimals of it are shown."""
+
+    title: str
+    digits: int
+    measure: Callable[[Sequence[Measured]], list[float]]
+
+
 @styled()
 def picture(rows: Sequence[Measured], texts: Sequence[str]) -> "Figure":
     """Draw a dot for each seed and a stroke for each mean, best first; a dashed line for the dense model."""
     groups = grouped(rows)
     (of_dense,) = groups.pop(0.0).values()
     sizes = sorted(groups.items())
-    panels = [*texts, *["accuracy"] * any(accuracies(of) for _, here in sizes for of in here.values())]
+    panels = [_Panel(f"perplexity on {text}", 1, partial(perplexities, text=text)) for text in texts]
+    if any(accuracies(of) for _, here in sizes for of in here.values()):
+        panels.append(_Panel("mean accuracy", 3, accuracies))
     names = {removed: [_name(row) for row in ranked(here, texts[0])] for removed, here in sizes}
     most = {removed: max(name.count("\n") for name in of) for removed, of in names.items()}
     heights = [(0.4 + 0.1 * most[removed]) * len(here) + 0.5 for removed, here in sizes]
@@ -150,11 +162,11 @@ def picture(rows: Sequence[Measured], texts: Sequence[str]) -> "Figure":
     axes = figure.subplots(len(sizes), len(panels), squeeze=False, sharey="row", height_ratios=heights)
     for (removed, here), line in zip(sizes, axes, strict=True):
         for panel, ax in zip(panels, line, strict=True):
-            measure = accuracies if panel == "accuracy" else lambda of, text=panel: perplexities(of, text)
-            _dots(ax, [(measure(here[row]), is_peer(here[row])) for row in ranked(here, texts[0])])
-            for level in measure(of_dense):
+            ordered = [here[row] for row in ranked(here, texts[0])]
+            _dots(ax, [(panel.measure(of), is_peer(of)) for of in ordered], panel.digits)
+            for level in panel.measure(of_dense):
                 ax.axvline(level, color=DENSE, linestyle="--", linewidth=1)
-            ax.set_title("mean accuracy" if panel == "accuracy" else f"perplexity on {panel}")
+            ax.set_title(panel.title)
         line[0].set_yticks(range(len(here)), names[removed], fontsize=8)
         line[0].set_ylabel(f"{removed:.0%} removed")
         line[0].invert_yaxis()
@@ -168,16 +180,17 @@ def _name(row: str) -> str:
     return textwrap.fill(settings.removeprefix("method=").replace(",", ", "), 44)
 
 
-def _dots(ax: "Axes", rows: Sequence[tuple[list[float], bool]]) -> None:
+def _dots(ax: "Axes", rows: Sequence[tuple[list[float], bool]], digits: int) -> None:
+    """Draw the values of each row, from the top; what is infinite has no place."""
     for place, (values, peer) in enumerate(rows):
-        if not values:
+        finite = list(filter(math.isfinite, values))
+        if not finite:
             continue
-        colour = GONE if peer else KEPT
-        ax.plot(values, [place] * len(values), "s" if peer else "o", color=colour, markersize=4, alpha=0.6)
-        ax.vlines(fmean(values), place - 0.2, place + 0.2, color=colour, linewidth=2)
+        colour, mean = GONE if peer else KEPT, fmean(finite)
+        ax.plot(finite, [place] * len(finite), "s" if peer else "o", color=colour, markersize=4, alpha=0.6)
+        ax.vlines(mean, place - 0.2, place + 0.2, color=colour, linewidth=2)
         note: dict[str, Any] = {"xytext": (0, 10), "textcoords": "offset points", "ha": "center"}
-        digits = 3 if max(values) < 1 else 1
-        ax.annotate(shown(values, digits), (fmean(values), place), fontsize=7.5, color=INK, **note)
+        ax.annotate(shown(finite, digits), (mean, place), fontsize=7.5, color=INK, **note)
     ax.set_ylim(-0.7, len(rows) - 0.4)
     ax.grid(True, axis="x")
     ax.set_axisbelow(True)

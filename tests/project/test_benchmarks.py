@@ -108,6 +108,47 @@ def test_methods_side_by_side(wide, tmp_path, monkeypatch, capsys):
     assert same | timed == last | timed
 
 
+def test_a_picture_of_rows_has_each_seed_where_its_row_stands():
+    from standings import picture
+
+    def measured(row, seed, perplexity, accuracy, **settings):
+        removed = 0.2 if row else 0.0
+        found = {"perplexity": {"accuracy": perplexity}, "accuracy": {"piqa": accuracy}}
+        return {"row": row, "removed": removed, "seed": seed, "settings": settings, **found}
+
+    peer = {"method": "flap"}
+    figure = picture(
+        [
+            measured("", 0, 20.0, 0.7),
+            measured("method=flap", 0, 50.0, 0.5, **peer),
+            measured("method=flap", 1, float("inf"), 0.4, **peer),
+            measured("method=adapt-pruner", 0, 30.0, 0.6),
+            measured("method=adapt-pruner", 1, 32.0, 0.5),
+        ],
+        ["accuracy"],
+    )
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["our default", "flap"]
+    for ax, values in ((left, [[30.0, 32.0], [50.0]]), (right, [[0.6, 0.5], [0.5, 0.4]])):
+        dots = [line for line in ax.get_lines() if line.get_marker() in ("o", "s")]
+        assert [(line.get_marker(), list(line.get_xdata())) for line in dots] == list(
+            zip("os", values, strict=True)
+        )
+        assert [set(line.get_ydata()) for line in dots] == [{0}, {1}]
+    assert [text.get_text() for text in right.texts] == ["0.550 ± 0.071", "0.450 ± 0.071"]
+
+
+@pytest.mark.parametrize("name", ["rows.png", "missing/rows.svg"])
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_measured(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--picture", str(tmp_path / name)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(METHODS), run_name="__main__")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--picture {tmp_path / name}: name a file that ends with .svg, in a folder that exists" in said
+
+
 @pytest.mark.slow
 def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
     results, texts = tmp_path / "results.jsonl", wide / "texts.jsonl"
