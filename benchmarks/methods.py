@@ -242,6 +242,9 @@ def main() -> None:
             settings_of(row)
         except SettingsError as error:
             parser.error(f"--rows {row}: {error}")
+    for share in arguments.removed:
+        if not 0 < share < 1:
+            parser.error(f"--removed {share:g}: a share of the parameters lies between 0 and 1")
     if (drawn := arguments.picture) and (drawn.suffix != ".svg" or not drawn.parent.is_dir()):
         parser.error(f"--picture {drawn}: name a file that ends with .svg, in a folder that exists")
     arguments.measure_on = arguments.measure_on or [f"passages={PASSAGES}#validation[90%:]"]

@@ -149,6 +149,15 @@ def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_measu
     assert f"--picture {tmp_path / name}: name a file that ends with .svg, in a folder that exists" in said
 
 
+@pytest.mark.parametrize("share", ["0", "20"])
+def test_a_share_that_is_none_is_refused(share, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--removed", share])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(METHODS), run_name="__main__")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--removed {share}: a share of the parameters lies between 0 and 1" in said
+
+
 @pytest.mark.slow
 def test_settings_of_recovery_side_by_side(wide, tmp_path, monkeypatch, capsys):
     results, texts = tmp_path / "results.jsonl", wide / "texts.jsonl"
